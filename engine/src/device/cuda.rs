@@ -1,0 +1,443 @@
+//! One GPU: its context, stream, memory and kernels.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
+
+use super::blas::Blas;
+use super::cpu::{POISON_BYTE, poison_new_buffers};
+use super::kernel::Kernel;
+use super::memory::{Ledger, MemoryReport, MemoryTag, format_bytes};
+use super::pool::Pool;
+use super::{libraries, upload};
+use crate::error::{Error, Result};
+
+/// The oldest compute capability that the portable images run on.
+pub(super) const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
+
+/// The capability for which there is machine code; any other GPU compiles the portable image when it is loaded.
+pub(super) const NATIVE_CAPABILITY: (i32, i32) = (9, 0);
+
+/// Turns a driver result into the engine's, naming the call.
+pub(super) fn check<T>(call: &str, outcome: std::result::Result<T, result::DriverError>) -> Result<T> {
+    outcome.map_err(|error| Error::Cuda {
+        call: call.into(),
+        reason: describe(error),
+    })
+}
+
+fn describe(error: result::DriverError) -> String {
+    let text = error
+        .error_string()
+        .map(|text| text.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    let name = error
+        .error_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    format!("{name}: {text}")
+}
+
+/// One GPU with one stream, on which all its work runs in order.
+pub struct CudaDevice {
+    index: usize,
+    name: String,
+    capability: (i32, i32),
+    multiprocessors: u32,
+    total_memory: u64,
+    /// Use the compute_80 images even where there is machine code.
+    portable: bool,
+    ledger: Ledger,
+    kernels: Mutex<Kernels>,
+    blas: OnceLock<Blas>,
+    staging: Mutex<Option<upload::Staging>>,
+    pool: Mutex<Pool>,
+    stream: Arc<CudaStream>,
+    // Last, so that everything above is released while the context still exists.
+    context: Arc<CudaContext>,
+}
+
+#[derive(Default)]
+struct Kernels {
+    modules: HashMap<&'static str, usize>,
+    kernels: HashMap<(&'static str, &'static str), Arc<Kernel>>,
+}
+
+impl CudaDevice {
+    /// Opens the GPU with the given index. One device per index is kept and shared for the life of the process.
+    ///
+    /// # Errors
+    /// [`Error::NoGpu`] with the reason and the way out: no driver, no such index, too old a GPU, no cuBLASLt, or a build
+    /// without kernels.
+    pub fn open(index: usize) -> Result<Arc<Self>> {
+        static OPENED: Mutex<Vec<Arc<CudaDevice>>> = Mutex::new(Vec::new());
+        let mut opened = OPENED.lock().unwrap();
+        if let Some(device) = opened.iter().find(|device| device.index == index) {
+            return Ok(device.clone());
+        }
+        let device = Arc::new(Self::create(index)?);
+        opened.push(device.clone());
+        Ok(device)
+    }
+
+    fn create(index: usize) -> Result<Self> {
+        let count = gpu_count()?;
+        if index >= count {
+            let known = match count {
+                1 => "the only GPU is cuda:0".to_string(),
+                _ => format!("the GPUs are cuda:0 to cuda:{}", count - 1),
+            };
+            return Err(Error::NoGpu(format!("there is no cuda:{index}: {known}")));
+        }
+        if l2p_kernels::IMAGES.is_empty() {
+            return Err(Error::NoGpu(l2p_kernels::HOW_TO_BUILD.into()));
+        }
+        if !libraries::cublas_lt_present() {
+            return Err(Error::NoGpu(format!(
+                "cuBLASLt was not found ({}): install the CUDA toolkit's libraries or name their folder in L2P_CUDA_LIBRARIES",
+                libraries::cublas_lt_places()
+            )));
+        }
+        let context = check("opening the GPU", CudaContext::new(index))?;
+        let name = check("cuDeviceGetName", context.name())?;
+        let capability = check("compute capability", context.compute_capability())?;
+        if capability < OLDEST_CAPABILITY {
+            return Err(Error::NoGpu(too_old(&name, capability)));
+        }
+        let stream = check("cuStreamCreate", context.new_stream())?;
+        let total_memory = check("cuDeviceTotalMem", context.total_mem())? as u64;
+        let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = check("cuDeviceGetAttribute", context.attribute(count))? as u32;
+        let pool = Pool::new(context.cu_device(), total_memory)?;
+        Ok(CudaDevice {
+            index,
+            name,
+            capability,
+            multiprocessors,
+            total_memory,
+            portable: portable_forced() || capability != NATIVE_CAPABILITY,
+            ledger: Ledger::default(),
+            kernels: Mutex::default(),
+            blas: OnceLock::new(),
+            staging: Mutex::new(None),
+            pool: Mutex::new(pool),
+            stream,
+            context,
+        })
+    }
+
+    /// The index among the GPUs that CUDA shows to this process.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// The vendor's name, for example `NVIDIA H200`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The compute capability, for example `(9, 0)`.
+    pub fn capability(&self) -> (i32, i32) {
+        self.capability
+    }
+
+    /// The number of streaming multiprocessors.
+    pub fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
+    }
+
+    /// Bytes of memory on the card.
+    pub fn total_memory(&self) -> u64 {
+        self.total_memory
+    }
+
+    /// Whether the Hopper kernels (wgmma, bulk tensor copies) are in use; `L2P_PORTABLE=1` turns them off.
+    pub fn has_hopper_kernels(&self) -> bool {
+        !self.portable
+    }
+
+    /// The stream on which all work of the device runs.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Makes the device current for this thread.
+    pub(crate) fn bind(&self) -> Result<()> {
+        check("cuCtxSetCurrent", self.context.bind_to_thread())
+    }
+
+    /// Waits for all submitted work.
+    ///
+    /// # Errors
+    /// The first error of that work.
+    pub fn synchronize(&self) -> Result<()> {
+        check("work on the GPU", self.stream.synchronize())
+    }
+
+    /// The kernel `name` of the image `image`, loaded on first use.
+    ///
+    /// # Errors
+    /// When the build has no such image or the driver cannot load it.
+    pub fn kernel(&self, image: &'static str, name: &'static str) -> Result<Arc<Kernel>> {
+        let mut kernels = self.kernels.lock().unwrap();
+        if let Some(kernel) = kernels.kernels.get(&(image, name)) {
+            return Ok(kernel.clone());
+        }
+        self.bind()?;
+        let module = match kernels.modules.get(image) {
+            Some(&module) => module,
+            None => {
+                let module = self.load_image(image)? as usize;
+                kernels.modules.insert(image, module);
+                module
+            }
+        };
+        let kernel = Arc::new(Kernel::load(module as sys::CUmodule, name)?);
+        kernels.kernels.insert((image, name), kernel.clone());
+        Ok(kernel)
+    }
+
+    /// Loads an image; it stays loaded for the life of the process.
+    fn load_image(&self, name: &str) -> Result<sys::CUmodule> {
+        let image = l2p_kernels::image(name)
+            .ok_or_else(|| Error::NoGpu(format!("there are no `{name}` kernels: {}", l2p_kernels::HOW_TO_BUILD)))?;
+        let data = if self.portable { image.compute_80 } else { image.sm_90a };
+        // SAFETY: `data` is a complete fat binary made by nvcc.
+        let module = unsafe { result::module::load_data(data.as_ptr().cast()) };
+        module.map_err(|error| {
+            Error::NoGpu(format!(
+                "the driver cannot load the `{name}` kernels for {} (compute capability {}.{}): {}; \
+                 a newer driver or kernels built with an older CUDA toolkit may help",
+                self.name,
+                self.capability.0,
+                self.capability.1,
+                describe(error)
+            ))
+        })
+    }
+
+    /// The cuBLASLt handle of this device.
+    ///
+    /// # Errors
+    /// When the library refuses to start.
+    pub fn blas(&self) -> Result<&Blas> {
+        if self.blas.get().is_none() {
+            self.bind()?;
+            let blas = Blas::new()?;
+            // A second thread may have been faster; either handle will do.
+            let _ = self.blas.set(blas);
+        }
+        Ok(self.blas.get().expect("set above"))
+    }
+
+    /// Records a point in the stream's work for timing.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn record_event(&self) -> Result<Event> {
+        self.bind()?;
+        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
+        Ok(Event(check("cuEventRecord", self.stream.record_event(Some(flags)))?))
+    }
+
+    /// Bytes of memory that a new allocation could use: what the driver has left and what the pool holds unused.
+    ///
+    /// # Errors
+    /// When the driver cannot be asked.
+    pub fn available_memory(&self) -> Result<u64> {
+        let (free, _) = check("cuMemGetInfo", self.context.mem_get_info())?;
+        let unused = self
+            .pool
+            .lock()
+            .unwrap()
+            .reserved()
+            .saturating_sub(self.ledger.report().total.current);
+        Ok(free as u64 + unused)
+    }
+
+    /// Bytes of the card in use by every process, contexts included, as the driver sees it.
+    ///
+    /// # Errors
+    /// When the driver cannot be asked.
+    pub fn driver_memory_in_use(&self) -> Result<u64> {
+        let (free, total) = check("cuMemGetInfo", self.context.mem_get_info())?;
+        Ok((total - free) as u64)
+    }
+
+    pub(super) fn memory_report(&self) -> MemoryReport {
+        MemoryReport {
+            reserved: self.pool.lock().unwrap().reserved(),
+            ..self.ledger.report()
+        }
+    }
+
+    pub(super) fn reset_memory_peaks(&self) {
+        self.ledger.reset_peaks();
+    }
+
+    /// Runs `work` with the device's staging buffers for uploads, made on first use.
+    pub(super) fn with_staging<T>(&self, work: impl FnOnce(&mut upload::Staging) -> Result<T>) -> Result<T> {
+        let mut staging = self.staging.lock().unwrap();
+        if staging.is_none() {
+            self.bind()?;
+            *staging = Some(upload::Staging::new(&self.context)?);
+        }
+        work(staging.as_mut().expect("made above"))
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64> {
+        self.bind()?;
+        let outcome = self.pool.lock().unwrap().allocate(bytes as u64);
+        outcome.map_err(|error| {
+            if error.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                return Error::Cuda {
+                    call: "allocating device memory".into(),
+                    reason: describe(error),
+                };
+            }
+            let free = self.context.mem_get_info().map_or(0, |(free, _)| free as u64);
+            Error::OutOfMemory {
+                device: format!("{} (cuda:{})", self.name, self.index),
+                requested: format_bytes(bytes as u64),
+                in_use: format_bytes(self.ledger.report().total.current),
+                free: format_bytes(free),
+            }
+        })
+    }
+}
+
+/// Whether `L2P_PORTABLE` forces the portable images.
+pub(super) fn portable_forced() -> bool {
+    std::env::var("L2P_PORTABLE").is_ok_and(|value| !value.is_empty() && value != "0")
+}
+
+pub(super) fn too_old(name: &str, (major, minor): (i32, i32)) -> String {
+    let (needed_major, needed_minor) = OLDEST_CAPABILITY;
+    format!(
+        "{name} has compute capability {major}.{minor}; the kernels of this build need {needed_major}.{needed_minor} or later \
+         (Ampere and newer): run with --device cpu"
+    )
+}
+
+/// The number of GPUs, or why there is none.
+pub(super) fn gpu_count() -> Result<usize> {
+    if !libraries::driver_present() {
+        return Err(Error::NoGpu(
+            "no NVIDIA driver was found (libcuda cannot be loaded): install it, or run with --device cpu".into(),
+        ));
+    }
+    match CudaContext::device_count().or_else(|_| result::init().and_then(|()| result::device::get_count())) {
+        Ok(0) => Err(Error::NoGpu(
+            "the NVIDIA driver shows no GPU: run with --device cpu".into(),
+        )),
+        Ok(count) => Ok(count as usize),
+        Err(error) => Err(Error::NoGpu(format!(
+            "the NVIDIA driver does not start ({}): check it with nvidia-smi, or run with --device cpu",
+            describe(error)
+        ))),
+    }
+}
+
+/// A point in a stream's work.
+pub struct Event(CudaEvent);
+
+impl Event {
+    /// Milliseconds of device time from `self` to `later`; waits for `later`.
+    ///
+    /// # Errors
+    /// When the work between them failed.
+    pub fn milliseconds_to(&self, later: &Event) -> Result<f32> {
+        check("timing events", self.0.elapsed_ms(&later.0))
+    }
+}
+
+/// A block of a GPU's memory, counted by tag; returns to the pool when dropped.
+pub struct CudaBuffer {
+    device: Arc<CudaDevice>,
+    address: u64,
+    bytes: usize,
+    tag: MemoryTag,
+}
+
+impl CudaBuffer {
+    /// A block of `bytes` bytes with undefined content (NaNs when poisoning is on).
+    pub(crate) fn new(device: &Arc<CudaDevice>, bytes: usize) -> Result<Self> {
+        let address = device.allocate(bytes)?;
+        let tag = MemoryTag::current();
+        device.ledger.add(tag, bytes as u64);
+        let buffer = CudaBuffer {
+            device: device.clone(),
+            address,
+            bytes,
+            tag,
+        };
+        if poison_new_buffers() {
+            buffer.fill(POISON_BYTE)?;
+        }
+        Ok(buffer)
+    }
+
+    pub(crate) fn device(&self) -> &Arc<CudaDevice> {
+        &self.device
+    }
+
+    pub(crate) fn ptr(&self) -> u64 {
+        self.address
+    }
+
+    pub(crate) fn fill_zero(&mut self) -> Result<()> {
+        self.fill(0)
+    }
+
+    fn fill(&self, byte: u8) -> Result<()> {
+        self.device.bind()?;
+        let stream = self.device.stream.cu_stream();
+        // SAFETY: the block belongs to this buffer and has `bytes` bytes.
+        check("cuMemsetD8Async", unsafe {
+            result::memset_d8_async(self.address, byte, self.bytes, stream)
+        })
+    }
+
+    /// Copies from pageable host memory into the block, from byte `offset` on; the source may be reused on return.
+    pub(crate) fn copy_from_host(&mut self, offset: usize, source: &[u8]) -> Result<()> {
+        assert!(offset + source.len() <= self.bytes, "a copy past the end of a buffer");
+        if source.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        let stream = self.device.stream.cu_stream();
+        // SAFETY: the range lies in the block (checked above); the driver has copied a pageable source when it returns.
+        let outcome = unsafe { result::memcpy_htod_async(self.address + offset as u64, source, stream) };
+        check("copy to the GPU", outcome)
+    }
+
+    /// Copies out of the block after all submitted work is done.
+    pub(crate) fn copy_to_host(&self, offset: usize, target: &mut [u8]) -> Result<()> {
+        assert!(offset + target.len() <= self.bytes, "a copy past the end of a buffer");
+        if target.is_empty() {
+            return Ok(());
+        }
+        self.device.bind()?;
+        let stream = self.device.stream.cu_stream();
+        // SAFETY: the range lies in the block (checked above), and the stream is waited for before `target` is used.
+        let outcome = unsafe { result::memcpy_dtoh_async(target, self.address + offset as u64, stream) };
+        check("copy from the GPU", outcome)?;
+        self.device.synchronize()
+    }
+
+    /// Fills the block through the pinned staging buffers, so that reading a file and copying overlap.
+    pub(crate) fn upload(&mut self, fill: &mut dyn FnMut(usize, &mut [u8]) -> Result<()>) -> Result<()> {
+        let (device, address, bytes) = (self.device.clone(), self.address, self.bytes);
+        device.with_staging(|staging| staging.upload(&device, address, bytes, fill))
+    }
+}
+
+impl Drop for CudaBuffer {
+    fn drop(&mut self) {
+        self.device.ledger.remove(self.tag, self.bytes as u64);
+        if self.device.bind().is_ok() {
+            self.device.pool.lock().unwrap().free(self.address, self.bytes as u64);
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! Loading and launching kernels.
+
+use std::ffi::{CStr, CString, c_void};
+
+use cudarc::driver::{result, sys};
+
+use super::cuda::{CudaDevice, check};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor};
+
+/// Up to this many bytes of dynamic shared memory a kernel may use without asking.
+const DEFAULT_SHARED_MEMORY: u32 = 48 << 10;
+
+/// What a kernel says about its own launch (`L2P_LAUNCH` in `cuda/common/launch.cuh`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct LaunchInfo {
+    /// Threads per block.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory per block.
+    pub dynamic_shared_memory: u32,
+    /// What one block covers; the kernel's comment says in which units.
+    pub tile: [u32; 4],
+}
+
+/// A kernel ready to be launched on its device.
+pub struct Kernel {
+    name: CString,
+    function: sys::CUfunction,
+    info: LaunchInfo,
+}
+
+// SAFETY: a function handle may be used from any thread that has the device's context current, which `launch` sees to.
+unsafe impl Send for Kernel {}
+// SAFETY: as above; launching does not change the kernel.
+unsafe impl Sync for Kernel {}
+
+impl Kernel {
+    /// Finds `name` in a loaded module and allows it the shared memory it asks for.
+    pub(super) fn load(module: sys::CUmodule, name: &str) -> Result<Self> {
+        let name = CString::new(name).expect("kernel names hold no zero byte");
+        // SAFETY: the module is loaded and stays so for the life of the device.
+        let function = unsafe { result::module::get_function(module, name.clone()) };
+        let function = check(&format!("loading kernel {}", name.to_string_lossy()), function)?;
+        let info = read_launch_info(module, &name)?.unwrap_or_default();
+        if info.dynamic_shared_memory > DEFAULT_SHARED_MEMORY {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: `function` was just loaded.
+            let outcome = unsafe {
+                result::function::set_function_attribute(function, attribute, info.dynamic_shared_memory as i32)
+            };
+            check(&format!("shared memory of {}", name.to_string_lossy()), outcome)?;
+        }
+        Ok(Kernel { name, function, info })
+    }
+
+    /// What the kernel says about its launch; zeros when it says nothing.
+    pub fn info(&self) -> &LaunchInfo {
+        &self.info
+    }
+
+    /// Launches `grid` blocks of the kernel's own block size on the device's stream.
+    ///
+    /// # Errors
+    /// When the launch is refused. Errors while the kernel runs show at the next synchronisation.
+    ///
+    /// # Safety
+    /// The arguments must be those the kernel takes, in number, order and type, every address must point to memory of
+    /// the size the kernel accesses, and no address that the kernel writes may belong to a tensor that is shared.
+    pub unsafe fn launch(&self, device: &CudaDevice, grid: [u32; 3], args: Args) -> Result<()> {
+        // SAFETY: by the caller's promise.
+        unsafe { self.launch_with(device, grid, self.info.threads, args) }
+    }
+
+    /// Launches `grid` blocks of `threads` threads, for kernels that leave their block size open.
+    ///
+    /// # Errors
+    /// As for [`Kernel::launch`].
+    ///
+    /// # Safety
+    /// As for [`Kernel::launch`].
+    pub unsafe fn launch_with(&self, device: &CudaDevice, grid: [u32; 3], threads: u32, mut args: Args) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        device.bind()?;
+        let mut pointers = args.pointers();
+        // SAFETY: by the caller's promise; the argument pointers live until the call returns, which copies them.
+        let outcome = unsafe {
+            result::launch_kernel(
+                self.function,
+                grid.into(),
+                (threads, 1, 1),
+                self.info.dynamic_shared_memory,
+                device.stream().cu_stream(),
+                &mut pointers,
+            )
+        };
+        check(
+            &format!("launching {} on a grid of {grid:?}", self.name.to_string_lossy()),
+            outcome,
+        )
+    }
+}
+
+fn read_launch_info(module: sys::CUmodule, kernel: &CStr) -> Result<Option<LaunchInfo>> {
+    let symbol = CString::new([kernel.to_bytes(), b"_launch"].concat()).expect("kernel names hold no zero byte");
+    let (mut address, mut bytes) = (0, 0);
+    // SAFETY: plain out-parameters and a symbol name.
+    let found = unsafe { sys::cuModuleGetGlobal_v2(&mut address, &mut bytes, module, symbol.as_ptr()) };
+    if found == sys::CUresult::CUDA_ERROR_NOT_FOUND {
+        return Ok(None);
+    }
+    check("cuModuleGetGlobal", found.result())?;
+    if bytes != size_of::<LaunchInfo>() {
+        return Err(Error::invalid(format!(
+            "kernel symbol {} has {bytes} bytes",
+            symbol.to_string_lossy()
+        )));
+    }
+    let mut info = [LaunchInfo::default()];
+    // SAFETY: the symbol holds exactly one LaunchInfo, checked above.
+    check("reading launch parameters", unsafe {
+        result::memcpy_dtoh_sync(&mut info, address)
+    })?;
+    Ok(Some(info[0]))
+}
+
+/// The arguments of one launch, in the order of the kernel's parameters.
+#[derive(Default)]
+pub struct Args {
+    slots: Vec<Slot>,
+}
+
+enum Slot {
+    Word(u64),
+    Map(Box<TensorMap>),
+}
+
+impl Args {
+    /// No arguments yet.
+    pub fn new() -> Self {
+        Args {
+            slots: Vec::with_capacity(24),
+        }
+    }
+
+    /// A tensor that the kernel reads.
+    ///
+    /// # Errors
+    /// When the tensor is on the CPU.
+    pub fn input(self, tensor: &Tensor) -> Result<Self> {
+        let address = tensor.device_ptr()?;
+        Ok(self.word(address))
+    }
+
+    /// A tensor that the kernel reads, or a null pointer.
+    ///
+    /// # Errors
+    /// When the tensor is on the CPU.
+    pub fn optional(self, tensor: Option<&Tensor>) -> Result<Self> {
+        match tensor {
+            Some(tensor) => self.input(tensor),
+            None => Ok(self.word(0)),
+        }
+    }
+
+    /// A tensor that the kernel writes.
+    ///
+    /// # Errors
+    /// When the tensor is on the CPU or shares its buffer.
+    pub fn output(self, tensor: &mut Tensor) -> Result<Self> {
+        let address = tensor.device_ptr_mut()?;
+        Ok(self.word(address))
+    }
+
+    /// A tensor that the kernel writes, or a null pointer.
+    ///
+    /// # Errors
+    /// When the tensor is on the CPU or shares its buffer.
+    pub fn optional_output(self, tensor: Option<&mut Tensor>) -> Result<Self> {
+        match tensor {
+            Some(tensor) => self.output(tensor),
+            None => Ok(self.word(0)),
+        }
+    }
+
+    /// An `int` parameter.
+    ///
+    /// # Panics
+    /// When the value does not fit; operations check their sizes before.
+    pub fn int(self, value: usize) -> Self {
+        let value = i32::try_from(value).expect("operations check that sizes fit 32 bits");
+        self.word(u64::from(value as u32))
+    }
+
+    /// A `long long` or `size_t` parameter.
+    pub fn long(self, value: u64) -> Self {
+        self.word(value)
+    }
+
+    /// An `unsigned` parameter.
+    pub fn unsigned(self, value: u32) -> Self {
+        self.word(u64::from(value))
+    }
+
+    /// A `float` parameter.
+    pub fn float(self, value: f32) -> Self {
+        self.word(u64::from(value.to_bits()))
+    }
+
+    /// A `const __grid_constant__ CUtensorMap` parameter.
+    pub fn tensor_map(mut self, map: TensorMap) -> Self {
+        self.slots.push(Slot::Map(Box::new(map)));
+        self
+    }
+
+    fn word(mut self, value: u64) -> Self {
+        self.slots.push(Slot::Word(value));
+        self
+    }
+
+    /// Little-endian words: the address of a word is also that of its low 32 bits.
+    fn pointers(&mut self) -> Vec<*mut c_void> {
+        self.slots
+            .iter_mut()
+            .map(|slot| match slot {
+                Slot::Word(word) => std::ptr::from_mut(word).cast(),
+                Slot::Map(map) => std::ptr::from_mut(&mut map.0).cast(),
+            })
+            .collect()
+    }
+}
+
+/// A descriptor for Hopper's bulk tensor copies.
+pub struct TensorMap(sys::CUtensorMap);
+
+/// What a [`TensorMap`] describes; dimensions are listed innermost first, as the hardware wants them.
+pub struct TensorMapSpec<'a> {
+    /// Extents in elements, innermost first.
+    pub extents: &'a [u64],
+    /// Strides in bytes of all dimensions but the innermost; multiples of 16.
+    pub strides: &'a [u64],
+    /// The box that one copy moves, in elements.
+    pub tile: &'a [u32],
+    /// Bytes of the swizzle pattern in shared memory: 0 (none), 32, 64 or 128; at least the tile's innermost bytes.
+    pub swizzle: u32,
+}
+
+impl TensorMap {
+    /// Describes the memory of `tensor`, from its first element on.
+    ///
+    /// # Errors
+    /// When the tensor is on the CPU or the driver refuses the description.
+    pub fn new(tensor: &Tensor, spec: &TensorMapSpec<'_>) -> Result<Self> {
+        let element = match tensor.dtype() {
+            DType::F32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+            DType::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            DType::I32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_INT32,
+            DType::U8 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        };
+        let swizzle = match spec.swizzle {
+            128 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,
+            _ => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
+        };
+        let steps = vec![1u32; spec.extents.len()];
+        // SAFETY: a plain C structure that the call below fills.
+        let mut map: sys::CUtensorMap = unsafe { std::mem::zeroed() };
+        // SAFETY: the slices have as many entries as the rank says; the driver checks the values.
+        let outcome = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                element,
+                spec.extents.len() as u32,
+                tensor.device_ptr()? as *mut c_void,
+                spec.extents.as_ptr(),
+                spec.strides.as_ptr(),
+                spec.tile.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        check("cuTensorMapEncodeTiled", outcome.result())?;
+        Ok(TensorMap(map))
+    }
+}

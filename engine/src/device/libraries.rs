@@ -1,0 +1,61 @@
+//! Finds the CUDA libraries at run time, so that one binary starts on machines with and without them.
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+/// The folders looked at beside the loader's own, in this order; `L2P_CUDA_LIBRARIES` comes first.
+const FOLDERS: [&str; 4] = [
+    "/usr/local/cuda/lib64",
+    "/usr/local/cuda/targets/x86_64-linux/lib",
+    "/usr/lib/x86_64-linux-gnu",
+    "/opt/cuda/lib64",
+];
+
+/// The file names under which cuBLASLt of the supported major versions is installed.
+const CUBLAS_LT: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
+
+/// Whether the CUDA driver's library can be loaded.
+pub fn driver_present() -> bool {
+    // SAFETY: only tries to load the library by its standard names.
+    unsafe { cudarc::driver::sys::is_culib_present() }
+}
+
+/// Whether cuBLASLt can be loaded, after looking in the usual folders too.
+pub fn cublas_lt_present() -> bool {
+    static PRESENT: OnceLock<bool> = OnceLock::new();
+    *PRESENT.get_or_init(|| {
+        preload_cublas_lt();
+        // SAFETY: only tries to load the library by its standard names.
+        unsafe { cudarc::cublaslt::sys::is_culib_present() }
+    })
+}
+
+/// Where cuBLASLt was looked for, for messages.
+pub fn cublas_lt_places() -> String {
+    let folders: Vec<String> = folders().map(|folder| folder.display().to_string()).collect();
+    format!("{} in LD_LIBRARY_PATH, {}", CUBLAS_LT.join(" or "), folders.join(", "))
+}
+
+fn folders() -> impl Iterator<Item = PathBuf> {
+    let own = std::env::var_os("L2P_CUDA_LIBRARIES").unwrap_or_default();
+    let own: Vec<PathBuf> = std::env::split_paths(&own)
+        .filter(|path| !path.as_os_str().is_empty())
+        .collect();
+    own.into_iter().chain(FOLDERS.map(PathBuf::from))
+}
+
+/// Loads cuBLASLt by path where the loader's own search would miss it. A library that is already in the process is found
+/// by its bare name from then on.
+fn preload_cublas_lt() {
+    let found = folders()
+        .flat_map(|folder| CUBLAS_LT.map(|name| folder.join(name)))
+        .filter(|path| path.is_file());
+    for path in found {
+        // SAFETY: loading a CUDA library runs its initialisers only, which have no preconditions.
+        if let Ok(library) = unsafe { libloading::Library::new(&path) } {
+            // Kept for the life of the process: the loader must not unload it before it is used.
+            std::mem::forget(library);
+            return;
+        }
+    }
+}

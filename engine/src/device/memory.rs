@@ -1,0 +1,199 @@
+//! Accounting: every allocation carries a tag, and a ledger per device keeps what is held now and at its peak.
+
+use std::cell::Cell;
+use std::sync::{Mutex, OnceLock};
+
+use serde::Serialize;
+
+/// What an allocation is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MemoryTag {
+    /// Model parameters.
+    Weights,
+    /// Tensors that live within one forward or backward step.
+    Activations,
+    /// Tensors kept by forward for backward.
+    Saved,
+    /// Parameter gradients.
+    Gradients,
+    /// Master weights, moments and averages.
+    Optimizer,
+    /// Scratch memory of library calls and kernels.
+    Workspace,
+}
+
+impl MemoryTag {
+    /// All tags, in the order of reports.
+    pub const ALL: [MemoryTag; 6] = [
+        MemoryTag::Weights,
+        MemoryTag::Activations,
+        MemoryTag::Saved,
+        MemoryTag::Gradients,
+        MemoryTag::Optimizer,
+        MemoryTag::Workspace,
+    ];
+
+    /// The name used in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            MemoryTag::Weights => "weights",
+            MemoryTag::Activations => "activations",
+            MemoryTag::Saved => "saved",
+            MemoryTag::Gradients => "gradients",
+            MemoryTag::Optimizer => "optimizer",
+            MemoryTag::Workspace => "workspace",
+        }
+    }
+
+    /// Tags what this thread allocates with `self` until the returned scope is dropped.
+    pub fn scope(self) -> TagScope {
+        TagScope {
+            outer: CURRENT_TAG.replace(self),
+        }
+    }
+
+    /// The tag of this thread's next allocation.
+    pub(super) fn current() -> Self {
+        CURRENT_TAG.get()
+    }
+}
+
+thread_local! {
+    static CURRENT_TAG: Cell<MemoryTag> = const { Cell::new(MemoryTag::Activations) };
+}
+
+/// Restores the outer tag when dropped; see [`MemoryTag::scope`].
+#[must_use = "the tag applies while the scope lives"]
+pub struct TagScope {
+    outer: MemoryTag,
+}
+
+impl Drop for TagScope {
+    fn drop(&mut self) {
+        CURRENT_TAG.set(self.outer);
+    }
+}
+
+/// Bytes held by one tag.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Usage {
+    /// Held now.
+    pub current: u64,
+    /// The most held at once since the accounting phase began.
+    pub peak: u64,
+}
+
+/// What a device's ledger says.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct MemoryReport {
+    /// By tag, in the order of [`MemoryTag::ALL`].
+    pub by_tag: [Usage; 6],
+    /// Over all tags.
+    pub total: Usage,
+    /// Taken from the driver by the pool, free blocks included; 0 on the CPU.
+    pub reserved: u64,
+}
+
+impl MemoryReport {
+    /// The usage under `tag`.
+    pub fn tag(&self, tag: MemoryTag) -> Usage {
+        self.by_tag[tag as usize]
+    }
+}
+
+/// Counts allocations of one device.
+#[derive(Default)]
+pub(super) struct Ledger(Mutex<MemoryReport>);
+
+impl Ledger {
+    pub fn add(&self, tag: MemoryTag, bytes: u64) {
+        let mut report = self.0.lock().unwrap();
+        let MemoryReport { by_tag, total, .. } = &mut *report;
+        for usage in [&mut by_tag[tag as usize], total] {
+            usage.current += bytes;
+            usage.peak = usage.peak.max(usage.current);
+        }
+    }
+
+    pub fn remove(&self, tag: MemoryTag, bytes: u64) {
+        let mut report = self.0.lock().unwrap();
+        report.by_tag[tag as usize].current -= bytes;
+        report.total.current -= bytes;
+    }
+
+    pub fn report(&self) -> MemoryReport {
+        self.0.lock().unwrap().clone()
+    }
+
+    pub fn reset_peaks(&self) {
+        let mut report = self.0.lock().unwrap();
+        let MemoryReport { by_tag, total, .. } = &mut *report;
+        for usage in by_tag.iter_mut().chain([total]) {
+            usage.peak = usage.current;
+        }
+    }
+}
+
+/// The ledger of tensors in host memory.
+pub(super) fn cpu_ledger() -> &'static Ledger {
+    static LEDGER: OnceLock<Ledger> = OnceLock::new();
+    LEDGER.get_or_init(Ledger::default)
+}
+
+/// A byte count for people, in decimal units: `12.3 GB`.
+pub fn format_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "kB", "MB", "GB", "TB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 999.5 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    match unit {
+        0 => format!("{bytes} B"),
+        _ if value < 9.995 => format!("{value:.2} {}", UNITS[unit]),
+        _ if value < 99.95 => format!("{value:.1} {}", UNITS[unit]),
+        _ => format!("{value:.0} {}", UNITS[unit]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peaks_are_kept_by_tag_and_in_all() {
+        let ledger = Ledger::default();
+        ledger.add(MemoryTag::Weights, 100);
+        ledger.add(MemoryTag::Activations, 50);
+        ledger.remove(MemoryTag::Activations, 50);
+        ledger.add(MemoryTag::Workspace, 20);
+        let report = ledger.report();
+        assert_eq!((report.total.current, report.total.peak), (120, 150));
+        assert_eq!(report.tag(MemoryTag::Activations).peak, 50);
+        ledger.reset_peaks();
+        assert_eq!(ledger.report().total.peak, 120);
+        assert_eq!(ledger.report().tag(MemoryTag::Activations).peak, 0);
+    }
+
+    #[test]
+    fn scopes_nest() {
+        assert_eq!(MemoryTag::current(), MemoryTag::Activations);
+        let outer = MemoryTag::Weights.scope();
+        {
+            let _inner = MemoryTag::Workspace.scope();
+            assert_eq!(MemoryTag::current(), MemoryTag::Workspace);
+        }
+        assert_eq!(MemoryTag::current(), MemoryTag::Weights);
+        drop(outer);
+        assert_eq!(MemoryTag::current(), MemoryTag::Activations);
+    }
+
+    #[test]
+    fn byte_counts_read_well() {
+        assert_eq!(format_bytes(999), "999 B");
+        assert_eq!(format_bytes(12_345_678_901), "12.3 GB");
+        assert_eq!(format_bytes(999_999), "1.00 MB");
+    }
+}

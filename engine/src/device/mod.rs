@@ -1,0 +1,186 @@
+//! Devices: the CPU, and NVIDIA GPUs through the CUDA driver.
+//!
+//! `unsafe` code lives in this module and in the launch functions of `ops`, nowhere else.
+
+mod blas;
+mod cpu;
+mod cuda;
+mod kernel;
+mod libraries;
+mod memory;
+mod pool;
+mod probe;
+mod upload;
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+pub use blas::{Blas, Matmul, MatmulOperands};
+pub use cpu::{CpuBuffer, set_poison_new_buffers};
+pub use cuda::{CudaBuffer, CudaDevice, Event};
+pub use kernel::{Args, Kernel, LaunchInfo, TensorMap, TensorMapSpec};
+pub use memory::{MemoryReport, MemoryTag, TagScope, format_bytes};
+pub use probe::{GpuReport, ProbeReport, probe};
+
+use crate::error::{Error, Result};
+use crate::tensor::DType;
+
+/// Where tensors live and operations run.
+#[derive(Clone)]
+pub enum Device {
+    /// The host's processors: f32, threaded; the definition of every operation's result.
+    Cpu,
+    /// One GPU: bf16 storage with f32 accumulation.
+    Cuda(Arc<CudaDevice>),
+}
+
+impl Device {
+    /// Opens the device that `choice` names.
+    ///
+    /// # Errors
+    /// [`Error::NoGpu`] when a GPU is asked for by name and cannot be used, with the reason. `auto` never fails: it takes
+    /// the CPU where no GPU can be used.
+    pub fn open(choice: DeviceChoice) -> Result<Self> {
+        match choice {
+            DeviceChoice::Cpu => Ok(Device::Cpu),
+            DeviceChoice::Cuda(index) => CudaDevice::open(index).map(Device::Cuda),
+            DeviceChoice::Auto => match CudaDevice::open(0) {
+                Ok(device) => Ok(Device::Cuda(device)),
+                Err(reason) => {
+                    tracing::debug!("running on the CPU: {reason}");
+                    Ok(Device::Cpu)
+                }
+            },
+        }
+    }
+
+    /// The element type of weights and activations: f32 on the CPU, bf16 on CUDA.
+    pub fn compute_dtype(&self) -> DType {
+        match self {
+            Device::Cpu => DType::F32,
+            Device::Cuda(_) => DType::Bf16,
+        }
+    }
+
+    /// Waits until all work submitted so far is done.
+    ///
+    /// # Errors
+    /// The first error of that work.
+    pub fn synchronize(&self) -> Result<()> {
+        match self {
+            Device::Cpu => Ok(()),
+            Device::Cuda(device) => device.synchronize(),
+        }
+    }
+
+    /// Memory held now and at its peak, by tag, since the last [`Device::reset_memory_peaks`].
+    pub fn memory_report(&self) -> MemoryReport {
+        match self {
+            Device::Cpu => memory::cpu_ledger().report(),
+            Device::Cuda(device) => device.memory_report(),
+        }
+    }
+
+    /// Starts a new accounting phase: peaks become what is held now.
+    pub fn reset_memory_peaks(&self) {
+        match self {
+            Device::Cpu => memory::cpu_ledger().reset_peaks(),
+            Device::Cuda(device) => device.reset_memory_peaks(),
+        }
+    }
+
+    /// Bytes of memory that could still be allocated, as far as the system tells.
+    ///
+    /// # Errors
+    /// When the driver cannot be asked.
+    pub fn available_memory(&self) -> Result<u64> {
+        match self {
+            Device::Cpu => Ok(cpu::available_memory()),
+            Device::Cuda(device) => device.available_memory(),
+        }
+    }
+}
+
+impl PartialEq for Device {
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Device::Cpu, Device::Cpu) => true,
+            (Device::Cuda(a), Device::Cuda(b)) => a.index() == b.index(),
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(device) => write!(f, "cuda:{}", device.index()),
+        }
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A user's choice of device: `auto`, `cpu`, `cuda` or `cuda:N`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// The first GPU when driver, libraries and kernels are usable, the CPU otherwise.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU with this index.
+    Cuda(usize),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "auto" => Ok(DeviceChoice::Auto),
+            "cpu" => Ok(DeviceChoice::Cpu),
+            "cuda" => Ok(DeviceChoice::Cuda(0)),
+            _ => {
+                let index = text.strip_prefix("cuda:").and_then(|index| index.parse().ok());
+                index.map(DeviceChoice::Cuda).ok_or_else(|| {
+                    Error::invalid(format!(
+                        "`{text}` names no device; use auto, cpu, cuda or cuda:N (cuda:0 is the first GPU)"
+                    ))
+                })
+            }
+        }
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceChoice::Auto => f.write_str("auto"),
+            DeviceChoice::Cpu => f.write_str("cpu"),
+            DeviceChoice::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_names_are_read() {
+        assert_eq!("auto".parse::<DeviceChoice>().unwrap(), DeviceChoice::Auto);
+        assert_eq!("cuda".parse::<DeviceChoice>().unwrap(), DeviceChoice::Cuda(0));
+        assert_eq!("cuda:3".parse::<DeviceChoice>().unwrap(), DeviceChoice::Cuda(3));
+        for bad in ["gpu", "cuda:", "cuda:-1", "CPU", ""] {
+            let message = bad.parse::<DeviceChoice>().unwrap_err().to_string();
+            assert!(message.contains("use auto, cpu, cuda or cuda:N"), "{message}");
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! The one error type of the engine.
+
+use std::path::PathBuf;
+
+use crate::tensor::{DType, Shape};
+
+/// What went wrong, in a form that can be shown to a user: it names the thing at fault and, where there is one, the way out.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A tensor does not have the shape an operation needs.
+    #[error("{op}: {tensor} has shape {found}, expected {expected}")]
+    Shape {
+        /// The operation.
+        op: &'static str,
+        /// The argument's name.
+        tensor: String,
+        /// The shape the operation needs, in words or numbers.
+        expected: String,
+        /// The shape it got.
+        found: Shape,
+    },
+    /// A tensor does not have the element type an operation needs.
+    #[error("{op}: {tensor} holds {found}, expected {expected}")]
+    DType {
+        /// The operation.
+        op: &'static str,
+        /// The argument's name.
+        tensor: String,
+        /// The element type it needs.
+        expected: DType,
+        /// The element type it got.
+        found: DType,
+    },
+    /// Two tensors of one operation live on different devices.
+    #[error("{op}: {tensor} is on {found}, but the operation runs on {expected}")]
+    Placement {
+        /// The operation.
+        op: &'static str,
+        /// The argument's name.
+        tensor: String,
+        /// The device of the operation's first argument.
+        expected: String,
+        /// The device of the argument.
+        found: String,
+    },
+    /// A call into a CUDA library failed.
+    #[error("{call} failed: {reason}")]
+    Cuda {
+        /// The library's function.
+        call: String,
+        /// The library's own word for the failure.
+        reason: String,
+    },
+    /// The device has no room for an allocation.
+    #[error(
+        "out of {device} memory: {requested} asked for, {in_use} in use by this process, {free} free; \
+         use a smaller size, batch or model"
+    )]
+    OutOfMemory {
+        /// `CPU` or the GPU's name.
+        device: String,
+        /// Bytes of the failed request, formatted.
+        requested: String,
+        /// Bytes held by this process's pool, formatted.
+        in_use: String,
+        /// Bytes that the device reports as free, formatted.
+        free: String,
+    },
+    /// No GPU can be used; holds the reason and the way out.
+    #[error("{0}")]
+    NoGpu(String),
+    /// A file could not be opened, read or written.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// A file's content is not what it should be.
+    #[error("{path}: {reason}", path = path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// An argument makes no sense; holds a sentence that says which and why.
+    #[error("{0}")]
+    Invalid(String),
+    /// The user asked to stop.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// A result of the engine.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An [`Error::Io`] for `path`.
+    pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        Error::Io {
+            path: path.into(),
+            source,
+        }
+    }
+
+    /// An [`Error::File`] for `path`.
+    pub fn file(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
+        Error::File {
+            path: path.into(),
+            reason: reason.into(),
+        }
+    }
+
+    /// An [`Error::Invalid`].
+    pub fn invalid(reason: impl Into<String>) -> Self {
+        Error::Invalid(reason.into())
+    }
+}

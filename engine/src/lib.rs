@@ -1,0 +1,15 @@
+//! The engine of l2p: tensors and fused operations on CPU and CUDA, the models made of them, and what drives them.
+//!
+//! The layers, each using only those before it: [`device`] → [`tensor`] → [`ops`] → [`model`] → [`checkpoint`], [`flow`].
+//! Operations know nothing of models; each defines itself by a plain CPU loop and launches the CUDA kernel that must equal it.
+
+pub mod device;
+mod error;
+mod nvtx;
+pub mod ops;
+pub mod profile;
+pub mod tensor;
+
+pub use device::{Device, DeviceChoice};
+pub use error::{Error, Result};
+pub use tensor::{DType, Shape, Tensor};

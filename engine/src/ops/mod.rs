@@ -1,0 +1,74 @@
+//! Operations: one file each, with its contract, the CPU loop that defines it, and the CUDA launch that must equal it.
+//!
+//! Every function checks its arguments at the door and returns an error that names the operation, the tensor, and what
+//! was expected and found; kernels assume what was checked. On the CPU everything is f32, on CUDA activations and weights
+//! are bf16 and sums are f32; the head comment of an operation names the exceptions.
+
+mod elementwise;
+pub mod linear;
+mod modulation;
+pub mod rms_norm;
+
+pub use modulation::Modulation;
+
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// The sizes of a token tensor `[batch, tokens, dim]`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TokenSizes {
+    pub batch: usize,
+    pub tokens: usize,
+    pub dim: usize,
+}
+
+impl TokenSizes {
+    /// Reads the sizes of `x` and checks that it is in the device's compute type.
+    pub fn of(op: &'static str, name: &str, x: &Tensor) -> Result<Self> {
+        x.expect_rank(op, name, 3, "[batch, tokens, dim]")?;
+        x.expect_dtype(op, name, x.device().compute_dtype())?;
+        Ok(TokenSizes {
+            batch: x.dim(0),
+            tokens: x.dim(1),
+            dim: x.dim(2),
+        })
+    }
+
+    pub fn rows(&self) -> usize {
+        self.batch * self.tokens
+    }
+
+    /// CUDA kernels move eight elements at a time.
+    pub fn expect_vectors(&self, op: &'static str) -> Result<()> {
+        if self.dim.is_multiple_of(8) {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "{op}: a width of {} is not a multiple of 8, which the CUDA kernels need",
+            self.dim
+        )))
+    }
+}
+
+/// Checks a parameter: shape, the device's compute type, and the device of the operation's input.
+pub(crate) fn expect_parameter(
+    op: &'static str,
+    name: &str,
+    parameter: &Tensor,
+    shape: &[usize],
+    input: &Tensor,
+) -> Result<()> {
+    parameter.expect_shape(op, name, shape)?;
+    parameter.expect_dtype(op, name, input.device().compute_dtype())?;
+    parameter.expect_device(op, name, &input.device())
+}
+
+/// A size as a grid extent.
+pub(crate) fn grid(op: &'static str, blocks: usize) -> Result<u32> {
+    match u32::try_from(blocks) {
+        Ok(blocks) if blocks <= i32::MAX as u32 => Ok(blocks),
+        _ => Err(Error::invalid(format!(
+            "{op}: {blocks} blocks are more than one launch can have"
+        ))),
+    }
+}

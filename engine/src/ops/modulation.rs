@@ -1,0 +1,53 @@
+//! Vectors that modulate every token of a batch item.
+
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor};
+
+/// One vector per batch item, picked out of a table `[batch, vectors, dim]` in f32 (such as the output of an
+/// `adaLN_modulation` layer, which holds scale and gate vectors side by side).
+#[derive(Clone, Copy, Debug)]
+pub struct Modulation<'a> {
+    table: &'a Tensor,
+    index: usize,
+}
+
+impl<'a> Modulation<'a> {
+    /// The vectors `table[.., index, ..]`.
+    ///
+    /// # Errors
+    /// When the table has another rank or type, or no such vector.
+    pub fn new(table: &'a Tensor, index: usize) -> Result<Self> {
+        table.expect_rank("modulation", "table", 3, "[batch, vectors, dim]")?;
+        table.expect_dtype("modulation", "table", DType::F32)?;
+        if index >= table.dim(1) {
+            return Err(Error::invalid(format!(
+                "modulation: there is no vector {index} in a table of {}",
+                table.dim(1)
+            )));
+        }
+        Ok(Modulation { table, index })
+    }
+
+    /// Checks that there is a vector of `dim` elements for each of `batch` items, on the device of `input`.
+    pub(crate) fn expect(&self, op: &'static str, name: &str, batch: usize, dim: usize, input: &Tensor) -> Result<()> {
+        self.table.expect_shape(op, name, [batch, self.table.dim(1), dim])?;
+        self.table.expect_device(op, name, &input.device())
+    }
+
+    /// The address of the first item's vector in GPU memory.
+    pub(crate) fn device_ptr(&self) -> Result<u64> {
+        Ok(self.table.device_ptr()? + (self.index * self.table.dim(2) * DType::F32.size()) as u64)
+    }
+
+    /// Elements from one item's vector to the next's.
+    pub(crate) fn stride(&self) -> usize {
+        self.table.dim(1) * self.table.dim(2)
+    }
+
+    /// The vector of batch item `item`, on the CPU.
+    pub(crate) fn row(&self, item: usize) -> Result<&'a [f32]> {
+        let dim = self.table.dim(2);
+        let start = item * self.stride() + self.index * dim;
+        Ok(&self.table.as_slice::<f32>()?[start..start + dim])
+    }
+}

@@ -1,0 +1,265 @@
+//! RMS normalisation and what the transformer block fuses with it.
+//!
+//! With `rms(x) = sqrt(mean(x²) + ε)` over the last dimension:
+//!
+//! * [`rms_norm`]: `x / rms(x) · weight`
+//! * [`rms_norm_modulate`]: the same `· (1 + scale)`, the scale being one vector per batch item
+//! * [`gated_residual_rms_norm`]: `sum = x + tanh(gate) · rms_norm(y)`, and at once the next sublayer's
+//!   `rms_norm_modulate(sum)`
+//!
+//! Shapes: activations `[batch, tokens, dim]`, weights `[dim]`, scale and gate as [`Modulation`] in f32. On CUDA `dim` is a
+//! multiple of 8 and at most 32768. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); the gating
+//! and modulation are those of the Z-Image transformer block.
+
+use rayon::prelude::*;
+
+use super::{Modulation, TokenSizes, expect_parameter, grid};
+use crate::device::{Args, CudaDevice};
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// The normalisation of a sublayer's input: weight `[dim]`, optional scale per batch item, and ε.
+#[derive(Clone, Copy, Debug)]
+pub struct RmsNorm<'a> {
+    /// The learned factor per channel.
+    pub weight: &'a Tensor,
+    /// Multiplies the result by `1 + scale`.
+    pub scale: Option<Modulation<'a>>,
+    /// Added to the mean square.
+    pub epsilon: f32,
+}
+
+impl RmsNorm<'_> {
+    fn expect(&self, op: &'static str, x: &Tensor, sizes: TokenSizes) -> Result<()> {
+        expect_parameter(op, "weight", self.weight, &[sizes.dim], x)?;
+        match &self.scale {
+            Some(scale) => scale.expect(op, "scale", sizes.batch, sizes.dim, x),
+            None => Ok(()),
+        }
+    }
+}
+
+/// `x / rms(x) · weight`; see the module's head comment.
+///
+/// # Errors
+/// When shapes, types or devices do not fit.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<Tensor> {
+    rms_norm_modulate(
+        x,
+        &RmsNorm {
+            weight,
+            scale: None,
+            epsilon,
+        },
+    )
+}
+
+/// `x / rms(x) · weight · (1 + scale)`; see the module's head comment.
+///
+/// # Errors
+/// When shapes, types or devices do not fit.
+pub fn rms_norm_modulate(x: &Tensor, norm: &RmsNorm<'_>) -> Result<Tensor> {
+    const OP: &str = "rms_norm_modulate";
+    let sizes = TokenSizes::of(OP, "x", x)?;
+    norm.expect(OP, x, sizes)?;
+    let mut output = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+    match x.cuda() {
+        None => cpu_rms_norm_modulate(x, norm, sizes, &mut output)?,
+        Some(device) => cuda_rms_norm_modulate(device, x, norm, sizes, &mut output)?,
+    }
+    Ok(output)
+}
+
+/// A sublayer's end: its output `y` is normalised, gated and added to the residual stream.
+#[derive(Clone, Copy, Debug)]
+pub struct GatedResidual<'a> {
+    /// The factor per channel of the normalisation of `y`.
+    pub weight: &'a Tensor,
+    /// The branch is multiplied by `tanh(gate)`; by 1 without a gate.
+    pub gate: Option<Modulation<'a>>,
+    /// Added to the mean square of `y`.
+    pub epsilon: f32,
+}
+
+/// `sum = x + tanh(gate) · rms_norm(y)`; with `next`, also the normalised input of the sublayer that follows. Returns both.
+///
+/// # Errors
+/// When shapes, types or devices do not fit, or `next` has another ε.
+pub fn gated_residual_rms_norm(
+    x: &Tensor,
+    y: &Tensor,
+    residual: &GatedResidual<'_>,
+    next: Option<&RmsNorm<'_>>,
+) -> Result<(Tensor, Option<Tensor>)> {
+    const OP: &str = "gated_residual_rms_norm";
+    let sizes = TokenSizes::of(OP, "x", x)?;
+    y.expect_shape(OP, "y", x.shape())?;
+    y.expect_dtype(OP, "y", x.dtype())?;
+    y.expect_device(OP, "y", &x.device())?;
+    expect_parameter(OP, "weight", residual.weight, &[sizes.dim], x)?;
+    if let Some(gate) = &residual.gate {
+        gate.expect(OP, "gate", sizes.batch, sizes.dim, x)?;
+    }
+    if let Some(next) = next {
+        next.expect(OP, x, sizes)?;
+        if next.epsilon != residual.epsilon {
+            return Err(Error::invalid(format!(
+                "{OP}: both normalisations must have the same epsilon"
+            )));
+        }
+    }
+    let mut sum = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+    let mut normalised = next
+        .map(|_| Tensor::empty(&x.device(), x.shape(), x.dtype()))
+        .transpose()?;
+    match x.cuda() {
+        None => {
+            cpu_gated_residual(x, y, residual, sizes, &mut sum)?;
+            if let (Some(next), Some(normalised)) = (next, &mut normalised) {
+                cpu_rms_norm_modulate(&sum, next, sizes, normalised)?;
+            }
+        }
+        Some(device) => {
+            cuda_gated_residual_rms_norm(device, [x, y], residual, next, sizes, &mut sum, normalised.as_mut())?;
+        }
+    }
+    Ok((sum, normalised))
+}
+
+/// `1 / rms(row)`.
+fn inverse_rms(row: &[f32], epsilon: f32) -> f32 {
+    let squares: f32 = row.iter().map(|value| value * value).sum();
+    1.0 / (squares / row.len() as f32 + epsilon).sqrt()
+}
+
+fn cpu_rms_norm_modulate(x: &Tensor, norm: &RmsNorm<'_>, sizes: TokenSizes, output: &mut Tensor) -> Result<()> {
+    let weight = norm.weight.as_slice::<f32>()?;
+    let scales = item_rows(norm.scale.as_ref(), sizes.batch)?;
+    let rows = x.as_slice::<f32>()?.par_chunks(sizes.dim);
+    output
+        .as_mut_slice::<f32>()?
+        .par_chunks_mut(sizes.dim)
+        .zip(rows)
+        .enumerate()
+        .for_each(|(row, (output, x))| {
+            let inverse = inverse_rms(x, norm.epsilon);
+            for ((output, x), weight) in output.iter_mut().zip(x).zip(weight) {
+                *output = x * inverse * weight;
+            }
+            if let Some(scales) = &scales {
+                for (output, scale) in output.iter_mut().zip(scales[row / sizes.tokens]) {
+                    *output *= 1.0 + scale;
+                }
+            }
+        });
+    Ok(())
+}
+
+fn cpu_gated_residual(
+    x: &Tensor,
+    y: &Tensor,
+    residual: &GatedResidual<'_>,
+    sizes: TokenSizes,
+    sum: &mut Tensor,
+) -> Result<()> {
+    let weight = residual.weight.as_slice::<f32>()?;
+    let gates = item_rows(residual.gate.as_ref(), sizes.batch)?;
+    let (x, y) = (
+        x.as_slice::<f32>()?.par_chunks(sizes.dim),
+        y.as_slice::<f32>()?.par_chunks(sizes.dim),
+    );
+    sum.as_mut_slice::<f32>()?
+        .par_chunks_mut(sizes.dim)
+        .zip(x)
+        .zip(y)
+        .enumerate()
+        .for_each(|(row, ((sum, x), y))| {
+            let inverse = inverse_rms(y, residual.epsilon);
+            let gate = gates.as_ref().map(|gates| gates[row / sizes.tokens]);
+            for channel in 0..sizes.dim {
+                let factor = gate.map_or(1.0, |gate| gate[channel].tanh());
+                sum[channel] = x[channel] + factor * (y[channel] * inverse * weight[channel]);
+            }
+        });
+    Ok(())
+}
+
+/// The vector of every batch item.
+fn item_rows<'a>(vectors: Option<&Modulation<'a>>, batch: usize) -> Result<Option<Vec<&'a [f32]>>> {
+    vectors
+        .map(|vectors| (0..batch).map(|item| vectors.row(item)).collect())
+        .transpose()
+}
+
+/// Threads per block such that each handles at most as many elements as the kernel keeps in registers.
+fn threads_for(op: &'static str, dim: usize, per_thread: u32) -> Result<u32> {
+    let threads = dim.div_ceil(per_thread.max(1) as usize).next_multiple_of(32);
+    if threads > 1024 {
+        return Err(Error::invalid(format!(
+            "{op}: rows of {dim} elements are longer than the CUDA kernel's {}",
+            1024 * per_thread
+        )));
+    }
+    Ok(threads as u32)
+}
+
+fn cuda_rms_norm_modulate(
+    device: &CudaDevice,
+    x: &Tensor,
+    norm: &RmsNorm<'_>,
+    sizes: TokenSizes,
+    output: &mut Tensor,
+) -> Result<()> {
+    const OP: &str = "rms_norm_modulate";
+    sizes.expect_vectors(OP)?;
+    let kernel = device.kernel("rms_norm", OP)?;
+    let threads = threads_for(OP, sizes.dim, kernel.info().tile[0])?;
+    let args = Args::new()
+        .input(x)?
+        .input(norm.weight)?
+        .long(address_or_null(norm.scale.as_ref())?)
+        .output(output)?
+        .int(sizes.dim)
+        .int(sizes.tokens)
+        .int(norm.scale.map_or(0, |scale| scale.stride()))
+        .float(norm.epsilon);
+    // SAFETY: the arguments are those of `rms_norm_modulate`, of the shapes and types checked at the door; one block per row.
+    unsafe { kernel.launch_with(device, [grid(OP, sizes.rows())?, 1, 1], threads, args) }
+}
+
+fn cuda_gated_residual_rms_norm(
+    device: &CudaDevice,
+    [x, y]: [&Tensor; 2],
+    residual: &GatedResidual<'_>,
+    next: Option<&RmsNorm<'_>>,
+    sizes: TokenSizes,
+    sum: &mut Tensor,
+    normalised: Option<&mut Tensor>,
+) -> Result<()> {
+    const OP: &str = "gated_residual_rms_norm";
+    sizes.expect_vectors(OP)?;
+    let kernel = device.kernel("rms_norm", OP)?;
+    let threads = threads_for(OP, sizes.dim, kernel.info().tile[0])?;
+    let next_scale = next.and_then(|next| next.scale);
+    let args = Args::new()
+        .input(x)?
+        .input(y)?
+        .input(residual.weight)?
+        .long(address_or_null(residual.gate.as_ref())?)
+        .output(sum)?
+        .optional(next.map(|next| next.weight))?
+        .long(address_or_null(next_scale.as_ref())?)
+        .optional_output(normalised)?
+        .int(sizes.dim)
+        .int(sizes.tokens)
+        .int(residual.gate.map_or(0, |gate| gate.stride()))
+        .int(next_scale.map_or(0, |scale| scale.stride()))
+        .float(residual.epsilon);
+    // SAFETY: the arguments are those of `gated_residual_rms_norm`, of the shapes and types checked at the door; one block
+    // per row; null pointers stand for what is absent.
+    unsafe { kernel.launch_with(device, [grid(OP, sizes.rows())?, 1, 1], threads, args) }
+}
+
+fn address_or_null(vectors: Option<&Modulation<'_>>) -> Result<u64> {
+    vectors.map_or(Ok(0), |vectors| vectors.device_ptr())
+}

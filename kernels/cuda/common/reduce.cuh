@@ -1,0 +1,32 @@
+// Sums over a warp and over a block.
+#pragma once
+#include "common/types.cuh"
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+    for (int offset = WARP / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(FULL_WARP, value, offset);
+    return value;
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+    for (int offset = WARP / 2; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, offset));
+    return value;
+}
+
+// The sum over all threads of the block, returned to each of them. `scratch` holds one float per warp. Two barriers: the
+// first orders the warps' sums before they are read, the second lets `scratch` be used again.
+template <int THREADS>
+__device__ __forceinline__ float block_sum(float value, float* scratch) {
+    static_assert(THREADS % WARP == 0 && THREADS <= 1024);
+    constexpr int WARPS = THREADS / WARP;
+    value = warp_sum(value);
+    if constexpr (WARPS == 1) return value;
+    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = value;
+    __syncthreads();
+    float total = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) total += scratch[warp];
+    __syncthreads();
+    return total;
+}

@@ -1,0 +1,154 @@
+//! What the tests share: registration, deterministic data, comparison.
+
+use std::sync::{Mutex, OnceLock};
+
+use l2p_engine::{Device, DeviceChoice, Result, Tensor};
+use libtest_mimic::{Failed, Trial};
+
+/// What a test returns; any error fails it.
+pub type Outcome = std::result::Result<(), Failed>;
+
+/// Collects tests for the runner.
+#[derive(Default)]
+pub struct Suite {
+    /// The tests so far.
+    pub trials: Vec<Trial>,
+}
+
+impl Suite {
+    /// Adds a test that needs no GPU.
+    pub fn cpu(&mut self, name: &str, test: fn() -> Outcome) {
+        self.trials.push(Trial::test(name, test));
+    }
+
+    /// Adds a test that needs a GPU: it runs where there is one and counts as ignored elsewhere. GPU tests run one at a
+    /// time, with new buffers poisoned.
+    pub fn cuda(&mut self, name: &str, test: fn(&Device) -> Outcome) {
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let run = move || {
+            let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let device = gpu().as_ref().map_err(|reason| Failed::from(reason.as_str()))?;
+            test(device)?;
+            device.synchronize().map_err(Failed::from)
+        };
+        self.trials.push(
+            Trial::test(name, run)
+                .with_kind("cuda")
+                .with_ignored_flag(gpu().is_err()),
+        );
+    }
+}
+
+/// The first GPU, or why it cannot be used.
+pub fn gpu() -> &'static std::result::Result<Device, String> {
+    static GPU: OnceLock<std::result::Result<Device, String>> = OnceLock::new();
+    GPU.get_or_init(|| Device::open(DeviceChoice::Cuda(0)).map_err(|error| error.to_string()))
+}
+
+/// Deterministic numbers in [-1, 1): the generator that the fixture scripts use, see `fixtures/README.md`.
+pub fn hash_uniform(name: &str, count: usize) -> Vec<f32> {
+    const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+    let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    });
+    (1..=count as u64)
+        .map(|index| {
+            let mut z = hash.wrapping_add(index.wrapping_mul(STEP));
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            z ^= z >> 31;
+            (z >> 40) as f32 * 2.0f32.powi(-23) - 1.0
+        })
+        .collect()
+}
+
+/// Deterministic numbers of about unit variance.
+pub fn random(name: &str, count: usize) -> Vec<f32> {
+    hash_uniform(name, count)
+        .into_iter()
+        .map(|value| value * 3f32.sqrt())
+        .collect()
+}
+
+/// Numbers rounded to bf16, so that CPU and CUDA start from the same values.
+pub fn random_bf16(name: &str, count: usize) -> Vec<f32> {
+    random(name, count)
+        .into_iter()
+        .map(|value| half::bf16::from_f32(value).to_f32())
+        .collect()
+}
+
+/// ‖a − b‖ / ‖b‖ in f64; infinite when a value is not finite or the counts differ.
+pub fn relative_error(a: &[f32], b: &[f32]) -> f64 {
+    if a.len() != b.len() || a.iter().chain(b).any(|value| !value.is_finite()) {
+        return f64::INFINITY;
+    }
+    let difference: f64 = a
+        .iter()
+        .zip(b)
+        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2))
+        .sum();
+    let norm: f64 = b.iter().map(|b| f64::from(*b).powi(2)).sum();
+    difference.sqrt() / norm.sqrt().max(f64::MIN_POSITIVE)
+}
+
+/// Fails unless `found` is within `tolerance` of `expected` by [`relative_error`].
+///
+/// # Errors
+/// Naming `what` and the error found.
+pub fn expect_close(what: &str, found: &[f32], expected: &[f32], tolerance: f64) -> Outcome {
+    let error = relative_error(found, expected);
+    if error <= tolerance {
+        return Ok(());
+    }
+    let first_bad = found
+        .iter()
+        .zip(expected)
+        .position(|(a, b)| !a.is_finite() || (a - b).abs() > 0.05 * b.abs().max(1.0));
+    Err(format!(
+        "{what}: relative error {error:.3e} is above {tolerance:.1e} ({} values, {} expected, first far off: {first_bad:?})",
+        found.len(),
+        expected.len()
+    )
+    .into())
+}
+
+/// The largest relative error of one bf16 operation against the same in f32, from the same inputs: the rounding of its
+/// result and of what it keeps in bf16 on the way.
+pub const BF16_TOLERANCE: f64 = 4e-3;
+
+/// The largest relative error of one f32 operation against a reference in higher precision.
+pub const F32_TOLERANCE: f64 = 1e-5;
+
+/// Fails unless `op` gives on `device` what it gives on the CPU, from the same inputs (given in bf16-representable f32).
+///
+/// # Errors
+/// Naming `what` and the error found.
+pub fn expect_like_cpu(
+    what: &str,
+    device: &Device,
+    tolerance: f64,
+    op: impl Fn(&Device) -> Result<Vec<Tensor>>,
+) -> Outcome {
+    let expected = op(&Device::Cpu)?;
+    l2p_engine::device::set_poison_new_buffers(true);
+    let found = op(device);
+    l2p_engine::device::set_poison_new_buffers(false);
+    for (index, (found, expected)) in found?.iter().zip(&expected).enumerate() {
+        if found.shape() != expected.shape() {
+            return Err(format!(
+                "{what}: output {index} has shape {}, on the CPU {}",
+                found.shape(),
+                expected.shape()
+            )
+            .into());
+        }
+        expect_close(
+            &format!("{what}, output {index}"),
+            &found.to_vec_f32()?,
+            &expected.to_vec_f32()?,
+            tolerance,
+        )?;
+    }
+    Ok(())
+}

@@ -1,0 +1,17 @@
+//! All integration tests in one executable, so that it can be copied to a machine with a GPU and run there.
+//!
+//! Tests that need a GPU count as ignored where there is none.
+
+mod ops;
+
+use l2p_tests::Suite;
+
+fn main() -> std::process::ExitCode {
+    let arguments = libtest_mimic::Arguments::from_args();
+    let mut suite = Suite::default();
+    ops::register(&mut suite);
+    if let Err(reason) = l2p_tests::gpu() {
+        eprintln!("tests that need a GPU are skipped: {reason}");
+    }
+    libtest_mimic::run(&arguments, suite.trials).exit_code()
+}

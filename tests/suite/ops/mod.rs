@@ -1,0 +1,11 @@
+//! One file per operation, named like the operation's own.
+
+mod linear;
+mod rms_norm;
+
+use l2p_tests::Suite;
+
+pub fn register(suite: &mut Suite) {
+    linear::register(suite);
+    rms_norm::register(suite);
+}
