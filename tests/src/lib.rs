@@ -1,5 +1,7 @@
 //! What the tests share: registration, deterministic data, comparison.
 
+pub mod fixtures;
+
 use std::sync::{Mutex, OnceLock};
 
 use l2p_engine::{Device, DeviceChoice, Result, Tensor};
@@ -47,10 +49,15 @@ pub fn gpu() -> &'static std::result::Result<Device, String> {
 
 /// Deterministic numbers in [-1, 1): the generator that the fixture scripts use, see `fixtures/README.md`.
 pub fn hash_uniform(name: &str, count: usize) -> Vec<f32> {
+    hash_uniform_seeded(name, 0, count)
+}
+
+/// As [`hash_uniform`], with a seed.
+pub fn hash_uniform_seeded(name: &str, seed: u64, count: usize) -> Vec<f32> {
     const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
     let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    });
+    }) ^ seed;
     (1..=count as u64)
         .map(|index| {
             let mut z = hash.wrapping_add(index.wrapping_mul(STEP));

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
 /// One vector per batch item, picked out of a table `[batch, vectors, dim]` in f32 (such as the output of an
-/// `adaLN_modulation` layer, which holds scale and gate vectors side by side).
+/// `adaLN_modulation` layer, which holds scale and gate vectors side by side). A table of batch 1 serves every item.
 #[derive(Clone, Copy, Debug)]
 pub struct Modulation<'a> {
     table: &'a Tensor,
@@ -30,7 +30,8 @@ impl<'a> Modulation<'a> {
 
     /// Checks that there is a vector of `dim` elements for each of `batch` items, on the device of `input`.
     pub(crate) fn expect(&self, op: &'static str, name: &str, batch: usize, dim: usize, input: &Tensor) -> Result<()> {
-        self.table.expect_shape(op, name, [batch, self.table.dim(1), dim])?;
+        let items = if self.table.dim(0) == 1 { 1 } else { batch };
+        self.table.expect_shape(op, name, [items, self.table.dim(1), dim])?;
         self.table.expect_device(op, name, &input.device())
     }
 
@@ -39,9 +40,13 @@ impl<'a> Modulation<'a> {
         Ok(self.table.device_ptr()? + (self.index * self.table.dim(2) * DType::F32.size()) as u64)
     }
 
-    /// Elements from one item's vector to the next's.
+    /// Elements from one item's vector to the next's; 0 when one vector serves all.
     pub(crate) fn stride(&self) -> usize {
-        self.table.dim(1) * self.table.dim(2)
+        if self.table.dim(0) == 1 {
+            0
+        } else {
+            self.table.dim(1) * self.table.dim(2)
+        }
     }
 
     /// The vector of batch item `item`, on the CPU.
