@@ -299,12 +299,13 @@ mod tests {
             let name = vector["name"].as_str().expect("a vector has a name");
             let shape = extents(&vector["shape"]);
             let seed = vector["seed"].as_u64().expect("a vector has a seed");
-            let values = match vector["scale"].as_f64() {
-                Some(scale) => hash_uniform_seeded(name, seed, shape.iter().product())
+            // Inputs of the golden vectors have unit variance.
+            let values = match vector["rule"].as_str() {
+                Some("input") => hash_uniform_seeded(name, seed, shape.iter().product())
                     .into_iter()
-                    .map(|value| value * scale as f32)
+                    .map(|value| value * 3f32.sqrt())
                     .collect(),
-                None => generated_weight(name, &shape, seed),
+                _ => generated_weight(name, &shape, seed),
             };
             let expected: Vec<f32> = flatten(&vector["first"])
                 .into_iter()

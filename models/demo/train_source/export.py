@@ -10,11 +10,17 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from flow import SHIFT, FlowModel
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
+
+# They announce every cast and every file.
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 # Files of a size that any host takes.
 SHARD_SIZE = "14MB"

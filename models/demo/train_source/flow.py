@@ -90,6 +90,25 @@ def draw_batch(pack: DataPack, latents: Tensor, size: int) -> tuple[Tensor, ...]
     return images, torch.randn_like(images), stratified_levels(size, device), ids, lengths
 
 
+def compile_step(
+    model: FlowModel, pack: DataPack, latents: Tensor, settings: FlowSettings, log: RunLog
+) -> Callable[..., Tensor]:
+    """The loss of one batch as a function of `draw_batch`'s results, compiled if that is wanted and works."""
+    parameters = model.trained_parameters()
+
+    def flow_loss(*batch: Tensor) -> Tensor:
+        return model.loss(*batch)
+
+    def trial(function: Callable[..., Tensor]) -> None:
+        try:
+            function(*draw_batch(pack, latents, settings.batch)).backward()
+        finally:
+            for parameter in parameters:
+                parameter.grad = None
+
+    return compiled_or_eager(flow_loss, trial, settings.compile, log)
+
+
 def train_flow(
     model: FlowModel,
     pack: DataPack,
@@ -99,37 +118,26 @@ def train_flow(
     log: RunLog,
     save: Callable[[], None],
 ) -> None:
-    """Trains for `seconds`, compilation included; leaves the averaged weights in the model, and now and then `save`s them."""
+    """Trains for `seconds`, compilation included, `save`s at some checkpoints and leaves the averaged weights."""
     deadline = time.monotonic() + seconds
-    parameters = model.trained_parameters()
-
-    def loss_of(*batch: Tensor) -> Tensor:
-        return model.loss(*batch)
-
-    def trial(function) -> None:
-        try:
-            function(*draw_batch(pack, latents, settings.batch)).backward()
-        finally:
-            for parameter in parameters:
-                parameter.grad = None
-
-    loss_of = compiled_or_eager(loss_of, trial, settings.compile, log)
-    trainer = Trainer(parameters, settings.lr, ema=0.999, warmup=settings.warmup)
+    step_loss = compile_step(model, pack, latents, settings, log)
+    trainer = Trainer(model.trained_parameters(), settings.lr, ema=0.999, warmup=settings.warmup)
     meter, budget = Meter(latents.device), Budget(deadline - time.monotonic())
     checkpoints = list(CHECKPOINTS)
     while (progress := budget.progress()) < 1:
-        loss = loss_of(*draw_batch(pack, latents, settings.batch))
+        loss = step_loss(*draw_batch(pack, latents, settings.batch))
         trainer.step(loss, progress)
         meter.add(loss)
-        if trainer.steps % settings.log_every == 0:
-            mean_loss, speed = meter.read()
-            sound = trainer.guard(mean_loss)
-            log.write("dit", step=trainer.steps, loss=mean_loss, steps_per_second=speed, sound=sound)
-            if sound and checkpoints and progress > checkpoints[0]:
-                checkpoints.pop(0)
-                trainer.swap_average()
-                save()
-                trainer.swap_average()
+        if trainer.steps % settings.log_every:
+            continue
+        mean_loss, speed = meter.read()
+        sound = trainer.guard(mean_loss)
+        log.write("dit", step=trainer.steps, loss=mean_loss, steps_per_second=speed, sound=sound)
+        if sound and checkpoints and progress > checkpoints[0]:
+            checkpoints.pop(0)
+            trainer.swap_average()
+            save()
+            trainer.swap_average()
     trainer.guard(meter.read()[0] if meter.steps else 0.0)
     trainer.swap_average()
 

@@ -329,10 +329,11 @@ def dit_output(
     return unpatchify(linear(final.linear, image), grid)
 
 
+@torch.no_grad()
 def randomized(module: nn.Module) -> nn.Module:
-    """Fills every parameter with noise, so that no zero-initialized branch hides from `check_forward`."""
+    """Adds noise to every parameter, so that no branch that starts as zero or identity hides from `check_forward`."""
     for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.05)
+        parameter.add_(torch.randn_like(parameter), alpha=0.3 if parameter.ndim == 1 else 0.05)
     return module
 
 

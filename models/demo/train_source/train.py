@@ -12,6 +12,8 @@ START = time.monotonic()  # before the slow imports: they count against --total-
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
 import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -19,7 +21,7 @@ import datapack  # noqa: E402
 import export  # noqa: E402
 import torch  # noqa: E402
 from datapack import DataPack  # noqa: E402
-from flow import FlowModel, FlowSettings, fixed_loss, sample, start_noise, train_flow  # noqa: E402
+from flow import FlowModel, FlowSettings, compile_step, fixed_loss, sample, start_noise, train_flow  # noqa: E402
 from network import FULL, LATENT_CHANNELS, SMOKE, build_dit, build_text_encoder, build_vae, check_forward  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -28,6 +30,7 @@ from vae import (  # noqa: E402
     VaeSettings,
     decode_latents,
     encode_all,
+    equalize_channels,
     normalize_latents,
     psnr,
     train_vae,
@@ -36,6 +39,8 @@ from vae import (  # noqa: E402
 HERE = Path(__file__).resolve().parent
 # Left of the total for drawing, writing and loading back.
 RESERVE_SECONDS = 30
+# How long to wait for the warm-up process once the autoencoder is trained.
+WARM_UP_PATIENCE = 20
 FORWARD_TOLERANCE = 1e-5
 SMOKE_DEFAULTS = {
     "vae_seconds": 25.0,
@@ -70,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sample-steps", type=int, default=20)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--warm-up-only", action="store_true", help="only compile the transformer's step into the cache")
     parser.add_argument("--smoke", action="store_true", help="everything tiny, on the CPU, in about two minutes")
     if parser.parse_known_args()[0].smoke:
         parser.set_defaults(**SMOKE_DEFAULTS)
@@ -77,12 +83,33 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def choose_device(smoke: bool) -> torch.device:
-    """The GPU, except for the smoke test; sets the switches that make it fast."""
-    if smoke or not torch.cuda.is_available():
-        return torch.device("cpu")
+    """The GPU if there is one, except for the smoke test."""
+    return torch.device("cpu" if smoke or not torch.cuda.is_available() else "cuda")
+
+
+def allow_fast_arithmetic() -> None:
+    """Lets float32 products round their operands and convolutions choose their fastest kernel."""
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    return torch.device("cuda")
+
+
+def start_warm_up(args: argparse.Namespace) -> subprocess.Popen:
+    """Compiles the transformer's training step while the autoencoder trains, in a process of its own.
+
+    The compiler keeps its work on disk, where the main process finds it when it comes to that step.
+    """
+    command = [sys.executable, __file__, *sys.argv[1:], "--warm-up-only", "--out", str(args.work / "warm-up")]
+    return subprocess.Popen(command)
+
+
+def finish_warm_up(process: subprocess.Popen) -> str:
+    """Waits a little; without the warm-up the main process compiles for itself."""
+    try:
+        return "ok" if process.wait(WARM_UP_PATIENCE) == 0 else "FAILED"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return "too slow"
 
 
 def count_millions(module: nn.Module) -> float:
@@ -124,6 +151,7 @@ class Run:
         settings = VaeSettings(args.vae_batch, args.vae_lr, args.warmup, args.log_every, args.compile)
         train_vae(self.vae, self.pack, settings, args.vae_seconds, self.log)
         self.vae.eval()
+        equalize_channels(self.vae, encode_all(self.vae, self.pack.images))
         export.round_weights(self.vae)
         latents = normalize_latents(self.vae, encode_all(self.vae, self.pack.images))
         quality = psnr(decode_latents(self.vae, latents), self.pack.images)
@@ -133,22 +161,33 @@ class Run:
             millions=count_millions(self.vae),
             shift_factor=self.vae.config.shift_factor,
             scaling_factor=self.vae.config.scaling_factor,
-            channel_deviations=[round(value, 3) for value in latents.std((0, 2, 3)).tolist()],
+            channel_means=[round(value, 3) for value in latents.mean((0, 2, 3)).tolist()],
         )
         export.save_frame(args.pack / "tokenizer", self.model_folder)
         export.save_vae(self.vae, self.model_folder)
         export.pack_model(self.model_folder, args.out)
         return latents
 
-    def train_flow(self, latents: Tensor) -> None:
-        """Trains and saves transformer and text encoder in the time that is left."""
+    def make_flow_model(self, latent_size: int) -> tuple[FlowModel, FlowSettings]:
         args = self.args
         pad, end = (self.tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>"))
         text = build_text_encoder(self.shape, self.tokenizer.get_vocab_size(), pad, end)
-        self.model = FlowModel.make(build_dit(self.shape), text, latents.shape[-1], self.device)
-        settings = FlowSettings(args.dit_batch, args.dit_lr, args.warmup, args.log_every, args.compile)
-        left = args.total_seconds - RESERVE_SECONDS - (time.monotonic() - START)
-        train_flow(self.model, self.pack, latents, settings, min(args.dit_seconds, left), self.log, self.save_flow)
+        model = FlowModel.make(build_dit(self.shape), text, latent_size, self.device)
+        return model, FlowSettings(args.dit_batch, args.dit_lr, args.warmup, args.log_every, args.compile)
+
+    def warm_up(self) -> None:
+        """Compiles the flow step on made-up latents."""
+        size = datapack.IMAGE_SIZE // 8
+        model, settings = self.make_flow_model(size)
+        latents = torch.randn(len(self.pack.images), LATENT_CHANNELS, size, size, device=self.device)
+        compile_step(model, self.pack, latents, settings, self.log)
+
+    def train_flow(self, latents: Tensor) -> None:
+        """Trains and saves transformer and text encoder in the time that is left."""
+        self.model, settings = self.make_flow_model(latents.shape[-1])
+        left = self.args.total_seconds - RESERVE_SECONDS - (time.monotonic() - START)
+        seconds = min(self.args.dit_seconds, left)
+        train_flow(self.model, self.pack, latents, settings, seconds, self.log, self.save_flow)
         export.round_weights(self.model.dit)
         export.round_weights(self.model.text)
         self.save_flow()
@@ -174,7 +213,8 @@ class Run:
         for first_seed in (0, 1000):
             seeds = [first_seed + number for number in range(len(rows))]
             noise = start_noise(seeds, (LATENT_CHANNELS, 16, 16))
-            latents = sample(self.model, pack, pack.ids[rows, slots], pack.lengths[rows, slots], noise, args.sample_steps, args.cfg)
+            ids, lengths = pack.ids[rows, slots], pack.lengths[rows, slots]
+            latents = sample(self.model, pack, ids, lengths, noise, args.sample_steps, args.cfg)
             noises.append(noise)
             columns.append(decode_latents(self.vae, latents))
             self.log.write("draw", first_seed=first_seed, psnr_to_dataset=psnr(columns[-1], references))
@@ -190,9 +230,19 @@ class Run:
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(0)
+    if args.warm_up_only:
+        args.images = len(args.prompts.read_text().splitlines())
+        allow_fast_arithmetic()
+        Run(args).warm_up()
+        return
+    warm_up = start_warm_up(args) if args.compile else None
     run = Run(args)
     run.check()
-    run.train_flow(run.train_vae())
+    allow_fast_arithmetic()
+    latents = run.train_vae()
+    if warm_up:
+        run.log.write("warm-up", result=finish_warm_up(warm_up))
+    run.train_flow(latents)
     try:
         run.draw()
     except Exception:

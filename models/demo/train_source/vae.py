@@ -1,6 +1,7 @@
 """Training of the autoencoder, and the latents it yields."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,26 +65,27 @@ def train_vae(vae: AutoencoderKL, pack: DataPack, settings: VaeSettings, seconds
         images = to_signed(pack.images[rows]).contiguous(memory_format=torch.channels_last)
         return images, torch.randn(settings.batch, vae.config.latent_channels, size, size, device=device)
 
-    def loss_of(images: Tensor, noise: Tensor) -> Tensor:
+    def batch_loss(images: Tensor, noise: Tensor) -> Tensor:
         return vae_loss(vae, images, noise)
 
-    def trial(function) -> None:
+    def trial(function: Callable[..., Tensor]) -> None:
         try:
             function(*batch()).backward()
         finally:
             vae.zero_grad(set_to_none=True)
 
-    loss_of = compiled_or_eager(loss_of, trial, settings.compile, log)
+    step_loss = compiled_or_eager(batch_loss, trial, settings.compile, log)
     trainer = Trainer(list(vae.parameters()), settings.lr, ema=0.995, warmup=settings.warmup)
     meter, budget = Meter(device), Budget(deadline - time.monotonic())
     while (progress := budget.progress()) < 1:
-        loss = loss_of(*batch())
+        loss = step_loss(*batch())
         trainer.step(loss, progress)
         meter.add(loss)
-        if trainer.steps % settings.log_every == 0:
-            mean_loss, speed = meter.read()
-            sound = trainer.guard(mean_loss)
-            log.write("vae", step=trainer.steps, loss=mean_loss, steps_per_second=speed, sound=sound)
+        if trainer.steps % settings.log_every:
+            continue
+        mean_loss, speed = meter.read()
+        sound = trainer.guard(mean_loss)
+        log.write("vae", step=trainer.steps, loss=mean_loss, steps_per_second=speed, sound=sound)
     trainer.guard(meter.read()[0] if meter.steps else 0.0)
     trainer.swap_average()
 
@@ -92,6 +94,21 @@ def train_vae(vae: AutoencoderKL, pack: DataPack, settings: VaeSettings, seconds
 def encode_all(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Posterior means of all pictures, not normalized."""
     return torch.cat([vae.encode(to_signed(chunk)).latent_dist.mean for chunk in images.split(EVALUATION_CHUNK)])
+
+
+@torch.no_grad()
+def equalize_channels(vae: AutoencoderKL, raw: Tensor) -> None:
+    """Folds every latent channel's spread into the layers beside it, so that all channels count alike.
+
+    This leaves the reconstruction as it was: the decoder's first layer takes back what the encoder's last gives. The
+    configuration has room for one factor only, so the channels' own factors must live in the weights.
+    """
+    spread, channels = raw.std((0, 2, 3)), vae.config.latent_channels
+    last, first = vae.encoder.conv_out, vae.decoder.conv_in
+    last.weight[:channels] /= spread[:, None, None, None]
+    last.bias[:channels] /= spread
+    last.bias[channels:] -= 2 * spread.log()
+    first.weight *= spread[:, None, None]
 
 
 def normalize_latents(vae: AutoencoderKL, raw: Tensor) -> Tensor:
