@@ -100,6 +100,15 @@ impl MemoryReport {
     pub fn tag(&self, tag: MemoryTag) -> Usage {
         self.by_tag[tag as usize]
     }
+
+    /// Raises each peak to that of `other` where that is larger.
+    pub fn keep_larger_peaks(&mut self, other: &MemoryReport) {
+        let pairs = self.by_tag.iter_mut().chain([&mut self.total]).zip(other.by_tag.iter().chain([&other.total]));
+        for (mine, others) in pairs {
+            mine.peak = mine.peak.max(others.peak);
+        }
+        self.reserved = self.reserved.max(other.reserved);
+    }
 }
 
 /// Counts allocations of one device.

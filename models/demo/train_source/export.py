@@ -12,10 +12,11 @@ import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from flow import SHIFT, FlowModel
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
+
+from flow import SHIFT, FlowModel
 
 # They announce every cast and every file.
 diffusers.utils.logging.set_verbosity_error()
@@ -117,7 +118,9 @@ def contact_sheet(prompts: list[str], columns: list[Tensor], path: Path, across:
     sheet.save(path, optimize=True)
 
 
-def draw_with_pipeline(folder: Path, prompt: str, noise: Tensor, steps: int, cfg: float, device: torch.device) -> Tensor:
+def draw_with_pipeline(
+    folder: Path, prompt: str, noise: Tensor, steps: int, cfg: float, device: torch.device
+) -> Tensor:
     """Loads the saved model with diffusers and draws one prompt from `noise`; uint8 [3, size, size]."""
     from diffusers import ZImagePipeline
 

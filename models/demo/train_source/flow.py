@@ -1,17 +1,19 @@
 """Flow matching: training of transformer and text encoder, and the sampler used to look at the result."""
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from datapack import DataPack
 from diffusers import ZImageTransformer2DModel
-from network import PATCH, Rotations, build_rotations, dit_output, text_features
 from torch import Tensor, nn
-from training import Budget, Meter, RunLog, Trainer, compiled_or_eager
 from transformers import Qwen3Model
+
+from datapack import DataPack
+from network import PATCH, Rotations, build_rotations, dit_output, text_features
+from training import Budget, Meter, RunLog, Trainer, compiled_or_eager
 
 SHIFT = 3.0
 EMPTY_SHARE = 0.1
@@ -149,7 +151,8 @@ def fixed_loss(model: FlowModel, pack: DataPack, latents: Tensor, count: int) ->
     device = latents.device
     rows = torch.randint(len(latents), (count,), generator=generator).to(device)
     noise = torch.randn((count, *latents.shape[1:]), generator=generator).to(device)
-    sigma = stratified_levels(count, torch.device("cpu"), generator)[torch.randperm(count, generator=generator)].to(device)
+    levels = stratified_levels(count, torch.device("cpu"), generator)
+    sigma = levels[torch.randperm(count, generator=generator)].to(device)
     total = 0.0
     for part in torch.arange(count, device=device).split(EVALUATION_CHUNK):
         chosen = rows[part]
@@ -173,7 +176,7 @@ def sample(
     lengths = torch.cat((lengths, pack.empty_length.expand(count)))
     levels = [shifted(torch.tensor(1 - step / steps)).item() for step in range(steps)] + [0.0]
     x = noise.to(ids.device)
-    for level, following in zip(levels, levels[1:]):
+    for level, following in itertools.pairwise(levels):
         sigma = torch.full((2 * count,), level, device=x.device)
         positive, negative = model.velocity(torch.cat((x, x)), sigma, features, lengths).chunk(2)
         x = x + (negative + cfg * (positive - negative)) * (following - level)

@@ -35,7 +35,7 @@ class Shape:
     vae_widths: tuple[int, int, int, int]
 
 
-# 43 MB in bf16 all told. The text model's last layer never runs (the features are taken before it) but its class needs it.
+# 43 MB in bf16 all told. The text model's last layer never runs, as the features are taken before it.
 FULL = Shape(
     layers=5,
     heads=3,

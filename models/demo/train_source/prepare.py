@@ -17,6 +17,7 @@ import re
 import subprocess
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def make_captions(entry: dict, draw: random.Random) -> list[str]:
 
 
 def train_tokenizer(captions: list[str], qwen_config: dict, qwen: dict) -> Tokenizer:
-    """A byte-level BPE with Qwen3's normalizer, splitting and special tokens, and a vocabulary learned from `captions`."""
+    """A byte-level BPE with Qwen3's normalizer, splitting and special tokens; `captions` give its vocabulary."""
     special = [qwen_config["added_tokens_decoder"][key] for key in sorted(qwen_config["added_tokens_decoder"], key=int)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -144,7 +145,7 @@ def write_tokenizer(tokenizer: Tokenizer, qwen_config: dict, folder: Path) -> No
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def chat_renderer(folder: Path):
+def chat_renderer(folder: Path) -> Callable[[str], str]:
     """Text -> prompt exactly as `ZImagePipeline` builds it: one user message, generation prompt, thinking enabled."""
     from transformers import AutoTokenizer
 
@@ -159,7 +160,7 @@ def chat_renderer(folder: Path):
     return lambda caption: prompt.replace(marker, caption)
 
 
-def tokenize(emoji: list[dict], tokens_of) -> dict[str, np.ndarray]:
+def tokenize(emoji: list[dict], tokens_of: Callable[[str], list[int]]) -> dict[str, np.ndarray]:
     """Right-padded ids [images, slots, CAPTION_TOKENS] and lengths, and the same for the empty caption."""
     ids = np.zeros((len(emoji), CAPTIONS_PER_IMAGE, CAPTION_TOKENS), np.uint16)
     lengths = np.zeros((len(emoji), CAPTIONS_PER_IMAGE), np.uint8)

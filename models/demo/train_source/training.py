@@ -1,4 +1,4 @@
-"""What both training phases share: time budgets, the optimizer with its guards, compilation with a way back, the log."""
+"""What both phases share: time budgets, the optimizer with its guards, compilation with a way back, the log."""
 
 import json
 import math

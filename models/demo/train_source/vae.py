@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from datapack import DataPack
 from diffusers import AutoencoderKL
 from torch import Tensor
+
+from datapack import DataPack
 from training import Budget, Meter, RunLog, Trainer, compiled_or_eager
 
 KL_WEIGHT = 1e-3

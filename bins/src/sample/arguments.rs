@@ -1,0 +1,227 @@
+//! The command line of `l2p-sample`.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use l2p_engine::DeviceChoice;
+use l2p_engine::checkpoint::PathOverrides;
+use l2p_engine::flow::noise_source::NoiseSource;
+use l2p_engine::image_io::Settings as PictureSettings;
+
+const EXAMPLES: &str = "\
+Examples:
+  l2p-sample --model models/demo/source --prompt \"slice of pizza\" --out pizza.png
+  l2p-sample --model l2p_4k_sft.safetensors --text-encoder Z-Image/text_encoder --tokenizer Z-Image/tokenizer \\
+             --prompt \"A lighthouse in a storm\" --steps 8 --shift 4 --out lighthouse.png --report text
+  l2p-sample --model Z-Image-Turbo --prompts prompts.jsonl --count 4 --out pictures/
+  l2p-sample --model models/demo/source --like pizza.png --seed 7 --out another.png
+  l2p-sample devices
+
+A line of --prompts is a JSON object: {\"prompt\": \"...\", \"negative\": \"...\", \"seed\": 1, \"out\": \"name.png\"}, all but the
+prompt optional. Settings that are not given come from --like, then from the model.";
+
+/// Draws pictures from prompts, with a latent or a pixel model, on a GPU or on the CPU.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "l2p-sample", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+pub struct Arguments {
+    /// Something other than drawing.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    /// The model: a diffusers folder, a folder with l2p.json, a transformer's folder, or a safetensors file
+    #[arg(long, value_name = "DIR|FILE")]
+    pub model: Option<PathBuf>,
+    /// What to draw
+    #[arg(long)]
+    pub prompt: Option<String>,
+    /// What to move away from; takes effect with --cfg other than 1 [default: nothing]
+    #[arg(long)]
+    pub negative: Option<String>,
+    /// A file with one JSON object per line, instead of --prompt
+    #[arg(long, value_name = "FILE.jsonl", conflicts_with = "prompt")]
+    pub prompts: Option<PathBuf>,
+    /// Guidance: 1 is none (one pass per step), more follows the prompt closer (two passes) [default: the model's]
+    #[arg(long, value_name = "SCALE")]
+    pub cfg: Option<f32>,
+    /// Denoising steps [default: the model's, or 28]
+    #[arg(long, value_name = "N")]
+    pub steps: Option<usize>,
+    /// How far the schedule is shifted towards noise; larger pictures need more [default: the model's, or 3]
+    #[arg(long, value_name = "SHIFT")]
+    pub shift: Option<f32>,
+    /// Seed of the first picture's noise; each further picture takes the next [default: 0]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Pictures per prompt
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive)]
+    pub count: usize,
+    /// Pictures drawn at once [default: as many as fill the device]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub batch: Option<usize>,
+    /// Pixels [default: the model's]
+    #[arg(long, value_name = "PIXELS", value_parser = positive)]
+    pub width: Option<usize>,
+    /// Pixels [default: the model's]
+    #[arg(long, value_name = "PIXELS", value_parser = positive)]
+    pub height: Option<usize>,
+    /// Noise generator: philox (same bits on CPU and GPU) or torch (PyTorch's CPU generator) [default: philox]
+    #[arg(long, value_name = "NAME", value_parser = noise_source)]
+    pub rng: Option<NoiseSource>,
+    /// A .png, .jpg or .webp file, or a folder for several pictures
+    #[arg(long, value_name = "FILE|DIR", default_value = "out.png")]
+    pub out: PathBuf,
+    /// Quality of JPEG files, 1 to 100
+    #[arg(long, value_name = "N", default_value_t = 92, value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub quality: u8,
+    /// Where to run: auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device_choice)]
+    pub device: DeviceChoice,
+    /// Precision: bf16 on CUDA, f32 on the CPU; auto takes what the device has
+    #[arg(long, value_enum, default_value_t = Precision::Auto)]
+    pub dtype: Precision,
+    /// Folder of the text encoder, where the model names none
+    #[arg(long, value_name = "DIR")]
+    pub text_encoder: Option<PathBuf>,
+    /// Folder of the tokenizer, where the model names none
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
+    /// Folder of the VAE, where a latent model names none
+    #[arg(long, value_name = "DIR")]
+    pub vae: Option<PathBuf>,
+    /// The model that a delta file was trained over
+    #[arg(long, value_name = "DIR|FILE")]
+    pub base: Option<PathBuf>,
+    /// Keep the text encoder in memory while drawing, instead of freeing it before the transformer is loaded
+    #[arg(long)]
+    pub keep_text_encoder: bool,
+    /// Take prompt, seed and settings from a PNG that l2p-sample drew; flags win over it
+    #[arg(long, value_name = "PICTURE")]
+    pub like: Option<PathBuf>,
+    /// Print time and peak memory by phase and tag to standard output
+    #[arg(long, value_enum, value_name = "FORMAT", num_args = 0..=1, default_missing_value = "text")]
+    pub report: Option<ReportFormat>,
+    /// Also write the image as f32 (tensor `image`, and `latent` of a latent model) to a safetensors file
+    #[arg(long, value_name = "FILE")]
+    pub save_raw: Option<PathBuf>,
+    /// Take the noise from a safetensors file (tensor `noise`, [channels, height, width]) instead of the seed
+    #[arg(long, value_name = "FILE")]
+    pub noise: Option<PathBuf>,
+    /// Take caption features from a safetensors file (tensors cap.0, cap.1, .. and neg.0, .., [tokens, width]) instead of
+    /// encoding the prompt
+    #[arg(long, value_name = "FILE")]
+    pub embeds: Option<PathBuf>,
+    /// Show what this machine has to run on, and why a GPU cannot be used
+    #[arg(long)]
+    pub list_devices: bool,
+}
+
+/// What `l2p-sample` does besides drawing.
+#[derive(Subcommand, Clone, Debug)]
+pub enum Command {
+    /// Show what this machine has to run on, and why a GPU cannot be used
+    Devices {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// A precision by name.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// What the device has
+    Auto,
+    /// bfloat16 with f32 sums, on CUDA
+    Bf16,
+    /// f32, on the CPU
+    F32,
+}
+
+/// How a report is printed.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReportFormat {
+    /// A table
+    Text,
+    /// One JSON object
+    Json,
+}
+
+impl Arguments {
+    /// These, completed by the settings of a picture.
+    pub fn completed(mut self, like: Option<&PictureSettings>) -> Self {
+        let Some(like) = like else { return self };
+        if self.prompts.is_none() {
+            self.prompt.get_or_insert_with(|| like.prompt.clone());
+        }
+        self.negative.get_or_insert_with(|| like.negative.clone());
+        self.model.get_or_insert_with(|| PathBuf::from(&like.model));
+        self.cfg.get_or_insert(like.cfg);
+        self.steps.get_or_insert(like.steps);
+        self.shift.get_or_insert(like.shift);
+        self.seed.get_or_insert(like.seed);
+        self.width.get_or_insert(like.width);
+        self.height.get_or_insert(like.height);
+        if let (None, Ok(rng)) = (self.rng, like.rng.parse()) {
+            self.rng = Some(rng);
+        }
+        self
+    }
+
+    /// The parts of the model that were named.
+    pub fn path_overrides(&self) -> PathOverrides {
+        PathOverrides {
+            base: self.base.clone(),
+            text_encoder: self.text_encoder.clone(),
+            tokenizer: self.tokenizer.clone(),
+            vae: self.vae.clone(),
+        }
+    }
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".into()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("{error}")),
+    }
+}
+
+fn device_choice(text: &str) -> Result<DeviceChoice, String> {
+    text.parse().map_err(|error: l2p_engine::Error| error.to_string())
+}
+
+fn noise_source(text: &str) -> Result<NoiseSource, String> {
+    text.parse().map_err(|error: l2p_engine::Error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_win_over_a_picture() {
+        let like = PictureSettings {
+            prompt: "a fox".into(),
+            negative: String::new(),
+            seed: 5,
+            steps: 8,
+            cfg: 2.5,
+            shift: 3.0,
+            width: 128,
+            height: 64,
+            model: "m".into(),
+            rng: "torch".into(),
+        };
+        let arguments = Arguments::parse_from(["l2p-sample", "--seed", "9", "--model", "other"]).completed(Some(&like));
+        assert_eq!((arguments.seed, arguments.steps, arguments.width), (Some(9), Some(8), Some(128)));
+        assert_eq!(arguments.prompt.as_deref(), Some("a fox"));
+        assert_eq!(arguments.model, Some(PathBuf::from("other")));
+        assert_eq!(arguments.rng, Some(NoiseSource::Torch));
+    }
+}

@@ -1,0 +1,241 @@
+//! `l2p-sample`: arguments, what to draw, progress and files. The work itself is `l2p_engine::pipeline`.
+
+mod arguments;
+mod inputs;
+mod jobs;
+mod report;
+mod writer;
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
+use l2p_engine::checkpoint::ModelPaths;
+use l2p_engine::device::probe;
+use l2p_engine::flow::sampler::StepReport;
+use l2p_engine::pipeline::{Captions, Pipeline, Settings};
+use l2p_engine::{Device, DeviceChoice, Error, Tensor};
+
+pub use arguments::Arguments;
+use arguments::{Command, Precision, ReportFormat};
+use jobs::Job;
+use report::Report;
+use writer::{Finished, Writer};
+
+/// Pictures are drawn together as long as a batch has at most this many image tokens: fewer do not fill a GPU.
+const TOKENS_PER_BATCH: usize = 4096;
+/// No batch is larger than this.
+const LARGEST_BATCH: usize = 64;
+
+/// Does what the arguments ask for.
+///
+/// # Errors
+/// Whatever the user needs to know, as one sentence.
+pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
+    if arguments.list_devices || matches!(arguments.command, Some(Command::Devices { .. })) {
+        let as_json = matches!(arguments.command, Some(Command::Devices { json: true }));
+        return list_devices(as_json);
+    }
+    let _range = l2p_engine::profile::range(c"run");
+    let start = Instant::now();
+    let like = arguments.like.as_deref().map(l2p_engine::image_io::read_settings).transpose()?;
+    let arguments = arguments.completed(like.as_ref());
+    let device = open_device(&arguments)?;
+    let path = arguments.model.as_deref().context("no model: name one with --model DIR|FILE")?;
+    let paths = ModelPaths::resolve(path, &arguments.path_overrides())?;
+    let mut pipeline = Pipeline::open(paths, device, arguments.keep_text_encoder)?;
+
+    let settings = settings(&arguments, &pipeline)?;
+    let jobs = jobs::jobs(&arguments)?;
+    jobs::expect_writable(&jobs, &settings)?;
+    let batch = batch_size(&arguments, &pipeline, &settings, jobs.len());
+    pipeline.expect_room(&settings, batch)?;
+    eprintln!(
+        "{} {}x{} on {}: {} steps, shift {}, cfg {}",
+        count(jobs.len(), "picture"),
+        settings.width,
+        settings.height,
+        pipeline.device(),
+        settings.steps,
+        settings.shift,
+        settings.cfg
+    );
+
+    let captions = captions(&arguments, &mut pipeline, &jobs, &settings)?;
+    load(&mut pipeline)?;
+    let mut report = Report::new(&arguments, &pipeline, &settings, batch);
+    draw(&arguments, &mut pipeline, &jobs, &captions, &settings, batch, &mut report)?;
+    if let Some(format) = arguments.report {
+        crate::print(&report.finish(&pipeline, start.elapsed(), format)?)?;
+    }
+    Ok(())
+}
+
+fn list_devices(as_json: bool) -> anyhow::Result<()> {
+    let report = probe();
+    match as_json {
+        true => crate::print(&format!("{}\n", serde_json::to_string_pretty(&report)?)),
+        false => crate::print(&format!("{report}\n")),
+    }
+}
+
+/// The device, when it computes in the precision that was asked for.
+fn open_device(arguments: &Arguments) -> anyhow::Result<Device> {
+    let choice = match (arguments.device, arguments.dtype) {
+        // Asking for f32 is asking for the device that has it.
+        (DeviceChoice::Auto, Precision::F32) => DeviceChoice::Cpu,
+        (choice, _) => choice,
+    };
+    let device = Device::open(choice)?;
+    match (&device, arguments.dtype) {
+        (Device::Cpu, Precision::Bf16) => {
+            anyhow::bail!("the CPU computes in f32: use --dtype auto or f32, or --device cuda for bf16")
+        }
+        (Device::Cuda(_), Precision::F32) => {
+            anyhow::bail!("CUDA computes in bf16 with f32 sums: use --dtype auto or bf16, or --device cpu for f32")
+        }
+        _ => Ok(device),
+    }
+}
+
+/// The settings: what was asked for, then what the model says. Sides are rounded up to what the model can draw.
+fn settings(arguments: &Arguments, pipeline: &Pipeline) -> anyhow::Result<Settings> {
+    let defaults = pipeline.defaults()?;
+    let multiple = pipeline.size_multiple();
+    let side = |asked: Option<usize>, default: usize, name: &str| {
+        let side = asked.unwrap_or(default);
+        let rounded = side.next_multiple_of(multiple);
+        if rounded != side {
+            eprintln!("{name} {side} is rounded up to {rounded}: this model draws multiples of {multiple}");
+        }
+        rounded
+    };
+    Ok(Settings {
+        width: side(arguments.width, defaults.width, "width"),
+        height: side(arguments.height, defaults.height, "height"),
+        steps: arguments.steps.unwrap_or(defaults.steps),
+        shift: arguments.shift.unwrap_or(defaults.shift),
+        cfg: arguments.cfg.unwrap_or(defaults.cfg),
+    })
+}
+
+fn batch_size(arguments: &Arguments, pipeline: &Pipeline, settings: &Settings, pictures: usize) -> usize {
+    let automatic = match pipeline.device() {
+        // On the CPU a batch gains nothing, and the first picture would come later.
+        Device::Cpu => 1,
+        Device::Cuda(_) => (TOKENS_PER_BATCH / pipeline.image_tokens(settings).max(1)).clamp(1, LARGEST_BATCH),
+    };
+    arguments.batch.unwrap_or(automatic).min(pictures)
+}
+
+/// Caption features of every job, from the text encoder or from a file.
+fn captions(
+    arguments: &Arguments,
+    pipeline: &mut Pipeline,
+    jobs: &[Job],
+    settings: &Settings,
+) -> anyhow::Result<Captions> {
+    let guided = settings.cfg != 1.0;
+    if let Some(path) = &arguments.embeds {
+        return Ok(inputs::read_embeds(path, pipeline, jobs.len(), guided)?);
+    }
+    let spinner = spinner("reading the prompts");
+    let prompts: Vec<String> = jobs.iter().map(|job| job.prompt.clone()).collect();
+    let negatives: Vec<String> = if guided { jobs.iter().map(|job| job.negative.clone()).collect() } else { Vec::new() };
+    let captions = pipeline.encode(&prompts, &negatives)?;
+    spinner.finish_and_clear();
+    Ok(captions)
+}
+
+fn load(pipeline: &mut Pipeline) -> anyhow::Result<()> {
+    let bar = bar("loading the model [{bar:32}] {pos}/{len} blocks  {eta} left");
+    pipeline.load(&mut |done, total| {
+        bar.set_length(total as u64);
+        bar.set_position(done as u64);
+    })?;
+    bar.finish_and_clear();
+    Ok(())
+}
+
+fn draw(
+    arguments: &Arguments,
+    pipeline: &mut Pipeline,
+    jobs: &[Job],
+    captions: &Captions,
+    settings: &Settings,
+    batch: usize,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let noise = arguments.noise.as_deref().map(|path| inputs::read_noise(path, pipeline, settings)).transpose()?;
+    let batches = jobs.len().div_ceil(batch);
+    let bar = bar("{msg} [{bar:32}] step {pos}/{len}  {per_step}  {eta} left");
+    bar.set_length((batches * settings.steps) as u64);
+    let mut writer = Writer::start(arguments.quality);
+    let model = arguments.model.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
+    for (index, part) in jobs.chunks(batch).enumerate() {
+        bar.set_message(part[0].title());
+        let items = index * batch..index * batch + part.len();
+        let captions = captions.select(items)?;
+        let seeds: Vec<u64> = part.iter().map(|job| job.seed).collect();
+        let noise = match &noise {
+            Some(noise) => inputs::repeat(noise, part.len())?,
+            None => pipeline.noise(arguments.rng.unwrap_or_default(), &seeds, settings)?,
+        };
+        let mut progress = |step: StepReport| {
+            bar.set_position((index * settings.steps + step.done) as u64);
+            if crate::stop_requested() { Err(Error::Interrupted) } else { Ok(()) }
+        };
+        let drawn = pipeline.denoise(&captions, noise, settings, &mut progress)?;
+        let images = pipeline.decode(&drawn)?;
+        if let Some(path) = &arguments.save_raw {
+            save_raw(path, &drawn, &images)?;
+        }
+        for (job, pixels) in part.iter().zip(pipeline.to_bytes(&images)?) {
+            report.add(job);
+            let settings = job.settings(settings, &model, arguments.rng.unwrap_or_default());
+            writer.write(Finished { path: job.out.clone(), pixels, settings })?;
+        }
+    }
+    bar.finish_and_clear();
+    writer.finish()?;
+    for job in jobs {
+        eprintln!("{}", job.out.display());
+    }
+    Ok(())
+}
+
+/// Writes the numbers behind the picture: `image` (and `latent`, where the model has one) as `[batch, channels, height, width]`.
+fn save_raw(path: &std::path::Path, drawn: &Tensor, images: &Tensor) -> anyhow::Result<()> {
+    let mut tensors = vec![("image".to_owned(), inputs::to_planes(images)?)];
+    if drawn.shape() != images.shape() {
+        tensors.push(("latent".to_owned(), inputs::to_planes(drawn)?));
+    }
+    l2p_engine::checkpoint::write_values(path, &tensors)?;
+    Ok(())
+}
+
+fn count(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
+}
+
+fn bar(template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let per_step = |state: &indicatif::ProgressState, out: &mut dyn std::fmt::Write| {
+        let seconds = state.elapsed().as_secs_f64() / state.pos().max(1) as f64;
+        // Nothing can be done about a terminal that does not take text.
+        let _ = match state.pos() {
+            0 => write!(out, "- s/step"),
+            _ => write!(out, "{seconds:.3} s/step"),
+        };
+    };
+    let bar = ProgressBar::no_length();
+    bar.set_style(style.with_key("per_step", per_step));
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+fn spinner(message: &'static str) -> ProgressBar {
+    let spinner = ProgressBar::new_spinner().with_message(message);
+    spinner.enable_steady_tick(Duration::from_millis(200));
+    spinner
+}

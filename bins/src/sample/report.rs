@@ -1,0 +1,113 @@
+//! What a run took: time and memory by phase and tag.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use l2p_engine::device::{Device, MemoryTag, format_bytes};
+use l2p_engine::pipeline::{Phase, Pipeline, Settings};
+use serde_json::{Value, json};
+
+use super::arguments::{Arguments, ReportFormat};
+use super::jobs::Job;
+
+/// Collects what is reported.
+pub struct Report {
+    model: String,
+    device: String,
+    settings: Settings,
+    batch: usize,
+    pictures: Vec<Value>,
+}
+
+impl Report {
+    /// A report of a run that begins.
+    pub fn new(arguments: &Arguments, pipeline: &Pipeline, settings: &Settings, batch: usize) -> Self {
+        let device = match pipeline.device() {
+            Device::Cpu => "cpu".to_owned(),
+            Device::Cuda(device) => format!("cuda:{} {}", device.index(), device.name()),
+        };
+        let model = arguments.model.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
+        Report { model, device, settings: *settings, batch, pictures: Vec::new() }
+    }
+
+    /// Adds a picture.
+    pub fn add(&mut self, job: &Job) {
+        self.pictures.push(json!({ "file": job.out, "prompt": job.prompt, "negative": job.negative, "seed": job.seed }));
+    }
+
+    /// The whole report.
+    ///
+    /// # Errors
+    /// When it cannot be formatted.
+    pub fn finish(&self, pipeline: &Pipeline, total: Duration, format: ReportFormat) -> anyhow::Result<String> {
+        let phases = merged(pipeline.phases());
+        Ok(match format {
+            ReportFormat::Json => {
+                let report = json!({
+                    "model": self.model,
+                    "device": self.device,
+                    "settings": self.settings,
+                    "batch": self.batch,
+                    "pictures": self.pictures,
+                    "phases": phases.iter().map(phase_json).collect::<Vec<_>>(),
+                    "total_seconds": total.as_secs_f64(),
+                    "peak_bytes": phases.iter().map(|phase| phase.memory.total.peak).max(),
+                    "driver_peak_bytes": phases.iter().filter_map(|phase| phase.driver_bytes).max(),
+                });
+                format!("{}\n", serde_json::to_string_pretty(&report)?)
+            }
+            ReportFormat::Text => self.table(&phases, total),
+        })
+    }
+
+    fn table(&self, phases: &[Phase], total: Duration) -> String {
+        let mut text = format!("{} on {}, {} at {}x{}\n", self.model, self.device, super::count(self.pictures.len(), "picture"), self.settings.width, self.settings.height);
+        let used: Vec<MemoryTag> = MemoryTag::ALL
+            .into_iter()
+            .filter(|&tag| phases.iter().any(|phase| phase.memory.tag(tag).peak > 0))
+            .collect();
+        // Writing to a string succeeds.
+        let _ = write!(text, "{:<10}{:>10}{:>12}", "phase", "time", "peak");
+        for tag in &used {
+            let _ = write!(text, "{:>13}", tag.name());
+        }
+        let _ = writeln!(text, "{:>13}", "driver");
+        for phase in phases {
+            let _ = write!(text, "{:<10}{:>8.3} s{:>12}", phase.name, phase.seconds, format_bytes(phase.memory.total.peak));
+            for &tag in &used {
+                let _ = write!(text, "{:>13}", format_bytes(phase.memory.tag(tag).peak));
+            }
+            let _ = writeln!(text, "{:>13}", phase.driver_bytes.map_or("-".into(), format_bytes));
+        }
+        let _ = writeln!(text, "{:<10}{:>8.3} s", "all", total.as_secs_f64());
+        text
+    }
+}
+
+/// Phases of the same name as one: times add up, peaks are the largest.
+fn merged(phases: &[Phase]) -> Vec<Phase> {
+    let mut merged: Vec<Phase> = Vec::new();
+    for phase in phases {
+        match merged.iter_mut().find(|other| other.name == phase.name) {
+            None => merged.push(phase.clone()),
+            Some(other) => {
+                other.seconds += phase.seconds;
+                other.driver_bytes = other.driver_bytes.max(phase.driver_bytes);
+                other.memory.keep_larger_peaks(&phase.memory);
+            }
+        }
+    }
+    merged
+}
+
+fn phase_json(phase: &Phase) -> Value {
+    let tags = MemoryTag::ALL.map(|tag| (tag.name().to_owned(), json!(phase.memory.tag(tag).peak)));
+    json!({
+        "name": phase.name,
+        "seconds": phase.seconds,
+        "peak_bytes": phase.memory.total.peak,
+        "peak_bytes_by_tag": serde_json::Map::from_iter(tags),
+        "reserved_bytes": phase.memory.reserved,
+        "driver_bytes": phase.driver_bytes,
+    })
+}

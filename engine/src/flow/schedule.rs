@@ -1,0 +1,76 @@
+//! The sigmas of sampling and training.
+//!
+//! `s(u) = shift · u / (1 + (shift − 1) · u)` moves steps towards noise (sigma 1). Sampling walks u = 1 − i/N, i = 0..N−1, then
+//! 0; training draws from the table of all `s(u)`. Source: Esser et al., "Scaling Rectified Flow Transformers" (2024).
+
+use crate::error::{Error, Result};
+
+/// `s(u)` of the module's head comment.
+pub fn shifted_sigma(u: f64, shift: f64) -> f64 {
+    shift * u / (1.0 + (shift - 1.0) * u)
+}
+
+/// A sampling schedule: `steps + 1` sigmas from 1 down to 0.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Schedule {
+    sigmas: Vec<f32>,
+}
+
+impl Schedule {
+    /// The schedule of `steps` steps.
+    ///
+    /// # Errors
+    /// With no steps, or a shift that is not a positive number.
+    pub fn new(steps: usize, shift: f64) -> Result<Self> {
+        if steps == 0 {
+            return Err(Error::invalid("sampling needs at least one step"));
+        }
+        if !(shift.is_finite() && shift > 0.0) {
+            return Err(Error::invalid(format!("a shift of {shift} makes no schedule: use a positive number (3 at 1024², 4 at 4096²)")));
+        }
+        let sigma = |step: usize| shifted_sigma(1.0 - step as f64 / steps as f64, shift) as f32;
+        Ok(Schedule { sigmas: (0..steps).map(sigma).chain([0.0]).collect() })
+    }
+
+    /// The number of steps.
+    pub fn steps(&self) -> usize {
+        self.sigmas.len() - 1
+    }
+
+    /// The sigma at the start of `step`.
+    pub fn sigma(&self, step: usize) -> f32 {
+        self.sigmas[step]
+    }
+
+    /// The model's time at the start of each step: `1 − sigma`.
+    pub fn times(&self) -> Vec<f32> {
+        self.sigmas[..self.steps()].iter().map(|sigma| 1.0 - sigma).collect()
+    }
+
+    /// The change of sigma over `step`, negative.
+    pub fn delta(&self, step: usize) -> f32 {
+        self.sigmas[step + 1] - self.sigmas[step]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_schedule_falls_from_one_to_zero() {
+        let schedule = Schedule::new(4, 3.0).unwrap();
+        assert_eq!((schedule.sigma(0), schedule.sigma(4)), (1.0, 0.0));
+        assert!((schedule.sigma(2) - 0.75).abs() < 1e-6);
+        assert!((0..4).all(|step| schedule.delta(step) < 0.0));
+        assert!((schedule.times()[2] - 0.25).abs() < 1e-6);
+    }
+
+    #[test]
+    fn senseless_schedules_are_refused() {
+        assert!(Schedule::new(0, 3.0).is_err());
+        for shift in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            assert!(Schedule::new(4, shift).unwrap_err().to_string().contains("positive"));
+        }
+    }
+}

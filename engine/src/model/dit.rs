@@ -1,0 +1,384 @@
+//! The diffusion transformer: image and caption tokens in one sequence, latent or pixel.
+//!
+//! A forward pass is split by what its parts depend on, so that nothing is computed twice while sampling:
+//!
+//! * [`Dit::prepare`]: captions through their embedder and refiner, rotary tables, key lengths. Once per prompt and size.
+//! * [`Dit::modulate`]: the modulation tables of all blocks for a list of times. Once per schedule.
+//! * [`Dit::forward`]: image to velocity. Once per step.
+
+use super::block::{Block, Sequence, run_blocks};
+use super::config::{DitConfig, ModelKind};
+use super::detailer::Detailer;
+use super::params::ParamSource;
+use super::rope::{Position, RopeAxes, caption_positions, image_positions};
+use crate::device::{Device, MemoryTag};
+use crate::error::{Error, Result};
+use crate::ops::Modulation;
+use crate::ops::layer_norm::layer_norm_modulate;
+use crate::ops::linear::{InputActivation, linear, linear_vectors};
+use crate::ops::patch_embed::patch_embed;
+use crate::ops::rms_norm::rms_norm;
+use crate::ops::timestep::timestep_embedding;
+use crate::ops::tokens::{concat_tokens, fill_pad_tokens, narrow_tokens, pad_tokens};
+use crate::ops::unpatchify::unpatchify;
+use crate::profile;
+use crate::tensor::{DType, Tensor};
+
+/// Image and caption tokens are padded to multiples of this many.
+pub const TOKEN_MULTIPLE: usize = 32;
+
+/// The transformer with its input layers and what follows its last block.
+pub struct Dit {
+    config: DitConfig,
+    device: Device,
+    /// `[dim, patch · patch · channels]`, channel fastest.
+    patch_weight: Tensor,
+    patch_bias: Tensor,
+    /// `[dim]` each
+    image_pad: Tensor,
+    caption_pad: Tensor,
+    caption_norm: Tensor,
+    /// `[dim, caption_width]`
+    caption_weight: Tensor,
+    caption_bias: Tensor,
+    time: TimeEmbedder,
+    noise_refiner: Vec<Block>,
+    context_refiner: Vec<Block>,
+    layers: Vec<Block>,
+    output: Output,
+}
+
+/// What turns the last block's image tokens into a velocity.
+enum Output {
+    Latent(Box<FinalLayer>),
+    Pixel(Box<Detailer>),
+}
+
+/// Sinusoid and a two-layer perceptron.
+struct TimeEmbedder {
+    weights: [Tensor; 2],
+    biases: [Tensor; 2],
+    frequencies: usize,
+}
+
+/// LayerNorm, scaled by the time, and a projection to patches.
+struct FinalLayer {
+    weight: Tensor,
+    bias: Tensor,
+    modulation_weight: Tensor,
+    modulation_bias: Tensor,
+}
+
+/// A batch of captions, ready for any number of steps at one image size.
+pub struct Prepared {
+    /// Caption tokens `[batch, padded, dim]`.
+    captions: Tensor,
+    /// Rotary tables of the image tokens alone and of the whole sequence.
+    image_rope: Tensor,
+    rope: Tensor,
+    /// Valid tokens per item, when the items' captions have different padded lengths.
+    key_lengths: Option<Tensor>,
+    /// Height and width of the token grid.
+    grid: [usize; 2],
+}
+
+impl Prepared {
+    /// The number of items in the batch.
+    pub fn batch(&self) -> usize {
+        self.captions.dim(0)
+    }
+
+    /// Tokens of the main sequence, pads included.
+    pub fn tokens(&self) -> usize {
+        self.rope.dim(1)
+    }
+}
+
+/// Modulation tables of every block for a list of times.
+pub struct Modulations {
+    noise_refiner: Vec<Tensor>,
+    layers: Vec<Tensor>,
+    /// Scales of the final layer `[times, 1, dim]`, for a latent model.
+    last: Option<Tensor>,
+}
+
+impl Modulations {
+    /// The tables of `count` times from `start` on; views, nothing is copied.
+    ///
+    /// # Errors
+    /// When there are fewer times.
+    pub fn narrow(&self, start: usize, count: usize) -> Result<Self> {
+        let narrow = |tables: &[Tensor]| tables.iter().map(|table| table.narrow(start, count)).collect::<Result<Vec<_>>>();
+        Ok(Modulations {
+            noise_refiner: narrow(&self.noise_refiner)?,
+            layers: narrow(&self.layers)?,
+            last: self.last.as_ref().map(|last| last.narrow(start, count)).transpose()?,
+        })
+    }
+}
+
+impl Dit {
+    /// Reads a model's parameters (canonical names, see `checkpoint`). `loaded` is called after each block, with how many are done
+    /// and how many there are.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape, or the device has no room.
+    pub fn load(
+        params: &dyn ParamSource,
+        device: &Device,
+        config: &DitConfig,
+        loaded: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self> {
+        let _tag = MemoryTag::Weights.scope();
+        let dim = config.dim;
+        let vector = |name: &str, size: usize| params.load(device, name, &[size]);
+        let matrix = |name: &str, rows: usize, columns: usize| params.load(device, name, &[rows, columns]);
+        let total = 2 * config.refiner_layers + config.layers;
+        let mut done = 0;
+        let mut blocks = |stack: &str, count: usize, modulated: bool| -> Result<Vec<Block>> {
+            (0..count)
+                .map(|index| {
+                    let block = Block::load(params, device, &format!("{stack}.{index}"), config, modulated)?;
+                    done += 1;
+                    loaded(done, total);
+                    Ok(block)
+                })
+                .collect()
+        };
+        let embedder = format!("all_x_embedder.{}-1", config.patch);
+        let patch_inputs = config.patch * config.patch * config.in_channels;
+        // The pad tokens are stored as [1, dim].
+        let pad = |name: &str| matrix(name, 1, dim)?.reshape([dim]);
+        Ok(Dit {
+            patch_weight: matrix(&format!("{embedder}.weight"), dim, patch_inputs)?,
+            patch_bias: vector(&format!("{embedder}.bias"), dim)?,
+            image_pad: pad("x_pad_token")?,
+            caption_pad: pad("cap_pad_token")?,
+            caption_norm: vector("cap_embedder.0.weight", config.caption_width)?,
+            caption_weight: matrix("cap_embedder.1.weight", dim, config.caption_width)?,
+            caption_bias: vector("cap_embedder.1.bias", dim)?,
+            time: TimeEmbedder::load(params, device, config)?,
+            noise_refiner: blocks("noise_refiner", config.refiner_layers, true)?,
+            context_refiner: blocks("context_refiner", config.refiner_layers, false)?,
+            layers: blocks("layers", config.layers, true)?,
+            output: Output::load(params, device, config)?,
+            config: config.clone(),
+            device: device.clone(),
+        })
+    }
+
+    /// The model's sizes.
+    pub fn config(&self) -> &DitConfig {
+        &self.config
+    }
+
+    /// The device it lives on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Embeds and refines captions for images of `height × width` pixels (latent model: latent cells). `captions` holds one
+    /// `[1, tokens, caption_width]` tensor of features per item, real tokens only.
+    ///
+    /// # Errors
+    /// When the size is not a multiple of the patch, a caption is empty or has another width, or the device has no room.
+    pub fn prepare(&self, captions: &[&Tensor], [height, width]: [usize; 2]) -> Result<Prepared> {
+        let _range = profile::range(c"prepare");
+        let patch = self.config.patch;
+        if height == 0 || width == 0 || height % patch != 0 || width % patch != 0 {
+            return Err(Error::invalid(format!("an image of {width}x{height} cannot be cut into patches of {patch}")));
+        }
+        let grid = [height / patch, width / patch];
+        let image_tokens = (grid[0] * grid[1]).next_multiple_of(TOKEN_MULTIPLE);
+        let padded: Vec<usize> = captions.iter().map(|caption| caption.dim(1).next_multiple_of(TOKEN_MULTIPLE)).collect();
+        let longest = padded.iter().copied().max().unwrap_or(0);
+        if captions.iter().any(|caption| caption.dim(1) == 0) || longest == 0 {
+            return Err(Error::invalid("a caption has no tokens"));
+        }
+        let unequal = padded.iter().any(|&length| length != longest);
+        let lengths = |base: usize| -> Result<Option<Tensor>> {
+            let lengths: Vec<i32> = padded.iter().map(|&length| (base + length) as i32).collect();
+            unequal.then(|| Tensor::from_slice(&self.device, &lengths, [lengths.len()])).transpose()
+        };
+
+        let image: Vec<Vec<Position>> =
+            padded.iter().map(|&length| image_positions(length, grid, image_tokens).collect()).collect();
+        let caption: Vec<Vec<Position>> = padded.iter().map(|_| caption_positions(longest).collect()).collect();
+        let whole: Vec<Vec<Position>> =
+            image.iter().zip(&caption).map(|(image, caption)| [image.as_slice(), caption].concat()).collect();
+        let axes = RopeAxes { theta: self.config.rope_theta, dims: self.config.axes_dims };
+        let caption_rope = axes.table(&self.device, &caption)?;
+        let embedded = self.embed_captions(captions, longest)?;
+        let caption_lengths = lengths(0)?;
+        let sequence = Sequence { rope: &caption_rope, key_lengths: caption_lengths.as_ref() };
+        Ok(Prepared {
+            captions: run_blocks(&self.context_refiner, &[], embedded, &sequence)?,
+            image_rope: axes.table(&self.device, &image)?,
+            rope: axes.table(&self.device, &whole)?,
+            key_lengths: lengths(image_tokens)?,
+            grid,
+        })
+    }
+
+    /// Captions through their norm and projection, padded to `longest` tokens: `[batch, longest, dim]`.
+    fn embed_captions(&self, captions: &[&Tensor], longest: usize) -> Result<Tensor> {
+        let mut batch: Option<Tensor> = None;
+        for caption in captions {
+            let normalised = rms_norm(caption, &self.caption_norm, self.config.norm_eps)?;
+            let embedded = linear(&normalised, &self.caption_weight, Some(&self.caption_bias))?;
+            let padded = pad_tokens(&embedded, longest)?;
+            batch = Some(match batch {
+                None => padded,
+                // Items of equal length, one behind the other, are one long item until they are reshaped.
+                Some(batch) => concat_tokens(&batch, &padded)?,
+            });
+        }
+        let batch = batch.ok_or_else(|| Error::invalid("a batch needs at least one caption"))?;
+        let mut batch = batch.reshape([captions.len(), longest, self.config.dim])?;
+        let lengths: Vec<i32> = captions.iter().map(|caption| caption.dim(1) as i32).collect();
+        let lengths = Tensor::from_slice(&self.device, &lengths, [lengths.len()])?;
+        fill_pad_tokens(&mut batch, &lengths, &self.caption_pad)?;
+        Ok(batch)
+    }
+
+    /// The modulation tables for model times `t = 1 − sigma`, one entry per time.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn modulate(&self, times: &[f32]) -> Result<Modulations> {
+        let _range = profile::range(c"modulate");
+        let c = self.time.embed(&self.device, times)?;
+        let tables = |blocks: &[Block]| -> Result<Vec<Tensor>> {
+            blocks.iter().filter_map(|block| block.modulation_table(&c).transpose()).collect()
+        };
+        Ok(Modulations {
+            noise_refiner: tables(&self.noise_refiner)?,
+            layers: tables(&self.layers)?,
+            last: match &self.output {
+                Output::Latent(last) => Some(last.modulation_table(&c)?),
+                Output::Pixel(_) => None,
+            },
+        })
+    }
+
+    /// The velocity (noise − image) of `image` `[batch, height, width, channels]` in the compute type, as f32 of the same
+    /// shape. `modulations` holds one time for all items, or one per item.
+    ///
+    /// # Errors
+    /// When shapes do not fit what was prepared, or the device has no room.
+    pub fn forward(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
+        let _range = profile::range(c"dit");
+        let [height, width] = prepared.grid.map(|extent| extent * self.config.patch);
+        image.expect_shape("dit", "image", [prepared.batch(), height, width, self.config.in_channels])?;
+        let tokens = prepared.grid[0] * prepared.grid[1];
+
+        let embedded = {
+            let _range = profile::range(c"patch_embed");
+            patch_embed(image, self.config.patch, &self.patch_weight, &self.patch_bias)?
+        };
+        let padded = tokens.next_multiple_of(TOKEN_MULTIPLE);
+        let embedded = match padded == tokens {
+            true => embedded,
+            false => {
+                let mut embedded = pad_tokens(&embedded, padded)?;
+                let lengths = vec![tokens as i32; prepared.batch()];
+                let lengths = Tensor::from_slice(&self.device, &lengths, [lengths.len()])?;
+                fill_pad_tokens(&mut embedded, &lengths, &self.image_pad)?;
+                embedded
+            }
+        };
+        let sequence = Sequence { rope: &prepared.image_rope, key_lengths: None };
+        let refined = run_blocks(&self.noise_refiner, &modulations.noise_refiner, embedded, &sequence)?;
+        let x = concat_tokens(&refined, &prepared.captions)?;
+        drop(refined);
+        let sequence = Sequence { rope: &prepared.rope, key_lengths: prepared.key_lengths.as_ref() };
+        let x = run_blocks(&self.layers, &modulations.layers, x, &sequence)?;
+        let x = narrow_tokens(&x, 0, tokens)?;
+        self.output.forward(x, image, prepared.grid, modulations, &self.config)
+    }
+}
+
+impl TimeEmbedder {
+    fn load(params: &dyn ParamSource, device: &Device, config: &DitConfig) -> Result<Self> {
+        let [frequencies, hidden, out] = [config.t_frequencies, config.t_hidden, config.adaln_width];
+        let matrix = |name: &str, rows, columns| params.load(device, name, &[rows, columns]);
+        Ok(TimeEmbedder {
+            weights: [
+                matrix("t_embedder.mlp.0.weight", hidden, frequencies)?,
+                matrix("t_embedder.mlp.2.weight", out, hidden)?,
+            ],
+            biases: [
+                params.load(device, "t_embedder.mlp.0.bias", &[hidden])?,
+                params.load(device, "t_embedder.mlp.2.bias", &[out])?,
+            ],
+            frequencies,
+        })
+    }
+
+    /// Embeddings `[times, adaln_width]` in f32. The model was trained with times in thousandths.
+    fn embed(&self, device: &Device, times: &[f32]) -> Result<Tensor> {
+        const MAX_PERIOD: f32 = 10_000.0;
+        let sinusoids = timestep_embedding(times, self.frequencies, MAX_PERIOD);
+        let x = Tensor::from_slice(device, &sinusoids, [times.len(), self.frequencies])?;
+        let hidden = linear_vectors(&x, InputActivation::None, &self.weights[0], Some(&self.biases[0]))?;
+        linear_vectors(&hidden, InputActivation::Silu, &self.weights[1], Some(&self.biases[1]))
+    }
+}
+
+impl FinalLayer {
+    /// LayerNorm's epsilon.
+    const EPSILON: f32 = 1e-6;
+
+    fn load(params: &dyn ParamSource, device: &Device, config: &DitConfig) -> Result<Self> {
+        let prefix = format!("all_final_layer.{}-1", config.patch);
+        let (dim, outputs) = (config.dim, config.patch * config.patch * config.in_channels);
+        let load = |suffix: &str, shape: &[usize]| params.load(device, &format!("{prefix}.{suffix}"), shape);
+        Ok(FinalLayer {
+            weight: load("linear.weight", &[outputs, dim])?,
+            bias: load("linear.bias", &[outputs])?,
+            modulation_weight: load("adaLN_modulation.1.weight", &[dim, config.adaln_width])?,
+            modulation_bias: load("adaLN_modulation.1.bias", &[dim])?,
+        })
+    }
+
+    fn modulation_table(&self, c: &Tensor) -> Result<Tensor> {
+        let table = linear_vectors(c, InputActivation::Silu, &self.modulation_weight, Some(&self.modulation_bias))?;
+        let dim = table.dim(1);
+        table.reshape([c.dim(0), 1, dim])
+    }
+}
+
+impl Output {
+    fn load(params: &dyn ParamSource, device: &Device, config: &DitConfig) -> Result<Self> {
+        Ok(match config.kind {
+            ModelKind::Latent => Output::Latent(Box::new(FinalLayer::load(params, device, config)?)),
+            ModelKind::Pixel => Output::Pixel(Box::new(Detailer::load(params, device, "local_decoder")?)),
+        })
+    }
+
+    /// The velocity, which is minus what the published models put out.
+    fn forward(
+        &self,
+        x: Tensor,
+        image: &Tensor,
+        grid: [usize; 2],
+        modulations: &Modulations,
+        config: &DitConfig,
+    ) -> Result<Tensor> {
+        let _range = profile::range(c"output");
+        match self {
+            Output::Latent(last) => {
+                let scale = modulations.last.as_ref().map(|table| Modulation::new(table, 0)).transpose()?;
+                let normalised = layer_norm_modulate(&x, scale, FinalLayer::EPSILON)?;
+                drop(x);
+                let patches = linear(&normalised, &last.weight, Some(&last.bias))?;
+                unpatchify(&patches, grid[0] * config.patch, grid[1] * config.patch, config.patch, config.in_channels, -1.0)
+            }
+            Output::Pixel(head) => {
+                let features = x.reshape([x.dim(0), grid[0], grid[1], config.dim])?;
+                drop(x);
+                head.forward(image, &features)
+            }
+        }
+    }
+}

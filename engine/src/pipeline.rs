@@ -1,0 +1,398 @@
+//! From prompts to pictures: which parts of a model are on the device when, and how long each phase takes.
+//!
+//! The phases of a run: `text` (encoder loaded, prompts encoded, encoder freed), `load` (transformer), `denoise`, `decode`
+//! (VAE, latent models only). Device memory therefore peaks at the larger of the text encoder and the transformer with one
+//! step's activations.
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::checkpoint::{EstimateInput, MemoryEstimate, ModelPaths, Transformer};
+use crate::device::{Device, MemoryReport, MemoryTag, format_bytes};
+use crate::error::{Error, Result};
+use crate::flow::noise_source::NoiseSource;
+use crate::flow::sampler::{Guidance, StepReport, sample};
+use crate::flow::schedule::Schedule;
+use crate::model::config::{DitConfig, ModelKind, TextConfig, VaeConfig};
+use crate::model::dit::Dit;
+use crate::model::text::TextEncoder;
+use crate::model::vae::VaeDecoder;
+use crate::ops::to_rgb8::to_rgb8;
+use crate::profile;
+use crate::tensor::Tensor;
+use crate::text::PromptTokenizer;
+
+/// Steps where neither user nor model says: enough for a model that was not distilled.
+const DEFAULT_STEPS: usize = 28;
+
+/// The shift where neither user nor model says.
+const DEFAULT_SHIFT: f32 = 3.0;
+
+/// Latent models draw this size where nobody says; pixel models, a grid of `DEFAULT_GRID` patches.
+const DEFAULT_LATENT_SIZE: usize = 1024;
+const DEFAULT_GRID: usize = 64;
+
+/// What to draw with.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Settings {
+    /// Pixels.
+    pub width: usize,
+    /// Pixels.
+    pub height: usize,
+    /// Denoising steps.
+    pub steps: usize,
+    /// How far sigmas are shifted towards noise.
+    pub shift: f32,
+    /// Guidance; 1 is none, and takes one pass per step instead of two.
+    pub cfg: f32,
+}
+
+/// One phase of a run.
+#[derive(Clone, Debug, Serialize)]
+pub struct Phase {
+    /// Its name; see the module's head comment.
+    pub name: &'static str,
+    /// Wall time, waiting for the device included.
+    pub seconds: f64,
+    /// Device memory, peaks within the phase.
+    pub memory: MemoryReport,
+    /// Bytes of the GPU in use at the phase's end as its driver counts them (all processes, contexts included).
+    pub driver_bytes: Option<u64>,
+}
+
+/// Captions as the transformer takes them: features `[1, tokens, caption_width]` each.
+pub struct Captions {
+    /// One per picture.
+    pub prompts: Vec<Tensor>,
+    /// What to move away from, for each picture; empty without guidance.
+    pub negatives: Vec<Tensor>,
+}
+
+/// A model, opened and checked, whose parts come to the device as they are needed.
+pub struct Pipeline {
+    device: Device,
+    paths: ModelPaths,
+    transformer: Transformer,
+    vae_config: Option<VaeConfig>,
+    dit: Option<Dit>,
+    vae: Option<VaeDecoder>,
+    text: Option<(PromptTokenizer, TextEncoder)>,
+    /// Keep the text encoder on the device after its phase.
+    keep_text_encoder: bool,
+    phases: Vec<Phase>,
+}
+
+impl Captions {
+    /// Those of some of the pictures.
+    ///
+    /// # Errors
+    /// When there are fewer.
+    pub fn select(&self, pictures: std::ops::Range<usize>) -> Result<Self> {
+        let select = |captions: &[Tensor]| match captions.get(pictures.clone()) {
+            _ if captions.is_empty() => Ok(Vec::new()),
+            Some(captions) => Ok(captions.to_vec()),
+            None => Err(Error::invalid(format!("{} captions are too few for pictures {pictures:?}", captions.len()))),
+        };
+        Ok(Captions { prompts: select(&self.prompts)?, negatives: select(&self.negatives)? })
+    }
+}
+
+impl Pipeline {
+    /// Opens the model at `paths`: reads configurations and headers, loads no weights.
+    ///
+    /// # Errors
+    /// When a part is missing, damaged, or does not fit the others.
+    pub fn open(paths: ModelPaths, device: Device, keep_text_encoder: bool) -> Result<Self> {
+        let transformer = paths.open_transformer()?;
+        let vae_config = match transformer.config.kind {
+            ModelKind::Latent => Some(VaeConfig::read(paths.vae()?)?),
+            ModelKind::Pixel => None,
+        };
+        Ok(Pipeline {
+            device,
+            paths,
+            transformer,
+            vae_config,
+            dit: None,
+            vae: None,
+            text: None,
+            keep_text_encoder,
+            phases: Vec::new(),
+        })
+    }
+
+    /// The transformer's sizes.
+    pub fn config(&self) -> &DitConfig {
+        &self.transformer.config
+    }
+
+    /// The device that the model runs on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The phases so far.
+    pub fn phases(&self) -> &[Phase] {
+        &self.phases
+    }
+
+    /// Sides of a picture are multiples of this many pixels.
+    pub fn size_multiple(&self) -> usize {
+        let head = self.transformer.head.as_ref().map_or(1, |head| head.downsampling());
+        let patch = self.config().patch * self.vae_config.as_ref().map_or(1, VaeConfig::downsampling);
+        least_common_multiple(patch, head)
+    }
+
+    /// What the model says about how to draw with it, completed by general defaults.
+    ///
+    /// # Errors
+    /// When the scheduler's configuration cannot be read.
+    pub fn defaults(&self) -> Result<Settings> {
+        let own = &self.paths.defaults;
+        let scheduler = self.paths.scheduler()?;
+        let side = match self.config().kind {
+            ModelKind::Latent => DEFAULT_LATENT_SIZE,
+            ModelKind::Pixel => (DEFAULT_GRID * self.config().patch).next_multiple_of(self.size_multiple()),
+        };
+        Ok(Settings {
+            width: own.width.unwrap_or(side),
+            height: own.height.unwrap_or(side),
+            steps: own.steps.unwrap_or(DEFAULT_STEPS),
+            shift: own.shift.or(scheduler.map(|scheduler| scheduler.shift)).unwrap_or(DEFAULT_SHIFT),
+            cfg: own.cfg.unwrap_or(1.0),
+        })
+    }
+
+    /// Bytes of device memory that drawing `batch` pictures of this size at once takes, estimated.
+    pub fn estimate(&self, settings: &Settings, batch: usize) -> u64 {
+        let estimate = MemoryEstimate::of(&EstimateInput {
+            config: self.config(),
+            head: self.transformer.head.as_ref(),
+            vae: self.vae_config.as_ref(),
+            text_parameters: 0,
+            width: settings.width,
+            height: settings.height,
+        });
+        // The estimate counts bf16; the CPU computes in f32.
+        let element = self.device.compute_dtype().size() as u64;
+        let sampling = estimate.sampling;
+        (sampling.weights + sampling.activations * batch as u64) * element / 2
+    }
+
+    /// Refuses work that the device has no memory for, before any of it starts.
+    ///
+    /// # Errors
+    /// Naming the estimate and what there is.
+    pub fn expect_room(&self, settings: &Settings, batch: usize) -> Result<()> {
+        let (needed, available) = (self.estimate(settings, batch), self.device.available_memory()?);
+        if needed <= available {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "{}x{} pixels{} take about {} of memory, but {} has {} to spare: draw smaller{}",
+            settings.width,
+            settings.height,
+            if batch > 1 { format!(" in batches of {batch}") } else { String::new() },
+            format_bytes(needed),
+            self.device,
+            format_bytes(available),
+            if batch > 1 { " or fewer at once (--batch 1)" } else { "" },
+        )))
+    }
+
+    /// The captions of `prompts` and of `negatives` (as many, or none); equal texts are encoded once.
+    ///
+    /// # Errors
+    /// When the text encoder or tokenizer is missing or damaged, or the device has no room.
+    pub fn encode(&mut self, prompts: &[String], negatives: &[String]) -> Result<Captions> {
+        self.phase("text", |pipeline| {
+            if pipeline.text.is_none() {
+                pipeline.text = Some(pipeline.load_text_encoder()?);
+            }
+            let (tokenizer, encoder) = pipeline.text.as_ref().expect("loaded above");
+            let mut known: HashMap<&str, Tensor> = HashMap::new();
+            for text in prompts.iter().chain(negatives) {
+                if !known.contains_key(text.as_str()) {
+                    known.insert(text, encoder.encode(&tokenizer.encode(text)?.ids)?);
+                }
+            }
+            let all = |texts: &[String]| texts.iter().map(|text| known[text.as_str()].clone()).collect();
+            let captions = Captions { prompts: all(prompts), negatives: all(negatives) };
+            if !pipeline.keep_text_encoder {
+                pipeline.text = None;
+            }
+            Ok(captions)
+        })
+    }
+
+    fn load_text_encoder(&self) -> Result<(PromptTokenizer, TextEncoder)> {
+        let folder = self.paths.text_encoder()?;
+        let tokenizer = PromptTokenizer::open(self.paths.tokenizer()?)?;
+        let config = TextConfig::read(folder)?;
+        if config.dim != self.config().caption_width {
+            return Err(Error::file(
+                folder,
+                format!("makes features of width {}, the transformer takes {}", config.dim, self.config().caption_width),
+            ));
+        }
+        let checkpoint = crate::checkpoint::Checkpoint::open_text_encoder(folder)?;
+        let _tag = MemoryTag::Weights.scope();
+        Ok((tokenizer, TextEncoder::load(&checkpoint, &self.device, &config)?))
+    }
+
+    /// Brings the transformer (and a latent model's VAE decoder) onto the device; nothing when they are there.
+    /// `loaded(done, total)` is told of each block.
+    ///
+    /// # Errors
+    /// When a tensor cannot be read or the device has no room.
+    pub fn load(&mut self, loaded: &mut dyn FnMut(usize, usize)) -> Result<()> {
+        if self.dit.is_some() {
+            return Ok(());
+        }
+        self.phase("load", |pipeline| {
+            let Transformer { checkpoint, config, .. } = &pipeline.transformer;
+            let dit = Dit::load(checkpoint, &pipeline.device, config, loaded)?;
+            if let Some(config) = &pipeline.vae_config {
+                let checkpoint = crate::checkpoint::Checkpoint::open_plain(pipeline.paths.vae()?)?;
+                let _tag = MemoryTag::Weights.scope();
+                pipeline.vae = Some(VaeDecoder::load(&checkpoint, &pipeline.device, config)?);
+            }
+            pipeline.dit = Some(dit);
+            Ok(())
+        })
+    }
+
+    /// The noise of pictures with these seeds, f32 `[seeds, height, width, channels]` (latent model: of the latent).
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn noise(&self, source: NoiseSource, seeds: &[u64], settings: &Settings) -> Result<Tensor> {
+        source.noise(&self.device, seeds, self.canvas(settings))
+    }
+
+    /// Height, width and channels of what the transformer draws: an image, or the latent of one.
+    pub fn canvas(&self, settings: &Settings) -> [usize; 3] {
+        let cell = self.vae_config.as_ref().map_or(1, VaeConfig::downsampling);
+        [settings.height / cell, settings.width / cell, self.config().in_channels]
+    }
+
+    /// Image tokens of one picture.
+    pub fn image_tokens(&self, settings: &Settings) -> usize {
+        let [height, width, _] = self.canvas(settings);
+        height / self.config().patch * (width / self.config().patch)
+    }
+
+    /// Draws one picture per caption from `noise`. Returns what the transformer drew, f32 (pixel model: images; latent model:
+    /// latents).
+    ///
+    /// # Errors
+    /// When shapes do not fit, the device has no room, or `progress` returns an error.
+    pub fn denoise(
+        &mut self,
+        captions: &Captions,
+        noise: Tensor,
+        settings: &Settings,
+        progress: &mut dyn FnMut(StepReport) -> Result<()>,
+    ) -> Result<Tensor> {
+        let schedule = Schedule::new(settings.steps, f64::from(settings.shift))?;
+        let size = [noise.dim(1), noise.dim(2)];
+        self.phase("denoise", |pipeline| {
+            let dit = pipeline.dit.as_ref().ok_or_else(|| Error::invalid("the transformer is not loaded"))?;
+            let prepare = |captions: &[Tensor]| dit.prepare(&captions.iter().collect::<Vec<_>>(), size);
+            let prompt = prepare(&captions.prompts)?;
+            let guidance = match captions.negatives.as_slice() {
+                [] => Guidance::None(prompt),
+                each => Guidance::Cfg { prompt, negative: prepare(each)?, cfg: settings.cfg },
+            };
+            sample(dit, &guidance, &schedule, noise, progress)
+        })
+    }
+
+    /// The images of what [`Pipeline::denoise`] returned: latents through the VAE decoder, images as they are. f32
+    /// `[batch, height, width, 3]`, about −1 to 1.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn decode(&mut self, drawn: &Tensor) -> Result<Tensor> {
+        if self.vae.is_none() {
+            return Ok(drawn.clone());
+        }
+        self.phase("decode", |pipeline| {
+            let vae = pipeline.vae.as_ref().ok_or_else(|| Error::invalid("the VAE is not loaded"))?;
+            // One picture at a time: the decoder's maps are the largest tensors of a latent model.
+            let images = (0..drawn.dim(0)).map(|item| vae.decode(&drawn.narrow(item, 1)?)).collect::<Result<Vec<_>>>()?;
+            stack(&images)
+        })
+    }
+
+    /// The pictures of `images` as bytes on the host, one buffer of `height · width · 3` per item.
+    ///
+    /// # Errors
+    /// When the copy from the device fails.
+    pub fn to_bytes(&self, images: &Tensor) -> Result<Vec<Vec<u8>>> {
+        let bytes = to_rgb8(images)?.to_vec::<u8>()?;
+        Ok(bytes.chunks(images.elements() / images.dim(0)).map(<[u8]>::to_vec).collect())
+    }
+
+    /// Runs `work` as one phase: timed to the device's end of work, with memory peaks of its own.
+    fn phase<T>(&mut self, name: &'static str, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        let _range = profile::range(match name {
+            "text" => c"text",
+            "load" => c"load",
+            "denoise" => c"denoise",
+            _ => c"decode",
+        });
+        self.device.reset_memory_peaks();
+        let start = Instant::now();
+        let outcome = work(self)?;
+        self.device.synchronize()?;
+        let driver_bytes = match &self.device {
+            Device::Cpu => None,
+            Device::Cuda(device) => Some(device.driver_memory_in_use()?),
+        };
+        let memory = self.device.memory_report();
+        self.phases.push(Phase { name, seconds: start.elapsed().as_secs_f64(), memory, driver_bytes });
+        Ok(outcome)
+    }
+}
+
+/// One batch of several of one item each.
+fn stack(items: &[Tensor]) -> Result<Tensor> {
+    match items {
+        [one] => Ok(one.clone()),
+        [first, ..] => {
+            let mut values = Vec::with_capacity(first.elements() * items.len());
+            for item in items {
+                values.extend(item.to_vec::<f32>()?);
+            }
+            let mut extents = first.shape().to_vec();
+            extents[0] = items.len();
+            Tensor::from_slice(&first.device(), &values, extents.as_slice())
+        }
+        [] => Err(Error::invalid("a batch of no pictures")),
+    }
+}
+
+fn least_common_multiple(a: usize, b: usize) -> usize {
+    let greatest_common_divisor = {
+        let (mut a, mut b) = (a, b);
+        while b != 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    a / greatest_common_divisor * b
+}
+
+#[cfg(test)]
+mod tests {
+    use super::least_common_multiple;
+
+    #[test]
+    fn sizes_fit_patches_and_poolings() {
+        assert_eq!(least_common_multiple(160, 64), 320);
+        assert_eq!(least_common_multiple(16, 16), 16);
+    }
+}
