@@ -8,7 +8,9 @@ mod elementwise;
 pub mod layer_norm;
 pub mod linear;
 mod modulation;
+pub mod qk_norm_rope;
 pub mod rms_norm;
+pub mod swiglu;
 
 pub use modulation::Modulation;
 

@@ -2,12 +2,16 @@
 
 mod layer_norm;
 mod linear;
+mod qk_norm_rope;
 mod rms_norm;
+mod swiglu;
 
 use l2p_tests::Suite;
 
 pub fn register(suite: &mut Suite) {
     layer_norm::register(suite);
     linear::register(suite);
+    qk_norm_rope::register(suite);
     rms_norm::register(suite);
+    swiglu::register(suite);
 }
