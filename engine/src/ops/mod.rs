@@ -5,12 +5,14 @@
 //! are bf16 and sums are f32; the head comment of an operation names the exceptions.
 
 mod elementwise;
+pub mod embedding;
 pub mod layer_norm;
 pub mod linear;
 mod modulation;
 pub mod qk_norm_rope;
 pub mod rms_norm;
 pub mod swiglu;
+pub mod tokens;
 
 pub use modulation::Modulation;
 

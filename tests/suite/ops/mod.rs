@@ -1,17 +1,21 @@
 //! One file per operation, named like the operation's own.
 
+mod embedding;
 mod layer_norm;
 mod linear;
 mod qk_norm_rope;
 mod rms_norm;
 mod swiglu;
+mod tokens;
 
 use l2p_tests::Suite;
 
 pub fn register(suite: &mut Suite) {
+    embedding::register(suite);
     layer_norm::register(suite);
     linear::register(suite);
     qk_norm_rope::register(suite);
     rms_norm::register(suite);
     swiglu::register(suite);
+    tokens::register(suite);
 }
