@@ -9,10 +9,12 @@ pub mod embedding;
 pub mod layer_norm;
 pub mod linear;
 mod modulation;
+pub mod patch_embed;
 pub mod qk_norm_rope;
 pub mod rms_norm;
 pub mod swiglu;
 pub mod tokens;
+pub mod unpatchify;
 
 pub use modulation::Modulation;
 

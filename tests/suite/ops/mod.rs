@@ -3,10 +3,12 @@
 mod embedding;
 mod layer_norm;
 mod linear;
+mod patch_embed;
 mod qk_norm_rope;
 mod rms_norm;
 mod swiglu;
 mod tokens;
+mod unpatchify;
 
 use l2p_tests::Suite;
 
@@ -14,8 +16,10 @@ pub fn register(suite: &mut Suite) {
     embedding::register(suite);
     layer_norm::register(suite);
     linear::register(suite);
+    patch_embed::register(suite);
     qk_norm_rope::register(suite);
     rms_norm::register(suite);
     swiglu::register(suite);
     tokens::register(suite);
+    unpatchify::register(suite);
 }
