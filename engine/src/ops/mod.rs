@@ -4,8 +4,10 @@
 //! was expected and found; kernels assume what was checked. On the CPU everything is f32, on CUDA activations and weights
 //! are bf16 and sums are f32; the head comment of an operation names the exceptions.
 
+pub mod cast;
 mod elementwise;
 pub mod embedding;
+pub mod guidance;
 pub mod layer_norm;
 pub mod linear;
 mod modulation;
@@ -13,6 +15,7 @@ pub mod patch_embed;
 pub mod qk_norm_rope;
 pub mod rms_norm;
 pub mod swiglu;
+pub mod timestep;
 pub mod tokens;
 pub mod unpatchify;
 
