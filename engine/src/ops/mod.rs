@@ -11,6 +11,7 @@ pub mod guidance;
 pub mod layer_norm;
 pub mod linear;
 mod modulation;
+pub mod noise;
 pub mod patch_embed;
 pub mod qk_norm_rope;
 pub mod rms_norm;

@@ -5,6 +5,7 @@ mod embedding;
 mod guidance;
 mod layer_norm;
 mod linear;
+mod noise;
 mod patch_embed;
 mod qk_norm_rope;
 mod rms_norm;
@@ -21,6 +22,7 @@ pub fn register(suite: &mut Suite) {
     guidance::register(suite);
     layer_norm::register(suite);
     linear::register(suite);
+    noise::register(suite);
     patch_embed::register(suite);
     qk_norm_rope::register(suite);
     rms_norm::register(suite);
