@@ -5,6 +5,7 @@
 
 pub mod device;
 mod error;
+pub mod flow;
 mod nvtx;
 pub mod ops;
 pub mod profile;

@@ -1,45 +1,14 @@
 // RMS normalisation with its fusions; engine/src/ops/rms_norm.rs holds the contract.
 //
-// One block per row; each thread keeps up to VECTORS vectors of eight elements in registers, so every element is read and
-// written once. Bound by memory: 2 bytes read and 2 written per element for rms_norm, 4 and 4 with the residual.
+// One block per row; each thread keeps up to ROW_VECTORS vectors of eight elements in registers, so every element is read
+// and written once. Bound by memory: 2 bytes read and 2 written per element for rms_norm, 4 and 4 with the residual.
 #include "common/launch.cuh"
-#include "common/reduce.cuh"
-
-constexpr int VECTORS = 4;  // per thread; rows of up to 1024 * VECTORS * 8 elements
-constexpr int MAX_WARPS = 32;
-
-// As block_sum, for a block size known only at launch.
-__device__ __forceinline__ float row_sum(float value, float* scratch) {
-    value = warp_sum(value);
-    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = value;
-    __syncthreads();  // the warps' sums are written before they are read
-    float total = 0.0f;
-    for (int warp = 0; warp < blockDim.x / WARP; ++warp) total += scratch[warp];
-    __syncthreads();  // and read before the next row_sum overwrites them
-    return total;
-}
-
-struct Row {
-    float value[VECTORS][8];
-};
-
-__device__ __forceinline__ void load_row(Row& row, const bf16* from, int vectors) {
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-        const int vector = threadIdx.x + i * blockDim.x;
-        if (vector < vectors) {
-            load8(row.value[i], from + vector * 8);
-        } else {
-#pragma unroll
-            for (int j = 0; j < 8; ++j) row.value[i][j] = 0.0f;
-        }
-    }
-}
+#include "common/row.cuh"
 
 __device__ __forceinline__ float inverse_rms(const Row& row, int dim, float epsilon, float* scratch) {
     float squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < VECTORS; ++i)
+    for (int i = 0; i < ROW_VECTORS; ++i)
 #pragma unroll
         for (int j = 0; j < 8; ++j) squares += row.value[i][j] * row.value[i][j];
     return rsqrtf(row_sum(squares, scratch) / dim + epsilon);
@@ -49,7 +18,7 @@ __device__ __forceinline__ float inverse_rms(const Row& row, int dim, float epsi
 __device__ __forceinline__ void store_normalised(
     bf16* output, const Row& row, float inverse, const bf16* weight, const float* scale, int vectors) {
 #pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
+    for (int i = 0; i < ROW_VECTORS; ++i) {
         const int vector = threadIdx.x + i * blockDim.x;
         if (vector >= vectors) continue;
         float factor[8], result[8];
@@ -77,7 +46,7 @@ extern "C" __global__ void rms_norm_modulate(
     const float* row_scale = scale == nullptr ? nullptr : scale + row_index / tokens * stride;
     store_normalised(output + row_index * dim, row, inverse, weight, row_scale, vectors);
 }
-L2P_LAUNCH(rms_norm_modulate, 0, 0, VECTORS * 8)
+L2P_LAUNCH(rms_norm_modulate, 0, 0, ROW_VECTORS * 8)
 
 // sum = x + tanh(gate) * rms_norm(y) * weight; normalised = rms_norm(sum) * next_weight * (1 + next_scale), unless null.
 extern "C" __global__ void gated_residual_rms_norm(
@@ -91,7 +60,7 @@ extern "C" __global__ void gated_residual_rms_norm(
     load_row(row, y + row_index * dim, vectors);
     const float inverse = inverse_rms(row, dim, epsilon, scratch);
 #pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
+    for (int i = 0; i < ROW_VECTORS; ++i) {
         const int vector = threadIdx.x + i * blockDim.x;
         if (vector >= vectors) continue;
         float factor[8], residual[8];
@@ -113,4 +82,4 @@ extern "C" __global__ void gated_residual_rms_norm(
     const float* row_scale = next_scale == nullptr ? nullptr : next_scale + item * next_stride;
     store_normalised(normalised + row_index * dim, row, next_inverse, next_weight, row_scale, vectors);
 }
-L2P_LAUNCH(gated_residual_rms_norm, 0, 0, VECTORS * 8)
+L2P_LAUNCH(gated_residual_rms_norm, 0, 0, ROW_VECTORS * 8)

@@ -4,10 +4,21 @@
 //! was expected and found; kernels assume what was checked. On the CPU everything is f32, on CUDA activations and weights
 //! are bf16 and sums are f32; the head comment of an operation names the exceptions.
 
+pub mod cast;
 mod elementwise;
+pub mod embedding;
+pub mod guidance;
+pub mod layer_norm;
 pub mod linear;
 mod modulation;
+pub mod noise;
+pub mod patch_embed;
+pub mod qk_norm_rope;
 pub mod rms_norm;
+pub mod swiglu;
+pub mod timestep;
+pub mod tokens;
+pub mod unpatchify;
 
 pub use modulation::Modulation;
 
@@ -71,4 +82,16 @@ pub(crate) fn grid(op: &'static str, blocks: usize) -> Result<u32> {
             "{op}: {blocks} blocks are more than one launch can have"
         ))),
     }
+}
+
+/// Threads of a block that holds a row of `dim` elements in registers, `per_thread` of them in each thread.
+pub(crate) fn threads_per_row(op: &'static str, dim: usize, per_thread: u32) -> Result<u32> {
+    let threads = dim.div_ceil(per_thread.max(1) as usize).next_multiple_of(32);
+    if threads > 1024 {
+        return Err(Error::invalid(format!(
+            "{op}: rows of {dim} elements are longer than the CUDA kernel's {}",
+            1024 * per_thread
+        )));
+    }
+    Ok(threads as u32)
 }

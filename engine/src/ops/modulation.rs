@@ -55,4 +55,16 @@ impl<'a> Modulation<'a> {
         let start = item * self.stride() + self.index * dim;
         Ok(&self.table.as_slice::<f32>()?[start..start + dim])
     }
+
+    /// The vector of every batch item, on the CPU; `None` without vectors.
+    pub(crate) fn rows_or_none(vectors: Option<&Self>, batch: usize) -> Result<Option<Vec<&'a [f32]>>> {
+        vectors
+            .map(|vectors| (0..batch).map(|item| vectors.row(item)).collect())
+            .transpose()
+    }
+
+    /// The address of the first item's vector in GPU memory; null without vectors.
+    pub(crate) fn address_or_null(vectors: Option<&Self>) -> Result<u64> {
+        vectors.map_or(Ok(0), |vectors| vectors.device_ptr())
+    }
 }

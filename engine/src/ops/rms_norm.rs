@@ -13,7 +13,7 @@
 
 use rayon::prelude::*;
 
-use super::{Modulation, TokenSizes, expect_parameter, grid};
+use super::{Modulation, TokenSizes, expect_parameter, grid, threads_per_row};
 use crate::device::{Args, CudaDevice};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -127,14 +127,14 @@ pub fn gated_residual_rms_norm(
 }
 
 /// `1 / rms(row)`.
-fn inverse_rms(row: &[f32], epsilon: f32) -> f32 {
+pub(super) fn inverse_rms(row: &[f32], epsilon: f32) -> f32 {
     let squares: f32 = row.iter().map(|value| value * value).sum();
     1.0 / (squares / row.len() as f32 + epsilon).sqrt()
 }
 
 fn cpu_rms_norm_modulate(x: &Tensor, norm: &RmsNorm<'_>, sizes: TokenSizes, output: &mut Tensor) -> Result<()> {
     let weight = norm.weight.as_slice::<f32>()?;
-    let scales = item_rows(norm.scale.as_ref(), sizes.batch)?;
+    let scales = Modulation::rows_or_none(norm.scale.as_ref(), sizes.batch)?;
     let rows = x.as_slice::<f32>()?.par_chunks(sizes.dim);
     output
         .as_mut_slice::<f32>()?
@@ -163,7 +163,7 @@ fn cpu_gated_residual(
     sum: &mut Tensor,
 ) -> Result<()> {
     let weight = residual.weight.as_slice::<f32>()?;
-    let gates = item_rows(residual.gate.as_ref(), sizes.batch)?;
+    let gates = Modulation::rows_or_none(residual.gate.as_ref(), sizes.batch)?;
     let (x, y) = (
         x.as_slice::<f32>()?.par_chunks(sizes.dim),
         y.as_slice::<f32>()?.par_chunks(sizes.dim),
@@ -184,25 +184,6 @@ fn cpu_gated_residual(
     Ok(())
 }
 
-/// The vector of every batch item.
-fn item_rows<'a>(vectors: Option<&Modulation<'a>>, batch: usize) -> Result<Option<Vec<&'a [f32]>>> {
-    vectors
-        .map(|vectors| (0..batch).map(|item| vectors.row(item)).collect())
-        .transpose()
-}
-
-/// Threads per block such that each handles at most as many elements as the kernel keeps in registers.
-fn threads_for(op: &'static str, dim: usize, per_thread: u32) -> Result<u32> {
-    let threads = dim.div_ceil(per_thread.max(1) as usize).next_multiple_of(32);
-    if threads > 1024 {
-        return Err(Error::invalid(format!(
-            "{op}: rows of {dim} elements are longer than the CUDA kernel's {}",
-            1024 * per_thread
-        )));
-    }
-    Ok(threads as u32)
-}
-
 fn cuda_rms_norm_modulate(
     device: &CudaDevice,
     x: &Tensor,
@@ -213,11 +194,11 @@ fn cuda_rms_norm_modulate(
     const OP: &str = "rms_norm_modulate";
     sizes.expect_vectors(OP)?;
     let kernel = device.kernel("rms_norm", OP)?;
-    let threads = threads_for(OP, sizes.dim, kernel.info().tile[0])?;
+    let threads = threads_per_row(OP, sizes.dim, kernel.info().tile[0])?;
     let args = Args::new()
         .input(x)?
         .input(norm.weight)?
-        .long(address_or_null(norm.scale.as_ref())?)
+        .long(Modulation::address_or_null(norm.scale.as_ref())?)
         .output(output)?
         .int(sizes.dim)
         .int(sizes.tokens)
@@ -239,16 +220,16 @@ fn cuda_gated_residual_rms_norm(
     const OP: &str = "gated_residual_rms_norm";
     sizes.expect_vectors(OP)?;
     let kernel = device.kernel("rms_norm", OP)?;
-    let threads = threads_for(OP, sizes.dim, kernel.info().tile[0])?;
+    let threads = threads_per_row(OP, sizes.dim, kernel.info().tile[0])?;
     let next_scale = next.and_then(|next| next.scale);
     let args = Args::new()
         .input(x)?
         .input(y)?
         .input(residual.weight)?
-        .long(address_or_null(residual.gate.as_ref())?)
+        .long(Modulation::address_or_null(residual.gate.as_ref())?)
         .output(sum)?
         .optional(next.map(|next| next.weight))?
-        .long(address_or_null(next_scale.as_ref())?)
+        .long(Modulation::address_or_null(next_scale.as_ref())?)
         .optional_output(normalised)?
         .int(sizes.dim)
         .int(sizes.tokens)
@@ -258,8 +239,4 @@ fn cuda_gated_residual_rms_norm(
     // SAFETY: the arguments are those of `gated_residual_rms_norm`, of the shapes and types checked at the door; one block
     // per row; null pointers stand for what is absent.
     unsafe { kernel.launch_with(device, [grid(OP, sizes.rows())?, 1, 1], threads, args) }
-}
-
-fn address_or_null(vectors: Option<&Modulation<'_>>) -> Result<u64> {
-    vectors.map_or(Ok(0), |vectors| vectors.device_ptr())
 }

@@ -1,0 +1,5 @@
+//! Flow matching: what turns a velocity model into a sampler.
+
+mod torch_rng;
+
+pub use torch_rng::TorchNormal;

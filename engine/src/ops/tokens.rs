@@ -1,0 +1,226 @@
+//! Putting token sequences together and taking them apart. All sequences are `[batch, tokens, dim]`; on CUDA `dim` is a
+//! multiple of 8.
+//!
+//! * [`concat_tokens`]: one sequence after the other, item by item
+//! * [`narrow_tokens`]: some consecutive tokens of every item
+//! * [`pad_tokens`]: zero tokens at the end, up to a given length
+//! * [`fill_pad_tokens`]: overwrites every token at or past its item's length with a learned pad token
+
+use rayon::prelude::*;
+
+use super::{TokenSizes, expect_parameter, grid};
+use crate::device::{Args, CudaDevice};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor};
+
+/// `[batch, first tokens + second tokens, dim]`: the tokens of `first`, then those of `second`.
+///
+/// # Errors
+/// When shapes, types or devices do not fit.
+pub fn concat_tokens(first: &Tensor, second: &Tensor) -> Result<Tensor> {
+    const OP: &str = "concat_tokens";
+    let a = TokenSizes::of(OP, "first", first)?;
+    let b = TokenSizes::of(OP, "second", second)?;
+    second.expect_shape(OP, "second", [a.batch, b.tokens, a.dim])?;
+    second.expect_device(OP, "second", &first.device())?;
+    let mut output = Tensor::empty(&first.device(), [a.batch, a.tokens + b.tokens, a.dim], first.dtype())?;
+    let spans = [
+        Span::of_tokens(Some(first), 0, 0, a.tokens),
+        Span::of_tokens(Some(second), 0, a.tokens, b.tokens),
+    ];
+    copy_spans(OP, &spans, &mut output)?;
+    Ok(output)
+}
+
+/// The tokens `start .. start + count` of every item. With a batch of 1 this is a view that shares the buffer of `x`,
+/// otherwise a copy.
+///
+/// # Errors
+/// When they reach past the end, or shape or type do not fit.
+pub fn narrow_tokens(x: &Tensor, start: usize, count: usize) -> Result<Tensor> {
+    const OP: &str = "narrow_tokens";
+    let sizes = TokenSizes::of(OP, "x", x)?;
+    if start.checked_add(count).is_none_or(|end| end > sizes.tokens) {
+        return Err(Error::Shape {
+            op: OP,
+            tensor: "x".into(),
+            expected: format!("at least {} tokens", start.saturating_add(count)),
+            found: x.shape(),
+        });
+    }
+    if x.cuda().is_some() {
+        // Also of a view: the kernels that read it need rows that start at multiples of 16 bytes.
+        sizes.expect_vectors(OP)?;
+    }
+    if sizes.batch == 1 {
+        let rows = x.reshape([sizes.tokens, sizes.dim])?.narrow(start, count)?;
+        return rows.reshape([1, count, sizes.dim]);
+    }
+    let mut output = Tensor::empty(&x.device(), [sizes.batch, count, sizes.dim], x.dtype())?;
+    copy_spans(OP, &[Span::of_tokens(Some(x), start, 0, count)], &mut output)?;
+    Ok(output)
+}
+
+/// `x` with zero tokens appended up to `to_length` tokens; `x` itself, sharing its buffer, if it has that many.
+///
+/// # Errors
+/// When `x` is longer, or its shape or type do not fit.
+pub fn pad_tokens(x: &Tensor, to_length: usize) -> Result<Tensor> {
+    const OP: &str = "pad_tokens";
+    let sizes = TokenSizes::of(OP, "x", x)?;
+    if sizes.tokens == to_length {
+        return Ok(x.clone());
+    }
+    let Some(missing) = to_length.checked_sub(sizes.tokens) else {
+        return Err(Error::Shape {
+            op: OP,
+            tensor: "x".into(),
+            expected: format!("at most {to_length} tokens"),
+            found: x.shape(),
+        });
+    };
+    let mut output = Tensor::empty(&x.device(), [sizes.batch, to_length, sizes.dim], x.dtype())?;
+    let spans = [
+        Span::of_tokens(Some(x), 0, 0, sizes.tokens),
+        Span::of_tokens(None, 0, sizes.tokens, missing),
+    ];
+    copy_spans(OP, &spans, &mut output)?;
+    Ok(output)
+}
+
+/// Overwrites the tokens of `x` `[batch, tokens, dim]` whose index is at least their item's entry of `lengths` (i32 `[batch]`)
+/// with `pad` `[dim]`.
+///
+/// # Errors
+/// When shapes, types or devices do not fit, or `x` shares its buffer.
+pub fn fill_pad_tokens(x: &mut Tensor, lengths: &Tensor, pad: &Tensor) -> Result<()> {
+    const OP: &str = "fill_pad_tokens";
+    let sizes = TokenSizes::of(OP, "x", x)?;
+    lengths.expect_shape(OP, "lengths", [sizes.batch])?;
+    lengths.expect_dtype(OP, "lengths", DType::I32)?;
+    lengths.expect_device(OP, "lengths", &x.device())?;
+    expect_parameter(OP, "pad", pad, &[sizes.dim], x)?;
+    match x.cuda().cloned() {
+        None => cpu_fill_pad(x, lengths, pad, sizes),
+        Some(device) => cuda_fill_pad(OP, &device, x, lengths, pad, sizes),
+    }
+}
+
+/// Consecutive tokens of every item of one tensor, and where they go in another; zeros where there is no source.
+struct Span<'a> {
+    source: Option<&'a Tensor>,
+    source_start: usize,
+    target_start: usize,
+    tokens: usize,
+}
+
+impl<'a> Span<'a> {
+    fn of_tokens(source: Option<&'a Tensor>, source_start: usize, target_start: usize, tokens: usize) -> Self {
+        Span {
+            source,
+            source_start,
+            target_start,
+            tokens,
+        }
+    }
+}
+
+/// Fills `target` `[batch, tokens, dim]` span by span; batch and dim of the sources are the same.
+fn copy_spans(op: &'static str, spans: &[Span<'_>], target: &mut Tensor) -> Result<()> {
+    let sizes = TokenSizes::of(op, "output", target)?;
+    let device = target.cuda().cloned();
+    for span in spans {
+        match &device {
+            None => cpu_copy_span(span, sizes, target)?,
+            Some(device) => cuda_copy_span(op, device, span, sizes, target)?,
+        }
+    }
+    Ok(())
+}
+
+fn cpu_copy_span(span: &Span<'_>, sizes: TokenSizes, target: &mut Tensor) -> Result<()> {
+    let count = span.tokens * sizes.dim;
+    let target = target.as_mut_slice::<f32>()?;
+    for item in 0..sizes.batch {
+        let target = &mut target[(item * sizes.tokens + span.target_start) * sizes.dim..][..count];
+        match span.source {
+            Some(source) => {
+                let start = (item * source.dim(1) + span.source_start) * sizes.dim;
+                target.copy_from_slice(&source.as_slice::<f32>()?[start..start + count]);
+            }
+            None => target.fill(0.0),
+        }
+    }
+    Ok(())
+}
+
+fn cpu_fill_pad(x: &mut Tensor, lengths: &Tensor, pad: &Tensor, sizes: TokenSizes) -> Result<()> {
+    if sizes.dim == 0 {
+        return Ok(());
+    }
+    let (lengths, pad) = (lengths.as_slice::<i32>()?, pad.as_slice::<f32>()?);
+    let rows = x.as_mut_slice::<f32>()?.par_chunks_mut(sizes.dim).enumerate();
+    rows.for_each(|(row, values)| {
+        let (item, token) = (row / sizes.tokens, row % sizes.tokens);
+        if token as i64 >= i64::from(lengths[item]) {
+            values.copy_from_slice(pad);
+        }
+    });
+    Ok(())
+}
+
+fn cuda_copy_span(
+    op: &'static str,
+    device: &CudaDevice,
+    span: &Span<'_>,
+    sizes: TokenSizes,
+    target: &mut Tensor,
+) -> Result<()> {
+    sizes.expect_vectors(op)?;
+    let kernel = device.kernel("tokens", "copy_span")?;
+    let token_bytes = (sizes.dim * target.dtype().size()) as u64;
+    let token_vectors = (sizes.dim / 8) as u64;
+    let (source, source_tokens) = match span.source {
+        Some(source) => (
+            source.device_ptr()? + span.source_start as u64 * token_bytes,
+            source.dim(1) as u64,
+        ),
+        None => (0, 0),
+    };
+    let vectors = span.tokens as u64 * token_vectors;
+    let blocks_per_item = (vectors as usize).div_ceil(kernel.info().tile[0] as usize);
+    let args = Args::new()
+        .long(source)
+        .long(target.device_ptr_mut()? + span.target_start as u64 * token_bytes)
+        .long(vectors)
+        .long(source_tokens * token_vectors)
+        .long(sizes.tokens as u64 * token_vectors)
+        .int(grid(op, blocks_per_item)? as usize);
+    // SAFETY: the arguments are those of `copy_span`; source and target hold `vectors` vectors of 16 bytes per item from
+    // these addresses on, at these strides, as the callers' checks have established; the target is not shared.
+    unsafe { kernel.launch(device, [grid(op, blocks_per_item * sizes.batch)?, 1, 1], args) }
+}
+
+fn cuda_fill_pad(
+    op: &'static str,
+    device: &CudaDevice,
+    x: &mut Tensor,
+    lengths: &Tensor,
+    pad: &Tensor,
+    sizes: TokenSizes,
+) -> Result<()> {
+    sizes.expect_vectors(op)?;
+    let kernel = device.kernel("tokens", op)?;
+    let rows = grid(op, sizes.rows())?;
+    let blocks = rows.div_ceil(kernel.info().tile[0]);
+    let args = Args::new()
+        .output(x)?
+        .input(lengths)?
+        .input(pad)?
+        .int(sizes.tokens)
+        .int(rows as usize)
+        .int(sizes.dim / 8);
+    // SAFETY: the arguments are those of `fill_pad_tokens`, of the shapes and types checked at the door; the blocks cover
+    // every row.
+    unsafe { kernel.launch(device, [blocks, 1, 1], args) }
+}

@@ -1,0 +1,29 @@
+// From tokens back to an image; engine/src/ops/unpatchify.rs holds the contract.
+//
+// One block per image row, eight values per thread and step: a row of a patch is contiguous in the token and in the image.
+// Bound by memory: 2 bytes read and 4 written per value.
+#include "common/launch.cuh"
+#include "common/types.cuh"
+
+constexpr int THREADS = 128;
+
+// tokens [items, tokens, patch * patch_row], image [items, height, columns * patch_row]; `columns` patches lie side by side
+// and a row of a patch has `row_vectors` vectors of eight values. Grid of items * height blocks.
+extern "C" __global__ __launch_bounds__(THREADS) void unpatchify(
+    const bf16* tokens, float* image, int tokens_per_item, int height, int columns, int patch, int row_vectors, float sign) {
+    const int item = blockIdx.x / height, y = blockIdx.x % height;
+    const size_t first_token = static_cast<size_t>(item) * tokens_per_item + static_cast<size_t>(y / patch) * columns;
+    const size_t token_vectors = static_cast<size_t>(patch) * row_vectors;
+    const bf16* source = tokens + (first_token * token_vectors + static_cast<size_t>(y % patch) * row_vectors) * 8;
+    const int vectors = columns * row_vectors;
+    float* target = image + static_cast<size_t>(blockIdx.x) * vectors * 8;
+    for (int vector = threadIdx.x; vector < vectors; vector += THREADS) {
+        const int column = vector / row_vectors;
+        float values[8];
+        load8(values, source + (column * token_vectors + vector % row_vectors) * 8);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[i] *= sign;
+        store8(target + static_cast<size_t>(vector) * 8, values);
+    }
+}
+L2P_LAUNCH(unpatchify, THREADS, 0, THREADS)

@@ -1,0 +1,57 @@
+use half::bf16;
+use l2p_engine::ops::Modulation;
+use l2p_engine::ops::layer_norm::layer_norm_modulate;
+use l2p_engine::{DType, Device, Tensor};
+use l2p_tests::fixtures::Group;
+use l2p_tests::{BF16_TOLERANCE, Outcome, Suite, expect_like_cpu, random, random_bf16};
+
+const EPSILON: f32 = 1e-6;
+
+pub fn register(suite: &mut Suite) {
+    suite.cpu("ops::layer_norm::cpu_equals_references", cpu_equals_references);
+    suite.cpu("ops::layer_norm::wrong_shapes_are_named", wrong_shapes_are_named);
+    suite.cuda("ops::layer_norm::cuda_equals_cpu", cuda_equals_cpu);
+}
+
+fn cpu_equals_references() -> Outcome {
+    for case in Group::load("ops").cases("layer_norm_scale") {
+        let ((x, shape), (scale, scale_shape)) = (case.input("x"), case.input("scale"));
+        let x = Tensor::from_slice(&Device::Cpu, &x, shape.as_slice())?;
+        let table = Tensor::from_slice(&Device::Cpu, &scale, [scale_shape[0], 1, scale_shape[1]])?;
+        let y = layer_norm_modulate(&x, Some(Modulation::new(&table, 0)?), EPSILON)?;
+        case.check("y", y.as_slice()?)?;
+    }
+    Ok(())
+}
+
+fn wrong_shapes_are_named() -> Outcome {
+    let x = Tensor::zeros(&Device::Cpu, [3, 2, 16], DType::F32)?;
+    let table = Tensor::zeros(&Device::Cpu, [2, 1, 16], DType::F32)?;
+    let outcome = layer_norm_modulate(&x, Some(Modulation::new(&table, 0)?), EPSILON);
+    assert_eq!(
+        outcome.unwrap_err().to_string(),
+        "layer_norm_modulate: scale has shape [2, 1, 16], expected [3, 1, 16]"
+    );
+    Ok(())
+}
+
+fn cuda_equals_cpu(device: &Device) -> Outcome {
+    for (batch, tokens, dim) in [(1, 1, 8), (2, 5, 384), (1, 67, 2560), (2, 33, 3840), (1, 3, 32768)] {
+        expect_like_cpu(&format!("{batch}x{tokens}x{dim}"), device, BF16_TOLERANCE, |device| {
+            // A mean far from zero, so that a variance taken before subtracting it would show.
+            let values: Vec<f32> = random_bf16("x", batch * tokens * dim)
+                .into_iter()
+                .map(|x| bf16::from_f32(x + 8.0).to_f32())
+                .collect();
+            let x = Tensor::from_f32(device, &values, [batch, tokens, dim])?;
+            let table = Tensor::from_slice(device, &random("table", batch * 2 * dim), [batch, 2, dim])?;
+            let shared = table.narrow(0, 1)?;
+            Ok(vec![
+                layer_norm_modulate(&x, None, EPSILON)?,
+                layer_norm_modulate(&x, Some(Modulation::new(&table, 1)?), EPSILON)?,
+                layer_norm_modulate(&x, Some(Modulation::new(&shared, 0)?), EPSILON)?,
+            ])
+        })?;
+    }
+    Ok(())
+}
