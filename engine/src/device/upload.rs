@@ -19,12 +19,11 @@ pub(super) struct Staging {
 
 impl Staging {
     pub fn new(context: &Arc<CudaContext>) -> Result<Self> {
-        // Plain cached pages: `fill` may read back what it wrote.
-        // SAFETY: the memory is written by `fill` before it is read.
         let allocate = || {
-            check("pinned host memory", unsafe {
-                context.alloc_pinned_with_flags::<u8>(STAGING_BYTES, 0)
-            })
+            // Plain cached pages (no flags): `fill` may read back what it wrote.
+            // SAFETY: the memory is written by `fill` before it is read.
+            let pinned = unsafe { context.alloc_pinned_with_flags::<u8>(STAGING_BYTES, 0) };
+            check("pinned host memory", pinned)
         };
         let event = || {
             let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;

@@ -4,7 +4,7 @@ use super::schedule::Schedule;
 use crate::error::{Error, Result};
 use crate::model::dit::{Dit, Prepared};
 use crate::ops::cast::cast;
-use crate::ops::guidance::guided_euler_step;
+use crate::ops::guidance::{self, guided_euler_step};
 use crate::profile;
 use crate::tensor::Tensor;
 
@@ -69,7 +69,8 @@ pub fn sample(
                 let velocity = dit.forward(&image, prompt, &modulations)?;
                 let away = dit.forward(&image, negative, &modulations)?;
                 drop(image);
-                guided_euler_step(&mut x, &velocity, Some((&away, *cfg)), schedule.delta(step))?;
+                let away = guidance::Guidance { negative: &away, cfg: *cfg };
+                guided_euler_step(&mut x, &velocity, Some(away), schedule.delta(step))?;
             }
         }
         progress(StepReport { done: step + 1, steps: schedule.steps() })?;

@@ -1,4 +1,4 @@
-use l2p_engine::ops::guidance::guided_euler_step;
+use l2p_engine::ops::guidance::{Guidance, guided_euler_step};
 use l2p_engine::{DType, Device, Tensor};
 use l2p_tests::fixtures::Group;
 use l2p_tests::{Outcome, Suite, expect_close, expect_like_cpu, random};
@@ -14,39 +14,33 @@ fn cpu_equals_references() -> Outcome {
         let number = |key| case.config(&[key]).as_f64().expect("the case has this number");
         let (x, shape) = case.input("x");
         let mut x = Tensor::from_slice(&Device::Cpu, &x, shape.as_slice())?;
-        let velocity = [case.input("v_pos").0, case.input("v_neg").0].concat();
-        let velocity = Tensor::from_slice(&Device::Cpu, &velocity, [2 * shape[0], shape[1], shape[2], shape[3]])?;
+        let velocity = Tensor::from_slice(&Device::Cpu, &case.input("v_pos").0, shape.as_slice())?;
+        let negative = Tensor::from_slice(&Device::Cpu, &case.input("v_neg").0, shape.as_slice())?;
+        let guidance = Guidance { negative: &negative, cfg: number("cfg") as f32 };
         let delta = number("sigma_next") - number("sigma");
-        guided_euler_step(&mut x, &velocity, number("cfg") as f32, delta as f32)?;
+        guided_euler_step(&mut x, &velocity, Some(guidance), delta as f32)?;
         case.check("x_next", x.as_slice()?)?;
     }
     // Without guidance there is one pass, and its velocity is followed as it is.
     let (x, v) = (random("x", 30), random("v", 30));
     let expected: Vec<f32> = x.iter().zip(&v).map(|(x, v)| x - 0.25 * v).collect();
     let mut x = Tensor::from_slice(&Device::Cpu, &x, [2, 15])?;
-    guided_euler_step(&mut x, &Tensor::from_slice(&Device::Cpu, &v, [2, 15])?, 1.0, -0.25)?;
+    guided_euler_step(&mut x, &Tensor::from_slice(&Device::Cpu, &v, [2, 15])?, None, -0.25)?;
     expect_close("without guidance", x.as_slice()?, &expected, 1e-6)
 }
 
 fn wrong_velocities_are_named() -> Outcome {
-    let message = |items: usize, dtype, cfg| -> Result<String, l2p_engine::Error> {
-        let mut x = Tensor::zeros(&Device::Cpu, [2, 3], DType::F32)?;
-        let velocity = Tensor::zeros(&Device::Cpu, [items, 3], dtype)?;
-        let outcome = guided_euler_step(&mut x, &velocity, cfg, -0.1);
-        Ok(outcome.unwrap_err().to_string())
+    let mut x = Tensor::zeros(&Device::Cpu, [2, 3], DType::F32)?;
+    let good = Tensor::zeros(&Device::Cpu, [2, 3], DType::F32)?;
+    let long = Tensor::zeros(&Device::Cpu, [4, 3], DType::F32)?;
+    let half = Tensor::zeros(&Device::Cpu, [2, 3], DType::Bf16)?;
+    let mut message = |velocity: &Tensor, negative: &Tensor| {
+        let guidance = Some(Guidance { negative, cfg: 2.0 });
+        guided_euler_step(&mut x, velocity, guidance, -0.1).unwrap_err().to_string()
     };
-    assert_eq!(
-        message(2, DType::F32, 2.0)?,
-        "guided_euler_step: velocity has shape [2, 3], expected [4, 3]"
-    );
-    assert_eq!(
-        message(4, DType::F32, 1.0)?,
-        "guided_euler_step: velocity has shape [4, 3], expected [2, 3]"
-    );
-    assert_eq!(
-        message(2, DType::Bf16, 1.0)?,
-        "guided_euler_step: velocity holds bf16, expected f32"
-    );
+    assert_eq!(message(&long, &good), "guided_euler_step: velocity has shape [4, 3], expected [2, 3]");
+    assert_eq!(message(&good, &long), "guided_euler_step: negative has shape [4, 3], expected [2, 3]");
+    assert_eq!(message(&half, &good), "guided_euler_step: velocity holds bf16, expected f32");
     Ok(())
 }
 
@@ -61,12 +55,12 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
         (1, 6 * 10 * 16),
         (2, 4099),
     ] {
-        for cfg in [1.0, 2.5] {
-            let items = if cfg == 1.0 { batch } else { 2 * batch };
-            expect_like_cpu(&format!("{batch}x{elements}, cfg {cfg}"), device, 1e-6, |device| {
-                let mut x = Tensor::from_slice(device, &random("x", batch * elements), [batch, elements])?;
-                let velocity = Tensor::from_slice(device, &random("v", items * elements), [items, elements])?;
-                guided_euler_step(&mut x, &velocity, cfg, -0.125)?;
+        for guided in [false, true] {
+            expect_like_cpu(&format!("{batch}x{elements}, guided: {guided}"), device, 1e-6, |device| {
+                let tensor = |name: &str| Tensor::from_slice(device, &random(name, batch * elements), [batch, elements]);
+                let (mut x, velocity, negative) = (tensor("x")?, tensor("v")?, tensor("n")?);
+                let guidance = guided.then_some(Guidance { negative: &negative, cfg: 2.5 });
+                guided_euler_step(&mut x, &velocity, guidance, -0.125)?;
                 Ok(vec![x])
             })?;
         }
