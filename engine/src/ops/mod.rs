@@ -4,10 +4,15 @@
 //! was expected and found; kernels assume what was checked. On the CPU everything is f32, on CUDA activations and weights
 //! are bf16 and sums are f32; the head comment of an operation names the exceptions.
 
+pub mod conv;
 mod elementwise;
+pub mod group_norm;
+pub mod latent;
 pub mod linear;
 mod modulation;
+pub mod resize;
 pub mod rms_norm;
+pub mod to_rgb8;
 
 pub use modulation::Modulation;
 
