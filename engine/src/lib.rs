@@ -5,6 +5,7 @@
 
 pub mod device;
 mod error;
+pub mod model;
 mod nvtx;
 pub mod ops;
 pub mod profile;
@@ -12,4 +13,5 @@ pub mod tensor;
 
 pub use device::{Device, DeviceChoice};
 pub use error::{Error, Result};
+pub use model::{MemoryParams, ParamSource};
 pub use tensor::{DType, Shape, Tensor};

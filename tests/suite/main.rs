@@ -2,6 +2,7 @@
 //!
 //! Tests that need a GPU count as ignored where there is none.
 
+mod models;
 mod ops;
 
 use l2p_tests::Suite;
@@ -9,6 +10,7 @@ use l2p_tests::Suite;
 fn main() -> std::process::ExitCode {
     let arguments = libtest_mimic::Arguments::from_args();
     let mut suite = Suite::default();
+    models::register(&mut suite);
     ops::register(&mut suite);
     if let Err(reason) = l2p_tests::gpu() {
         eprintln!("tests that need a GPU are skipped: {reason}");
