@@ -6,6 +6,7 @@
 pub mod device;
 mod error;
 pub mod flow;
+pub mod model;
 mod nvtx;
 pub mod ops;
 pub mod profile;
@@ -13,4 +14,5 @@ pub mod tensor;
 
 pub use device::{Device, DeviceChoice};
 pub use error::{Error, Result};
+pub use model::{MemoryParams, ParamSource};
 pub use tensor::{DType, Shape, Tensor};

@@ -3,6 +3,7 @@
 //! Tests that need a GPU count as ignored where there is none.
 
 mod flow;
+mod models;
 mod ops;
 
 use l2p_tests::Suite;
@@ -11,6 +12,7 @@ fn main() -> std::process::ExitCode {
     let arguments = libtest_mimic::Arguments::from_args();
     let mut suite = Suite::default();
     flow::register(&mut suite);
+    models::register(&mut suite);
     ops::register(&mut suite);
     if let Err(reason) = l2p_tests::gpu() {
         eprintln!("tests that need a GPU are skipped: {reason}");

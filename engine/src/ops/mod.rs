@@ -5,18 +5,23 @@
 //! are bf16 and sums are f32; the head comment of an operation names the exceptions.
 
 pub mod cast;
+pub mod conv;
 mod elementwise;
 pub mod embedding;
+pub mod group_norm;
 pub mod guidance;
+pub mod latent;
 pub mod layer_norm;
 pub mod linear;
 mod modulation;
 pub mod noise;
 pub mod patch_embed;
 pub mod qk_norm_rope;
+pub mod resize;
 pub mod rms_norm;
 pub mod swiglu;
 pub mod timestep;
+pub mod to_rgb8;
 pub mod tokens;
 pub mod unpatchify;
 

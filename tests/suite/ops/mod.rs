@@ -1,16 +1,21 @@
 //! One file per operation, named like the operation's own.
 
 mod cast;
+mod conv;
 mod embedding;
+mod group_norm;
 mod guidance;
+mod latent;
 mod layer_norm;
 mod linear;
 mod noise;
 mod patch_embed;
 mod qk_norm_rope;
+mod resize;
 mod rms_norm;
 mod swiglu;
 mod timestep;
+mod to_rgb8;
 mod tokens;
 mod unpatchify;
 
@@ -18,16 +23,21 @@ use l2p_tests::Suite;
 
 pub fn register(suite: &mut Suite) {
     cast::register(suite);
+    conv::register(suite);
     embedding::register(suite);
+    group_norm::register(suite);
     guidance::register(suite);
+    latent::register(suite);
     layer_norm::register(suite);
     linear::register(suite);
     noise::register(suite);
     patch_embed::register(suite);
     qk_norm_rope::register(suite);
+    resize::register(suite);
     rms_norm::register(suite);
     swiglu::register(suite);
     timestep::register(suite);
+    to_rgb8::register(suite);
     tokens::register(suite);
     unpatchify::register(suite);
 }

@@ -1,0 +1,248 @@
+//! The Detailer Head: a small U-Net over the noisy image, with the transformer's feature map joined at its bottom.
+//!
+//! Encoder stage k, from the image inwards: 3×3 convolution and SiLU, kept as the skip, then 2×2 maxima. Bottleneck: 1×1
+//! convolution and SiLU over the last maxima and the feature map. Decoder stage k, from the bottom out: 3×3 convolution of the
+//! nearest-2×-upsampled input, then 3×3 convolution and SiLU over that and the skip. Last, a 1×1 convolution to the image's
+//! channels, whose negative is the velocity.
+//!
+//! Which stages there are and how wide they are is read off the parameters' names and shapes, so that the published heads for
+//! 1K, 4K, 8K and 10K and any smaller ones are all the same code.
+
+use super::params::ParamSource;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::ops::conv::{Activation, Conv, conv2d, conv2d_f32, conv3x3_silu_pool, upsample_conv3x3};
+use crate::profile;
+use crate::tensor::Tensor;
+
+/// Channels of the image.
+const IMAGE_CHANNELS: usize = 3;
+
+/// Stages that may come before the numbered ones, from the image inwards, as they are named in checkpoints.
+const OUTER_STAGES: [&str; 4] = ["_8k", "_10k_a", "0", "0b"];
+
+/// One stage's place and channels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StageLayout {
+    /// What follows `enc`, `up` and `dec` in its parameters' names.
+    pub name: String,
+    /// Channels that the encoder reads.
+    pub inputs: usize,
+    /// Channels of the encoder's result, which is the skip.
+    pub skip: usize,
+    /// Channels that the decoder reads from below.
+    pub below: usize,
+    /// Channels after upsampling.
+    pub upsampled: usize,
+    /// Channels of the decoder's result.
+    pub outputs: usize,
+}
+
+/// The stages and channels of a head.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DetailerLayout {
+    /// From the image inwards.
+    pub stages: Vec<StageLayout>,
+    /// Channels of the feature map.
+    pub context: usize,
+    /// Channels after the bottleneck.
+    pub bottleneck: usize,
+}
+
+impl DetailerLayout {
+    /// Reads the layout of the head whose parameters are named `{prefix}.…`.
+    ///
+    /// # Errors
+    /// When there is no head of that prefix, a parameter is missing, or shapes do not fit each other; names the parameter.
+    pub fn read(params: &dyn ParamSource, prefix: &str) -> Result<Self> {
+        let shapes = Shapes { params, prefix };
+        let names = shapes.stage_names();
+        if names.is_empty() {
+            return Err(Error::invalid(format!(
+                "there is no detailer head `{prefix}`: it has no stage `{prefix}.enc1.0.weight`"
+            )));
+        }
+        let mut stages = Vec::with_capacity(names.len());
+        let mut width = IMAGE_CHANNELS;
+        for name in names {
+            let skip = shapes.conv(&format!("enc{name}.0"), 3, Some(width), None)?.1;
+            stages.push(StageLayout {
+                name,
+                inputs: width,
+                skip,
+                below: 0,
+                upsampled: 0,
+                outputs: 0,
+            });
+            width = skip;
+        }
+        let (joined, bottleneck) = shapes.conv("bottleneck.0", 1, None, None)?;
+        let context = joined.checked_sub(width).filter(|&context| context > 0).ok_or_else(|| {
+            Error::invalid(format!(
+                "`{prefix}.bottleneck.0.weight` reads {joined} channels, but the last encoder stage alone gives {width}"
+            ))
+        })?;
+        width = bottleneck;
+        for stage in stages.iter_mut().rev() {
+            stage.below = width;
+            stage.upsampled = shapes.conv(&format!("up{}.1", stage.name), 3, Some(width), None)?.1;
+            let joined = stage.upsampled + stage.skip;
+            stage.outputs = shapes.conv(&format!("dec{}.0", stage.name), 3, Some(joined), None)?.1;
+            width = stage.outputs;
+        }
+        shapes.conv("out_conv", 1, Some(width), Some(IMAGE_CHANNELS))?;
+        Ok(DetailerLayout {
+            stages,
+            context,
+            bottleneck,
+        })
+    }
+
+    /// Image pixels per pixel of the bottleneck, along each axis.
+    pub fn reduction(&self) -> usize {
+        1 << self.stages.len()
+    }
+}
+
+/// Looks up shapes of one head's parameters.
+struct Shapes<'a> {
+    params: &'a dyn ParamSource,
+    prefix: &'a str,
+}
+
+impl Shapes<'_> {
+    /// The names of the stages that the head has, from the image inwards.
+    fn stage_names(&self) -> Vec<String> {
+        let has = |name: &str| {
+            self.params
+                .shape(&format!("{}.enc{name}.0.weight", self.prefix))
+                .is_some()
+        };
+        let outer = OUTER_STAGES.map(String::from).into_iter().filter(|name| has(name));
+        let numbered = (1..)
+            .map(|number: usize| number.to_string())
+            .take_while(|name| has(name));
+        outer.chain(numbered).collect()
+    }
+
+    /// Inputs and outputs of a convolution, checked against what is known of them.
+    fn conv(&self, name: &str, kernel: usize, inputs: Option<usize>, outputs: Option<usize>) -> Result<(usize, usize)> {
+        let name = format!("{}.{name}.weight", self.prefix);
+        let found = self
+            .params
+            .shape(&name)
+            .ok_or_else(|| Error::invalid(format!("the detailer head has no parameter `{name}`")))?;
+        if let [o, i, height, width] = found[..]
+            && (height, width) == (kernel, kernel)
+            && inputs.is_none_or(|inputs| inputs == i)
+            && outputs.is_none_or(|outputs| outputs == o)
+            && o > 0
+            && i > 0
+        {
+            return Ok((i, o));
+        }
+        let extent = |known: Option<usize>, name: &str| known.map_or(name.to_string(), |known| known.to_string());
+        Err(Error::invalid(format!(
+            "`{name}` has shape {found:?}, but the stages before it call for [{}, {}, {kernel}, {kernel}]",
+            extent(outputs, "outputs"),
+            extent(inputs, "inputs")
+        )))
+    }
+}
+
+/// A head's parameters.
+pub struct Detailer {
+    layout: DetailerLayout,
+    /// From the image inwards.
+    stages: Vec<Stage>,
+    bottleneck: Conv,
+    output: Conv,
+}
+
+struct Stage {
+    encoder: Conv,
+    up: Conv,
+    decoder: Conv,
+}
+
+impl Detailer {
+    /// Reads the head whose parameters are named `{prefix}.…`.
+    ///
+    /// # Errors
+    /// Those of [`DetailerLayout::read`], and when the device has no room.
+    pub fn load(params: &dyn ParamSource, device: &Device, prefix: &str) -> Result<Self> {
+        let layout = DetailerLayout::read(params, prefix)?;
+        let conv = |name: &str, kernel: usize, channels: &[usize], outputs: usize| {
+            let weight = params.load_conv(device, &format!("{prefix}.{name}.weight"))?;
+            let bias = params.load(device, &format!("{prefix}.{name}.bias"), &[outputs])?;
+            Conv::new(weight, bias, kernel, channels)
+        };
+        let stages = layout.stages.iter().map(|stage| {
+            let name = &stage.name;
+            Ok(Stage {
+                encoder: conv(&format!("enc{name}.0"), 3, &[stage.inputs], stage.skip)?,
+                up: conv(&format!("up{name}.1"), 3, &[stage.below], stage.upsampled)?,
+                decoder: conv(
+                    &format!("dec{name}.0"),
+                    3,
+                    &[stage.upsampled, stage.skip],
+                    stage.outputs,
+                )?,
+            })
+        });
+        let stages: Vec<Stage> = stages.collect::<Result<_>>()?;
+        let (first, last) = (&layout.stages[0], &layout.stages[layout.stages.len() - 1]);
+        let bottleneck = conv("bottleneck.0", 1, &[last.skip, layout.context], layout.bottleneck)?;
+        let output = conv("out_conv", 1, &[first.outputs], IMAGE_CHANNELS)?;
+        Ok(Detailer {
+            layout,
+            stages,
+            bottleneck,
+            output,
+        })
+    }
+
+    /// The stages and channels.
+    pub fn layout(&self) -> &DetailerLayout {
+        &self.layout
+    }
+
+    /// The velocity `[batch, height, width, 3]` in f32 for the noisy image `x` `[batch, height, width, 3]` and the feature map
+    /// `c` `[batch, rows, columns, context]`, which is nearest-resized to the bottleneck's grid.
+    ///
+    /// # Errors
+    /// When shapes do not fit or the device has no room.
+    pub fn forward(&self, x: &Tensor, c: &Tensor) -> Result<Tensor> {
+        let _range = profile::range(c"detailer");
+        self.expect_image(x)?;
+        let mut skips = Vec::with_capacity(self.stages.len());
+        let mut current = x.clone();
+        for stage in &self.stages {
+            let (skip, pooled) = conv3x3_silu_pool(&current, &stage.encoder)?;
+            skips.push(skip);
+            current = pooled;
+        }
+        current = conv2d(&current, Some(c), &self.bottleneck, Activation::Silu, None)?;
+        // Each skip is freed as soon as its stage is decoded.
+        for (stage, skip) in self.stages.iter().zip(skips).rev() {
+            let upsampled = upsample_conv3x3(&current, &stage.up)?;
+            drop(current);
+            current = conv2d(&upsampled, Some(&skip), &stage.decoder, Activation::Silu, None)?;
+        }
+        conv2d_f32(&current, &self.output, -1.0)
+    }
+
+    fn expect_image(&self, x: &Tensor) -> Result<()> {
+        x.expect_rank("detailer", "x", 4, "[batch, height, width, 3]")?;
+        let reduction = self.layout.reduction();
+        if x.dim(1).is_multiple_of(reduction) && x.dim(2).is_multiple_of(reduction) {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "detailer: an image of {}x{} cannot be halved {} times: height and width must be multiples of {reduction}",
+            x.dim(1),
+            x.dim(2),
+            self.stages.len()
+        )))
+    }
+}

@@ -1,0 +1,293 @@
+//! The decoder of a latent autoencoder (`AutoencoderKL`): from latents to images.
+//!
+//! A 3×3 convolution, a middle of two residual blocks with self-attention between them, then per resolution, deepest first,
+//! residual blocks and, but for the last, nearest 2× upsampling with a 3×3 convolution; group normalisation, SiLU and a 3×3
+//! convolution at the end. A residual block is `shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))`, its shortcut a 1×1
+//! convolution where the channels change. Parameters have the names of the diffusers library.
+
+mod attention;
+
+use serde::Deserialize;
+
+use self::attention::MidAttention;
+use super::params::ParamSource;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::ops::conv::{Activation, Conv, conv2d, conv2d_f32, upsample_conv3x3};
+use crate::ops::group_norm::{GroupNorm, group_norm};
+use crate::ops::latent::denormalize_latent;
+use crate::profile;
+use crate::tensor::Tensor;
+
+/// ε of all group normalisations.
+const EPSILON: f32 = 1e-6;
+
+/// The autoencoder's sizes, under the names of its `config.json`; missing entries have the defaults of diffusers.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(default)]
+pub struct VaeConfig {
+    /// Channels of the image.
+    pub out_channels: usize,
+    /// Channels of the latent.
+    pub latent_channels: usize,
+    /// Channels per resolution, finest first.
+    pub block_out_channels: Vec<usize>,
+    /// Kinds of the decoder's blocks, one per resolution.
+    pub up_block_types: Option<Vec<String>>,
+    /// Residual blocks per resolution of the encoder; the decoder has one more.
+    pub layers_per_block: usize,
+    /// Groups of all group normalisations.
+    pub norm_num_groups: usize,
+    /// The activation's name.
+    pub act_fn: String,
+    /// Whether the middle has self-attention.
+    pub mid_block_add_attention: bool,
+    /// Whether a 1×1 convolution stands before the decoder.
+    pub use_post_quant_conv: bool,
+    /// What latents were multiplied by after the shift.
+    pub scaling_factor: f32,
+    /// What was taken from latents; none means 0.
+    pub shift_factor: Option<f32>,
+}
+
+impl Default for VaeConfig {
+    fn default() -> Self {
+        VaeConfig {
+            out_channels: 3,
+            latent_channels: 4,
+            block_out_channels: vec![64],
+            up_block_types: None,
+            layers_per_block: 1,
+            norm_num_groups: 32,
+            act_fn: "silu".into(),
+            mid_block_add_attention: true,
+            use_post_quant_conv: true,
+            scaling_factor: 0.18215,
+            shift_factor: None,
+        }
+    }
+}
+
+impl VaeConfig {
+    /// Reads the text of a `config.json`.
+    ///
+    /// # Errors
+    /// When the text is no such configuration, or describes an autoencoder of another kind.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let config: VaeConfig = serde_json::from_str(text)
+            .map_err(|error| Error::invalid(format!("autoencoder configuration: {error}")))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks that it describes an autoencoder that [`VaeDecoder`] can decode for.
+    ///
+    /// # Errors
+    /// Naming the entry at fault.
+    pub fn check(&self) -> Result<()> {
+        const UP_BLOCK: &str = "UpDecoderBlock2D";
+        let fault = |entry: &str, found: &dyn std::fmt::Debug, expected: &str| {
+            Err(Error::invalid(format!(
+                "autoencoder configuration: `{entry}` is {found:?}, only {expected} is supported"
+            )))
+        };
+        if self.use_post_quant_conv {
+            return fault("use_post_quant_conv", &true, "false");
+        }
+        if !["silu", "swish"].contains(&self.act_fn.as_str()) {
+            return fault("act_fn", &self.act_fn, "\"silu\"");
+        }
+        if let Some(kinds) = &self.up_block_types
+            && (kinds.iter().any(|kind| kind != UP_BLOCK) || kinds.len() != self.block_out_channels.len())
+        {
+            return fault(
+                "up_block_types",
+                kinds,
+                "one \"UpDecoderBlock2D\" per entry of `block_out_channels`",
+            );
+        }
+        let widths = &self.block_out_channels;
+        let grouped = |width: &usize| *width > 0 && width.is_multiple_of(self.norm_num_groups.max(1));
+        if self.norm_num_groups == 0 || widths.is_empty() || !widths.iter().all(grouped) {
+            return fault("block_out_channels", widths, "multiples of `norm_num_groups`");
+        }
+        if self.latent_channels == 0 || self.out_channels == 0 {
+            return fault("latent_channels", &self.latent_channels, "a positive number");
+        }
+        match self.scaling_factor.is_finite() && self.scaling_factor != 0.0 {
+            true => Ok(()),
+            false => fault("scaling_factor", &self.scaling_factor, "a finite number other than 0"),
+        }
+    }
+
+    /// Image pixels per latent pixel, along each axis.
+    pub fn reduction(&self) -> usize {
+        1 << (self.block_out_channels.len() - 1)
+    }
+}
+
+/// The decoder's parameters.
+pub struct VaeDecoder {
+    config: VaeConfig,
+    input: Conv,
+    mid: [ResidualBlock; 2],
+    attention: Option<MidAttention>,
+    /// Deepest first.
+    blocks: Vec<UpBlock>,
+    norm: GroupNorm,
+    output: Conv,
+}
+
+/// The residual blocks of one resolution, and what leads to the next.
+struct UpBlock {
+    residual: Vec<ResidualBlock>,
+    upsample: Option<Conv>,
+}
+
+impl VaeDecoder {
+    /// Reads the decoder whose parameters are named `decoder.…`.
+    ///
+    /// # Errors
+    /// When the configuration is not supported, a parameter is missing or has another shape, or the device has no room.
+    pub fn load(params: &dyn ParamSource, device: &Device, config: &VaeConfig) -> Result<Self> {
+        config.check()?;
+        let loader = Loader { params, device, config };
+        let deepest = config.block_out_channels[config.block_out_channels.len() - 1];
+        let mut width = deepest;
+        let mut blocks = Vec::with_capacity(config.block_out_channels.len());
+        for (index, &outputs) in config.block_out_channels.iter().rev().enumerate() {
+            let name = format!("decoder.up_blocks.{index}");
+            let mut residual = Vec::with_capacity(config.layers_per_block + 1);
+            for layer in 0..=config.layers_per_block {
+                residual.push(loader.residual_block(&format!("{name}.resnets.{layer}"), width, outputs)?);
+                width = outputs;
+            }
+            let last = index + 1 == config.block_out_channels.len();
+            let upsample = match last {
+                true => None,
+                false => Some(loader.conv(&format!("{name}.upsamplers.0.conv"), 3, width, width)?),
+            };
+            blocks.push(UpBlock { residual, upsample });
+        }
+        let mid = |index| loader.residual_block(&format!("decoder.mid_block.resnets.{index}"), deepest, deepest);
+        let attention = match config.mid_block_add_attention {
+            true => Some(MidAttention::load(&loader, "decoder.mid_block.attentions.0", deepest)?),
+            false => None,
+        };
+        Ok(VaeDecoder {
+            config: config.clone(),
+            input: loader.conv("decoder.conv_in", 3, config.latent_channels, deepest)?,
+            mid: [mid(0)?, mid(1)?],
+            attention,
+            blocks,
+            norm: loader.norm("decoder.conv_norm_out", width)?,
+            output: loader.conv("decoder.conv_out", 3, width, config.out_channels)?,
+        })
+    }
+
+    /// The autoencoder's sizes.
+    pub fn config(&self) -> &VaeConfig {
+        &self.config
+    }
+
+    /// The image `[batch, height, width, channels]` in f32 of the normalised latent `[batch, rows, columns, latent channels]`
+    /// in f32, with [`VaeConfig::reduction`] times its rows and columns.
+    ///
+    /// # Errors
+    /// When shapes do not fit or the device has no room.
+    pub fn decode(&self, latent: &Tensor) -> Result<Tensor> {
+        let _range = profile::range(c"vae decode");
+        let config = &self.config;
+        latent.expect_rank("vae", "latent", 4, "[batch, rows, columns, channels]")?;
+        let mut x = denormalize_latent(latent, config.scaling_factor, config.shift_factor.unwrap_or(0.0))?;
+        x = conv2d(&x, None, &self.input, Activation::None, None)?;
+        x = self.mid[0].forward(x)?;
+        if let Some(attention) = &self.attention {
+            x = attention.forward(x)?;
+        }
+        x = self.mid[1].forward(x)?;
+        for block in &self.blocks {
+            for residual in &block.residual {
+                x = residual.forward(x)?;
+            }
+            if let Some(conv) = &block.upsample {
+                x = upsample_conv3x3(&x, conv)?;
+            }
+        }
+        x = group_norm(&x, &self.norm, Activation::Silu)?;
+        conv2d_f32(&x, &self.output, 1.0)
+    }
+}
+
+/// Two convolutions around which the input is carried.
+struct ResidualBlock {
+    norms: [GroupNorm; 2],
+    convs: [Conv; 2],
+    shortcut: Option<Conv>,
+}
+
+impl ResidualBlock {
+    /// Takes its input, so that each image is freed as soon as the next no longer needs it.
+    fn forward(&self, x: Tensor) -> Result<Tensor> {
+        let mut hidden = group_norm(&x, &self.norms[0], Activation::Silu)?;
+        hidden = conv2d(&hidden, None, &self.convs[0], Activation::None, None)?;
+        hidden = group_norm(&hidden, &self.norms[1], Activation::Silu)?;
+        let carried = match &self.shortcut {
+            Some(shortcut) => conv2d(&x, None, shortcut, Activation::None, None)?,
+            None => x,
+        };
+        conv2d(&hidden, None, &self.convs[1], Activation::None, Some(&carried))
+    }
+}
+
+/// Reads layers of known shapes by name.
+struct Loader<'a> {
+    params: &'a dyn ParamSource,
+    device: &'a Device,
+    config: &'a VaeConfig,
+}
+
+impl Loader<'_> {
+    fn vector(&self, name: &str, size: usize) -> Result<Tensor> {
+        self.params.load(self.device, name, &[size])
+    }
+
+    fn conv(&self, name: &str, kernel: usize, inputs: usize, outputs: usize) -> Result<Conv> {
+        let weight = format!("{name}.weight");
+        let expected = [outputs, inputs, kernel, kernel];
+        match self.params.shape(&weight) {
+            Some(found) if found[..] == expected => {}
+            Some(found) => {
+                return Err(Error::invalid(format!(
+                    "autoencoder: `{weight}` has shape {found:?}, the configuration calls for {expected:?}"
+                )));
+            }
+            None => return Err(Error::invalid(format!("autoencoder: there is no parameter `{weight}`"))),
+        }
+        let bias = self.vector(&format!("{name}.bias"), outputs)?;
+        Conv::new(self.params.load_conv(self.device, &weight)?, bias, kernel, &[inputs])
+    }
+
+    fn norm(&self, name: &str, channels: usize) -> Result<GroupNorm> {
+        Ok(GroupNorm {
+            weight: self.vector(&format!("{name}.weight"), channels)?,
+            bias: self.vector(&format!("{name}.bias"), channels)?,
+            groups: self.config.norm_num_groups,
+            epsilon: EPSILON,
+        })
+    }
+
+    fn residual_block(&self, name: &str, inputs: usize, outputs: usize) -> Result<ResidualBlock> {
+        let norm = |index: usize, channels| self.norm(&format!("{name}.norm{index}"), channels);
+        let conv = |index: usize, inputs| self.conv(&format!("{name}.conv{index}"), 3, inputs, outputs);
+        let shortcut = match inputs == outputs {
+            true => None,
+            false => Some(self.conv(&format!("{name}.conv_shortcut"), 1, inputs, outputs)?),
+        };
+        Ok(ResidualBlock {
+            norms: [norm(1, inputs)?, norm(2, outputs)?],
+            convs: [conv(1, inputs)?, conv(2, outputs)?],
+            shortcut,
+        })
+    }
+}

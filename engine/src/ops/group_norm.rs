@@ -1,0 +1,199 @@
+//! Group normalisation of images, optionally with SiLU.
+//!
+//! [`group_norm`]: for `x` `[batch, height, width, channels]` whose channels fall into `groups` equal runs,
+//! `y = (x − mean) / sqrt(variance + ε) · weight + bias`, then `y · sigmoid(y)` where asked for. Mean and (biased) variance are
+//! those of all pixels of the run in one batch item. Weight and bias `[channels]`. Statistics are f32 or better whatever the
+//! storage; the same input gives the same bits. On CUDA `channels` is a multiple of 8 and at most 2048. Source: Wu and He,
+//! "Group Normalization" (2018).
+
+use rayon::prelude::*;
+
+use super::conv::Activation;
+use super::elementwise::silu_scalar;
+use super::{expect_parameter, grid};
+use crate::device::{Args, CudaDevice};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Tensor};
+
+/// The normalisation's parameters.
+#[derive(Clone, Debug)]
+pub struct GroupNorm {
+    /// Factor per channel.
+    pub weight: Tensor,
+    /// Offset per channel.
+    pub bias: Tensor,
+    /// Runs of channels with statistics of their own.
+    pub groups: usize,
+    /// Added to the variance.
+    pub epsilon: f32,
+}
+
+/// What the kernels and loops need to know of the input.
+#[derive(Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    /// Per item.
+    pixels: usize,
+    channels: usize,
+    groups: usize,
+}
+
+/// The group normalisation of `x`, activated; see the module's head comment.
+///
+/// # Errors
+/// When shapes, types or devices do not fit.
+pub fn group_norm(x: &Tensor, norm: &GroupNorm, activation: Activation) -> Result<Tensor> {
+    const OP: &str = "group_norm";
+    x.expect_rank(OP, "x", 4, "[batch, height, width, channels]")?;
+    x.expect_dtype(OP, "x", x.device().compute_dtype())?;
+    let sizes = Sizes {
+        batch: x.dim(0),
+        pixels: x.dim(1) * x.dim(2),
+        channels: x.dim(3),
+        groups: norm.groups,
+    };
+    if norm.groups == 0 || sizes.channels == 0 || !sizes.channels.is_multiple_of(norm.groups) {
+        return Err(Error::invalid(format!(
+            "{OP}: {} channels do not fall into {} equal groups",
+            sizes.channels, norm.groups
+        )));
+    }
+    expect_parameter(OP, "weight", &norm.weight, &[sizes.channels], x)?;
+    expect_parameter(OP, "bias", &norm.bias, &[sizes.channels], x)?;
+    let mut y = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+    if x.elements() == 0 {
+        return Ok(y);
+    }
+    match x.cuda() {
+        None => cpu_group_norm(x, norm, activation, sizes, &mut y)?,
+        Some(device) => cuda_group_norm(device, x, norm, activation, sizes, &mut y)?,
+    }
+    Ok(y)
+}
+
+/// Pixels whose sums one task takes on the CPU; a fixed number, so that sums do not depend on the number of threads.
+const CPU_SLAB: usize = 1024;
+
+fn cpu_group_norm(x: &Tensor, norm: &GroupNorm, activation: Activation, sizes: Sizes, y: &mut Tensor) -> Result<()> {
+    let (weight, bias) = (norm.weight.as_slice::<f32>()?, norm.bias.as_slice::<f32>()?);
+    let item = sizes.pixels * sizes.channels;
+    let width = sizes.channels / sizes.groups;
+    let items = x.as_slice::<f32>()?.chunks(item);
+    for (x, y) in items.zip(y.as_mut_slice::<f32>()?.chunks_mut(item)) {
+        let count = (sizes.pixels * width) as f64;
+        let mean: Vec<f64> = group_sums(x, sizes, |value, _| value)
+            .iter()
+            .map(|sum| sum / count)
+            .collect();
+        let squares = group_sums(x, sizes, |value, group| (value - mean[group]).powi(2));
+        let factors: Vec<(f32, f32)> = (0..sizes.channels)
+            .map(|channel| {
+                let group = channel / width;
+                let inverse = 1.0 / (squares[group] / count + f64::from(norm.epsilon)).sqrt();
+                let factor = inverse * f64::from(weight[channel]);
+                (factor as f32, (f64::from(bias[channel]) - mean[group] * factor) as f32)
+            })
+            .collect();
+        let pixels = y.par_chunks_mut(sizes.channels).zip(x.par_chunks(sizes.channels));
+        pixels.for_each(|(y, x)| {
+            for ((y, x), (factor, offset)) in y.iter_mut().zip(x).zip(&factors) {
+                let value = x * factor + offset;
+                *y = match activation {
+                    Activation::None => value,
+                    Activation::Silu => silu_scalar(value),
+                };
+            }
+        });
+    }
+    Ok(())
+}
+
+/// For each group of one item the sum of `term(value, group)`, in f64 and in a fixed order.
+fn group_sums(x: &[f32], sizes: Sizes, term: impl Fn(f64, usize) -> f64 + Sync) -> Vec<f64> {
+    let width = sizes.channels / sizes.groups;
+    let partial: Vec<Vec<f64>> = x
+        .par_chunks(CPU_SLAB * sizes.channels)
+        .map(|slab| {
+            let mut sums = vec![0.0; sizes.groups];
+            for pixel in slab.chunks(sizes.channels) {
+                for (group, (sum, values)) in sums.iter_mut().zip(pixel.chunks(width)).enumerate() {
+                    *sum += values.iter().map(|&value| term(f64::from(value), group)).sum::<f64>();
+                }
+            }
+            sums
+        })
+        .collect();
+    let mut sums = vec![0.0; sizes.groups];
+    for slab in partial {
+        sums.iter_mut().zip(slab).for_each(|(sum, value)| *sum += value);
+    }
+    sums
+}
+
+/// Blocks of an item at most: enough to fill any GPU, few enough that combining their moments costs nothing.
+const MAX_BLOCKS: usize = 2048;
+/// Pixels that a thread reads at least, so that a block's own sums are worth their reduction.
+const LEAST_PIXELS: usize = 8;
+
+fn cuda_group_norm(
+    device: &CudaDevice,
+    x: &Tensor,
+    norm: &GroupNorm,
+    activation: Activation,
+    sizes: Sizes,
+    y: &mut Tensor,
+) -> Result<()> {
+    const OP: &str = "group_norm";
+    let moments_kernel = device.kernel("group_norm", "group_norm_moments")?;
+    let most_channels = moments_kernel.info().tile[0] as usize;
+    if !sizes.channels.is_multiple_of(8) || sizes.channels > most_channels {
+        return Err(Error::invalid(format!(
+            "{OP}: the CUDA kernels take a multiple of 8 channels up to {most_channels}, not {}",
+            sizes.channels
+        )));
+    }
+    // The same slabs for every device, so that sums are too.
+    let rows = moments_kernel.info().threads as usize / (sizes.channels / 8);
+    let slab = sizes.pixels.div_ceil(MAX_BLOCKS).max(rows * LEAST_PIXELS);
+    let blocks = sizes.pixels.div_ceil(slab);
+    let grid = [grid(OP, blocks)?, grid(OP, sizes.batch)?, 1];
+
+    let mut moments = Tensor::empty(&x.device(), [sizes.batch, blocks, sizes.groups, 2], DType::F32)?;
+    let args = Args::new()
+        .input(x)?
+        .output(&mut moments)?
+        .long(sizes.pixels as u64)
+        .int(sizes.channels)
+        .int(sizes.groups)
+        .int(slab);
+    // SAFETY: the arguments are those of `group_norm_moments`; shapes and types were checked, `moments` has an entry per item,
+    // block and group, and the channels fit the kernel's shared memory.
+    unsafe { moments_kernel.launch(device, grid, args)? };
+
+    let mut factors = Tensor::empty(&x.device(), [sizes.batch, 2, sizes.channels], DType::F32)?;
+    let args = Args::new()
+        .input(&moments)?
+        .input(&norm.weight)?
+        .input(&norm.bias)?
+        .output(&mut factors)?
+        .long(sizes.pixels as u64)
+        .int(sizes.channels)
+        .int(slab)
+        .int(blocks)
+        .float(norm.epsilon);
+    let factors_kernel = device.kernel("group_norm", "group_norm_factors")?;
+    // SAFETY: the arguments are those of `group_norm_factors`; one block per group and item.
+    unsafe { factors_kernel.launch(device, [sizes.groups as u32, grid[1], 1], args)? };
+
+    let args = Args::new()
+        .input(x)?
+        .input(&factors)?
+        .output(y)?
+        .long(sizes.pixels as u64)
+        .int(sizes.channels)
+        .int(slab)
+        .int(usize::from(activation == Activation::Silu));
+    let apply_kernel = device.kernel("group_norm", "group_norm_apply")?;
+    // SAFETY: the arguments are those of `group_norm_apply`, on the grid of `group_norm_moments`.
+    unsafe { apply_kernel.launch(device, grid, args) }
+}

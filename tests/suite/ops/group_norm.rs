@@ -1,0 +1,116 @@
+use l2p_engine::ops::conv::Activation;
+use l2p_engine::ops::group_norm::{GroupNorm, group_norm};
+use l2p_engine::{DType, Device, Result, Tensor};
+use l2p_tests::fixtures::Group;
+use l2p_tests::{BF16_TOLERANCE, Outcome, Suite, expect_like_cpu, random_bf16};
+
+const EPSILON: f32 = 1e-6;
+
+pub fn register(suite: &mut Suite) {
+    suite.cpu("ops::group_norm::cpu_equals_torch", cpu_equals_torch);
+    suite.cpu("ops::group_norm::mistakes_are_named", mistakes_are_named);
+    suite.cuda("ops::group_norm::cuda_equals_cpu", cuda_equals_cpu);
+    suite.cuda(
+        "ops::group_norm::cuda_keeps_small_variances",
+        cuda_keeps_small_variances,
+    );
+    suite.cuda("ops::group_norm::cuda_repeats_its_bits", cuda_repeats_its_bits);
+}
+
+fn cpu_equals_torch() -> Outcome {
+    let group = Group::load("ops");
+    for case in group.cases("group_norm.") {
+        let (values, shape) = case.input("x");
+        let vector = |name: &str| Tensor::from_f32(&Device::Cpu, &case.weight(name), [shape[3]]);
+        let norm = GroupNorm {
+            weight: vector("norm.weight")?,
+            bias: vector("norm.bias")?,
+            groups: 32,
+            epsilon: EPSILON,
+        };
+        let activation = match case.config(&["silu"]).as_bool() {
+            Some(true) => Activation::Silu,
+            _ => Activation::None,
+        };
+        let x = Tensor::from_f32(&Device::Cpu, &values, &shape[..])?;
+        case.check("y", group_norm(&x, &norm, activation)?.as_slice()?)?;
+    }
+    Ok(())
+}
+
+fn norm(device: &Device, channels: usize, groups: usize) -> Result<GroupNorm> {
+    Ok(GroupNorm {
+        weight: Tensor::from_f32(device, &random_bf16("w", channels), [channels])?,
+        bias: Tensor::from_f32(device, &random_bf16("b", channels), [channels])?,
+        groups,
+        epsilon: EPSILON,
+    })
+}
+
+fn mistakes_are_named() -> Outcome {
+    let x = Tensor::zeros(&Device::Cpu, [1, 2, 2, 24], DType::F32)?;
+    let message = |groups: usize, channels: usize| -> Result<String> {
+        let norm = norm(&Device::Cpu, channels, groups)?;
+        Ok(group_norm(&x, &norm, Activation::None).unwrap_err().to_string())
+    };
+    assert_eq!(
+        message(32, 24)?,
+        "group_norm: 24 channels do not fall into 32 equal groups"
+    );
+    assert_eq!(
+        message(0, 24)?,
+        "group_norm: 24 channels do not fall into 0 equal groups"
+    );
+    assert_eq!(message(4, 16)?, "group_norm: weight has shape [16], expected [24]");
+    Ok(())
+}
+
+/// Batch, height, width, channels and groups: one pixel, vectors that hold several groups, channels that leave threads idle,
+/// several blocks with a rest.
+const SIZES: [[usize; 5]; 9] = [
+    [1, 1, 1, 8, 2],
+    [2, 5, 7, 64, 32],
+    [1, 9, 4, 32, 32],
+    [1, 3, 3, 512, 32],
+    [2, 33, 31, 24, 3],
+    [1, 64, 70, 128, 32],
+    [3, 17, 19, 256, 32],
+    [1, 11, 13, 2048, 32],
+    [1, 300, 301, 8, 4],
+];
+
+fn cuda_equals_cpu(device: &Device) -> Outcome {
+    for [batch, height, width, channels, groups] in SIZES {
+        for activation in [Activation::None, Activation::Silu] {
+            let what = format!("{batch}x{height}x{width}x{channels} in {groups}, {activation:?}");
+            expect_like_cpu(&what, device, BF16_TOLERANCE, |device| {
+                let shape = [batch, height, width, channels];
+                let x = Tensor::from_f32(device, &random_bf16("x", shape.iter().product()), shape)?;
+                Ok(vec![group_norm(&x, &norm(device, channels, groups)?, activation)?])
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// A mean a hundred times the deviation.
+fn cuda_keeps_small_variances(device: &Device) -> Outcome {
+    expect_like_cpu("large mean", device, BF16_TOLERANCE, |device| {
+        let shape = [1, 128, 128, 32];
+        let values: Vec<f32> = random_bf16("x", shape.iter().product())
+            .into_iter()
+            .map(|value| half::bf16::from_f32(100.0 + value).to_f32())
+            .collect();
+        let x = Tensor::from_f32(device, &values, shape)?;
+        Ok(vec![group_norm(&x, &norm(device, 32, 4)?, Activation::None)?])
+    })
+}
+
+fn cuda_repeats_its_bits(device: &Device) -> Outcome {
+    let shape = [1, 200, 100, 64];
+    let x = Tensor::from_f32(device, &random_bf16("x", shape.iter().product()), shape)?;
+    let norm = norm(device, 64, 32)?;
+    let run = || group_norm(&x, &norm, Activation::Silu)?.to_vec::<half::bf16>();
+    assert!(run()? == run()?);
+    Ok(())
+}
