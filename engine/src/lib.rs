@@ -14,5 +14,4 @@ pub mod tensor;
 
 pub use device::{Device, DeviceChoice};
 pub use error::{Error, Result};
-pub use model::{MemoryParams, ParamSource};
 pub use tensor::{DType, Shape, Tensor};

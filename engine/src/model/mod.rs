@@ -3,5 +3,3 @@
 pub mod detailer;
 pub mod params;
 pub mod vae;
-
-pub use params::{MemoryParams, ParamSource};

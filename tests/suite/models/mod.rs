@@ -4,7 +4,8 @@ mod detailer;
 mod vae;
 
 use half::bf16;
-use l2p_engine::{Device, MemoryParams, Result, Tensor};
+use l2p_engine::model::params::MemoryParams;
+use l2p_engine::{Device, Result, Tensor};
 use l2p_tests::Suite;
 use l2p_tests::fixtures::Case;
 

@@ -1,5 +1,6 @@
+use l2p_engine::model::params::MemoryParams;
 use l2p_engine::model::vae::{VaeConfig, VaeDecoder};
-use l2p_engine::{Device, MemoryParams, Tensor};
+use l2p_engine::{Device, Tensor};
 use l2p_tests::fixtures::{Case, Group};
 use l2p_tests::{Outcome, Suite, expect_like_cpu};
 

@@ -1,7 +1,8 @@
 mod cuda;
 
+use l2p_engine::model::params::{MemoryParams, ParamSource};
 use l2p_engine::ops::conv::{Activation, Conv, conv2d, conv3x3_silu_pool, upsample_conv3x3};
-use l2p_engine::{DType, Device, MemoryParams, ParamSource, Result, Tensor};
+use l2p_engine::{DType, Device, Result, Tensor};
 use l2p_tests::fixtures::{Case, Group};
 use l2p_tests::{F32_TOLERANCE, Outcome, Suite, expect_close, random, random_bf16};
 

@@ -28,11 +28,17 @@ pub(super) struct MidAttention {
 }
 
 impl MidAttention {
+    /// Reads the layer whose parameters are named `{name}.…`, its head as wide as the device's kernels want it.
     pub fn load(loader: &Loader<'_>, name: &str, channels: usize) -> Result<Self> {
         let head_dim = match loader.device {
             Device::Cpu => channels,
             Device::Cuda(_) => kernel_head_dim(channels)?,
         };
+        Self::load_filled_up(loader, name, channels, head_dim)
+    }
+
+    /// As [`MidAttention::load`], with a head filled up with zeros to `head_dim`.
+    fn load_filled_up(loader: &Loader<'_>, name: &str, channels: usize, head_dim: usize) -> Result<Self> {
         let layers = ["to_q", "to_k", "to_v"];
         let weights = layers.map(|layer| format!("{name}.{layer}.weight"));
         let biases = layers.map(|layer| format!("{name}.{layer}.bias"));
@@ -73,6 +79,7 @@ impl MidAttention {
         })
     }
 
+    /// Takes its input, which is freed on return.
     pub fn forward(&self, x: Tensor) -> Result<Tensor> {
         let (batch, height, width, channels) = (x.dim(0), x.dim(1), x.dim(2), x.dim(3));
         let normalised = group_norm(&x, &self.norm, Activation::None)?;
@@ -140,5 +147,50 @@ impl Padding<'_> {
     fn tensor(&self, values: &[f32], shape: &[usize]) -> Result<Tensor> {
         let _tag = MemoryTag::Weights.scope();
         Tensor::from_f32(self.loader.device, values, shape)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::VaeConfig;
+    use super::*;
+    use crate::model::params::MemoryParams;
+    use crate::tensor::DType;
+
+    #[test]
+    fn zeros_that_fill_up_a_head_change_nothing() {
+        let channels = 8;
+        let mut params = MemoryParams::default();
+        let values =
+            |count: usize, seed: usize| (0..count).map(|i| ((i * 7 + seed) % 13) as f32 / 13.0 - 0.4).collect();
+        for (seed, layer) in ["to_q", "to_k", "to_v", "to_out.0"].into_iter().enumerate() {
+            let matrix = values(channels * channels, seed);
+            params.insert(format!("mid.{layer}.weight"), &[channels, channels], matrix);
+            params.insert(format!("mid.{layer}.bias"), &[channels], values(channels, seed + 5));
+        }
+        params.insert("mid.group_norm.weight", &[channels], vec![1.0; channels]);
+        params.insert("mid.group_norm.bias", &[channels], vec![0.0; channels]);
+        let config = VaeConfig {
+            norm_num_groups: 2,
+            ..VaeConfig::default()
+        };
+        let loader = Loader {
+            params: &params,
+            device: &Device::Cpu,
+            config: &config,
+        };
+        let run = |head_dim: usize| {
+            let layer = MidAttention::load_filled_up(&loader, "mid", channels, head_dim).unwrap();
+            assert_eq!(layer.qkv_weight.shape().to_vec(), [3 * head_dim, channels]);
+            let x = Tensor::from_f32(&Device::Cpu, &values(2 * 3 * 5 * channels, 3), [2, 3, 5, channels]).unwrap();
+            let y = layer.forward(x).unwrap();
+            assert_eq!(y.dtype(), DType::F32);
+            y.to_vec::<f32>().unwrap()
+        };
+        let (plain, filled_up) = (run(channels), run(16));
+        assert!(plain.iter().zip(&filled_up).all(|(a, b)| (a - b).abs() < 1e-5));
+        assert_eq!(kernel_head_dim(64).unwrap(), 128);
+        assert_eq!(kernel_head_dim(512).unwrap(), 512);
+        assert!(kernel_head_dim(640).is_err());
     }
 }
