@@ -391,6 +391,9 @@ impl CudaBuffer {
     }
 
     fn fill(&self, byte: u8) -> Result<()> {
+        if self.bytes == 0 {
+            return Ok(());
+        }
         self.device.bind()?;
         let stream = self.device.stream.cu_stream();
         // SAFETY: the block belongs to this buffer and has `bytes` bytes.
