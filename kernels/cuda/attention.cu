@@ -1,9 +1,9 @@
 // Attention with heads of 64 or 128 on every GPU from Ampere on; engine/src/ops/attention holds the contract.
 //
-// One block takes ROWS queries of one head and walks over its keys, KEYS at a time, each warp holding the scores, weights and
-// result of its 32 queries in registers: no score ever reaches memory. Keys and values have one buffer each; the values
-// arrive under the product of queries and keys, the next keys under that of weights and values. Bound by the tensor
-// cores: 4 * head_dim operations per query and key, and each key is read once per ROWS queries, out of L2.
+// One block takes ROWS queries of one head and walks over its keys, KEYS at a time, each warp holding the scores, weights
+// and result of its 32 queries in registers: no score ever reaches memory. Keys and values have one buffer each; the values
+// arrive under the product of queries and keys, the next keys under that of weights and values. Bound by the tensor cores:
+// 4 * head_dim operations per query and key, and each key is read once per ROWS queries, out of L2.
 #include "common/attention.cuh"
 #include "common/launch.cuh"
 

@@ -146,7 +146,8 @@ __device__ __forceinline__ void issue_scores(Accumulators& scores, uint32_t quer
 }
 
 // result += weights values, as one group.
-__device__ __forceinline__ void issue_result(Accumulators& result, const uint32_t (&weights)[STEPS][4], uint32_t values) {
+__device__ __forceinline__ void issue_result(Accumulators& result, uint32_t (&weights)[STEPS][4], uint32_t values) {
+    hold(weights);
     product_fence(result);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
@@ -335,8 +336,8 @@ __device__ __forceinline__ void attention(
 }
 
 // map: qkv [items, tokens, (heads + 2 kv_heads) * head_dim] by boxes of one item, BOX_ROWS tokens and PANEL columns;
-// lengths [items] or null; output [items, tokens, heads, head_dim]; log_sums [items, heads, tokens] or null; scale in powers
-// of two; grid (query tiles, heads, items).
+// lengths [items] or null; output [items, tokens, heads, head_dim]; log_sums [items, heads, tokens] or null; scale in
+// powers of two; grid (query tiles, heads, items).
 #define ATTENTION_KERNEL(name, consumers, overlap)                                                                     \
     extern "C" __global__ __launch_bounds__(Layout<consumers>::THREADS, 1) void name(                                  \
         const __grid_constant__ TensorMap map, const int* lengths, bf16* output, float* log_sums, int tokens,          \

@@ -2,10 +2,10 @@
 //
 // A head this wide leaves room for ROWS queries a block: their result alone is half of the register file. The block walks
 // over the keys, KEYS at a time. For the scores its warps share out ROWS x KEYS in tiles of 32 x 32; the weights go through
-// shared memory, and for the result each warp takes 32 queries and a quarter of the columns. Keys and values come through one ring of
-// chunks: a chunk of keys is CHUNK_DIMS of the head for all KEYS keys, a chunk of values 16 keys by 8 CHUNK_DIMS columns.
-// Each key and value is read once per 64 queries: 64 operations per byte out of L2, which bounds a Hopper at about 40 % of
-// its tensor cores and an Ampere not at all.
+// shared memory, and for the result each warp takes 32 queries and a quarter of the columns. Keys and values come through
+// one ring of chunks: a chunk of keys is CHUNK_DIMS of the head for all KEYS keys, a chunk of values 16 keys by
+// 8 CHUNK_DIMS columns. Each key and value is read once per 64 queries: 64 operations per byte out of L2, which bounds a
+// Hopper at about 40 % of its tensor cores and an Ampere not at all.
 #include "common/attention.cuh"
 #include "common/launch.cuh"
 

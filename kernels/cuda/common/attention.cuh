@@ -10,7 +10,7 @@ __device__ __forceinline__ int key_length(const int* lengths, int item, int toke
 
 // A thread sees two rows of a 16-row fragment: its `group` and group + 8. The weights of a block are
 // 2^(scale (score - reference)): `reference` is a maximum of the row's scores so far, but need not be the latest one, since
-// any reference cancels in the end. It is raised only when a new score is more than SLACK above it (in powers of two), which
+// any reference cancels in the end. It is raised only when a new score is more than SLACK above it (in powers of two): that
 // spares most blocks the rescaling of the result and still keeps every weight far from overflow.
 constexpr float SLACK = 8.0f;
 constexpr float LN_2 = 0.69314718055994531f;
@@ -46,8 +46,8 @@ __device__ __forceinline__ void row_tops(float (&top)[2], const float (&scores)[
     }
 }
 
-// Whether some row of the warp needs a higher reference for a block with these largest scores. `scale` is that of the scores
-// in powers of two.
+// Whether some row of the warp needs a higher reference for a block with these largest scores. `scale` is that of the
+// scores in powers of two.
 __device__ __forceinline__ bool needs_raise(const RowSoftmax& softmax, const float (&top)[2], float scale) {
     const bool low = (top[0] - softmax.reference[0]) * scale > SLACK;
     const bool high = (top[1] - softmax.reference[1]) * scale > SLACK;
@@ -115,8 +115,8 @@ __device__ __forceinline__ void place_rows(unsigned char* tile, int row, int uni
         }
 }
 
-// Copies rows `row` to row + ROWS - 1 of a swizzled tile to memory by one warp. `to` is where the first of them goes, `valid`
-// how many of them exist there.
+// Copies rows `row` to row + ROWS - 1 of a swizzled tile to memory by one warp. `to` is where the first of them goes,
+// `valid` how many of them exist there.
 template <int UNITS, int ROWS>
 __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int valid, const unsigned char* tile, int row) {
     static_assert(ROWS * UNITS % WARP == 0);

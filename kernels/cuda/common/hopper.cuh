@@ -1,16 +1,17 @@
 // Hopper's own instructions under the names of what they do here. Use inside `#if defined(__CUDA_ARCH_FEAT_SM90_ALL)`.
 //
 // The vocabulary of a warp-specialised kernel:
-//   transaction barrier   an mbarrier in shared memory: a phase ends when the expected threads have arrived and the expected
-//                         bytes have been copied. Who waits names the phase by its parity, counted from 0.
+//   transaction barrier   an mbarrier in shared memory: a phase ends when the expected threads have arrived and the
+//                         expected bytes have been copied. Who waits names the phase by its parity, counted from 0.
 //   bulk copy             one thread has a box of a tensor copied into shared memory; the copy arrives on a barrier.
 //   warpgroup             four warps, the first of them a multiple of four, that issue a product together.
-//   warpgroup product     d += a b for 64 rows; runs on its own after it is issued. Between the issue and `product_wait` nobody
-//                         may touch its registers or overwrite its tiles.
+//   warpgroup product     d += a b for 64 rows; runs on its own after it is issued. Between the issue and `product_wait`
+//                         nobody may touch its registers or overwrite its tiles.
 //   register hand-over    a warpgroup that only issues copies gives registers up, those that compute take them.
 //
-// Tiles are what bulk copies with a 128-byte swizzle write: panels of 64 bf16 columns, one row of a panel being 128 bytes and
-// its 16-byte units exchanged by the row's number modulo 8 (`swizzled<8>` of common/mma.cuh). Tiles start at multiples of 1024.
+// Tiles are what bulk copies with a 128-byte swizzle write: panels of 64 bf16 columns, one row of a panel being 128 bytes
+// and its 16-byte units exchanged by the row's number modulo 8 (`swizzled<8>` of common/mma.cuh). Tiles start at multiples
+// of 1024.
 #pragma once
 #include "common/mma.cuh"
 
@@ -21,7 +22,7 @@ constexpr int SWIZZLE_ATOM_BYTES = 8 * PANEL_ROW_BYTES;      // the pattern repe
 constexpr int PRODUCT_DEPTH = 16;                            // summed elements of one product of bf16
 
 // What `TensorMap` on the Rust side encodes: a parameter `const __grid_constant__ TensorMap map`.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
     uint64_t words[16];
 };
 
@@ -74,9 +75,11 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
 // Starts copying the map's box at (x, y, z), x innermost, to shared memory; what lies outside the tensor becomes zeros. All
 // bytes of the box count on the barrier.
 __device__ __forceinline__ void copy_box_3d(uint32_t to, const TensorMap& map, int x, int y, int z, uint32_t barrier) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
-                 "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+        "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+        : "memory");
 }
 
 // ---- barriers among warps ----
@@ -100,16 +103,17 @@ __device__ __forceinline__ void registers_take() {
 
 // ---- warpgroup products ----
 
-// What stands in a tile's descriptor: its address and the distance between panels in the lower word, the distance from eight
-// rows to the next eight and the swizzle in the upper, all in units of 16 bytes. Shared memory is too small for an offset to
-// carry out of the address's 14 bits.
+// What stands in a tile's descriptor: its address and the distance between panels in the lower word, the distance from
+// eight rows to the next eight and the swizzle in the upper, all in units of 16 bytes. Shared memory is too small for an
+// offset to carry out of the address's 14 bits.
 constexpr uint32_t SWIZZLE_128_BYTES = 1u << 30;
+constexpr uint32_t DESCRIPTOR_ADDRESSES = (1u << 18) - 1;  // without the bits that name a block of a cluster
 
 // A tile as a product's operand whose rows hold the summed elements (A, and B given by columns). One product takes the 16
 // summed elements that start `offset` bytes after `tile`: 0, 32, 64 or 96 bytes into a row, the first of eight.
 __device__ __forceinline__ uint64_t operand_by_rows(uint32_t tile, int offset) {
     constexpr uint32_t UNUSED = 1;  // the distance between panels: one product stays within one
-    const uint32_t low = (tile >> 4 | UNUSED << 16) + (offset >> 4);
+    const uint32_t low = ((tile & DESCRIPTOR_ADDRESSES) >> 4 | UNUSED << 16) + (offset >> 4);
     return static_cast<uint64_t>(SWIZZLE_128_BYTES | SWIZZLE_ATOM_BYTES >> 4) << 32 | low;
 }
 
@@ -118,12 +122,13 @@ __device__ __forceinline__ uint64_t operand_by_rows(uint32_t tile, int offset) {
 template <int PANEL_BYTES>
 __device__ __forceinline__ uint64_t operand_by_columns(uint32_t tile, int offset) {
     static_assert(PANEL_BYTES % SWIZZLE_ATOM_BYTES == 0 && PANEL_BYTES < 1 << 18);
-    const uint32_t low = (tile >> 4 | static_cast<uint32_t>(PANEL_BYTES >> 4) << 16) + (offset >> 4);
+    constexpr uint32_t PANEL_DISTANCE = PANEL_BYTES >> 4;
+    const uint32_t low = ((tile & DESCRIPTOR_ADDRESSES) >> 4 | PANEL_DISTANCE << 16) + (offset >> 4);
     return static_cast<uint64_t>(SWIZZLE_128_BYTES | SWIZZLE_ATOM_BYTES >> 4) << 32 | low;
 }
 
-// The accumulators of 64 rows x 128 columns: warp w of the warpgroup holds rows 16 w to 16 w + 15, tile t the columns 8 t to
-// 8 t + 7, as fragments of common/mma.cuh.
+// The accumulators of 64 rows x 128 columns: warp w of the warpgroup holds rows 16 w to 16 w + 15, tile t the columns 8 t
+// to 8 t + 7, as fragments of common/mma.cuh.
 using Accumulators = float[16][4];
 
 #define L2P_TILE_REGISTERS(d, t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
@@ -137,10 +142,19 @@ using Accumulators = float[16][4];
     "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "       \
     "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
 
-// Keeps the compiler from moving uses of these registers across this point.
+// Keeps the compiler from moving the computation and the uses of these registers across this point.
 __device__ __forceinline__ void hold(Accumulators& d) { asm volatile("" : L2P_REGISTERS(d)::"memory"); }
 
-// Before the first product that uses registers written by other instructions.
+template <int FRAGMENTS>
+__device__ __forceinline__ void hold(uint32_t (&a)[FRAGMENTS][4]) {
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS; ++i) {
+        asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+    }
+}
+
+// Before the first product that uses registers written by other instructions; after a `hold` of the left operand, if that
+// is in registers.
 __device__ __forceinline__ void product_fence(Accumulators& d) {
     asm volatile("wgmma.fence.sync.aligned;" : L2P_REGISTERS(d)::"memory");
 }

@@ -15,9 +15,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Where unit `unit` of row `row` stands in a tile of rows of UNITS units (a power of two, 4 at least), counted in units from
-// the tile's start. The position within each 128 bytes is exchanged by the row, so that eight consecutive rows of one unit
-// lie in eight different groups of four banks.
+// Where unit `unit` of row `row` stands in a tile of rows of UNITS units (a power of two, 4 at least), counted in units
+// from the tile's start. The position within each 128 bytes is exchanged by the row, so that eight consecutive rows of one
+// unit lie in eight different groups of four banks.
 template <int UNITS>
 __device__ __forceinline__ int swizzled(int row, int unit) {
     static_assert(UNITS >= 4 && (UNITS & (UNITS - 1)) == 0);
