@@ -147,6 +147,15 @@ impl CudaDevice {
         self.multiprocessors
     }
 
+    /// Bytes of shared memory that a block can ask for.
+    ///
+    /// # Errors
+    /// When the driver cannot be asked.
+    pub fn shared_memory_per_block(&self) -> Result<u32> {
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        Ok(check("cuDeviceGetAttribute", self.context.attribute(attribute))? as u32)
+    }
+
     /// Bytes of memory on the card.
     pub fn total_memory(&self) -> u64 {
         self.total_memory

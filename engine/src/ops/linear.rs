@@ -161,6 +161,15 @@ pub(crate) struct Matrix<'a> {
 }
 
 impl Matrix<'_> {
+    /// The same elements with rows and columns exchanged.
+    pub fn transposed(self) -> Self {
+        Matrix {
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            ..self
+        }
+    }
+
     fn expect_extents(&self, rows: usize, columns: usize) {
         let last = (rows - 1) * self.row_stride + (columns - 1) * self.column_stride;
         assert!(
@@ -172,7 +181,23 @@ impl Matrix<'_> {
 }
 
 /// `d = a · b`, or `d += a · b` when `accumulate` is set, for `a` `[m, k]`, `b` `[k, n]` and a row-major `d` `[m, n]`.
-pub(crate) fn cpu_matmul([m, k, n]: [usize; 3], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool, d: &mut [f32]) {
+pub(crate) fn cpu_matmul(extents: [usize; 3], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool, d: &mut [f32]) {
+    matmul(extents, a, b, accumulate, d, Parallelism::Rayon(0));
+}
+
+/// `d = a · b` as by [`cpu_matmul`], on the calling thread alone: for callers that are one of many tasks.
+pub(crate) fn cpu_matmul_in_thread(extents: [usize; 3], a: Matrix<'_>, b: Matrix<'_>, d: &mut [f32]) {
+    matmul(extents, a, b, false, d, Parallelism::None);
+}
+
+fn matmul(
+    [m, k, n]: [usize; 3],
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    accumulate: bool,
+    d: &mut [f32],
+    parallelism: Parallelism,
+) {
     assert_eq!(d.len(), m * n);
     if m == 0 || n == 0 {
         return;
@@ -206,7 +231,7 @@ pub(crate) fn cpu_matmul([m, k, n]: [usize; 3], a: Matrix<'_>, b: Matrix<'_>, ac
             false,
             false,
             false,
-            Parallelism::Rayon(0),
+            parallelism,
         );
     }
 }

@@ -1,5 +1,6 @@
 //! One file per operation, named like the operation's own.
 
+mod attention;
 mod cast;
 mod conv;
 mod embedding;
@@ -22,6 +23,7 @@ mod unpatchify;
 use l2p_tests::Suite;
 
 pub fn register(suite: &mut Suite) {
+    attention::register(suite);
     cast::register(suite);
     conv::register(suite);
     embedding::register(suite);
