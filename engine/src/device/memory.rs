@@ -103,7 +103,11 @@ impl MemoryReport {
 
     /// Raises each peak to that of `other` where that is larger.
     pub fn keep_larger_peaks(&mut self, other: &MemoryReport) {
-        let pairs = self.by_tag.iter_mut().chain([&mut self.total]).zip(other.by_tag.iter().chain([&other.total]));
+        let pairs = self
+            .by_tag
+            .iter_mut()
+            .chain([&mut self.total])
+            .zip(other.by_tag.iter().chain([&other.total]));
         for (mine, others) in pairs {
             mine.peak = mine.peak.max(others.peak);
         }

@@ -50,9 +50,11 @@ fn cpu_step(x: &mut Tensor, velocity: &Tensor, guidance: Option<Guidance<'_>>, d
     match guidance {
         None => steps.for_each(|(x, v)| *x += v * delta_sigma),
         Some(Guidance { negative, cfg }) => {
-            steps.zip(negative.as_slice::<f32>()?).for_each(|((x, velocity), negative)| {
-                *x += (negative + cfg * (velocity - negative)) * delta_sigma;
-            });
+            steps
+                .zip(negative.as_slice::<f32>()?)
+                .for_each(|((x, velocity), negative)| {
+                    *x += (negative + cfg * (velocity - negative)) * delta_sigma;
+                });
         }
     }
     Ok(())

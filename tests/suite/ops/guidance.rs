@@ -16,7 +16,10 @@ fn cpu_equals_references() -> Outcome {
         let mut x = Tensor::from_slice(&Device::Cpu, &x, shape.as_slice())?;
         let velocity = Tensor::from_slice(&Device::Cpu, &case.input("v_pos").0, shape.as_slice())?;
         let negative = Tensor::from_slice(&Device::Cpu, &case.input("v_neg").0, shape.as_slice())?;
-        let guidance = Guidance { negative: &negative, cfg: number("cfg") as f32 };
+        let guidance = Guidance {
+            negative: &negative,
+            cfg: number("cfg") as f32,
+        };
         let delta = number("sigma_next") - number("sigma");
         guided_euler_step(&mut x, &velocity, Some(guidance), delta as f32)?;
         case.check("x_next", x.as_slice()?)?;
@@ -36,11 +39,22 @@ fn wrong_velocities_are_named() -> Outcome {
     let half = Tensor::zeros(&Device::Cpu, [2, 3], DType::Bf16)?;
     let mut message = |velocity: &Tensor, negative: &Tensor| {
         let guidance = Some(Guidance { negative, cfg: 2.0 });
-        guided_euler_step(&mut x, velocity, guidance, -0.1).unwrap_err().to_string()
+        guided_euler_step(&mut x, velocity, guidance, -0.1)
+            .unwrap_err()
+            .to_string()
     };
-    assert_eq!(message(&long, &good), "guided_euler_step: velocity has shape [4, 3], expected [2, 3]");
-    assert_eq!(message(&good, &long), "guided_euler_step: negative has shape [4, 3], expected [2, 3]");
-    assert_eq!(message(&half, &good), "guided_euler_step: velocity holds bf16, expected f32");
+    assert_eq!(
+        message(&long, &good),
+        "guided_euler_step: velocity has shape [4, 3], expected [2, 3]"
+    );
+    assert_eq!(
+        message(&good, &long),
+        "guided_euler_step: negative has shape [4, 3], expected [2, 3]"
+    );
+    assert_eq!(
+        message(&half, &good),
+        "guided_euler_step: velocity holds bf16, expected f32"
+    );
     Ok(())
 }
 
@@ -56,13 +70,22 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
         (2, 4099),
     ] {
         for guided in [false, true] {
-            expect_like_cpu(&format!("{batch}x{elements}, guided: {guided}"), device, 1e-6, |device| {
-                let tensor = |name: &str| Tensor::from_slice(device, &random(name, batch * elements), [batch, elements]);
-                let (mut x, velocity, negative) = (tensor("x")?, tensor("v")?, tensor("n")?);
-                let guidance = guided.then_some(Guidance { negative: &negative, cfg: 2.5 });
-                guided_euler_step(&mut x, &velocity, guidance, -0.125)?;
-                Ok(vec![x])
-            })?;
+            expect_like_cpu(
+                &format!("{batch}x{elements}, guided: {guided}"),
+                device,
+                1e-6,
+                |device| {
+                    let tensor =
+                        |name: &str| Tensor::from_slice(device, &random(name, batch * elements), [batch, elements]);
+                    let (mut x, velocity, negative) = (tensor("x")?, tensor("v")?, tensor("n")?);
+                    let guidance = guided.then_some(Guidance {
+                        negative: &negative,
+                        cfg: 2.5,
+                    });
+                    guided_euler_step(&mut x, &velocity, guidance, -0.125)?;
+                    Ok(vec![x])
+                },
+            )?;
         }
     }
     Ok(())

@@ -1,19 +1,16 @@
 //! The self-attention in the middle of the autoencoder: one head over all pixels, with normalisation and residual.
 
-#[path = "attention_stand_in.rs"]
-mod attention_stand_in;
-
-use self::attention_stand_in::{Attention, attention};
 use super::Loader;
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
+use crate::ops::attention::{Attention, attention};
 use crate::ops::conv::{Activation, Conv, conv2d};
 use crate::ops::group_norm::{GroupNorm, group_norm};
 use crate::ops::linear::linear;
 use crate::tensor::Tensor;
 
 /// Widths of a head that the CUDA kernels know; others are filled up with zeros.
-const KERNEL_HEAD_DIMS: [usize; 2] = [128, 512];
+const KERNEL_HEAD_DIMS: [usize; 3] = [64, 128, 512];
 
 /// `x + out(attention(q, k, v of norm(x)))`.
 pub(super) struct MidAttention {
@@ -104,7 +101,7 @@ fn kernel_head_dim(channels: usize) -> Result<usize> {
     fitting.ok_or_else(|| {
         Error::invalid(format!(
             "autoencoder: attention over {channels} channels is wider than the CUDA kernels' {}",
-            KERNEL_HEAD_DIMS[1]
+            KERNEL_HEAD_DIMS[2]
         ))
     })
 }
