@@ -186,7 +186,8 @@ mod tests {
         };
         let (plain, filled_up) = (run(channels), run(16));
         assert!(plain.iter().zip(&filled_up).all(|(a, b)| (a - b).abs() < 1e-5));
-        assert_eq!(kernel_head_dim(64).unwrap(), 128);
+        assert_eq!(kernel_head_dim(96).unwrap(), 128);
+        assert_eq!(kernel_head_dim(64).unwrap(), 64);
         assert_eq!(kernel_head_dim(512).unwrap(), 512);
         assert!(kernel_head_dim(640).is_err());
     }
