@@ -2,6 +2,8 @@
 //!
 //! Tests that need a GPU count as ignored where there is none.
 
+mod checkpoint;
+mod convert;
 mod ops;
 
 use l2p_tests::Suite;
@@ -9,6 +11,8 @@ use l2p_tests::Suite;
 fn main() -> std::process::ExitCode {
     let arguments = libtest_mimic::Arguments::from_args();
     let mut suite = Suite::default();
+    checkpoint::register(&mut suite);
+    convert::register(&mut suite);
     ops::register(&mut suite);
     if let Err(reason) = l2p_tests::gpu() {
         eprintln!("tests that need a GPU are skipped: {reason}");
