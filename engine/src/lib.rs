@@ -3,6 +3,7 @@
 //! The layers, each using only those before it: [`device`] → [`tensor`] → [`ops`] → [`model`] → [`checkpoint`], [`flow`].
 //! Operations know nothing of models; each defines itself by a plain CPU loop and launches the CUDA kernel that must equal it.
 
+pub mod checkpoint;
 pub mod device;
 mod error;
 pub mod flow;
@@ -14,4 +15,5 @@ pub mod tensor;
 
 pub use device::{Device, DeviceChoice};
 pub use error::{Error, Result};
+pub use model::{MemoryParams, ParamSource};
 pub use tensor::{DType, Shape, Tensor};

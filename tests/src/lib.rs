@@ -2,6 +2,8 @@
 
 pub mod fixtures;
 
+pub mod cli;
+
 use std::sync::{Mutex, OnceLock};
 
 use l2p_engine::{Device, DeviceChoice, Result, Tensor};

@@ -2,6 +2,8 @@
 //!
 //! Tests that need a GPU count as ignored where there is none.
 
+mod checkpoint;
+mod convert;
 mod flow;
 mod models;
 mod ops;
@@ -11,6 +13,8 @@ use l2p_tests::Suite;
 fn main() -> std::process::ExitCode {
     let arguments = libtest_mimic::Arguments::from_args();
     let mut suite = Suite::default();
+    checkpoint::register(&mut suite);
+    convert::register(&mut suite);
     flow::register(&mut suite);
     models::register(&mut suite);
     ops::register(&mut suite);

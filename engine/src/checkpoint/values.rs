@@ -30,15 +30,25 @@ pub fn read_values(path: &Path) -> Result<BTreeMap<String, Values>> {
         .map(|(name, tensor)| {
             let bytes = file.bytes(tensor);
             let values = match (tensor.dtype, Float::stored(tensor.dtype)) {
-                (_, Some(float)) => bytes.chunks_exact(float.size()).map(|bytes| float.read(bytes)).collect(),
+                (_, Some(float)) => bytes
+                    .chunks_exact(float.size())
+                    .map(|bytes| float.read(bytes))
+                    .collect(),
                 (Dtype::I32, _) => words(bytes).map(|word| i32::from_le_bytes(word) as f32).collect(),
                 (Dtype::I64, _) => words(bytes).map(|word| i64::from_le_bytes(word) as f32).collect(),
                 (other, _) => {
-                    let reason = format!("tensor `{name}` holds {other:?}, expected floating-point numbers or i32, i64");
+                    let reason =
+                        format!("tensor `{name}` holds {other:?}, expected floating-point numbers or i32, i64");
                     return Err(Error::file(path, reason));
                 }
             };
-            Ok((name.clone(), Values { shape: tensor.shape.clone(), values }))
+            Ok((
+                name.clone(),
+                Values {
+                    shape: tensor.shape.clone(),
+                    values,
+                },
+            ))
         })
         .collect()
 }
@@ -62,6 +72,11 @@ pub fn write_values(path: &Path, tensors: &[(String, Values)]) -> Result<()> {
         shape: tensor.shape.clone(),
         content: Content::Values(&tensor.values),
     });
-    write_file(path, &OutputFile::new(outputs.collect(), BTreeMap::new()), true, &mut ())?;
+    write_file(
+        path,
+        &OutputFile::new(outputs.collect(), BTreeMap::new()),
+        true,
+        &mut (),
+    )?;
     Ok(())
 }

@@ -1,5 +1,8 @@
 //! Flow matching: what turns a velocity model into a sampler.
 
+pub mod noise_source;
+pub mod sampler;
+pub mod schedule;
 mod torch_rng;
 
 pub use torch_rng::TorchNormal;

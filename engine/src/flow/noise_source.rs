@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::Serialize;
 
-use super::torch_rng::TorchNormal;
+use super::TorchNormal;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::noise::normal_noise;
@@ -42,7 +42,7 @@ impl NoiseSource {
             (NoiseSource::Torch, _) => {
                 let mut values = vec![0.0; seeds.len() * item];
                 for (target, &seed) in values.chunks_mut(item).zip(seeds) {
-                    let planes = TorchNormal::new(seed).randn(item);
+                    let planes = TorchNormal::new(seed).sample(item);
                     for (index, value) in planes.into_iter().enumerate() {
                         let (channel, cell) = (index / (height * width), index % (height * width));
                         target[cell * channels + channel] = value;
@@ -61,7 +61,9 @@ impl FromStr for NoiseSource {
         match text {
             "philox" => Ok(NoiseSource::Philox),
             "torch" => Ok(NoiseSource::Torch),
-            _ => Err(Error::invalid(format!("`{text}` names no generator; use philox or torch"))),
+            _ => Err(Error::invalid(format!(
+                "`{text}` names no generator; use philox or torch"
+            ))),
         }
     }
 }

@@ -56,7 +56,9 @@ pub fn sample(
         if step % STEPS_PER_TABLE == 0 {
             tables = Some(dit.modulate(&times[step..times.len().min(step + STEPS_PER_TABLE)])?);
         }
-        let tables = tables.as_ref().ok_or_else(|| Error::invalid("a step without modulation"))?;
+        let tables = tables
+            .as_ref()
+            .ok_or_else(|| Error::invalid("a step without modulation"))?;
         let modulations = tables.narrow(step % STEPS_PER_TABLE, 1)?;
         let image = cast(&x, dit.device().compute_dtype())?;
         match guidance {
@@ -69,11 +71,17 @@ pub fn sample(
                 let velocity = dit.forward(&image, prompt, &modulations)?;
                 let away = dit.forward(&image, negative, &modulations)?;
                 drop(image);
-                let away = guidance::Guidance { negative: &away, cfg: *cfg };
+                let away = guidance::Guidance {
+                    negative: &away,
+                    cfg: *cfg,
+                };
                 guided_euler_step(&mut x, &velocity, Some(away), schedule.delta(step))?;
             }
         }
-        progress(StepReport { done: step + 1, steps: schedule.steps() })?;
+        progress(StepReport {
+            done: step + 1,
+            steps: schedule.steps(),
+        })?;
     }
     Ok(x)
 }

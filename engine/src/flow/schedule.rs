@@ -26,10 +26,14 @@ impl Schedule {
             return Err(Error::invalid("sampling needs at least one step"));
         }
         if !(shift.is_finite() && shift > 0.0) {
-            return Err(Error::invalid(format!("a shift of {shift} makes no schedule: use a positive number (3 at 1024², 4 at 4096²)")));
+            return Err(Error::invalid(format!(
+                "a shift of {shift} makes no schedule: use a positive number (3 at 1024², 4 at 4096²)"
+            )));
         }
         let sigma = |step: usize| shifted_sigma(1.0 - step as f64 / steps as f64, shift) as f32;
-        Ok(Schedule { sigmas: (0..steps).map(sigma).chain([0.0]).collect() })
+        Ok(Schedule {
+            sigmas: (0..steps).map(sigma).chain([0.0]).collect(),
+        })
     }
 
     /// The number of steps.

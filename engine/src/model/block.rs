@@ -80,12 +80,20 @@ impl Block {
         };
         let modulation = match modulated {
             true => Some(AdaLn {
-                weight: params.load(device, &name("adaLN_modulation.0.weight"), &[VECTORS * dim, config.adaln_width])?,
+                weight: params.load(
+                    device,
+                    &name("adaLN_modulation.0.weight"),
+                    &[VECTORS * dim, config.adaln_width],
+                )?,
                 bias: vector("adaLN_modulation.0.bias", VECTORS * dim)?,
             }),
             false => None,
         };
-        let projections = ["attention.to_q.weight", "attention.to_k.weight", "attention.to_v.weight"];
+        let projections = [
+            "attention.to_q.weight",
+            "attention.to_k.weight",
+            "attention.to_v.weight",
+        ];
         Ok(Block {
             qkv: stacked(&projections, [3 * dim, dim])?,
             out: params.load(device, &name("attention.to_out.0.weight"), &[dim, dim])?,
@@ -95,7 +103,10 @@ impl Block {
             attention_norm2: vector("attention_norm2.weight", dim)?,
             ffn_norm1: vector("ffn_norm1.weight", dim)?,
             ffn_norm2: vector("ffn_norm2.weight", dim)?,
-            w13: stacked(&["feed_forward.w1.weight", "feed_forward.w3.weight"], [2 * ffn_dim, dim])?,
+            w13: stacked(
+                &["feed_forward.w1.weight", "feed_forward.w3.weight"],
+                [2 * ffn_dim, dim],
+            )?,
             w2: params.load(device, &name("feed_forward.w2.weight"), &[dim, ffn_dim])?,
             modulation,
             attention: Attention {
@@ -124,7 +135,11 @@ impl Block {
     /// The normalisation of the attention's input.
     fn input_norm<'a>(&'a self, table: Option<&'a Tensor>) -> Result<RmsNorm<'a>> {
         let scale = vector(table, SCALE_MSA)?;
-        Ok(RmsNorm { weight: &self.attention_norm1, scale, epsilon: self.epsilon })
+        Ok(RmsNorm {
+            weight: &self.attention_norm1,
+            scale,
+            epsilon: self.epsilon,
+        })
     }
 
     /// Runs the block on the residual stream `x` and its normalised form; returns the new stream, and its form normalised
@@ -139,14 +154,25 @@ impl Block {
     ) -> Result<(Tensor, Option<Tensor>)> {
         let _range = profile::range(c"block");
         let attended = self.attend(normalised, sequence)?;
-        let residual =
-            GatedResidual { weight: &self.attention_norm2, gate: vector(table, GATE_MSA)?, epsilon: self.epsilon };
-        let norm = RmsNorm { weight: &self.ffn_norm1, scale: vector(table, SCALE_MLP)?, epsilon: self.epsilon };
+        let residual = GatedResidual {
+            weight: &self.attention_norm2,
+            gate: vector(table, GATE_MSA)?,
+            epsilon: self.epsilon,
+        };
+        let norm = RmsNorm {
+            weight: &self.ffn_norm1,
+            scale: vector(table, SCALE_MLP)?,
+            epsilon: self.epsilon,
+        };
         let (x, normalised) = gated_residual_rms_norm(x, &attended, &residual, Some(&norm))?;
         drop(attended);
         let fed = self.feed_forward(normalised.as_ref().expect("a normalisation was asked for"))?;
         drop(normalised);
-        let residual = GatedResidual { weight: &self.ffn_norm2, gate: vector(table, GATE_MLP)?, epsilon: self.epsilon };
+        let residual = GatedResidual {
+            weight: &self.ffn_norm2,
+            gate: vector(table, GATE_MLP)?,
+            epsilon: self.epsilon,
+        };
         gated_residual_rms_norm(&x, &fed, &residual, next)
     }
 
@@ -200,8 +226,13 @@ pub fn run_blocks(blocks: &[Block], tables: &[Tensor], x: Tensor, sequence: &Seq
     let mut normalised = Some(rms_norm_modulate(&x, &norm)?);
     let mut x = x;
     for (index, block) in blocks.iter().enumerate() {
-        let next = blocks.get(index + 1).map(|next| next.input_norm(tables.get(index + 1))).transpose()?;
-        let input = normalised.take().expect("each block but the last leaves a normalised stream");
+        let next = blocks
+            .get(index + 1)
+            .map(|next| next.input_norm(tables.get(index + 1)))
+            .transpose()?;
+        let input = normalised
+            .take()
+            .expect("each block but the last leaves a normalised stream");
         (x, normalised) = block.forward(&x, input, tables.get(index), sequence, next.as_ref())?;
     }
     Ok(x)

@@ -22,7 +22,7 @@ use crate::ops::timestep::timestep_embedding;
 use crate::ops::tokens::{concat_tokens, fill_pad_tokens, narrow_tokens, pad_tokens};
 use crate::ops::unpatchify::unpatchify;
 use crate::profile;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Image and caption tokens are padded to multiples of this many.
 pub const TOKEN_MULTIPLE: usize = 32;
@@ -108,7 +108,12 @@ impl Modulations {
     /// # Errors
     /// When there are fewer times.
     pub fn narrow(&self, start: usize, count: usize) -> Result<Self> {
-        let narrow = |tables: &[Tensor]| tables.iter().map(|table| table.narrow(start, count)).collect::<Result<Vec<_>>>();
+        let narrow = |tables: &[Tensor]| {
+            tables
+                .iter()
+                .map(|table| table.narrow(start, count))
+                .collect::<Result<Vec<_>>>()
+        };
         Ok(Modulations {
             noise_refiner: narrow(&self.noise_refiner)?,
             layers: narrow(&self.layers)?,
@@ -186,11 +191,16 @@ impl Dit {
         let _range = profile::range(c"prepare");
         let patch = self.config.patch;
         if height == 0 || width == 0 || height % patch != 0 || width % patch != 0 {
-            return Err(Error::invalid(format!("an image of {width}x{height} cannot be cut into patches of {patch}")));
+            return Err(Error::invalid(format!(
+                "an image of {width}x{height} cannot be cut into patches of {patch}"
+            )));
         }
         let grid = [height / patch, width / patch];
         let image_tokens = (grid[0] * grid[1]).next_multiple_of(TOKEN_MULTIPLE);
-        let padded: Vec<usize> = captions.iter().map(|caption| caption.dim(1).next_multiple_of(TOKEN_MULTIPLE)).collect();
+        let padded: Vec<usize> = captions
+            .iter()
+            .map(|caption| caption.dim(1).next_multiple_of(TOKEN_MULTIPLE))
+            .collect();
         let longest = padded.iter().copied().max().unwrap_or(0);
         if captions.iter().any(|caption| caption.dim(1) == 0) || longest == 0 {
             return Err(Error::invalid("a caption has no tokens"));
@@ -198,19 +208,32 @@ impl Dit {
         let unequal = padded.iter().any(|&length| length != longest);
         let lengths = |base: usize| -> Result<Option<Tensor>> {
             let lengths: Vec<i32> = padded.iter().map(|&length| (base + length) as i32).collect();
-            unequal.then(|| Tensor::from_slice(&self.device, &lengths, [lengths.len()])).transpose()
+            unequal
+                .then(|| Tensor::from_slice(&self.device, &lengths, [lengths.len()]))
+                .transpose()
         };
 
-        let image: Vec<Vec<Position>> =
-            padded.iter().map(|&length| image_positions(length, grid, image_tokens).collect()).collect();
+        let image: Vec<Vec<Position>> = padded
+            .iter()
+            .map(|&length| image_positions(length, grid, image_tokens).collect())
+            .collect();
         let caption: Vec<Vec<Position>> = padded.iter().map(|_| caption_positions(longest).collect()).collect();
-        let whole: Vec<Vec<Position>> =
-            image.iter().zip(&caption).map(|(image, caption)| [image.as_slice(), caption].concat()).collect();
-        let axes = RopeAxes { theta: self.config.rope_theta, dims: self.config.axes_dims };
+        let whole: Vec<Vec<Position>> = image
+            .iter()
+            .zip(&caption)
+            .map(|(image, caption)| [image.as_slice(), caption].concat())
+            .collect();
+        let axes = RopeAxes {
+            theta: self.config.rope_theta,
+            dims: self.config.axes_dims,
+        };
         let caption_rope = axes.table(&self.device, &caption)?;
         let embedded = self.embed_captions(captions, longest)?;
         let caption_lengths = lengths(0)?;
-        let sequence = Sequence { rope: &caption_rope, key_lengths: caption_lengths.as_ref() };
+        let sequence = Sequence {
+            rope: &caption_rope,
+            key_lengths: caption_lengths.as_ref(),
+        };
         Ok(Prepared {
             captions: run_blocks(&self.context_refiner, &[], embedded, &sequence)?,
             image_rope: axes.table(&self.device, &image)?,
@@ -249,7 +272,10 @@ impl Dit {
         let _range = profile::range(c"modulate");
         let c = self.time.embed(&self.device, times)?;
         let tables = |blocks: &[Block]| -> Result<Vec<Tensor>> {
-            blocks.iter().filter_map(|block| block.modulation_table(&c).transpose()).collect()
+            blocks
+                .iter()
+                .filter_map(|block| block.modulation_table(&c).transpose())
+                .collect()
         };
         Ok(Modulations {
             noise_refiner: tables(&self.noise_refiner)?,
@@ -269,7 +295,11 @@ impl Dit {
     pub fn forward(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
         let _range = profile::range(c"dit");
         let [height, width] = prepared.grid.map(|extent| extent * self.config.patch);
-        image.expect_shape("dit", "image", [prepared.batch(), height, width, self.config.in_channels])?;
+        image.expect_shape(
+            "dit",
+            "image",
+            [prepared.batch(), height, width, self.config.in_channels],
+        )?;
         let tokens = prepared.grid[0] * prepared.grid[1];
 
         let embedded = {
@@ -287,11 +317,17 @@ impl Dit {
                 embedded
             }
         };
-        let sequence = Sequence { rope: &prepared.image_rope, key_lengths: None };
+        let sequence = Sequence {
+            rope: &prepared.image_rope,
+            key_lengths: None,
+        };
         let refined = run_blocks(&self.noise_refiner, &modulations.noise_refiner, embedded, &sequence)?;
         let x = concat_tokens(&refined, &prepared.captions)?;
         drop(refined);
-        let sequence = Sequence { rope: &prepared.rope, key_lengths: prepared.key_lengths.as_ref() };
+        let sequence = Sequence {
+            rope: &prepared.rope,
+            key_lengths: prepared.key_lengths.as_ref(),
+        };
         let x = run_blocks(&self.layers, &modulations.layers, x, &sequence)?;
         let x = narrow_tokens(&x, 0, tokens)?;
         self.output.forward(x, image, prepared.grid, modulations, &self.config)
@@ -342,7 +378,12 @@ impl FinalLayer {
     }
 
     fn modulation_table(&self, c: &Tensor) -> Result<Tensor> {
-        let table = linear_vectors(c, InputActivation::Silu, &self.modulation_weight, Some(&self.modulation_bias))?;
+        let table = linear_vectors(
+            c,
+            InputActivation::Silu,
+            &self.modulation_weight,
+            Some(&self.modulation_bias),
+        )?;
         let dim = table.dim(1);
         table.reshape([c.dim(0), 1, dim])
     }
@@ -368,11 +409,22 @@ impl Output {
         let _range = profile::range(c"output");
         match self {
             Output::Latent(last) => {
-                let scale = modulations.last.as_ref().map(|table| Modulation::new(table, 0)).transpose()?;
+                let scale = modulations
+                    .last
+                    .as_ref()
+                    .map(|table| Modulation::new(table, 0))
+                    .transpose()?;
                 let normalised = layer_norm_modulate(&x, scale, FinalLayer::EPSILON)?;
                 drop(x);
                 let patches = linear(&normalised, &last.weight, Some(&last.bias))?;
-                unpatchify(&patches, grid[0] * config.patch, grid[1] * config.patch, config.patch, config.in_channels, -1.0)
+                unpatchify(
+                    &patches,
+                    grid[0] * config.patch,
+                    grid[1] * config.patch,
+                    config.patch,
+                    config.in_channels,
+                    -1.0,
+                )
             }
             Output::Pixel(head) => {
                 let features = x.reshape([x.dim(0), grid[0], grid[1], config.dim])?;

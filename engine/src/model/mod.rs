@@ -1,5 +1,11 @@
 //! Models, made of operations: written once, for every device.
 
+pub mod block;
+pub mod config;
 pub mod detailer;
+pub mod dit;
 pub mod params;
+pub mod rope;
 pub mod vae;
+
+pub use params::{MemoryParams, ParamSource};

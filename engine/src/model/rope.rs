@@ -75,12 +75,18 @@ mod tests {
         let positions: Vec<Position> = image_positions(32, [2, 3], 8).collect();
         assert_eq!(positions[4], [33, 1, 1]);
         assert_eq!(positions[6..], [[0, 0, 0], [0, 0, 0]]);
-        assert_eq!(caption_positions(3).collect::<Vec<_>>(), [[1, 0, 0], [2, 0, 0], [3, 0, 0]]);
+        assert_eq!(
+            caption_positions(3).collect::<Vec<_>>(),
+            [[1, 0, 0], [2, 0, 0], [3, 0, 0]]
+        );
     }
 
     #[test]
     fn the_first_pair_of_each_axis_turns_by_its_position() {
-        let axes = RopeAxes { theta: 256.0, dims: [32, 48, 48] };
+        let axes = RopeAxes {
+            theta: 256.0,
+            dims: [32, 48, 48],
+        };
         let table = axes.table(&Device::Cpu, &[vec![[3, 1, 2]]]).unwrap();
         assert_eq!(*table.shape(), [1, 1, 64, 2]);
         let values = table.as_slice::<f32>().unwrap();

@@ -7,9 +7,8 @@
 
 mod attention;
 
-use serde::Deserialize;
-
 use self::attention::MidAttention;
+use super::config::VaeConfig;
 use super::params::ParamSource;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -21,110 +20,6 @@ use crate::tensor::Tensor;
 
 /// ε of all group normalisations.
 const EPSILON: f32 = 1e-6;
-
-/// The autoencoder's sizes, under the names of its `config.json`; missing entries have the defaults of diffusers.
-#[derive(Clone, Debug, Deserialize, PartialEq)]
-#[serde(default)]
-pub struct VaeConfig {
-    /// Channels of the image.
-    pub out_channels: usize,
-    /// Channels of the latent.
-    pub latent_channels: usize,
-    /// Channels per resolution, finest first.
-    pub block_out_channels: Vec<usize>,
-    /// Kinds of the decoder's blocks, one per resolution.
-    pub up_block_types: Option<Vec<String>>,
-    /// Residual blocks per resolution of the encoder; the decoder has one more.
-    pub layers_per_block: usize,
-    /// Groups of all group normalisations.
-    pub norm_num_groups: usize,
-    /// The activation's name.
-    pub act_fn: String,
-    /// Whether the middle has self-attention.
-    pub mid_block_add_attention: bool,
-    /// Whether a 1×1 convolution stands before the decoder.
-    pub use_post_quant_conv: bool,
-    /// What latents were multiplied by after the shift.
-    pub scaling_factor: f32,
-    /// What was taken from latents; none means 0.
-    pub shift_factor: Option<f32>,
-}
-
-impl Default for VaeConfig {
-    fn default() -> Self {
-        VaeConfig {
-            out_channels: 3,
-            latent_channels: 4,
-            block_out_channels: vec![64],
-            up_block_types: None,
-            layers_per_block: 1,
-            norm_num_groups: 32,
-            act_fn: "silu".into(),
-            mid_block_add_attention: true,
-            use_post_quant_conv: true,
-            scaling_factor: 0.18215,
-            shift_factor: None,
-        }
-    }
-}
-
-impl VaeConfig {
-    /// Reads the text of a `config.json`.
-    ///
-    /// # Errors
-    /// When the text is no such configuration, or describes an autoencoder of another kind.
-    pub fn from_json(text: &str) -> Result<Self> {
-        let config: VaeConfig = serde_json::from_str(text)
-            .map_err(|error| Error::invalid(format!("autoencoder configuration: {error}")))?;
-        config.check()?;
-        Ok(config)
-    }
-
-    /// Checks that it describes an autoencoder that [`VaeDecoder`] can decode for.
-    ///
-    /// # Errors
-    /// Naming the entry at fault.
-    pub fn check(&self) -> Result<()> {
-        const UP_BLOCK: &str = "UpDecoderBlock2D";
-        let fault = |entry: &str, found: &dyn std::fmt::Debug, expected: &str| {
-            Err(Error::invalid(format!(
-                "autoencoder configuration: `{entry}` is {found:?}, only {expected} is supported"
-            )))
-        };
-        if self.use_post_quant_conv {
-            return fault("use_post_quant_conv", &true, "false");
-        }
-        if !["silu", "swish"].contains(&self.act_fn.as_str()) {
-            return fault("act_fn", &self.act_fn, "\"silu\"");
-        }
-        if let Some(kinds) = &self.up_block_types
-            && (kinds.iter().any(|kind| kind != UP_BLOCK) || kinds.len() != self.block_out_channels.len())
-        {
-            return fault(
-                "up_block_types",
-                kinds,
-                "one \"UpDecoderBlock2D\" per entry of `block_out_channels`",
-            );
-        }
-        let widths = &self.block_out_channels;
-        let grouped = |width: &usize| *width > 0 && width.is_multiple_of(self.norm_num_groups.max(1));
-        if self.norm_num_groups == 0 || widths.is_empty() || !widths.iter().all(grouped) {
-            return fault("block_out_channels", widths, "multiples of `norm_num_groups`");
-        }
-        if self.latent_channels == 0 || self.out_channels == 0 {
-            return fault("latent_channels", &self.latent_channels, "a positive number");
-        }
-        match self.scaling_factor.is_finite() && self.scaling_factor != 0.0 {
-            true => Ok(()),
-            false => fault("scaling_factor", &self.scaling_factor, "a finite number other than 0"),
-        }
-    }
-
-    /// Image pixels per latent pixel, along each axis.
-    pub fn reduction(&self) -> usize {
-        1 << (self.block_out_channels.len() - 1)
-    }
-}
 
 /// The decoder's parameters.
 pub struct VaeDecoder {
@@ -150,7 +45,7 @@ impl VaeDecoder {
     /// # Errors
     /// When the configuration is not supported, a parameter is missing or has another shape, or the device has no room.
     pub fn load(params: &dyn ParamSource, device: &Device, config: &VaeConfig) -> Result<Self> {
-        config.check()?;
+        config.check().map_err(Error::invalid)?;
         let loader = Loader { params, device, config };
         let deepest = config.block_out_channels[config.block_out_channels.len() - 1];
         let mut width = deepest;
@@ -191,7 +86,7 @@ impl VaeDecoder {
     }
 
     /// The image `[batch, height, width, channels]` in f32 of the normalised latent `[batch, rows, columns, latent channels]`
-    /// in f32, with [`VaeConfig::reduction`] times its rows and columns.
+    /// in f32, with [`VaeConfig::downsampling`] times its rows and columns.
     ///
     /// # Errors
     /// When shapes do not fit or the device has no room.
@@ -199,7 +94,7 @@ impl VaeDecoder {
         let _range = profile::range(c"vae decode");
         let config = &self.config;
         latent.expect_rank("vae", "latent", 4, "[batch, rows, columns, channels]")?;
-        let mut x = denormalize_latent(latent, config.scaling_factor, config.shift_factor.unwrap_or(0.0))?;
+        let mut x = denormalize_latent(latent, config.scaling_factor, config.shift_factor)?;
         x = conv2d(&x, None, &self.input, Activation::None, None)?;
         x = self.mid[0].forward(x)?;
         if let Some(attention) = &self.attention {

@@ -1,5 +1,6 @@
+use l2p_engine::model::config::VaeConfig;
 use l2p_engine::model::params::MemoryParams;
-use l2p_engine::model::vae::{VaeConfig, VaeDecoder};
+use l2p_engine::model::vae::VaeDecoder;
 use l2p_engine::{Device, Tensor};
 use l2p_tests::fixtures::{Case, Group};
 use l2p_tests::{Outcome, Suite, expect_like_cpu};
@@ -53,12 +54,9 @@ fn configurations_are_checked() -> Outcome {
         "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"]
     }"#;
     let published = VaeConfig::from_json(text)?;
-    assert_eq!(published.reduction(), 8);
+    assert_eq!(published.downsampling(), 8);
     assert_eq!((published.out_channels, published.mid_block_add_attention), (3, true));
-    assert_eq!(
-        (published.scaling_factor, published.shift_factor),
-        (0.3611, Some(0.1159))
-    );
+    assert_eq!((published.scaling_factor, published.shift_factor), (0.3611, 0.1159));
 
     let message = |from: &str, to: &str| {
         assert!(text.contains(from), "{from}");
@@ -66,19 +64,19 @@ fn configurations_are_checked() -> Outcome {
     };
     assert_eq!(
         message("\"use_post_quant_conv\": false", "\"use_post_quant_conv\": true"),
-        "autoencoder configuration: `use_post_quant_conv` is true, only false is supported"
+        "VAE configuration: says use_post_quant_conv = true, only false is supported"
     );
     assert_eq!(
         message("\"silu\"", "\"gelu\""),
-        "autoencoder configuration: `act_fn` is \"gelu\", only \"silu\" is supported"
+        "VAE configuration: says act_fn = \"gelu\", only \"silu\" is supported"
     );
     assert_eq!(
         message("[128, 256, 512, 512]", "[128, 256, 500, 512]"),
-        "autoencoder configuration: `block_out_channels` is [128, 256, 500, 512], only multiples of `norm_num_groups` is supported"
+        "VAE configuration: says block_out_channels = [128, 256, 500, 512], only multiples of norm_num_groups = 32 is supported"
     );
-    assert!(message("[\"UpDecoderBlock2D\", ", "[\"AttnUpDecoderBlock2D\", ").contains("`up_block_types`"));
-    assert!(message("0.3611", "0").contains("`scaling_factor` is 0.0"));
-    assert!(message("16", "\"sixteen\"").contains("autoencoder configuration"));
+    assert!(message("[\"UpDecoderBlock2D\", ", "[\"AttnUpDecoderBlock2D\", ").contains("up_block_types"));
+    assert!(message("0.3611", "0").contains("scaling_factor = 0.0"));
+    assert!(message("16", "\"sixteen\"").contains("VAE configuration"));
     Ok(())
 }
 

@@ -1,0 +1,123 @@
+//! A checkpoint in another layout, under another prefix, in another type.
+
+use std::collections::BTreeMap;
+
+use super::elements::Float;
+use super::names::{self, PACKED_QKV, QKV};
+use super::set::{Checkpoint, CheckpointTensor, Layout};
+use super::write::{Content, OutputFile, OutputTensor};
+use crate::error::{Error, Result};
+
+/// How a checkpoint is to be written.
+#[derive(Clone, Debug)]
+pub struct ExportOptions {
+    /// Names and stacking.
+    pub layout: Layout,
+    /// Put before every name.
+    pub prefix: String,
+    /// The element type of all tensors; as they are by default.
+    pub float: Option<Float>,
+}
+
+impl Default for ExportOptions {
+    fn default() -> Self {
+        ExportOptions {
+            layout: Layout::Plain,
+            prefix: String::new(),
+            float: None,
+        }
+    }
+}
+
+/// Plans the file that holds `checkpoint`, all of it, as `options` say.
+///
+/// # Errors
+/// When two tensors would get one name, or projections to be stacked are missing or do not fit together.
+pub fn export<'a>(checkpoint: &'a Checkpoint, options: &ExportOptions) -> Result<OutputFile<'a>> {
+    let mut groups: BTreeMap<String, Vec<(&str, &CheckpointTensor)>> = BTreeMap::new();
+    for (name, tensor) in checkpoint.tensors() {
+        let written = match options.layout {
+            Layout::Plain => name.clone(),
+            Layout::Packed => names::packed(name),
+        };
+        groups.entry(written).or_default().push((name, tensor));
+    }
+    let tensors = groups
+        .into_iter()
+        .map(|(name, members)| {
+            let members = match name.strip_suffix(PACKED_QKV) {
+                Some(block) if options.layout == Layout::Packed => in_stacking_order(block, &members),
+                _ if members.len() == 1 => Some(members.clone()),
+                _ => None,
+            };
+            let members = members.ok_or_else(|| does_not_pack(checkpoint, &name))?;
+            output(checkpoint, format!("{}{name}", options.prefix), &members, options.float)
+        })
+        .collect::<Result<_>>()?;
+    let metadata = checkpoint
+        .files()
+        .iter()
+        .flat_map(|file| file.metadata().clone())
+        .collect();
+    Ok(OutputFile::new(tensors, metadata))
+}
+
+/// The three projections of a block, each once.
+fn in_stacking_order<'a, 'b>(
+    block: &str,
+    members: &[(&'b str, &'a CheckpointTensor)],
+) -> Option<Vec<(&'b str, &'a CheckpointTensor)>> {
+    let find = |end: &str| {
+        members
+            .iter()
+            .find(|(name, _)| name.strip_suffix(end) == Some(block))
+            .copied()
+    };
+    QKV.iter().map(|end| find(end)).collect()
+}
+
+fn does_not_pack(checkpoint: &Checkpoint, name: &str) -> Error {
+    let reason = if name.ends_with(PACKED_QKV) {
+        format!("cannot be packed: `{name}` needs all of to_q, to_k and to_v")
+    } else {
+        format!("cannot be packed: several tensors would be called `{name}`")
+    };
+    Error::file(checkpoint.path(), reason)
+}
+
+fn output<'a>(
+    checkpoint: &Checkpoint,
+    name: String,
+    members: &[(&str, &'a CheckpointTensor)],
+    float: Option<Float>,
+) -> Result<OutputTensor<'a>> {
+    let tensors: Vec<_> = members.iter().map(|(_, tensor)| *tensor).collect();
+    let first = tensors[0];
+    let fits = |tensor: &&CheckpointTensor| {
+        (float.is_some() || tensor.dtype() == first.dtype()) && tensor.shape().get(1..) == first.shape().get(1..)
+    };
+    if !tensors.iter().all(fits) {
+        let reason =
+            format!("cannot be packed: the parts of `{name}` differ in type or width; choose a type with --dtype");
+        return Err(Error::file(checkpoint.path(), reason));
+    }
+    let mut shape = first.shape().to_vec();
+    if tensors.len() > 1 {
+        shape[0] = tensors.iter().map(|tensor| tensor.shape()[0]).sum();
+    }
+    let mut same = true;
+    if let Some(float) = float {
+        for tensor in &tensors {
+            same &= tensor.float()? == float;
+        }
+    }
+    Ok(OutputTensor {
+        name,
+        dtype: float.map_or(first.dtype(), Float::dtype),
+        shape,
+        content: match float {
+            Some(float) if !same => Content::Converted(tensors, float),
+            _ => Content::Copied(tensors),
+        },
+    })
+}

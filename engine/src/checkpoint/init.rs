@@ -1,0 +1,190 @@
+//! A pixel model from a source model: what has the same name and shape is copied, the new ends start random.
+//!
+//! The random numbers follow PyTorch's default for Linear and Conv2d: weights and biases uniform in ±1/√fan_in, where
+//! fan_in counts the inputs of one output (inputs · height · width). They depend on seed, tensor name and index alone:
+//!
+//! ```text
+//! start = mix(seed + G) xor FNV-1a-64(name)          G = 0x9E3779B97F4A7C15, arithmetic modulo 2^64
+//! z_i   = mix(start + (i + 1) · G)                   mix: the output function of splitmix64
+//! x_i   = ((z_i >> 40) · 2^-23 − 1) / √fan_in        in f32, then rounded to the model's type
+//! ```
+
+use std::collections::BTreeMap;
+
+use rayon::prelude::*;
+
+use super::audit::Transformer;
+use super::elements::{Float, encode};
+use super::head::HeadLayout;
+use super::set::Checkpoint;
+use super::write::{Content, OutputFile, OutputTensor};
+use crate::error::{Error, Result};
+use crate::model::config::{DitConfig, ModelKind};
+
+/// 2^64 divided by the golden ratio.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// Elements that one task makes.
+const TASK_ELEMENTS: usize = 1 << 14;
+
+/// Parts that may start random; all others must come from the source.
+const NEW_PARTS: [&str; 2] = ["all_x_embedder.", "local_decoder."];
+
+/// Uniform random numbers for one tensor; see the module's head comment.
+#[derive(Clone, Copy, Debug)]
+pub struct UniformInit {
+    start: u64,
+    bound: f32,
+}
+
+impl UniformInit {
+    /// Numbers in ±1/√`fan_in` for the tensor of this name.
+    pub fn new(seed: u64, name: &str, fan_in: usize) -> Self {
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        UniformInit {
+            start: mix(seed.wrapping_add(GOLDEN)) ^ hash,
+            bound: 1.0 / (fan_in.max(1) as f32).sqrt(),
+        }
+    }
+
+    /// The number at `index`.
+    fn at(&self, index: usize) -> f32 {
+        let z = mix(self.start.wrapping_add((index as u64 + 1).wrapping_mul(GOLDEN)));
+        ((z >> 40) as f32 * 2.0f32.powi(-23) - 1.0) * self.bound
+    }
+
+    /// Writes the numbers from index `first` on into `target`, rounded to type `to`.
+    pub(super) fn fill(&self, first: usize, target: &mut [u8], to: Float) {
+        let tasks = target.par_chunks_mut(TASK_ELEMENTS * to.size()).enumerate();
+        tasks.for_each(|(task, target)| {
+            let first = first + task * TASK_ELEMENTS;
+            let values: Vec<f32> = (0..target.len() / to.size())
+                .map(|index| self.at(first + index))
+                .collect();
+            encode(&values, target, to);
+        });
+    }
+}
+
+/// The output function of splitmix64.
+fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// The pixel model to make.
+#[derive(Clone, Debug)]
+pub struct InitOptions {
+    /// Side of a patch in pixels: 16, 64, 128 or 160.
+    pub patch: usize,
+    /// Seed of the random numbers.
+    pub seed: u64,
+    /// Widths of the head's stages from the image inwards; by default as [`HeadLayout::for_patch`] chooses.
+    pub head_widths: Option<Vec<usize>>,
+    /// Width of the head's bottleneck.
+    pub head_bottleneck: Option<usize>,
+}
+
+/// A pixel model to be written.
+#[derive(Debug)]
+pub struct InitPlan<'a> {
+    /// Its tensors.
+    pub output: OutputFile<'a>,
+    /// Its sizes.
+    pub config: DitConfig,
+    /// Its head.
+    pub head: HeadLayout,
+    /// How many tensors come from the source.
+    pub copied: usize,
+    /// Names of those that start random.
+    pub random: Vec<String>,
+}
+
+/// Plans a pixel model from `source`, a latent model or a pixel model of another patch size.
+///
+/// # Errors
+/// When no head is known for the patch size, or the widths do not fit it.
+pub fn init<'a>(source: &'a Transformer, options: &InitOptions) -> Result<InitPlan<'a>> {
+    let config = DitConfig {
+        kind: ModelKind::Pixel,
+        patch: options.patch,
+        in_channels: 3,
+        ..source.config.clone()
+    };
+    let head = HeadLayout::for_patch(
+        options.patch,
+        options.head_widths.as_deref(),
+        options.head_bottleneck,
+        config.dim,
+    )?;
+    let wanted: Vec<_> = config.tensors().into_iter().chain(head.tensors()).collect();
+    let shapes: BTreeMap<String, Vec<usize>> = wanted.iter().cloned().collect();
+    let float = most_common_type(&source.checkpoint);
+    let mut tensors = Vec::with_capacity(wanted.len());
+    let mut random = Vec::new();
+    for (name, shape) in wanted {
+        let stored = source.checkpoint.tensors().get(&name);
+        let tensor = match stored.filter(|stored| stored.shape() == shape) {
+            Some(stored) => OutputTensor {
+                dtype: stored.dtype(),
+                content: Content::Copied(vec![stored]),
+                name,
+                shape,
+            },
+            None if NEW_PARTS.iter().any(|part| name.starts_with(part)) => {
+                random.push(name.clone());
+                OutputTensor {
+                    dtype: float.dtype(),
+                    content: Content::Random(UniformInit::new(options.seed, &name, fan_in(&name, &shapes)), float),
+                    name,
+                    shape,
+                }
+            }
+            None => {
+                return Err(Error::file(
+                    source.checkpoint.path(),
+                    format!("tensor `{name}` is missing"),
+                ));
+            }
+        };
+        tensors.push(tensor);
+    }
+    let metadata = [("l2p.init_seed".into(), options.seed.to_string())];
+    Ok(InitPlan {
+        copied: tensors.len() - random.len(),
+        output: OutputFile::new(tensors, metadata.into()),
+        config,
+        head,
+        random,
+    })
+}
+
+/// Inputs of one output: those of the weight, also for the bias that goes with it.
+fn fan_in(name: &str, shapes: &BTreeMap<String, Vec<usize>>) -> usize {
+    let weight = match name.strip_suffix(".bias") {
+        Some(layer) => format!("{layer}.weight"),
+        None => name.to_owned(),
+    };
+    shapes.get(&weight).map_or(1, |shape| shape[1..].iter().product())
+}
+
+/// The type that most bytes of the source are in.
+fn most_common_type(source: &Checkpoint) -> Float {
+    let mut bytes = [0; 3];
+    const TYPES: [Float; 3] = [Float::Bf16, Float::F16, Float::F32];
+    for tensor in source.tensors().values() {
+        if let Some(index) = TYPES.iter().position(|float| float.dtype() == tensor.dtype()) {
+            bytes[index] += tensor.byte_count();
+        }
+    }
+    let (index, _) = bytes
+        .iter()
+        .enumerate()
+        .rev()
+        .max_by_key(|(_, bytes)| **bytes)
+        .unwrap_or((0, &0));
+    TYPES[index]
+}

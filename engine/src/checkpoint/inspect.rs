@@ -1,0 +1,251 @@
+//! A report of what a model's files are, for people and programs.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::audit::{Audit, WrongShape, is_delta, is_whole, missing_parts};
+use super::estimate::{EstimateInput, MemoryEstimate};
+use super::head::HeadLayout;
+use super::paths::{Container, ModelPaths};
+use super::set::{Checkpoint, Layout};
+use crate::error::Result;
+use crate::model::config::{DitConfig, DitSurvey, ModelKind, SchedulerConfig, VaeConfig};
+
+/// The published models' feature map is this many tokens wide and high.
+const PUBLISHED_GRID: usize = 64;
+
+/// The published latent models draw at this size.
+const PUBLISHED_LATENT_SIDE: usize = 1024;
+
+/// Tensors and bytes of one element type.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct TypeCount {
+    /// Tensors.
+    pub tensors: usize,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// The size that a model was made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Resolution {
+    /// Pixels.
+    pub width: usize,
+    /// Pixels.
+    pub height: usize,
+    /// Whether the model says so itself; otherwise it is that of the published model with this patch size.
+    pub stated: bool,
+}
+
+/// A part beside the transformer.
+#[derive(Clone, Debug, Serialize)]
+pub struct PartReport {
+    /// Its folder.
+    pub path: PathBuf,
+    /// Elements of all its tensors.
+    pub parameters: u64,
+    /// Bytes of these.
+    pub bytes: u64,
+}
+
+/// What a model's files are.
+#[derive(Clone, Debug, Serialize)]
+pub struct Inspection {
+    /// What was inspected.
+    pub path: PathBuf,
+    /// How it lies on disk.
+    pub container: Container,
+    /// The transformer's files, the base's included.
+    pub files: Vec<PathBuf>,
+    /// Names and stacking of the transformer's own tensors.
+    pub layout: Layout,
+    /// Prefixes before their names.
+    pub prefixes: Vec<String>,
+    /// Whether its own tensors are but a part of a model.
+    pub delta: bool,
+    /// The model that a delta lies over.
+    pub base: Option<PathBuf>,
+    /// Whether everything is there, in the right shape, and nothing is left over.
+    pub complete: bool,
+    /// Latent or pixel.
+    pub kind: Option<ModelKind>,
+    /// Side of a patch.
+    pub patch: Option<usize>,
+    /// The size that it was made for.
+    pub resolution: Option<Resolution>,
+    /// Sizes and settings of the transformer, where its tensors tell them all.
+    pub transformer: Option<DitConfig>,
+    /// Where they do not: why.
+    pub problem: Option<String>,
+    /// The Detailer Head.
+    pub head: Option<HeadLayout>,
+    /// Elements of all tensors.
+    pub parameters: u64,
+    /// The same by part.
+    pub parameters_by_part: BTreeMap<String, u64>,
+    /// The number of tensors.
+    pub tensors: usize,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+    /// The same by element type.
+    pub types: BTreeMap<String, TypeCount>,
+    /// Tensors that the model needs; for a delta the parts that it leaves to its base.
+    pub missing: Vec<String>,
+    /// Tensors of a wrong shape.
+    pub wrong: Vec<WrongShape>,
+    /// Tensors for which the model has no place.
+    pub unexpected: Vec<String>,
+    /// Tensors of the latent model that a pixel model was made from, which are left aside.
+    pub unused: Vec<String>,
+    /// Tensors in the same files that are no part of the transformer.
+    pub foreign: Vec<String>,
+    /// The text encoder.
+    pub text_encoder: Option<PartReport>,
+    /// The tokenizer's folder.
+    pub tokenizer: Option<PathBuf>,
+    /// The VAE.
+    pub vae: Option<PartReport>,
+    /// The schedule's shift, where the model says one.
+    pub shift: Option<f32>,
+    /// GPU memory, where the sizes are known.
+    pub memory: Option<MemoryEstimate>,
+}
+
+/// Reports on the model at `paths`.
+///
+/// # Errors
+/// When a file is missing or damaged; a model that is merely incomplete is reported as such.
+pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
+    let own = paths.open_own_tensors()?;
+    let layout = own.layout();
+    let over_base = paths.base.as_ref().filter(|_| !is_whole(&own));
+    let delta = over_base.is_some() || is_delta(&own);
+    let prefixes = own.prefixes().map(Into::into).collect();
+    let checkpoint = match over_base {
+        Some(base) => own.over(base.open_tensors()?)?,
+        None => own,
+    };
+    let survey = DitSurvey::of(&checkpoint);
+    let file = paths.transformer_config()?;
+    let still_a_delta = is_delta(&checkpoint);
+    let (transformer, problem) = match DitConfig::read(&checkpoint, file.as_ref()) {
+        _ if still_a_delta => (None, None),
+        Ok(config) => (Some(config), None),
+        Err(error) => (None, Some(error.to_string())),
+    };
+    let head = survey
+        .dim
+        .or(Some(0))
+        .and_then(|dim| HeadLayout::read(&checkpoint, dim));
+    let mut audit = transformer
+        .as_ref()
+        .map(|config| Audit::of(&checkpoint, config, head.as_ref()))
+        .unwrap_or_default();
+    if still_a_delta {
+        audit.missing = missing_parts(&checkpoint).unwrap_or_default();
+    }
+    let vae_config = paths.vae.as_deref().map(VaeConfig::read).transpose()?;
+    let text_encoder = part(paths.text_encoder.as_deref(), Checkpoint::open_text_encoder)?;
+    let resolution = resolution(paths, &survey);
+    let memory = transformer.as_ref().zip(resolution).map(|(config, size)| {
+        MemoryEstimate::of(&EstimateInput {
+            config,
+            head: head.as_ref(),
+            vae: vae_config.as_ref(),
+            text_parameters: text_encoder.as_ref().map_or(0, |part| part.parameters),
+            width: size.width,
+            height: size.height,
+        })
+    });
+    Ok(Inspection {
+        path: paths.path.clone(),
+        container: paths.container,
+        files: checkpoint.files().iter().map(|file| file.path().into()).collect(),
+        layout,
+        prefixes,
+        delta,
+        base: over_base.map(|base| base.path.clone()),
+        complete: transformer.is_some() && audit.is_whole(),
+        kind: survey.kind,
+        patch: survey.patch,
+        resolution,
+        transformer,
+        problem,
+        head,
+        parameters: checkpoint
+            .tensors()
+            .values()
+            .map(|tensor| tensor.elements() as u64)
+            .sum(),
+        parameters_by_part: by_part(&checkpoint),
+        tensors: checkpoint.tensors().len(),
+        bytes: checkpoint
+            .tensors()
+            .values()
+            .map(|tensor| tensor.byte_count() as u64)
+            .sum(),
+        types: types(&checkpoint),
+        missing: audit.missing,
+        wrong: audit.wrong,
+        unexpected: audit.unexpected,
+        unused: audit.unused,
+        foreign: checkpoint.foreign().to_vec(),
+        text_encoder,
+        tokenizer: paths.tokenizer.clone(),
+        vae: part(paths.vae.as_deref(), Checkpoint::open_plain)?,
+        shift: paths.defaults.shift.or(shift(paths.scheduler()?)),
+        memory,
+    })
+}
+
+fn shift(scheduler: Option<SchedulerConfig>) -> Option<f32> {
+    scheduler.map(|scheduler| scheduler.shift)
+}
+
+fn by_part(checkpoint: &Checkpoint) -> BTreeMap<String, u64> {
+    let mut parts = BTreeMap::new();
+    for (name, tensor) in checkpoint.tensors() {
+        let part = name.split('.').next().unwrap_or(name);
+        *parts.entry(part.to_owned()).or_default() += tensor.elements() as u64;
+    }
+    parts
+}
+
+fn types(checkpoint: &Checkpoint) -> BTreeMap<String, TypeCount> {
+    let mut types: BTreeMap<String, TypeCount> = BTreeMap::new();
+    for tensor in checkpoint.tensors().values() {
+        let count = types.entry(tensor.dtype().to_string()).or_default();
+        count.tensors += 1;
+        count.bytes += tensor.byte_count() as u64;
+    }
+    types
+}
+
+fn part(path: Option<&Path>, open: fn(&Path) -> Result<Checkpoint>) -> Result<Option<PartReport>> {
+    let Some(path) = path else {
+        return Ok(None);
+    };
+    let checkpoint = open(path)?;
+    let tensors = || checkpoint.tensors().values();
+    Ok(Some(PartReport {
+        path: path.into(),
+        parameters: tensors().map(|tensor| tensor.elements() as u64).sum(),
+        bytes: tensors().map(|tensor| tensor.byte_count() as u64).sum(),
+    }))
+}
+
+/// The model's own default, or that of the published model with this patch size.
+fn resolution(paths: &ModelPaths, survey: &DitSurvey) -> Option<Resolution> {
+    let published = match (survey.kind?, survey.patch) {
+        (ModelKind::Pixel, Some(patch)) => PUBLISHED_GRID * patch,
+        _ => PUBLISHED_LATENT_SIDE,
+    };
+    let (width, height) = (paths.defaults.width, paths.defaults.height);
+    Some(Resolution {
+        width: width.or(height).unwrap_or(published),
+        height: height.or(width).unwrap_or(published),
+        stated: width.is_some() || height.is_some(),
+    })
+}

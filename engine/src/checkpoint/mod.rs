@@ -1,0 +1,37 @@
+//! Model files: safetensors mapped into memory, the layouts met in the wild and their detection, models made from others,
+//! and writing.
+//!
+//! [`ModelPaths`] finds a model's parts, [`Transformer`] is a transformer that was checked to be whole, [`Checkpoint`] its
+//! tensors. Detection is by content: names and shapes decide, file names never do.
+
+mod audit;
+mod elements;
+mod estimate;
+mod export;
+mod file;
+mod head;
+mod init;
+mod inspect;
+mod layer;
+mod manifest;
+mod names;
+mod params;
+mod paths;
+mod set;
+mod shards;
+mod values;
+mod write;
+
+pub use audit::{Audit, Transformer, WrongShape, is_delta, is_whole, missing_parts};
+pub use elements::Float;
+pub use estimate::{EstimateInput, MemoryEstimate, SamplingMemory, TrainingMemory};
+pub use export::{ExportOptions, export};
+pub use file::{SafetensorsFile, StoredTensor};
+pub use head::{HeadLayout, HeadStage, HeadVariant};
+pub use init::{InitOptions, InitPlan, UniformInit, init};
+pub use inspect::{Inspection, PartReport, Resolution, TypeCount, inspect};
+pub use manifest::{Defaults, MANIFEST, MANIFEST_FORMAT, Manifest, OneOrMany};
+pub use paths::{Container, ModelPaths, PathOverrides};
+pub use set::{Checkpoint, CheckpointTensor, Layout};
+pub use values::{Values, read_values, write_values};
+pub use write::{Content, OutputFile, OutputTensor, WriteObserver, Written, expect_free, write_file, write_folder};

@@ -1,0 +1,369 @@
+//! The diffusion transformer's sizes, read off its tensors.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::TransformerConfig;
+use crate::error::{Error, Result};
+use crate::model::params::ParamSource;
+
+/// No model has as many blocks of one kind, or as large a patch; bounds the search for tensors by name.
+const LARGEST_INDEX: usize = 512;
+
+/// Channels of an image.
+const IMAGE_CHANNELS: usize = 3;
+
+/// What a transformer's input and output are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ModelKind {
+    /// Latents of a VAE; the output comes from a linear layer.
+    Latent,
+    /// Images; the output comes from a Detailer Head.
+    Pixel,
+}
+
+impl fmt::Display for ModelKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ModelKind::Latent => "latent",
+            ModelKind::Pixel => "pixel",
+        })
+    }
+}
+
+/// What the tensors tell; a delta, or a damaged file, leaves some of it open.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct DitSurvey {
+    /// Latent or pixel.
+    pub kind: Option<ModelKind>,
+    /// Width of the residual stream.
+    pub dim: Option<usize>,
+    /// Width of an attention head.
+    pub head_dim: Option<usize>,
+    /// Main blocks of which there are tensors.
+    pub layers: BTreeSet<usize>,
+    /// Image refiner blocks.
+    pub noise_refiners: BTreeSet<usize>,
+    /// Caption refiner blocks.
+    pub context_refiners: BTreeSet<usize>,
+    /// Width inside the feed-forward networks.
+    pub ffn_hidden: Option<usize>,
+    /// Width of caption features.
+    pub caption_width: Option<usize>,
+    /// Side of a patch, in pixels of the image or latent.
+    pub patch: Option<usize>,
+    /// Channels of the image or latent.
+    pub in_channels: Option<usize>,
+    /// Width of the timestep's sinusoids.
+    pub t_frequencies: Option<usize>,
+    /// Width between the timestep's two layers.
+    pub t_hidden: Option<usize>,
+    /// Width of the timestep embedding, which modulates the blocks.
+    pub adaln_width: Option<usize>,
+}
+
+impl DitSurvey {
+    /// Looks for each size in every tensor that tells it.
+    pub fn of(params: &dyn ParamSource) -> Self {
+        let mut survey = DitSurvey {
+            layers: blocks(params, "layers"),
+            noise_refiners: blocks(params, "noise_refiner"),
+            context_refiners: blocks(params, "context_refiner"),
+            ..DitSurvey::default()
+        };
+        survey.read_blocks(params);
+        survey.caption_width = extent(params, "cap_embedder.0.weight", 0);
+        survey.t_frequencies = extent(params, "t_embedder.mlp.0.weight", 1);
+        survey.t_hidden = extent(params, "t_embedder.mlp.0.weight", 0);
+        survey.adaln_width = extent(params, "t_embedder.mlp.2.weight", 0).or(survey.adaln_width);
+        survey.read_ends(params);
+        survey
+    }
+
+    fn read_blocks(&mut self, params: &dyn ParamSource) {
+        let groups = [
+            ("layers", &self.layers),
+            ("noise_refiner", &self.noise_refiners),
+            ("context_refiner", &self.context_refiners),
+        ];
+        let names = groups
+            .into_iter()
+            .flat_map(|(group, indices)| indices.iter().map(move |i| format!("{group}.{i}")));
+        for block in names.collect::<Vec<_>>() {
+            let read = |name: &str, index| extent(params, &format!("{block}.{name}"), index);
+            self.dim = self.dim.or_else(|| read("attention_norm1.weight", 0));
+            self.head_dim = self.head_dim.or_else(|| read("attention.norm_q.weight", 0));
+            self.ffn_hidden = self.ffn_hidden.or_else(|| read("feed_forward.w1.weight", 0));
+            self.adaln_width = self.adaln_width.or_else(|| read("adaLN_modulation.0.weight", 1));
+        }
+    }
+
+    /// Kind, patch and channels from the input projection and what the output side holds.
+    fn read_ends(&mut self, params: &dyn ParamSource) {
+        let embedders: Vec<(usize, usize, usize)> = (1..=LARGEST_INDEX)
+            .filter_map(|patch| match params.shape(&embedder(patch))?[..] {
+                [dim, features] => Some((patch, dim, features)),
+                _ => None,
+            })
+            .collect();
+        let has_head = ["out_conv", "bottleneck.0", "enc1.0"]
+            .iter()
+            .any(|name| params.shape(&format!("local_decoder.{name}.weight")).is_some());
+        let with_final_layer =
+            (1..=LARGEST_INDEX).find(|patch| params.shape(&format!("{}.weight", final_linear(*patch))).is_some());
+        let of_image = embedders
+            .iter()
+            .find(|(patch, _, features)| patch * patch * IMAGE_CHANNELS == *features);
+
+        let chosen = match (has_head, with_final_layer) {
+            (true, _) => of_image.or(embedders.first()),
+            (false, Some(patch)) => embedders.iter().find(|(of, _, _)| *of == patch).or(embedders.first()),
+            (false, None) => of_image.or(embedders.first()),
+        };
+        self.kind = match (has_head, with_final_layer, chosen) {
+            (true, _, _) => Some(ModelKind::Pixel),
+            (false, Some(_), _) => Some(ModelKind::Latent),
+            (false, None, Some(_)) if of_image.is_some() => Some(ModelKind::Pixel),
+            (false, None, Some(_)) => Some(ModelKind::Latent),
+            (false, None, None) => None,
+        };
+        if let Some(&(patch, dim, features)) = chosen {
+            self.patch = Some(patch);
+            self.dim = self.dim.or(Some(dim));
+            self.in_channels = Some(features / (patch * patch)).filter(|channels| *channels > 0);
+        }
+    }
+}
+
+/// The blocks of a group of which there is a tensor that every block has.
+fn blocks(params: &dyn ParamSource, group: &str) -> BTreeSet<usize> {
+    const EVERY_BLOCK_HAS: [&str; 4] = [
+        "attention_norm1.weight",
+        "attention.to_q.weight",
+        "feed_forward.w1.weight",
+        "attention.norm_q.weight",
+    ];
+    let is_there = |index: &usize| {
+        EVERY_BLOCK_HAS
+            .iter()
+            .any(|name| params.shape(&format!("{group}.{index}.{name}")).is_some())
+    };
+    (0..LARGEST_INDEX).filter(is_there).collect()
+}
+
+fn extent(params: &dyn ParamSource, name: &str, index: usize) -> Option<usize> {
+    params.shape(name)?.get(index).copied()
+}
+
+fn embedder(patch: usize) -> String {
+    format!("all_x_embedder.{patch}-1.weight")
+}
+
+fn final_linear(patch: usize) -> String {
+    format!("all_final_layer.{patch}-1.linear")
+}
+
+/// The sizes and settings of a diffusion transformer.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DitConfig {
+    /// Latent or pixel.
+    pub kind: ModelKind,
+    /// Width of the residual stream.
+    pub dim: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Main blocks.
+    pub layers: usize,
+    /// Blocks of each of the two refiners.
+    pub refiner_layers: usize,
+    /// Width inside the feed-forward networks.
+    pub ffn_hidden: usize,
+    /// Width of caption features.
+    pub caption_width: usize,
+    /// Side of a patch, in pixels of the image or latent.
+    pub patch: usize,
+    /// Channels of the image or latent.
+    pub in_channels: usize,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// Widths within a head that each of the three position axes rotates.
+    pub axes_dims: [usize; 3],
+    /// Added to the mean square in RMSNorm.
+    pub norm_eps: f32,
+    /// The timestep is multiplied by this before its sinusoids are taken.
+    pub t_scale: f32,
+    /// Width of the timestep's sinusoids.
+    pub t_frequencies: usize,
+    /// Width between the timestep's two layers.
+    pub t_hidden: usize,
+    /// Width of the timestep embedding, which modulates the blocks.
+    pub adaln_width: usize,
+}
+
+impl DitConfig {
+    /// Reads the sizes off the tensors and the settings from `file`, the transformer's `config.json` if there is one, and
+    /// compares both.
+    ///
+    /// # Errors
+    /// When a tensor that tells a size is missing, sizes contradict each other, or the file contradicts them.
+    pub fn read(params: &dyn ParamSource, file: Option<&TransformerConfig>) -> Result<Self> {
+        let survey = DitSurvey::of(params);
+        let told = |size: Option<usize>, what: &str, tensor: &str| {
+            size.ok_or_else(|| Error::invalid(format!("the {what} is unknown: tensor `{tensor}` is missing")))
+        };
+        let kind = survey.kind.ok_or_else(|| {
+            Error::invalid("there is no input projection: tensor `all_x_embedder.{P}-1.weight` is missing")
+        })?;
+        let dim = told(survey.dim, "width", "layers.0.attention_norm1.weight")?;
+        let head_dim = told(survey.head_dim, "head width", "layers.0.attention.norm_q.weight")?;
+        let refiner_layers = survey.noise_refiners.last().map_or(0, |last| last + 1);
+        let mut config = DitConfig {
+            kind,
+            dim,
+            heads: dim / head_dim.max(1),
+            head_dim,
+            layers: survey.layers.last().map_or(0, |last| last + 1),
+            refiner_layers,
+            ffn_hidden: told(
+                survey.ffn_hidden,
+                "feed-forward width",
+                "layers.0.feed_forward.w1.weight",
+            )?,
+            caption_width: told(survey.caption_width, "caption width", "cap_embedder.0.weight")?,
+            patch: told(survey.patch, "patch size", "all_x_embedder.{P}-1.weight")?,
+            in_channels: told(survey.in_channels, "number of channels", "all_x_embedder.{P}-1.weight")?,
+            rope_theta: 256.0,
+            axes_dims: [32, 48, 48],
+            norm_eps: 1e-5,
+            t_scale: 1000.0,
+            t_frequencies: told(survey.t_frequencies, "timestep width", "t_embedder.mlp.0.weight")?,
+            t_hidden: told(survey.t_hidden, "timestep width", "t_embedder.mlp.0.weight")?,
+            adaln_width: told(survey.adaln_width, "modulation width", "t_embedder.mlp.2.weight")?,
+        };
+        if let Some(file) = file {
+            file.apply(&mut config);
+            file.check(&config)?;
+        }
+        config.check(&survey)?;
+        Ok(config)
+    }
+
+    fn check(&self, survey: &DitSurvey) -> Result<()> {
+        let DitConfig { dim, head_dim, .. } = self;
+        if self.layers == 0 {
+            return Err(Error::invalid(
+                "there is no main block: tensor `layers.0.attention.to_q.weight` is missing",
+            ));
+        }
+        if survey.noise_refiners != survey.context_refiners {
+            return Err(Error::invalid(format!(
+                "there are image refiner blocks {:?} but caption refiner blocks {:?}; a block is missing",
+                survey.noise_refiners, survey.context_refiners
+            )));
+        }
+        if self.heads == 0 || self.heads * head_dim != *dim {
+            return Err(Error::invalid(format!(
+                "a width of {dim} does not divide into heads of {head_dim}"
+            )));
+        }
+        if self.axes_dims.iter().sum::<usize>() != *head_dim || self.axes_dims.iter().any(|axis| axis % 2 == 1) {
+            return Err(Error::invalid(format!(
+                "position axes of {:?} do not make up heads of {head_dim}; put a config.json with `axes_dims` beside the tensors",
+                self.axes_dims
+            )));
+        }
+        let features = self.patch * self.patch * self.in_channels;
+        if self.kind == ModelKind::Pixel && self.in_channels != IMAGE_CHANNELS {
+            return Err(Error::invalid(format!(
+                "tensor `{}` takes {features} features, expected {} for an image's patches",
+                embedder(self.patch),
+                self.patch * self.patch * IMAGE_CHANNELS
+            )));
+        }
+        Ok(())
+    }
+
+    /// Names and shapes of all tensors but those of a pixel model's head.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let features = self.patch * self.patch * self.in_channels;
+        let mut tensors = linear(&format!("all_x_embedder.{}-1", self.patch), self.dim, features).to_vec();
+        if self.kind == ModelKind::Latent {
+            let modulation = format!("all_final_layer.{}-1.adaLN_modulation.1", self.patch);
+            tensors.extend(linear(&modulation, self.dim, self.adaln_width));
+            tensors.extend(linear(&final_linear(self.patch), features, self.dim));
+        }
+        tensors.extend(linear("t_embedder.mlp.0", self.t_hidden, self.t_frequencies));
+        tensors.extend(linear("t_embedder.mlp.2", self.adaln_width, self.t_hidden));
+        tensors.push(("cap_embedder.0.weight".into(), vec![self.caption_width]));
+        tensors.extend(linear("cap_embedder.1", self.dim, self.caption_width));
+        for token in ["x_pad_token", "cap_pad_token"] {
+            tensors.push((token.into(), vec![1, self.dim]));
+        }
+        let groups = [
+            ("noise_refiner", self.refiner_layers, true),
+            ("context_refiner", self.refiner_layers, false),
+            ("layers", self.layers, true),
+        ];
+        for (group, blocks, modulated) in groups {
+            for index in 0..blocks {
+                let shapes = self.block_shapes(modulated);
+                tensors.extend(
+                    shapes
+                        .into_iter()
+                        .map(|(name, shape)| (format!("{group}.{index}.{name}"), shape)),
+                );
+            }
+        }
+        tensors
+    }
+
+    fn block_shapes(&self, modulated: bool) -> Vec<(&'static str, Vec<usize>)> {
+        let shape = |name: &str| match name {
+            "attention.norm_q.weight" | "attention.norm_k.weight" => vec![self.head_dim],
+            "feed_forward.w1.weight" | "feed_forward.w3.weight" => vec![self.ffn_hidden, self.dim],
+            "feed_forward.w2.weight" => vec![self.dim, self.ffn_hidden],
+            "adaLN_modulation.0.weight" => vec![4 * self.dim, self.adaln_width],
+            "adaLN_modulation.0.bias" => vec![4 * self.dim],
+            name if name.starts_with("attention.") => vec![self.dim, self.dim],
+            _ => vec![self.dim],
+        };
+        block_tensors(modulated)
+            .iter()
+            .map(|name| (*name, shape(name)))
+            .collect()
+    }
+}
+
+/// The tensors of a transformer block, without the block's own name.
+pub fn block_tensors(modulated: bool) -> &'static [&'static str] {
+    const ALL: [&str; 15] = [
+        "attention.to_q.weight",
+        "attention.to_k.weight",
+        "attention.to_v.weight",
+        "attention.to_out.0.weight",
+        "attention.norm_q.weight",
+        "attention.norm_k.weight",
+        "attention_norm1.weight",
+        "attention_norm2.weight",
+        "ffn_norm1.weight",
+        "ffn_norm2.weight",
+        "feed_forward.w1.weight",
+        "feed_forward.w2.weight",
+        "feed_forward.w3.weight",
+        "adaLN_modulation.0.weight",
+        "adaLN_modulation.0.bias",
+    ];
+    if modulated { &ALL } else { &ALL[..13] }
+}
+
+fn linear(name: &str, outputs: usize, inputs: usize) -> [(String, Vec<usize>); 2] {
+    [
+        (format!("{name}.weight"), vec![outputs, inputs]),
+        (format!("{name}.bias"), vec![outputs]),
+    ]
+}
