@@ -45,15 +45,12 @@ struct Cli {
     command: Command,
 }
 
+// Described by the documentation of what each holds.
 #[derive(Subcommand)]
 enum Command {
-    /// Say what a model is: layout, sizes, head, what is missing, memory needed
     Inspect(Inspect),
-    /// Make a pixel model from a latent one, or from a pixel model of another patch size
     Init(Init),
-    /// Lay a delta over the model that it was trained from
     Merge(Merge),
-    /// Write a model in another layout, with a prefix, in another type, or in shards
     Export(Export),
 }
 
