@@ -145,7 +145,7 @@ fn parameters(found: &Inspection) -> String {
 }
 
 fn on_disk(found: &Inspection) -> String {
-    let types = found.types.iter();
+    let types = found.dtypes.iter();
     let types: Vec<_> = types
         .map(|(name, count)| format!("{name} {}", format_bytes(count.bytes)))
         .collect();

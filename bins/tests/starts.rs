@@ -14,4 +14,14 @@ fn l2p_convert_explains_itself() {
     for word in ["inspect", "init", "merge", "export", "Examples"] {
         assert!(text.contains(word), "{word} is missing from:\n{text}");
     }
+    let arguments = ["init", "--help"];
+    let output = Command::new(env!("CARGO_BIN_EXE_l2p-convert"))
+        .args(arguments)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("copied bit by bit"),
+        "the long description is missing from:\n{text}"
+    );
 }

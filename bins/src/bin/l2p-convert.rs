@@ -45,15 +45,12 @@ struct Cli {
     command: Command,
 }
 
+// Described by the documentation of what each holds.
 #[derive(Subcommand)]
 enum Command {
-    /// Say what a model is: layout, sizes, head, what is missing, memory needed
     Inspect(Inspect),
-    /// Make a pixel model from a latent one, or from a pixel model of another patch size
     Init(Init),
-    /// Lay a delta over the model that it was trained from
     Merge(Merge),
-    /// Write a model in another layout, with a prefix, in another type, or in shards
     Export(Export),
 }
 
@@ -263,9 +260,11 @@ fn export(command: &Export) -> anyhow::Result<()> {
     let paths = resolve(&command.input, command.base.as_ref())?;
     let mut tensors = paths.open_tensors()?;
     let mut config = None;
+    let mut left_out = tensors.foreign().to_vec();
     if is_whole(&tensors) {
         let transformer = Transformer::new(tensors, paths.transformer_config()?.as_ref())?;
         config = Some(transformer.config.to_transformer_json());
+        left_out.extend(transformer.audit().unused);
         tensors = transformer.without_unused();
     }
     let options = ExportOptions {
@@ -281,6 +280,11 @@ fn export(command: &Export) -> anyhow::Result<()> {
         }),
     };
     let output = checkpoint::export(&tensors, &options)?;
+    let what = match left_out.len() {
+        0 => "everything is in it".to_owned(),
+        count => format!("left out {count} that are no part of the model"),
+    };
+    let details = json!({ "left_out": left_out });
     let out = &command.output.out;
     if out.extension().is_some_and(|extension| extension == "safetensors") {
         let bytes = output.data_bytes();
@@ -291,12 +295,12 @@ fn export(command: &Export) -> anyhow::Result<()> {
                 format_bytes(bytes)
             );
         }
-        return command.output.write(&output, "exported", json!({}));
+        return command.output.write(&output, &what, details);
     }
     let shards = output.split(command.max_shard_size.map_or(DEFAULT_SHARD, |most| most.0));
     let mut progress = WriteProgress::new("writing");
     let written = write_folder(out, &shards, config.as_ref(), command.output.force, &mut progress)?;
-    command.output.tell(&written, "exported", &progress, json!({}))
+    command.output.tell(&written, &what, &progress, details)
 }
 
 impl Output {

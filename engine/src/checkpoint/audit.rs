@@ -203,16 +203,21 @@ impl Transformer {
         Ok(transformer)
     }
 
+    /// What a comparison of its tensors with its sizes gives; in a whole transformer only some may be unused.
+    pub fn audit(&self) -> Audit {
+        Audit::of(&self.checkpoint, &self.config, self.head.as_ref())
+    }
+
     /// Its tensors without those of the latent model that a pixel model was made from.
     pub fn without_unused(self) -> Checkpoint {
-        let unused = Audit::of(&self.checkpoint, &self.config, self.head.as_ref()).unused;
+        let unused = self.audit().unused;
         let mut checkpoint = self.checkpoint;
         checkpoint.retain(|name, _| unused.iter().all(|other| other != name));
         checkpoint
     }
 
     fn expect_whole(&self) -> Result<()> {
-        let audit = Audit::of(&self.checkpoint, &self.config, self.head.as_ref());
+        let audit = self.audit();
         let refuse = |reason: String| Err(Error::file(self.checkpoint.path(), reason));
         if let Some(WrongShape { name, found, expected }) = audit.wrong.first() {
             let tensor = self.checkpoint.tensor(name)?;

@@ -61,11 +61,12 @@ impl SafetensorsFile {
     /// file's size; the message names the file, the tensor and the way out.
     pub fn open(path: &Path) -> Result<Self> {
         let failed = |error| Error::io(path, error);
+        // Before opening: a pipe would wait for its writer.
+        if !path.metadata().map_err(failed)?.is_file() {
+            return Err(Error::file(path, "is no plain file, expected a safetensors file"));
+        }
         let file = File::open(path).map_err(failed)?;
         let information = file.metadata().map_err(failed)?;
-        if information.is_dir() {
-            return Err(Error::file(path, "is a folder, expected a safetensors file"));
-        }
         if information.len() < LENGTH_BYTES as u64 {
             let reason = format!("not a safetensors file: it has only {} bytes", information.len());
             return Err(Error::file(path, reason));
@@ -103,7 +104,7 @@ impl SafetensorsFile {
         &self.map[tensor.range.clone()]
     }
 
-    /// Asks the system to start reading the bytes of `tensor` from the disk.
+    /// Asks the system to start reading these bytes from the disk.
     pub(crate) fn read_ahead(&self, range: &Range<usize>) {
         #[cfg(unix)]
         if !range.is_empty() {
@@ -111,6 +112,18 @@ impl SafetensorsFile {
             let _ = self
                 .map
                 .advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+        }
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+
+    /// Tells the system that these bytes are not needed soon, so that they no longer count as memory of this process.
+    pub(crate) fn release(&self, range: &Range<usize>) {
+        #[cfg(unix)]
+        if !range.is_empty() {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the mapping is read-only and of a file: whoever reads these bytes again gets them from the file.
+            let _ = unsafe { self.map.unchecked_advise_range(advice, range.start, range.len()) };
         }
         #[cfg(not(unix))]
         let _ = range;

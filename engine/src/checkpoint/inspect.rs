@@ -90,7 +90,7 @@ pub struct Inspection {
     /// Bytes of all tensors.
     pub bytes: u64,
     /// The same by element type.
-    pub types: BTreeMap<String, TypeCount>,
+    pub dtypes: BTreeMap<String, TypeCount>,
     /// Tensors that the model needs; for a delta the parts that it leaves to its base.
     pub missing: Vec<String>,
     /// Tensors of a wrong shape.
@@ -186,7 +186,7 @@ pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
             .values()
             .map(|tensor| tensor.byte_count() as u64)
             .sum(),
-        types: types(&checkpoint),
+        dtypes: dtypes(&checkpoint),
         missing: audit.missing,
         wrong: audit.wrong,
         unexpected: audit.unexpected,
@@ -213,14 +213,14 @@ fn by_part(checkpoint: &Checkpoint) -> BTreeMap<String, u64> {
     parts
 }
 
-fn types(checkpoint: &Checkpoint) -> BTreeMap<String, TypeCount> {
-    let mut types: BTreeMap<String, TypeCount> = BTreeMap::new();
+fn dtypes(checkpoint: &Checkpoint) -> BTreeMap<String, TypeCount> {
+    let mut dtypes: BTreeMap<String, TypeCount> = BTreeMap::new();
     for tensor in checkpoint.tensors().values() {
-        let count = types.entry(tensor.dtype().to_string()).or_default();
+        let count = dtypes.entry(tensor.dtype().to_string()).or_default();
         count.tensors += 1;
         count.bytes += tensor.byte_count() as u64;
     }
-    types
+    dtypes
 }
 
 fn part(path: Option<&Path>, open: fn(&Path) -> Result<Checkpoint>) -> Result<Option<PartReport>> {

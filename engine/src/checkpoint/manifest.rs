@@ -29,6 +29,9 @@ pub const MANIFEST: &str = "l2p.json";
 /// The version of the format that this build reads and writes.
 pub const MANIFEST_FORMAT: u32 = 1;
 
+/// The largest width, height or number of steps that is not taken for a slip.
+const LARGEST_DEFAULT: usize = 1 << 16;
+
 /// What to draw with when the user does not say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -90,6 +93,7 @@ pub struct Manifest {
     /// [`MANIFEST_FORMAT`].
     pub format: u32,
     /// Latent or pixel, to be compared with what the tensors say.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub kind: Option<ModelKind>,
     /// The transformer's files.
     pub transformer: OneOrMany,
@@ -163,8 +167,10 @@ impl Manifest {
             cfg,
         } = self.defaults;
         for (name, value) in [("width", width), ("height", height), ("steps", steps)] {
-            if value == Some(0) {
-                return Err(format!("says defaults.{name} = 0"));
+            if let Some(value) = value.filter(|value| !(1..=LARGEST_DEFAULT).contains(value)) {
+                return Err(format!(
+                    "says defaults.{name} = {value}, which is not from 1 to {LARGEST_DEFAULT}"
+                ));
             }
         }
         match (shift, cfg) {

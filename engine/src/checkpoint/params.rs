@@ -51,18 +51,13 @@ impl ParamSource for Checkpoint {
             .ok_or_else(|| wrong_shape(name, tensor, "[outputs, inputs, height, width]"))?;
         let (source, from, to) = (tensor.bytes(), tensor.float()?, Float::computed(device.compute_dtype()));
         let _tag = MemoryTag::Weights.scope();
-        Tensor::from_fill(
-            device,
-            order.shape(),
-            device.compute_dtype(),
-            &mut |first_byte, target| {
-                let first = first_byte / to.size();
-                let tasks = target.par_chunks_mut(TASK_ELEMENTS * to.size()).enumerate();
-                tasks
-                    .for_each(|(task, target)| reorder(source, from, target, to, &order, first + task * TASK_ELEMENTS));
-                Ok(())
-            },
-        )
+        let mut write = |first_byte: usize, target: &mut [u8]| {
+            let first = first_byte / to.size();
+            let tasks = target.par_chunks_mut(TASK_ELEMENTS * to.size()).enumerate();
+            tasks.for_each(|(task, target)| reorder(source, from, target, to, &order, first + task * TASK_ELEMENTS));
+            Ok(())
+        };
+        Tensor::from_fill(device, order.shape(), device.compute_dtype(), &mut write)
     }
 }
 
@@ -109,15 +104,13 @@ fn load_rows(device: &Device, tensors: &[&CheckpointTensor], shape: &[usize]) ->
         sources.push((tensor.bytes(), tensor.float()?));
     }
     let _tag = MemoryTag::Weights.scope();
-    Tensor::from_fill(
-        device,
-        Shape::new(shape),
-        device.compute_dtype(),
-        &mut |first_byte, target| {
-            fill(&sources, first_byte / to.size(), target, to);
-            Ok(())
-        },
-    )
+    let mut write = |first_byte: usize, target: &mut [u8]| {
+        fill(&sources, first_byte / to.size(), target, to);
+        Ok(())
+    };
+    let loaded = Tensor::from_fill(device, shape, device.compute_dtype(), &mut write);
+    tensors.iter().for_each(|tensor| tensor.release());
+    loaded
 }
 
 /// Writes the elements from `first` on, counted over all sources, until `target` is full.

@@ -91,6 +91,11 @@ impl CheckpointTensor {
         self.file.read_ahead(&self.stored.range);
     }
 
+    /// Tells the system that the bytes are not needed soon.
+    pub(super) fn release(&self) {
+        self.file.release(&self.stored.range);
+    }
+
     /// The `part`-th of `parts` equal groups of rows.
     fn rows(&self, part: usize, parts: usize) -> Option<Self> {
         let (&rows, rest) = self.stored.shape.split_first()?;

@@ -2,7 +2,7 @@
 //! only when everything is on the disk. Whatever goes wrong before, what was there stays and nothing half-written is left.
 
 use std::collections::BTreeMap;
-use std::fs::{File, Permissions};
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +14,7 @@ use super::elements::{Float, convert, first_overflow};
 use super::init::UniformInit;
 use super::set::CheckpointTensor;
 use super::shards::INDEX_SUFFIX;
+use crate::device::format_bytes;
 use crate::error::{Error, Result};
 
 /// Bytes between two reports of progress, and of the buffer for converted elements.
@@ -81,6 +82,7 @@ impl OutputTensor<'_> {
                 for source in sources {
                     source.read_ahead();
                     source.bytes().chunks(CHUNK_BYTES).try_for_each(&mut put)?;
+                    source.release();
                 }
             }
             Content::Converted(sources, to) => {
@@ -94,6 +96,7 @@ impl OutputTensor<'_> {
                         convert(piece, from, &mut buffer, *to);
                         put(&buffer)?;
                     }
+                    source.release();
                 }
             }
             Content::Values(values) => {
@@ -205,7 +208,8 @@ impl<'a> OutputFile<'a> {
         let failed = |error| Error::io(path, error);
         let header = self.header();
         let bytes = header.len() as u64 + self.data_bytes();
-        reserve(file, bytes).map_err(failed)?;
+        reserve(file, bytes)
+            .map_err(|error| Error::file(path, format!("no room for {}: {error}", format_bytes(bytes))))?;
         file.write_all(&header).map_err(failed)?;
         observer.advance(header.len() as u64)?;
         for tensor in &self.tensors {
@@ -375,7 +379,7 @@ fn for_all<'a, 'b, 'c>(builder: &'a mut Builder<'b, 'c>, mode: u32) -> &'a mut B
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        builder.permissions(Permissions::from_mode(mode));
+        builder.permissions(std::fs::Permissions::from_mode(mode));
     }
     #[cfg(not(unix))]
     let _ = mode;

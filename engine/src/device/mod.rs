@@ -1,6 +1,6 @@
 //! Devices: the CPU, and NVIDIA GPUs through the CUDA driver.
 //!
-//! `unsafe` code lives in this module and in the launch functions of `ops`, nowhere else.
+//! `unsafe` code lives in this module, in the launch functions of `ops`, and where `checkpoint` maps files; nowhere else.
 
 mod blas;
 mod cpu;

@@ -5,7 +5,7 @@ use std::path::Path;
 use l2p_engine::checkpoint::{Checkpoint, HeadLayout, HeadVariant};
 use l2p_engine::model::MemoryParams;
 use l2p_engine::model::config::{DitConfig, ModelKind, SchedulerConfig, TextConfig, TransformerConfig, VaeConfig};
-use l2p_tests::{Outcome, Suite};
+use l2p_tests::{Outcome, Suite, fixtures};
 use libtest_mimic::Failed;
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -86,13 +86,10 @@ fn sizes_follow_from_tensors() -> Outcome {
 
 /// The tensors that a model is expected to have are those of PyTorch's module, at several sizes.
 fn tensors_are_those_of_the_reference() -> Outcome {
-    const FIXTURES: [&str; 2] = [
-        include_str!("../../fixtures/data/dit_pixel.json"),
-        include_str!("../../fixtures/data/dit_latent.json"),
-    ];
     let mut models = 0;
-    for fixture in FIXTURES {
-        let fixture: Value = serde_json::from_str(fixture)?;
+    for fixture in ["dit_pixel", "dit_latent"] {
+        let path = fixtures::folder().join(format!("data/{fixture}.json"));
+        let fixture: Value = serde_json::from_slice(&std::fs::read(path)?)?;
         for case in fixture["cases"].as_array().ok_or("no cases")? {
             let mut params = MemoryParams::default();
             for weight in case["weights"].as_array().ok_or("no weights")? {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use l2p_engine::checkpoint::Checkpoint;
+use l2p_engine::checkpoint::{Checkpoint, ModelPaths, PathOverrides, inspect};
 use l2p_tests::{Outcome, Suite, cli};
 use libtest_mimic::Failed;
 use safetensors::Dtype;
@@ -11,6 +11,7 @@ use serde_json::json;
 use super::model::{self, Stored, Tensors};
 
 pub fn register(suite: &mut Suite) {
+    suite.cpu("checkpoint::damage::no_header_makes_it_panic", no_header_makes_it_panic);
     suite.cpu(
         "checkpoint::damage::each_kind_has_its_message",
         each_kind_has_its_message,
@@ -333,5 +334,53 @@ fn any_truncation_is_an_error() -> Outcome {
             return Err(format!("{length} of {} bytes were read as a whole file", whole.len()).into());
         }
     }
+    Ok(())
+}
+
+/// Headers with digits, names and structure changed at random are read or refused, and so are the models they describe.
+fn no_header_makes_it_panic() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("m.safetensors");
+    let whole = std::fs::read(model::save(&path, &model::packed(&model::pixel(Dtype::BF16)))?)?;
+    let data = 8 + u64::from_le_bytes(*whole.first_chunk().ok_or("no length")?) as usize;
+    let mut state = 1u64;
+    let mut random = |below: usize| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
+    let mut read = 0;
+    for round in 0..300 {
+        let mut changed = whole.clone();
+        for _ in 0..round % 4 {
+            let at = 8 + random(data - 8);
+            let choice: &[u8] = match changed[at] {
+                b'0'..=b'9' => b"0123456789",
+                b'a'..=b'z' => b"abcdeklnorstuvwxyz_.",
+                _ => b"09,.:[]{}\"-x_",
+            };
+            changed[at] = choice[random(choice.len())];
+        }
+        std::fs::write(&path, changed)?;
+        let paths = ModelPaths::resolve(&path, &PathOverrides::default())?;
+        let _ = paths.open_transformer();
+        read += usize::from(inspect(&paths).is_ok());
+    }
+    // The same shapes with an extent of zero take no data, whatever the other extents are.
+    for extent in [0, 1, usize::MAX >> 8] {
+        let mut header = serde_json::Map::new();
+        for (name, tensor) in model::packed(&model::pixel(Dtype::BF16)) {
+            let mut shape = tensor.shape;
+            shape[0] = extent;
+            shape.push(0);
+            header.insert(name, json!({ "dtype": "BF16", "shape": shape, "data_offsets": [0, 0] }));
+        }
+        std::fs::write(&path, raw(&serde_json::Value::Object(header).to_string(), &[]))?;
+        let paths = ModelPaths::resolve(&path, &PathOverrides::default())?;
+        let _ = paths.open_transformer();
+        let _ = inspect(&paths);
+    }
+    assert!(read >= 100, "only {read} of the changed files were read at all");
     Ok(())
 }

@@ -193,7 +193,7 @@ fn wrong_manifests_are_errors() -> Outcome {
     )?;
     expect(
         with("defaults", json!({ "width": 0 })),
-        &format!("{at}says defaults.width = 0"),
+        &format!("{at}says defaults.width = 0, which is not from 1 to 65536"),
     )?;
     expect(
         with("defaults", json!({ "shift": -3 })),

@@ -71,6 +71,14 @@ fn wrong_models_end_with_1() -> Outcome {
     let mut lacking = model::latent(Dtype::BF16);
     lacking.remove("layers.0.attention.to_v.weight");
     model::save(&at("lacking.safetensors"), &lacking)?;
+    let mut wrong_type = model::latent(Dtype::BF16);
+    let number = model::Stored {
+        dtype: Dtype::I64,
+        shape: vec![1, model::DIM],
+        bytes: vec![0; 8 * model::DIM],
+    };
+    wrong_type.insert("x_pad_token".into(), number);
+    model::save(&at("wrong_type.safetensors"), &wrong_type)?;
     let before = names(folder.path())?;
     let lacks = "lacks 1 tensor of the model: `layers.0.attention.to_v.weight`";
     let delta_lacks = "is a delta, or damaged: it lacks `t_embedder`, `cap_embedder`, `x_pad_token`, `cap_pad_token` and 4 more; \
@@ -87,6 +95,11 @@ fn wrong_models_end_with_1() -> Outcome {
         (
             "init --source lacking.safetensors --patch 16 --out o.safetensors",
             format!("lacking.safetensors: {lacks}"),
+        ),
+        (
+            "init --source wrong_type.safetensors --patch 16 --out o.safetensors",
+            "wrong_type.safetensors: tensor `x_pad_token` holds I64, which cannot be read; BF16, F16 and F32 can"
+                .into(),
         ),
         (
             "init --source delta.safetensors --patch 16 --out o.safetensors",
@@ -194,9 +207,15 @@ fn a_full_disk_leaves_nothing_behind() -> Outcome {
     std::fs::write(folder.path().join("o.safetensors"), "mine")?;
     let before = names(folder.path())?;
     for (out, message) in [
-        ("o.safetensors", "o.safetensors: File too large (os error 27)"),
-        ("new.safetensors", "new.safetensors: File too large (os error 27)"),
-        ("folder", "folder: File too large (os error 27)"),
+        (
+            "o.safetensors",
+            "o.safetensors: no room for 2.16 MB: File too large (os error 27)",
+        ),
+        (
+            "new.safetensors",
+            "new.safetensors: no room for 2.16 MB: File too large (os error 27)",
+        ),
+        ("folder", "folder: no room for 2.16 MB: File too large (os error 27)"),
     ] {
         let arguments = format!("export --in m.safetensors --layout plain --force --out {out}");
         run_without_room(folder.path(), &arguments)?.failure(1, message)?;

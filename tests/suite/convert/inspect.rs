@@ -70,7 +70,7 @@ fn a_pixel_file() -> Outcome {
             ("/parameters_by_part/all_x_embedder", json!(769 * model::DIM)),
             ("/tensors", json!(pixel.len())),
             ("/bytes", json!(bytes(&pixel))),
-            ("/types/BF16/tensors", json!(pixel.len())),
+            ("/dtypes/BF16/tensors", json!(pixel.len())),
             ("/missing", json!([])),
             ("/unexpected", json!([])),
             ("/memory/sampling/weights", json!(weights)),
@@ -200,7 +200,7 @@ fn an_incomplete_model() -> Outcome {
             ),
             ("/unused", json!(["all_final_layer.2-1.linear.bias"])),
             ("/foreign", json!(["vae.x"])),
-            ("/types/F32", json!({ "tensors": 1, "bytes": 256 })),
+            ("/dtypes/F32", json!({ "tensors": 1, "bytes": 256 })),
         ],
     )?;
     tensors.remove("cap_embedder.0.weight");

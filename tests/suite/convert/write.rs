@@ -20,6 +20,10 @@ pub fn register(suite: &mut Suite) {
         "convert::write::init_from_a_lower_resolution",
         init_from_a_lower_resolution,
     );
+    suite.cpu(
+        "convert::write::a_manifest_is_exported_whole",
+        a_manifest_is_exported_whole,
+    );
     suite.cpu("convert::write::merge_gives_the_whole", merge_gives_the_whole);
     suite.cpu(
         "convert::write::layouts_go_round_bit_by_bit",
@@ -231,6 +235,26 @@ fn merge_gives_the_whole() -> Outcome {
     Ok(())
 }
 
+/// A folder whose manifest lays a delta over a base is exported as one whole model.
+fn a_manifest_is_exported_whole() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    model::save_diffusers(&at("source"), 2)?;
+    std::fs::create_dir(at("pixel"))?;
+    model::save(&at("pixel/delta.safetensors"), &model::delta(Dtype::BF16))?;
+    let manifest = json!({ "format": 1, "transformer": "delta.safetensors", "base": "../source" });
+    std::fs::write(at("pixel/l2p.json"), manifest.to_string())?;
+    run(
+        folder.path(),
+        "export --in pixel --out whole.safetensors --layout plain",
+    )?
+    .success()?;
+    let mut expected = model::pixel(Dtype::BF16);
+    expected.extend(model::delta(Dtype::BF16));
+    assert!(model::read(&at("whole.safetensors"))? == expected);
+    Ok(())
+}
+
 fn layouts_go_round_bit_by_bit() -> Outcome {
     let folder = tempfile::tempdir()?;
     let at = |name: &str| folder.path().join(name);
@@ -251,6 +275,20 @@ fn layouts_go_round_bit_by_bit() -> Outcome {
         .success()?;
         assert!(model::read(&at("back.safetensors"))? == plain, "{kind} back");
     }
+    // Foreign tensors and what is left of a latent model stay behind, and it is said so.
+    let mut more = model::pixel(Dtype::BF16);
+    more.insert(
+        "all_final_layer.2-1.linear.bias".into(),
+        model::stored("f", Dtype::BF16, &[64]),
+    );
+    more.insert("vae.x".into(), model::stored("v", Dtype::BF16, &[1]));
+    model::save(&at("more.safetensors"), &more)?;
+    let result = json(
+        folder.path(),
+        "export --in more.safetensors --out packed.safetensors --layout packed --force",
+    )?;
+    assert_eq!(result["left_out"], json!(["vae.x", "all_final_layer.2-1.linear.bias"]));
+    assert!(model::read(&at("packed.safetensors"))? == model::packed(&model::pixel(Dtype::BF16)));
     // In place: what is read is what is replaced.
     run(
         folder.path(),

@@ -105,7 +105,7 @@ impl DitSurvey {
     fn read_ends(&mut self, params: &dyn ParamSource) {
         let embedders: Vec<(usize, usize, usize)> = (1..=LARGEST_INDEX)
             .filter_map(|patch| match params.shape(&embedder(patch))?[..] {
-                [dim, features] => Some((patch, dim, features)),
+                [dim, features] if dim > 0 && features > 0 => Some((patch, dim, features)),
                 _ => None,
             })
             .collect();
@@ -154,8 +154,13 @@ fn blocks(params: &dyn ParamSource, group: &str) -> BTreeSet<usize> {
     (0..LARGEST_INDEX).filter(is_there).collect()
 }
 
+/// An extent of a tensor; one without elements tells nothing.
 fn extent(params: &dyn ParamSource, name: &str, index: usize) -> Option<usize> {
-    params.shape(name)?.get(index).copied()
+    params
+        .shape(name)
+        .filter(|shape| !shape.contains(&0))?
+        .get(index)
+        .copied()
 }
 
 fn embedder(patch: usize) -> String {
