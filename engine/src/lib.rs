@@ -12,6 +12,7 @@ mod nvtx;
 pub mod ops;
 pub mod profile;
 pub mod tensor;
+pub mod text;
 
 pub use device::{Device, DeviceChoice};
 pub use error::{Error, Result};

@@ -7,6 +7,7 @@ mod convert;
 mod flow;
 mod models;
 mod ops;
+mod text;
 
 use l2p_tests::Suite;
 
@@ -18,6 +19,7 @@ fn main() -> std::process::ExitCode {
     flow::register(&mut suite);
     models::register(&mut suite);
     ops::register(&mut suite);
+    text::register(&mut suite);
     if let Err(reason) = l2p_tests::gpu() {
         eprintln!("tests that need a GPU are skipped: {reason}");
     }
