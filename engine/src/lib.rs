@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod device;
 mod error;
 pub mod flow;
+pub mod image_io;
 pub mod model;
 mod nvtx;
 pub mod ops;

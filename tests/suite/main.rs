@@ -5,6 +5,7 @@
 mod checkpoint;
 mod convert;
 mod flow;
+mod image_io;
 mod models;
 mod ops;
 mod text;
@@ -17,6 +18,7 @@ fn main() -> std::process::ExitCode {
     checkpoint::register(&mut suite);
     convert::register(&mut suite);
     flow::register(&mut suite);
+    image_io::register(&mut suite);
     models::register(&mut suite);
     ops::register(&mut suite);
     text::register(&mut suite);
