@@ -7,11 +7,13 @@ pub mod checkpoint;
 pub mod device;
 mod error;
 pub mod flow;
+pub mod image_io;
 pub mod model;
 mod nvtx;
 pub mod ops;
 pub mod profile;
 pub mod tensor;
+pub mod text;
 
 pub use device::{Device, DeviceChoice};
 pub use error::{Error, Result};

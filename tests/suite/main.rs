@@ -5,8 +5,10 @@
 mod checkpoint;
 mod convert;
 mod flow;
+mod image_io;
 mod models;
 mod ops;
+mod text;
 
 use l2p_tests::Suite;
 
@@ -16,8 +18,10 @@ fn main() -> std::process::ExitCode {
     checkpoint::register(&mut suite);
     convert::register(&mut suite);
     flow::register(&mut suite);
+    image_io::register(&mut suite);
     models::register(&mut suite);
     ops::register(&mut suite);
+    text::register(&mut suite);
     if let Err(reason) = l2p_tests::gpu() {
         eprintln!("tests that need a GPU are skipped: {reason}");
     }

@@ -6,6 +6,7 @@ pub mod detailer;
 pub mod dit;
 pub mod params;
 pub mod rope;
+pub mod text;
 pub mod vae;
 
 pub use params::{MemoryParams, ParamSource};

@@ -4,6 +4,7 @@
 //! was expected and found; kernels assume what was checked. On the CPU everything is f32, on CUDA activations and weights
 //! are bf16 and sums are f32; the head comment of an operation names the exceptions.
 
+pub mod add_rms_norm;
 pub mod attention;
 pub mod cast;
 pub mod conv;

@@ -1,6 +1,7 @@
 //! Models against the reference library, and their CUDA runs against the CPU's.
 
 mod detailer;
+mod text;
 mod vae;
 
 use half::bf16;
@@ -11,6 +12,7 @@ use l2p_tests::fixtures::Case;
 
 pub fn register(suite: &mut Suite) {
     detailer::register(suite);
+    text::register(suite);
     vae::register(suite);
 }
 

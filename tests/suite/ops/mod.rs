@@ -1,5 +1,6 @@
 //! One file per operation, named like the operation's own.
 
+mod add_rms_norm;
 mod attention;
 mod cast;
 mod conv;
@@ -23,6 +24,7 @@ mod unpatchify;
 use l2p_tests::Suite;
 
 pub fn register(suite: &mut Suite) {
+    add_rms_norm::register(suite);
     attention::register(suite);
     cast::register(suite);
     conv::register(suite);

@@ -1,0 +1,155 @@
+//! The settings that drew a picture, kept in its PNG file.
+
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::path::Path;
+
+use flate2::read::ZlibDecoder;
+use serde::{Deserialize, Serialize};
+
+use super::png::{SIGNATURE, Text, chunk_crc};
+use crate::error::{Error, Result};
+
+/// The keyword of the text chunk that holds the settings as JSON.
+const KEYWORD: &str = "l2p";
+/// The keyword under which picture viewers and other generators look for settings in words.
+const WORDS: &str = "parameters";
+/// No settings are longer than this.
+const MAX_TEXT: u64 = 1 << 20;
+
+/// Everything that is needed to draw a picture again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// What to draw.
+    pub prompt: String,
+    /// What to stay away from.
+    pub negative: String,
+    /// The seed of the noise.
+    pub seed: u64,
+    /// Steps from noise to picture.
+    pub steps: usize,
+    /// The guidance scale; 1 means none.
+    pub cfg: f32,
+    /// The shift of the noise schedule.
+    pub shift: f32,
+    /// Pixels in a row.
+    pub width: usize,
+    /// Rows.
+    pub height: usize,
+    /// The model as it was named.
+    pub model: String,
+    /// The noise generator.
+    pub rng: String,
+}
+
+impl Settings {
+    /// The texts for a PNG file, as keyword and text.
+    pub(super) fn texts(&self) -> Result<[(&'static str, String); 2]> {
+        let json = serde_json::to_string(self)
+            .map_err(|error| Error::invalid(format!("the settings cannot be written: {error}")))?;
+        Ok([(KEYWORD, json), (WORDS, self.in_words())])
+    }
+
+    /// The layout that picture viewers know from other generators. A zero byte would end the chunk's text early.
+    fn in_words(&self) -> String {
+        let mut words = self.prompt.clone();
+        if !self.negative.is_empty() {
+            words += &format!("\nNegative prompt: {}", self.negative);
+        }
+        words += &format!(
+            "\nSteps: {}, CFG scale: {}, Seed: {}, Size: {}x{}, Model: {}, Shift: {}, RNG: {}",
+            self.steps, self.cfg, self.seed, self.width, self.height, self.model, self.shift, self.rng
+        );
+        words.replace('\0', "\u{fffd}")
+    }
+}
+
+impl<'a> From<&'a (&'static str, String)> for Text<'a> {
+    fn from((keyword, text): &'a (&'static str, String)) -> Self {
+        Text { keyword, text }
+    }
+}
+
+/// The settings that a PNG file carries.
+///
+/// # Errors
+/// When the file is no PNG, is damaged, or carries none.
+pub fn read_settings(path: &Path) -> Result<Settings> {
+    let file = File::open(path).map_err(|source| Error::io(path, source))?;
+    let text = find_text(&mut BufReader::new(file)).map_err(|source| match source.kind() {
+        std::io::ErrorKind::UnexpectedEof => Error::file(path, "the file ends before the picture does"),
+        std::io::ErrorKind::InvalidData => Error::file(path, source.to_string()),
+        _ => Error::io(path, source),
+    })?;
+    let text = text.ok_or_else(|| {
+        Error::file(
+            path,
+            "carries no settings; only PNG files as l2p wrote them do, not copies that an editor saved",
+        )
+    })?;
+    serde_json::from_str(&text).map_err(|error| Error::file(path, format!("its settings cannot be used: {error}")))
+}
+
+/// Walks the chunks up to the one with the settings.
+fn find_text(file: &mut (impl Read + Seek)) -> std::io::Result<Option<String>> {
+    let mut signature = [0; 8];
+    // A file shorter than that is no PNG either.
+    if file.read_exact(&mut signature).is_err() || signature != SIGNATURE {
+        return Err(invalid("is not a PNG file; settings are kept in PNG files only"));
+    }
+    loop {
+        let mut head = [0; 8];
+        file.read_exact(&mut head)?;
+        let [a, b, c, d, kind @ ..] = head;
+        let length = u64::from(u32::from_be_bytes([a, b, c, d]));
+        match &kind {
+            b"IEND" => return Ok(None),
+            b"iTXt" if length <= MAX_TEXT => {
+                let mut data = vec![0; length as usize];
+                let mut crc = [0; 4];
+                file.read_exact(&mut data)?;
+                file.read_exact(&mut crc)?;
+                if u32::from_be_bytes(crc) != chunk_crc(&kind, &data) {
+                    return Err(invalid("is damaged: the checksum of its text is wrong"));
+                }
+                if let Some(text) = settings_text(&data)? {
+                    return Ok(Some(text));
+                }
+            }
+            _ => {
+                file.seek(SeekFrom::Current(length as i64 + 4))?;
+            }
+        }
+    }
+}
+
+/// The text of an `iTXt` chunk with our keyword: keyword, compression flag and method, language, translated keyword, text.
+fn settings_text(data: &[u8]) -> std::io::Result<Option<String>> {
+    let Some(rest) = data
+        .strip_prefix(KEYWORD.as_bytes())
+        .and_then(|rest| rest.strip_prefix(b"\0"))
+    else {
+        return Ok(None);
+    };
+    let malformed = || invalid("is damaged: its settings are malformed");
+    let [compressed, _method, names @ ..] = rest else {
+        return Err(malformed());
+    };
+    let text = names.splitn(3, |&byte| byte == 0).nth(2).ok_or_else(malformed)?;
+    let mut bytes = Vec::new();
+    match compressed {
+        0 => bytes.extend_from_slice(text),
+        // Tools that make PNG files smaller compress text too.
+        _ => {
+            ZlibDecoder::new(text)
+                .take(MAX_TEXT)
+                .read_to_end(&mut bytes)
+                .map_err(|_| malformed())?;
+        }
+    }
+    String::from_utf8(bytes).map(Some).map_err(|_| malformed())
+}
+
+fn invalid(reason: &'static str) -> std::io::Error {
+    std::io::Error::new(std::io::ErrorKind::InvalidData, reason)
+}
