@@ -62,9 +62,15 @@ struct Io<'a> {
 
 impl Io<'_> {
     fn take(&mut self, name: &str, rank: usize) -> Result<Values> {
-        let values = self.values.remove(name).ok_or_else(|| Error::file(self.path, format!("holds no tensor `{name}`")))?;
+        let values = self
+            .values
+            .remove(name)
+            .ok_or_else(|| Error::file(self.path, format!("holds no tensor `{name}`")))?;
         if values.shape.len() != rank {
-            return Err(Error::file(self.path, format!("tensor `{name}` has shape {:?}, expected {rank} extents", values.shape)));
+            return Err(Error::file(
+                self.path,
+                format!("tensor `{name}` has shape {:?}, expected {rank} extents", values.shape),
+            ));
         }
         Ok(values)
     }
@@ -74,8 +80,11 @@ impl Io<'_> {
         let planes = self.take(name, 4)?;
         let [batch, channels, height, width] = [planes.shape[0], planes.shape[1], planes.shape[2], planes.shape[3]];
         let cells = height * width;
-        let values: Vec<f32> =
-            planes.values.chunks(cells * channels).flat_map(|item| transpose(item, channels, cells)).collect();
+        let values: Vec<f32> = planes
+            .values
+            .chunks(cells * channels)
+            .flat_map(|item| transpose(item, channels, cells))
+            .collect();
         let shape = [batch, height, width, channels];
         match f32 {
             true => Tensor::from_slice(device, &values, shape),
@@ -87,7 +96,9 @@ impl Io<'_> {
     fn compare_image(&mut self, name: &str, found: &Tensor) -> Result<Comparison> {
         let [batch, height, width, channels] = [found.dim(0), found.dim(1), found.dim(2), found.dim(3)];
         let values = found.to_vec_f32()?;
-        let planes = values.chunks(height * width * channels).flat_map(|item| transpose(item, height * width, channels));
+        let planes = values
+            .chunks(height * width * channels)
+            .flat_map(|item| transpose(item, height * width, channels));
         self.compare(name, planes.collect(), vec![batch, channels, height, width])
     }
 
@@ -96,24 +107,38 @@ impl Io<'_> {
         if expected.shape != shape {
             return Err(Error::file(
                 self.path,
-                format!("tensor `{name}` has shape {:?}, the model gives {shape:?}", expected.shape),
+                format!(
+                    "tensor `{name}` has shape {:?}, the model gives {shape:?}",
+                    expected.shape
+                ),
             ));
         }
         let (mut squares, mut norm, mut max_abs) = (0.0f64, 0.0f64, 0.0f64);
         for (found, expected) in found.iter().zip(&expected.values) {
             let (found, expected) = (f64::from(*found), f64::from(*expected));
             // A value that is no number must not pass: `max` would drop it.
-            let difference = if found.is_finite() { (found - expected).abs() } else { f64::INFINITY };
+            let difference = if found.is_finite() {
+                (found - expected).abs()
+            } else {
+                f64::INFINITY
+            };
             squares += difference * difference;
             norm += expected * expected;
             max_abs = max_abs.max(difference);
         }
-        Ok(Comparison { name: name.into(), shape, error: squares.sqrt() / norm.sqrt().max(f64::MIN_POSITIVE), max_abs })
+        Ok(Comparison {
+            name: name.into(),
+            shape,
+            error: squares.sqrt() / norm.sqrt().max(f64::MIN_POSITIVE),
+            max_abs,
+        })
     }
 }
 
 fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    (0..values.len()).map(|index| values[index % rows * columns + index / rows]).collect()
+    (0..values.len())
+        .map(|index| values[index % rows * columns + index / rows])
+        .collect()
 }
 
 /// Loads the component from `model`, runs it on the inputs of `io`, compares, and times `repeats` further runs.
@@ -121,7 +146,10 @@ fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
 /// # Errors
 /// When a file is missing or damaged, the component does not fit the inputs, or the device has no room.
 pub fn check(component: Component, model: &Path, io: &Path, device: &Device, repeats: usize) -> Result<Outcome> {
-    let mut io = Io { path: io, values: read_values(io)? };
+    let mut io = Io {
+        path: io,
+        values: read_values(io)?,
+    };
     match component {
         Component::Dit => check_dit(model, &mut io, device, repeats),
         Component::Head => check_head(model, &mut io, device, repeats),
@@ -138,10 +166,19 @@ fn check_dit(model: &Path, io: &mut Io<'_>, device: &Device, repeats: usize) -> 
     let mut captions = Vec::new();
     while io.values.contains_key(&format!("cap.{}", captions.len())) {
         let caption = io.take(&format!("cap.{}", captions.len()), 2)?;
-        captions.push(Tensor::from_f32(device, &caption.values, [1, caption.shape[0], caption.shape[1]])?);
+        captions.push(Tensor::from_f32(
+            device,
+            &caption.values,
+            [1, caption.shape[0], caption.shape[1]],
+        )?);
     }
     if captions.len() != x.dim(0) || times.len() != x.dim(0) {
-        let found = format!("{} captions and {} times for {} images", captions.len(), times.len(), x.dim(0));
+        let found = format!(
+            "{} captions and {} times for {} images",
+            captions.len(),
+            times.len(),
+            x.dim(0)
+        );
         return Err(Error::file(io.path, format!("holds {found}")));
     }
     let captions: Vec<&Tensor> = captions.iter().collect();
@@ -159,17 +196,29 @@ fn check_head(model: &Path, io: &mut Io<'_>, device: &Device, repeats: usize) ->
         Detailer::load(&checkpoint, device, "local_decoder")?
     };
     let (x, c) = (io.image("x", device, false)?, io.image("c", device, false)?);
-    finish(device, repeats, || head.forward(&x, &c), |found| io.compare_image("v", found))
+    finish(
+        device,
+        repeats,
+        || head.forward(&x, &c),
+        |found| io.compare_image("v", found),
+    )
 }
 
 fn check_text(model: &Path, io: &mut Io<'_>, device: &Device, repeats: usize) -> Result<Outcome> {
-    let folder = Some(model.join("text_encoder")).filter(|folder| folder.is_dir()).unwrap_or(model.into());
+    let folder = Some(model.join("text_encoder"))
+        .filter(|folder| folder.is_dir())
+        .unwrap_or(model.into());
     let config = TextConfig::read(&folder)?;
     let encoder = {
         let _tag = MemoryTag::Weights.scope();
         TextEncoder::load(&Checkpoint::open_text_encoder(&folder)?, device, &config)?
     };
-    let ids: Vec<u32> = io.take("input_ids", 1)?.values.into_iter().map(|id| id as u32).collect();
+    let ids: Vec<u32> = io
+        .take("input_ids", 1)?
+        .values
+        .into_iter()
+        .map(|id| id as u32)
+        .collect();
     finish(
         device,
         repeats,
@@ -179,13 +228,20 @@ fn check_text(model: &Path, io: &mut Io<'_>, device: &Device, repeats: usize) ->
 }
 
 fn check_vae(model: &Path, io: &mut Io<'_>, device: &Device, repeats: usize) -> Result<Outcome> {
-    let folder = Some(model.join("vae")).filter(|folder| folder.is_dir()).unwrap_or(model.into());
+    let folder = Some(model.join("vae"))
+        .filter(|folder| folder.is_dir())
+        .unwrap_or(model.into());
     let decoder = {
         let _tag = MemoryTag::Weights.scope();
         VaeDecoder::load(&Checkpoint::open_plain(&folder)?, device, &VaeConfig::read(&folder)?)?
     };
     let latent = io.image("latent", device, true)?;
-    finish(device, repeats, || decoder.decode(&latent), |found| io.compare_image("image", found))
+    finish(
+        device,
+        repeats,
+        || decoder.decode(&latent),
+        |found| io.compare_image("image", found),
+    )
 }
 
 /// Runs once to compare, with the peak of memory, and then for time.
@@ -206,7 +262,12 @@ fn finish(
     let outputs = vec![compare(&found)?];
     drop(found);
     let samples_ms = samples(device, usize::from(repeats > 0), repeats, || run().map(drop))?;
-    Ok(Outcome { outputs, samples_ms, peak_bytes: peak, peak_bytes_above_resident: peak - resident })
+    Ok(Outcome {
+        outputs,
+        samples_ms,
+        peak_bytes: peak,
+        peak_bytes_above_resident: peak - resident,
+    })
 }
 
 #[cfg(test)]
@@ -215,8 +276,14 @@ mod tests {
 
     #[test]
     fn no_number_passes_no_comparison() {
-        let expected = Values { shape: vec![2], values: vec![1.0, 2.0] };
-        let mut io = Io { path: Path::new("io"), values: [("v".to_owned(), expected)].into() };
+        let expected = Values {
+            shape: vec![2],
+            values: vec![1.0, 2.0],
+        };
+        let mut io = Io {
+            path: Path::new("io"),
+            values: [("v".to_owned(), expected)].into(),
+        };
         let comparison = io.compare("v", vec![1.0, f32::NAN], vec![2]).unwrap();
         assert!(comparison.error.is_infinite() && comparison.max_abs.is_infinite());
     }

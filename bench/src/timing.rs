@@ -9,7 +9,12 @@ use l2p_engine::{Device, Result};
 ///
 /// # Errors
 /// Those of `work`.
-pub fn samples(device: &Device, warm_up: usize, repeats: usize, mut work: impl FnMut() -> Result<()>) -> Result<Vec<f64>> {
+pub fn samples(
+    device: &Device,
+    warm_up: usize,
+    repeats: usize,
+    mut work: impl FnMut() -> Result<()>,
+) -> Result<Vec<f64>> {
     for _ in 0..warm_up {
         work()?;
     }

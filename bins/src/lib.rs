@@ -2,6 +2,7 @@
 
 mod progress;
 pub mod report;
+pub mod sample;
 mod size;
 
 use std::io::{ErrorKind, Write};

@@ -13,7 +13,7 @@ use crate::checkpoint::{EstimateInput, MemoryEstimate, ModelPaths, Transformer};
 use crate::device::{Device, MemoryReport, MemoryTag, format_bytes};
 use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
-use crate::flow::sampler::{Guidance, StepReport, sample};
+use crate::flow::sampler::{Conditioning, StepReport, sample};
 use crate::flow::schedule::Schedule;
 use crate::model::config::{DitConfig, ModelKind, TextConfig, VaeConfig};
 use crate::model::dit::Dit;
@@ -93,9 +93,15 @@ impl Captions {
         let select = |captions: &[Tensor]| match captions.get(pictures.clone()) {
             _ if captions.is_empty() => Ok(Vec::new()),
             Some(captions) => Ok(captions.to_vec()),
-            None => Err(Error::invalid(format!("{} captions are too few for pictures {pictures:?}", captions.len()))),
+            None => Err(Error::invalid(format!(
+                "{} captions are too few for pictures {pictures:?}",
+                captions.len()
+            ))),
         };
-        Ok(Captions { prompts: select(&self.prompts)?, negatives: select(&self.negatives)? })
+        Ok(Captions {
+            prompts: select(&self.prompts)?,
+            negatives: select(&self.negatives)?,
+        })
     }
 }
 
@@ -160,7 +166,10 @@ impl Pipeline {
             width: own.width.unwrap_or(side),
             height: own.height.unwrap_or(side),
             steps: own.steps.unwrap_or(DEFAULT_STEPS),
-            shift: own.shift.or(scheduler.map(|scheduler| scheduler.shift)).unwrap_or(DEFAULT_SHIFT),
+            shift: own
+                .shift
+                .or(scheduler.map(|scheduler| scheduler.shift))
+                .unwrap_or(DEFAULT_SHIFT),
             cfg: own.cfg.unwrap_or(1.0),
         })
     }
@@ -194,7 +203,11 @@ impl Pipeline {
             "{}x{} pixels{} take about {} of memory, but {} has {} to spare: draw smaller{}",
             settings.width,
             settings.height,
-            if batch > 1 { format!(" in batches of {batch}") } else { String::new() },
+            if batch > 1 {
+                format!(" in batches of {batch}")
+            } else {
+                String::new()
+            },
             format_bytes(needed),
             self.device,
             format_bytes(available),
@@ -219,7 +232,10 @@ impl Pipeline {
                 }
             }
             let all = |texts: &[String]| texts.iter().map(|text| known[text.as_str()].clone()).collect();
-            let captions = Captions { prompts: all(prompts), negatives: all(negatives) };
+            let captions = Captions {
+                prompts: all(prompts),
+                negatives: all(negatives),
+            };
             if !pipeline.keep_text_encoder {
                 pipeline.text = None;
             }
@@ -234,7 +250,11 @@ impl Pipeline {
         if config.dim != self.config().caption_width {
             return Err(Error::file(
                 folder,
-                format!("makes features of width {}, the transformer takes {}", config.dim, self.config().caption_width),
+                format!(
+                    "makes features of width {}, the transformer takes {}",
+                    config.dim,
+                    self.config().caption_width
+                ),
             ));
         }
         let checkpoint = crate::checkpoint::Checkpoint::open_text_encoder(folder)?;
@@ -299,14 +319,18 @@ impl Pipeline {
         let schedule = Schedule::new(settings.steps, f64::from(settings.shift))?;
         let size = [noise.dim(1), noise.dim(2)];
         self.phase("denoise", |pipeline| {
-            let dit = pipeline.dit.as_ref().ok_or_else(|| Error::invalid("the transformer is not loaded"))?;
+            let dit = pipeline
+                .dit
+                .as_ref()
+                .ok_or_else(|| Error::invalid("the transformer is not loaded"))?;
             let prepare = |captions: &[Tensor]| dit.prepare(&captions.iter().collect::<Vec<_>>(), size);
             let prompt = prepare(&captions.prompts)?;
-            let guidance = match captions.negatives.as_slice() {
-                [] => Guidance::None(prompt),
-                each => Guidance::Cfg { prompt, negative: prepare(each)?, cfg: settings.cfg },
+            let negative = match captions.negatives.is_empty() {
+                true => None,
+                false => Some((prepare(&captions.negatives)?, settings.cfg)),
             };
-            sample(dit, &guidance, &schedule, noise, progress)
+            let conditioning = Conditioning { prompt, negative };
+            sample(dit, &conditioning, &schedule, noise, progress)
         })
     }
 
@@ -320,9 +344,14 @@ impl Pipeline {
             return Ok(drawn.clone());
         }
         self.phase("decode", |pipeline| {
-            let vae = pipeline.vae.as_ref().ok_or_else(|| Error::invalid("the VAE is not loaded"))?;
+            let vae = pipeline
+                .vae
+                .as_ref()
+                .ok_or_else(|| Error::invalid("the VAE is not loaded"))?;
             // One picture at a time: the decoder's maps are the largest tensors of a latent model.
-            let images = (0..drawn.dim(0)).map(|item| vae.decode(&drawn.narrow(item, 1)?)).collect::<Result<Vec<_>>>()?;
+            let images = (0..drawn.dim(0))
+                .map(|item| vae.decode(&drawn.narrow(item, 1)?))
+                .collect::<Result<Vec<_>>>()?;
             stack(&images)
         })
     }
@@ -333,7 +362,10 @@ impl Pipeline {
     /// When the copy from the device fails.
     pub fn to_bytes(&self, images: &Tensor) -> Result<Vec<Vec<u8>>> {
         let bytes = to_rgb8(images)?.to_vec::<u8>()?;
-        Ok(bytes.chunks(images.elements() / images.dim(0)).map(<[u8]>::to_vec).collect())
+        Ok(bytes
+            .chunks(images.elements() / images.dim(0))
+            .map(<[u8]>::to_vec)
+            .collect())
     }
 
     /// Runs `work` as one phase: timed to the device's end of work, with memory peaks of its own.
@@ -353,7 +385,12 @@ impl Pipeline {
             Device::Cuda(device) => Some(device.driver_memory_in_use()?),
         };
         let memory = self.device.memory_report();
-        self.phases.push(Phase { name, seconds: start.elapsed().as_secs_f64(), memory, driver_bytes });
+        self.phases.push(Phase {
+            name,
+            seconds: start.elapsed().as_secs_f64(),
+            memory,
+            driver_bytes,
+        });
         Ok(outcome)
     }
 }

@@ -315,6 +315,18 @@ impl Tensor {
         Ok(Tensor { shape, ..self.clone() })
     }
 
+    /// This tensor under another shape, still the only one on its buffer if it was.
+    ///
+    /// # Errors
+    /// When the number of elements differs.
+    pub fn into_shape(self, shape: impl Into<Shape>) -> Result<Self> {
+        let reshaped = self.reshape(shape)?;
+        Ok(Tensor {
+            shape: reshaped.shape,
+            ..self
+        })
+    }
+
     /// A view of `count` entries of the outermost dimension from `start` on.
     ///
     /// # Errors

@@ -86,7 +86,10 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
         l2p_bins::print(&format!("{}\n", serde_json::to_string_pretty(&record)?))?;
     } else {
         for output in &outcome.outputs {
-            let line = format!("{:<8} {:?}  relative {:.3e}  largest {:.3e}\n", output.name, output.shape, output.error, output.max_abs);
+            let line = format!(
+                "{:<8} {:?}  relative {:.3e}  largest {:.3e}\n",
+                output.name, output.shape, output.error, output.max_abs
+            );
             l2p_bins::print(&line)?;
         }
         let time = match arguments.repeats {

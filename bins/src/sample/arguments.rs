@@ -219,7 +219,10 @@ mod tests {
             rng: "torch".into(),
         };
         let arguments = Arguments::parse_from(["l2p-sample", "--seed", "9", "--model", "other"]).completed(Some(&like));
-        assert_eq!((arguments.seed, arguments.steps, arguments.width), (Some(9), Some(8), Some(128)));
+        assert_eq!(
+            (arguments.seed, arguments.steps, arguments.width),
+            (Some(9), Some(8), Some(128))
+        );
         assert_eq!(arguments.prompt.as_deref(), Some("a fox"));
         assert_eq!(arguments.model, Some(PathBuf::from("other")));
         assert_eq!(arguments.rng, Some(NoiseSource::Torch));

@@ -9,13 +9,22 @@ use l2p_engine::{Error, Result, Tensor};
 /// The noise of `path`, f32 `[1, height, width, channels]` on the device, of the size that the settings need.
 pub fn read_noise(path: &Path, pipeline: &Pipeline, settings: &Settings) -> Result<Tensor> {
     let mut values = read_values(path)?;
-    let noise = values.remove("noise").ok_or_else(|| Error::file(path, "holds no tensor `noise`"))?;
+    let noise = values
+        .remove("noise")
+        .ok_or_else(|| Error::file(path, "holds no tensor `noise`"))?;
     let [height, width, channels] = pipeline.canvas(settings);
-    let shape = noise.shape.strip_prefix(&[1]).filter(|shape| shape.len() == 3).unwrap_or(&noise.shape);
+    let shape = noise
+        .shape
+        .strip_prefix(&[1])
+        .filter(|shape| shape.len() == 3)
+        .unwrap_or(&noise.shape);
     if *shape != [channels, height, width] {
         return Err(Error::file(
             path,
-            format!("tensor `noise` has shape {:?}, expected [{channels}, {height}, {width}]", noise.shape),
+            format!(
+                "tensor `noise` has shape {:?}, expected [{channels}, {height}, {width}]",
+                noise.shape
+            ),
         ));
     }
     let values = transpose(&noise.values, channels, height * width);
@@ -25,18 +34,27 @@ pub fn read_noise(path: &Path, pipeline: &Pipeline, settings: &Settings) -> Resu
 /// `count` copies of a batch of one.
 pub fn repeat(noise: &Tensor, count: usize) -> Result<Tensor> {
     let values = noise.to_vec::<f32>()?.repeat(count);
-    Tensor::from_slice(&noise.device(), &values, [count, noise.dim(1), noise.dim(2), noise.dim(3)])
+    Tensor::from_slice(
+        &noise.device(),
+        &values,
+        [count, noise.dim(1), noise.dim(2), noise.dim(3)],
+    )
 }
 
 /// The caption features `cap.0`, … of `path` (and `neg.0`, … with guidance), one per picture or one for all.
 pub fn read_embeds(path: &Path, pipeline: &Pipeline, pictures: usize, guided: bool) -> Result<Captions> {
     let values = read_values(path)?;
     let list = |prefix: &str| -> Result<Vec<Tensor>> {
-        let features: Vec<&Values> = (0..).map_while(|index| values.get(&format!("{prefix}.{index}"))).collect();
+        let features: Vec<&Values> = (0..)
+            .map_while(|index| values.get(&format!("{prefix}.{index}")))
+            .collect();
         if features.len() != 1 && features.len() != pictures {
             return Err(Error::file(
                 path,
-                format!("holds {} tensors `{prefix}.N` for {pictures} pictures; one each or one for all are needed", features.len()),
+                format!(
+                    "holds {} tensors `{prefix}.N` for {pictures} pictures; one each or one for all are needed",
+                    features.len()
+                ),
             ));
         }
         let width = pipeline.config().caption_width;
@@ -46,26 +64,41 @@ pub fn read_embeds(path: &Path, pipeline: &Pipeline, pictures: usize, guided: bo
             }
             _ => Err(Error::file(
                 path,
-                format!("tensor `{prefix}.N` has shape {:?}, expected [tokens, {width}]", features.shape),
+                format!(
+                    "tensor `{prefix}.N` has shape {:?}, expected [tokens, {width}]",
+                    features.shape
+                ),
             )),
         });
         let tensors: Vec<Tensor> = tensors.collect::<Result<_>>()?;
-        Ok((0..pictures).map(|picture| tensors[picture.min(tensors.len() - 1)].clone()).collect())
+        Ok((0..pictures)
+            .map(|picture| tensors[picture.min(tensors.len() - 1)].clone())
+            .collect())
     };
-    Ok(Captions { prompts: list("cap")?, negatives: if guided { list("neg")? } else { Vec::new() } })
+    Ok(Captions {
+        prompts: list("cap")?,
+        negatives: if guided { list("neg")? } else { Vec::new() },
+    })
 }
 
 /// `[batch, height, width, channels]` as `[batch, channels, height, width]`.
 pub fn to_planes(images: &Tensor) -> Result<Values> {
     let [batch, height, width, channels] = [images.dim(0), images.dim(1), images.dim(2), images.dim(3)];
     let values = images.to_vec_f32()?;
-    let planes = values.chunks(height * width * channels).flat_map(|item| transpose(item, height * width, channels));
-    Ok(Values { shape: vec![batch, channels, height, width], values: planes.collect() })
+    let planes = values
+        .chunks(height * width * channels)
+        .flat_map(|item| transpose(item, height * width, channels));
+    Ok(Values {
+        shape: vec![batch, channels, height, width],
+        values: planes.collect(),
+    })
 }
 
 /// A row-major `[rows, columns]` matrix as `[columns, rows]`.
 fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    (0..values.len()).map(|index| values[index % rows * columns + index / rows]).collect()
+    (0..values.len())
+        .map(|index| values[index % rows * columns + index / rows])
+        .collect()
 }
 
 #[cfg(test)]
@@ -74,6 +107,9 @@ mod tests {
 
     #[test]
     fn planes_become_channels() {
-        assert_eq!(transpose(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2, 3), [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+        assert_eq!(
+            transpose(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2, 3),
+            [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]
+        );
     }
 }

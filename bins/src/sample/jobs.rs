@@ -66,7 +66,10 @@ impl Job {
 pub fn jobs(arguments: &Arguments) -> anyhow::Result<Vec<Job>> {
     let lines = match (&arguments.prompts, &arguments.prompt) {
         (Some(path), _) => read_lines(path)?,
-        (None, Some(prompt)) => vec![Line { prompt: prompt.clone(), ..Line::default() }],
+        (None, Some(prompt)) => vec![Line {
+            prompt: prompt.clone(),
+            ..Line::default()
+        }],
         (None, None) if arguments.embeds.is_some() => vec![Line::default()],
         (None, None) => bail!("nothing to draw: give --prompt TEXT or --prompts FILE.jsonl"),
     };
@@ -85,7 +88,12 @@ pub fn jobs(arguments: &Arguments) -> anyhow::Result<Vec<Job>> {
                 None => names.numbered(jobs.len(), seed),
             };
             let negative = line.negative.clone().unwrap_or_else(|| negative.clone());
-            jobs.push(Job { prompt: line.prompt.clone(), negative, seed, out });
+            jobs.push(Job {
+                prompt: line.prompt.clone(),
+                negative,
+                seed,
+                out,
+            });
         }
     }
     Ok(jobs)
@@ -99,12 +107,19 @@ fn read_lines(path: &Path) -> anyhow::Result<Vec<Line>> {
         .filter(|(_, line)| !line.trim().is_empty())
         .map(|(index, line)| {
             serde_json::from_str(line).with_context(|| {
-                format!("{}, line {}: expected {{\"prompt\": \"...\"}}", path.display(), index + 1)
+                format!(
+                    "{}, line {}: expected {{\"prompt\": \"...\"}}",
+                    path.display(),
+                    index + 1
+                )
             })
         })
         .collect::<anyhow::Result<_>>()?;
     if lines.is_empty() {
-        bail!("{}: holds no prompts; write one JSON object per line, {{\"prompt\": \"...\"}}", path.display());
+        bail!(
+            "{}: holds no prompts; write one JSON object per line, {{\"prompt\": \"...\"}}",
+            path.display()
+        );
     }
     Ok(lines)
 }
@@ -114,7 +129,11 @@ enum Names {
     /// The only picture.
     One(PathBuf),
     /// `folder/stem-0001.extension`
-    Numbered { folder: PathBuf, stem: String, extension: String },
+    Numbered {
+        folder: PathBuf,
+        stem: String,
+        extension: String,
+    },
     /// `folder/0001-seed.png`
     Folder(PathBuf),
 }
@@ -140,7 +159,11 @@ impl Names {
     fn numbered(&self, index: usize, seed: u64) -> PathBuf {
         match self {
             Names::One(path) => path.clone(),
-            Names::Numbered { folder, stem, extension } => folder.join(format!("{stem}-{:04}.{extension}", index + 1)),
+            Names::Numbered {
+                folder,
+                stem,
+                extension,
+            } => folder.join(format!("{stem}-{:04}.{extension}", index + 1)),
             Names::Folder(folder) => folder.join(format!("{:04}-{seed}.png", index + 1)),
         }
     }
@@ -153,7 +176,9 @@ impl Names {
         };
         let mut name = name.to_path_buf();
         if copies > 1 {
-            let extension = name.extension().map(|extension| format!(".{}", extension.to_string_lossy()));
+            let extension = name
+                .extension()
+                .map(|extension| format!(".{}", extension.to_string_lossy()));
             let stem = name.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             name.set_file_name(format!("{stem}-{}{}", copy + 1, extension.unwrap_or_default()));
         }
@@ -187,23 +212,46 @@ mod tests {
 
     #[test]
     fn every_picture_has_its_own_seed_and_name() {
-        let jobs = jobs_of(&["--prompt", "a fox", "--count", "3", "--seed", "7", "--out", "dir/fox.jpg"]).unwrap();
+        let jobs = jobs_of(&[
+            "--prompt",
+            "a fox",
+            "--count",
+            "3",
+            "--seed",
+            "7",
+            "--out",
+            "dir/fox.jpg",
+        ])
+        .unwrap();
         assert_eq!(jobs.iter().map(|job| job.seed).collect::<Vec<_>>(), [7, 8, 9]);
         assert_eq!(jobs[2].out, Path::new("dir/fox-0003.jpg"));
         let one = jobs_of(&["--prompt", "a fox", "--out", "fox.webp"]).unwrap();
         assert_eq!(one[0].out, Path::new("fox.webp"));
-        assert_eq!(jobs_of(&["--prompt", "a fox", "--out", "folder"]).unwrap()[0].out, Path::new("folder/0001-0.png"));
+        assert_eq!(
+            jobs_of(&["--prompt", "a fox", "--out", "folder"]).unwrap()[0].out,
+            Path::new("folder/0001-0.png")
+        );
     }
 
     #[test]
     fn unknown_formats_and_missing_prompts_are_named() {
-        assert!(jobs_of(&["--prompt", "a", "--out", "x.gif"]).unwrap_err().to_string().contains("x.gif"));
+        assert!(
+            jobs_of(&["--prompt", "a", "--out", "x.gif"])
+                .unwrap_err()
+                .to_string()
+                .contains("x.gif")
+        );
         assert!(jobs_of(&[]).unwrap_err().to_string().contains("--prompt"));
     }
 
     #[test]
     fn long_prompts_are_cut_between_characters() {
-        let job = Job { prompt: "字".repeat(40), negative: String::new(), seed: 0, out: PathBuf::new() };
+        let job = Job {
+            prompt: "字".repeat(40),
+            negative: String::new(),
+            seed: 0,
+            out: PathBuf::new(),
+        };
         assert_eq!(job.title().chars().count(), TITLE_LENGTH + 1);
     }
 }

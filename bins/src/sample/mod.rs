@@ -17,7 +17,7 @@ use l2p_engine::pipeline::{Captions, Pipeline, Settings};
 use l2p_engine::{Device, DeviceChoice, Error, Tensor};
 
 pub use arguments::Arguments;
-use arguments::{Command, Precision, ReportFormat};
+use arguments::{Command, Precision};
 use jobs::Job;
 use report::Report;
 use writer::{Finished, Writer};
@@ -38,10 +38,17 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
     }
     let _range = l2p_engine::profile::range(c"run");
     let start = Instant::now();
-    let like = arguments.like.as_deref().map(l2p_engine::image_io::read_settings).transpose()?;
+    let like = arguments
+        .like
+        .as_deref()
+        .map(l2p_engine::image_io::read_settings)
+        .transpose()?;
     let arguments = arguments.completed(like.as_ref());
     let device = open_device(&arguments)?;
-    let path = arguments.model.as_deref().context("no model: name one with --model DIR|FILE")?;
+    let path = arguments
+        .model
+        .as_deref()
+        .context("no model: name one with --model DIR|FILE")?;
     let paths = ModelPaths::resolve(path, &arguments.path_overrides())?;
     let mut pipeline = Pipeline::open(paths, device, arguments.keep_text_encoder)?;
 
@@ -64,7 +71,15 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
     let captions = captions(&arguments, &mut pipeline, &jobs, &settings)?;
     load(&mut pipeline)?;
     let mut report = Report::new(&arguments, &pipeline, &settings, batch);
-    draw(&arguments, &mut pipeline, &jobs, &captions, &settings, batch, &mut report)?;
+    draw(
+        &arguments,
+        &mut pipeline,
+        &jobs,
+        &captions,
+        &settings,
+        batch,
+        &mut report,
+    )?;
     if let Some(format) = arguments.report {
         crate::print(&report.finish(&pipeline, start.elapsed(), format)?)?;
     }
@@ -141,7 +156,11 @@ fn captions(
     }
     let spinner = spinner("reading the prompts");
     let prompts: Vec<String> = jobs.iter().map(|job| job.prompt.clone()).collect();
-    let negatives: Vec<String> = if guided { jobs.iter().map(|job| job.negative.clone()).collect() } else { Vec::new() };
+    let negatives: Vec<String> = if guided {
+        jobs.iter().map(|job| job.negative.clone()).collect()
+    } else {
+        Vec::new()
+    };
     let captions = pipeline.encode(&prompts, &negatives)?;
     spinner.finish_and_clear();
     Ok(captions)
@@ -166,12 +185,20 @@ fn draw(
     batch: usize,
     report: &mut Report,
 ) -> anyhow::Result<()> {
-    let noise = arguments.noise.as_deref().map(|path| inputs::read_noise(path, pipeline, settings)).transpose()?;
+    let noise = arguments
+        .noise
+        .as_deref()
+        .map(|path| inputs::read_noise(path, pipeline, settings))
+        .transpose()?;
     let batches = jobs.len().div_ceil(batch);
     let bar = bar("{msg} [{bar:32}] step {pos}/{len}  {per_step}  {eta} left");
     bar.set_length((batches * settings.steps) as u64);
     let mut writer = Writer::start(arguments.quality);
-    let model = arguments.model.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
+    let model = arguments
+        .model
+        .as_deref()
+        .map(|path| path.display().to_string())
+        .unwrap_or_default();
     for (index, part) in jobs.chunks(batch).enumerate() {
         bar.set_message(part[0].title());
         let items = index * batch..index * batch + part.len();
@@ -183,7 +210,11 @@ fn draw(
         };
         let mut progress = |step: StepReport| {
             bar.set_position((index * settings.steps + step.done) as u64);
-            if crate::stop_requested() { Err(Error::Interrupted) } else { Ok(()) }
+            if crate::stop_requested() {
+                Err(Error::Interrupted)
+            } else {
+                Ok(())
+            }
         };
         let drawn = pipeline.denoise(&captions, noise, settings, &mut progress)?;
         let images = pipeline.decode(&drawn)?;
@@ -193,7 +224,11 @@ fn draw(
         for (job, pixels) in part.iter().zip(pipeline.to_bytes(&images)?) {
             report.add(job);
             let settings = job.settings(settings, &model, arguments.rng.unwrap_or_default());
-            writer.write(Finished { path: job.out.clone(), pixels, settings })?;
+            writer.write(Finished {
+                path: job.out.clone(),
+                pixels,
+                settings,
+            })?;
         }
     }
     bar.finish_and_clear();

@@ -26,13 +26,24 @@ impl Report {
             Device::Cpu => "cpu".to_owned(),
             Device::Cuda(device) => format!("cuda:{} {}", device.index(), device.name()),
         };
-        let model = arguments.model.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
-        Report { model, device, settings: *settings, batch, pictures: Vec::new() }
+        let model = arguments
+            .model
+            .as_deref()
+            .map(|path| path.display().to_string())
+            .unwrap_or_default();
+        Report {
+            model,
+            device,
+            settings: *settings,
+            batch,
+            pictures: Vec::new(),
+        }
     }
 
     /// Adds a picture.
     pub fn add(&mut self, job: &Job) {
-        self.pictures.push(json!({ "file": job.out, "prompt": job.prompt, "negative": job.negative, "seed": job.seed }));
+        self.pictures
+            .push(json!({ "file": job.out, "prompt": job.prompt, "negative": job.negative, "seed": job.seed }));
     }
 
     /// The whole report.
@@ -61,7 +72,14 @@ impl Report {
     }
 
     fn table(&self, phases: &[Phase], total: Duration) -> String {
-        let mut text = format!("{} on {}, {} at {}x{}\n", self.model, self.device, super::count(self.pictures.len(), "picture"), self.settings.width, self.settings.height);
+        let mut text = format!(
+            "{} on {}, {} at {}x{}\n",
+            self.model,
+            self.device,
+            super::count(self.pictures.len(), "picture"),
+            self.settings.width,
+            self.settings.height
+        );
         let used: Vec<MemoryTag> = MemoryTag::ALL
             .into_iter()
             .filter(|&tag| phases.iter().any(|phase| phase.memory.tag(tag).peak > 0))
@@ -73,7 +91,13 @@ impl Report {
         }
         let _ = writeln!(text, "{:>13}", "driver");
         for phase in phases {
-            let _ = write!(text, "{:<10}{:>8.3} s{:>12}", phase.name, phase.seconds, format_bytes(phase.memory.total.peak));
+            let _ = write!(
+                text,
+                "{:<10}{:>8.3} s{:>12}",
+                phase.name,
+                phase.seconds,
+                format_bytes(phase.memory.total.peak)
+            );
             for &tag in &used {
                 let _ = write!(text, "{:>13}", format_bytes(phase.memory.tag(tag).peak));
             }

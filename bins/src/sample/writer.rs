@@ -32,11 +32,21 @@ impl Writer {
         let thread = std::thread::spawn(move || {
             for Finished { path, pixels, settings } in pictures {
                 let image = RgbImage::new(settings.width, settings.height, pixels)?;
-                write_image(&path, &image, &WriteOptions { jpeg_quality, settings: Some(&settings) })?;
+                write_image(
+                    &path,
+                    &image,
+                    &WriteOptions {
+                        jpeg_quality,
+                        settings: Some(&settings),
+                    },
+                )?;
             }
             Ok(())
         });
-        Writer { queue: Some(queue), thread: Some(thread) }
+        Writer {
+            queue: Some(queue),
+            thread: Some(thread),
+        }
     }
 
     /// Hands over a picture.

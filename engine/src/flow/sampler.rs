@@ -4,26 +4,20 @@ use super::schedule::Schedule;
 use crate::error::{Error, Result};
 use crate::model::dit::{Dit, Prepared};
 use crate::ops::cast::cast;
-use crate::ops::guidance::{self, guided_euler_step};
+use crate::ops::guidance::{Guidance, guided_euler_step};
 use crate::profile;
 use crate::tensor::Tensor;
 
 /// Modulation tables are made for at most this many steps at once, which bounds their memory.
 const STEPS_PER_TABLE: usize = 16;
 
-/// What the captions ask for.
-pub enum Guidance {
-    /// One pass per step: the prompt alone.
-    None(Prepared),
-    /// Two passes per step: `v = v_negative + cfg · (v_prompt − v_negative)`.
-    Cfg {
-        /// The captions to follow.
-        prompt: Prepared,
-        /// The captions to move away from.
-        negative: Prepared,
-        /// The strength; 1 would be no guidance.
-        cfg: f32,
-    },
+/// What the pictures follow.
+pub struct Conditioning {
+    /// The captions to follow.
+    pub prompt: Prepared,
+    /// With guidance, the captions to move away from and the strength: two passes per step instead of one,
+    /// `v = v_negative + cfg · (v_prompt − v_negative)`.
+    pub negative: Option<(Prepared, f32)>,
 }
 
 /// Told after each step.
@@ -42,7 +36,7 @@ pub struct StepReport {
 /// When shapes do not fit, the device has no room, or `progress` says so.
 pub fn sample(
     dit: &Dit,
-    guidance: &Guidance,
+    conditioning: &Conditioning,
     schedule: &Schedule,
     noise: Tensor,
     progress: &mut dyn FnMut(StepReport) -> Result<()>,
@@ -61,23 +55,14 @@ pub fn sample(
             .ok_or_else(|| Error::invalid("a step without modulation"))?;
         let modulations = tables.narrow(step % STEPS_PER_TABLE, 1)?;
         let image = cast(&x, dit.device().compute_dtype())?;
-        match guidance {
-            Guidance::None(prompt) => {
-                let velocity = dit.forward(&image, prompt, &modulations)?;
-                drop(image);
-                guided_euler_step(&mut x, &velocity, None, schedule.delta(step))?;
-            }
-            Guidance::Cfg { prompt, negative, cfg } => {
-                let velocity = dit.forward(&image, prompt, &modulations)?;
-                let away = dit.forward(&image, negative, &modulations)?;
-                drop(image);
-                let away = guidance::Guidance {
-                    negative: &away,
-                    cfg: *cfg,
-                };
-                guided_euler_step(&mut x, &velocity, Some(away), schedule.delta(step))?;
-            }
-        }
+        let velocity = dit.forward(&image, &conditioning.prompt, &modulations)?;
+        let away = match &conditioning.negative {
+            Some((negative, cfg)) => Some((dit.forward(&image, negative, &modulations)?, *cfg)),
+            None => None,
+        };
+        drop(image);
+        let guidance = away.as_ref().map(|(negative, cfg)| Guidance { negative, cfg: *cfg });
+        guided_euler_step(&mut x, &velocity, guidance, schedule.delta(step))?;
         progress(StepReport {
             done: step + 1,
             steps: schedule.steps(),

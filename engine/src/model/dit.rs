@@ -257,7 +257,7 @@ impl Dit {
             });
         }
         let batch = batch.ok_or_else(|| Error::invalid("a batch needs at least one caption"))?;
-        let mut batch = batch.reshape([captions.len(), longest, self.config.dim])?;
+        let mut batch = batch.into_shape([captions.len(), longest, self.config.dim])?;
         let lengths: Vec<i32> = captions.iter().map(|caption| caption.dim(1) as i32).collect();
         let lengths = Tensor::from_slice(&self.device, &lengths, [lengths.len()])?;
         fill_pad_tokens(&mut batch, &lengths, &self.caption_pad)?;
