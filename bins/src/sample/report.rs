@@ -62,6 +62,7 @@ impl Report {
                     "pictures": self.pictures,
                     "phases": phases.iter().map(phase_json).collect::<Vec<_>>(),
                     "total_seconds": total.as_secs_f64(),
+                    "estimated_bytes": pipeline.estimate(&self.settings, self.batch),
                     "peak_bytes": phases.iter().map(|phase| phase.memory.total.peak).max(),
                     "driver_peak_bytes": phases.iter().filter_map(|phase| phase.driver_bytes).max(),
                 });

@@ -4,6 +4,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::host_memory::available_memory;
 use super::memory::{MemoryTag, cpu_ledger, format_bytes};
 use crate::error::{Error, Result};
 
@@ -81,18 +82,4 @@ impl Drop for CpuBuffer {
         // SAFETY: allocated in `new` with this layout and not freed before.
         unsafe { dealloc(self.start.as_ptr(), self.layout) };
     }
-}
-
-/// Bytes of host memory that can still be used without swapping; `u64::MAX` where the system does not tell.
-pub(super) fn available_memory() -> u64 {
-    let from_meminfo = || {
-        let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-        let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
-        line.split_whitespace()
-            .nth(1)?
-            .parse::<u64>()
-            .ok()
-            .map(|kib| kib * 1024)
-    };
-    from_meminfo().unwrap_or(u64::MAX)
 }

@@ -5,6 +5,7 @@
 mod blas;
 mod cpu;
 mod cuda;
+mod host_memory;
 mod kernel;
 mod libraries;
 mod memory;
@@ -107,7 +108,7 @@ impl Device {
     /// When the driver cannot be asked.
     pub fn available_memory(&self) -> Result<u64> {
         match self {
-            Device::Cpu => Ok(cpu::available_memory()),
+            Device::Cpu => Ok(host_memory::available_memory()),
             Device::Cuda(device) => device.available_memory(),
         }
     }

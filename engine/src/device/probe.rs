@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::cuda::{NATIVE_CAPABILITY, OLDEST_CAPABILITY, gpu_count, portable_forced, too_old};
 use super::memory::format_bytes;
-use super::{cpu, libraries};
+use super::{host_memory, libraries};
 
 /// Everything that `--device auto` looks at.
 #[derive(Debug, Serialize)]
@@ -74,7 +74,7 @@ pub fn probe() -> ProbeReport {
     });
     ProbeReport {
         cpu_threads: rayon::current_num_threads(),
-        cpu_available_bytes: cpu::available_memory(),
+        cpu_available_bytes: host_memory::available_memory(),
         driver: driver_version(),
         cublas_lt,
         kernel_images,

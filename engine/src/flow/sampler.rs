@@ -1,8 +1,8 @@
 //! Euler sampling with classifier-free guidance.
 //!
-//! The host submits a step while the GPU computes the one before, and never more than that: a step that was submitted waits
-//! for the one before it to be done. So the GPU never idles between steps, progress tells what is done and not what is queued,
-//! and stopping takes no longer than the step that is running.
+//! The host submits a step while the GPU computes the one before, then waits for that one to be done; it never runs further
+//! ahead. So the GPU does not idle between steps, progress tells what is done and not what is queued, and stopping takes no
+//! longer than the step that is running.
 
 use std::collections::VecDeque;
 

@@ -353,6 +353,11 @@ fn reports() -> Outcome {
     );
     let peaks = phases.iter().map(|phase| number(&phase["peak_bytes"]));
     assert_eq!(number(&report["peak_bytes"]), peaks.fold(0.0, f64::max));
+    let estimate = number(&report["estimated_bytes"]) / number(&report["peak_bytes"]);
+    assert!(
+        (0.5..2.0).contains(&estimate),
+        "estimated {estimate} times what was used"
+    );
     // The text encoder is gone when the transformer comes: 5.1 MB in bf16.
     let weights = |phase: usize| number(&phases[phase]["peak_bytes_by_tag"]["weights"]);
     let kept = draw(
