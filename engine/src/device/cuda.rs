@@ -233,7 +233,7 @@ impl CudaDevice {
     pub fn blas(&self) -> Result<&Blas> {
         if self.blas.get().is_none() {
             self.bind()?;
-            let blas = Blas::new()?;
+            let blas = Blas::new(&self.name)?;
             // A second thread may have been faster; either handle will do.
             let _ = self.blas.set(blas);
         }
