@@ -160,7 +160,7 @@ pub fn check(component: Component, model: &Path, io: &Path, device: &Device, rep
 
 fn check_dit(model: &Path, io: &mut Io<'_>, device: &Device, repeats: usize) -> Result<Outcome> {
     let transformer = ModelPaths::resolve(model, &PathOverrides::default())?.open_transformer()?;
-    let dit = Dit::load(&transformer.checkpoint, device, &transformer.config, &mut |_, _| {})?;
+    let dit = Dit::load(&transformer.checkpoint, device, &transformer.config, &mut |_, _| Ok(()))?;
     let x = io.image("x", device, false)?;
     let times = io.take("t", 1)?.values;
     let mut captions = Vec::new();

@@ -4,8 +4,12 @@
 //! (VAE, latent models only). Device memory therefore peaks at the larger of the text encoder and the transformer with one
 //! step's activations.
 
+mod settings;
+
 use std::collections::HashMap;
 use std::time::Instant;
+
+pub use settings::Settings;
 
 use serde::Serialize;
 
@@ -15,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
 use crate::flow::sampler::{Conditioning, StepReport, sample};
 use crate::flow::schedule::Schedule;
+use crate::model::DeviceLimits;
 use crate::model::config::{DitConfig, ModelKind, TextConfig, VaeConfig};
 use crate::model::dit::Dit;
 use crate::model::text::TextEncoder;
@@ -33,21 +38,6 @@ const DEFAULT_SHIFT: f32 = 3.0;
 /// Latent models draw this size where nobody says; pixel models, a grid of `DEFAULT_GRID` patches.
 const DEFAULT_LATENT_SIZE: usize = 1024;
 const DEFAULT_GRID: usize = 64;
-
-/// What to draw with.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Settings {
-    /// Pixels.
-    pub width: usize,
-    /// Pixels.
-    pub height: usize,
-    /// Denoising steps.
-    pub steps: usize,
-    /// How far sigmas are shifted towards noise.
-    pub shift: f32,
-    /// Guidance; 1 is none, and takes one pass per step instead of two.
-    pub cfg: f32,
-}
 
 /// One phase of a run.
 #[derive(Clone, Debug, Serialize)]
@@ -68,6 +58,15 @@ pub struct Captions {
     pub prompts: Vec<Tensor>,
     /// What to move away from, for each picture; empty without guidance.
     pub negatives: Vec<Tensor>,
+}
+
+/// Told after each text that was encoded.
+#[derive(Clone, Copy, Debug)]
+pub struct EncodeReport<'a> {
+    /// The text.
+    pub text: &'a str,
+    /// Tokens at its end that the tokenizer's limit cut off.
+    pub dropped_tokens: usize,
 }
 
 /// A model, opened and checked, whose parts come to the device as they are needed.
@@ -109,13 +108,17 @@ impl Pipeline {
     /// Opens the model at `paths`: reads configurations and headers, loads no weights.
     ///
     /// # Errors
-    /// When a part is missing, damaged, or does not fit the others.
+    /// When a part is missing, damaged, does not fit the others, or has sizes that the device's kernels cannot take.
     pub fn open(paths: ModelPaths, device: Device, keep_text_encoder: bool) -> Result<Self> {
         let transformer = paths.open_transformer()?;
         let vae_config = match transformer.config.kind {
             ModelKind::Latent => Some(VaeConfig::read(paths.vae()?)?),
             ModelKind::Pixel => None,
         };
+        Dit::expect_runs_on(&transformer.checkpoint, &device, &transformer.config)?;
+        if let Some(config) = &vae_config {
+            config.expect_runs_on(&device)?;
+        }
         Ok(Pipeline {
             device,
             paths,
@@ -187,14 +190,18 @@ impl Pipeline {
         // The estimate counts bf16; the CPU computes in f32.
         let element = self.device.compute_dtype().size() as u64;
         let sampling = estimate.sampling;
-        (sampling.weights + sampling.activations * batch as u64) * element / 2
+        let bf16 = sampling
+            .weights
+            .saturating_add(sampling.activations.saturating_mul(batch as u64));
+        (bf16 / 2).saturating_mul(element)
     }
 
-    /// Refuses work that the device has no memory for, before any of it starts.
+    /// Refuses settings that make no sense and work that the device has no memory for, before any of it starts.
     ///
     /// # Errors
-    /// Naming the estimate and what there is.
+    /// Naming the value at fault, or the estimate and what there is.
     pub fn expect_room(&self, settings: &Settings, batch: usize) -> Result<()> {
+        settings.check()?;
         let (needed, available) = (self.estimate(settings, batch), self.device.available_memory()?);
         if needed <= available {
             return Ok(());
@@ -215,11 +222,17 @@ impl Pipeline {
         )))
     }
 
-    /// The captions of `prompts` and of `negatives` (as many, or none); equal texts are encoded once.
+    /// The captions of `prompts` and of `negatives` (as many, or none); equal texts are encoded once. `encoded` is called
+    /// after each of them; an error from it ends the work.
     ///
     /// # Errors
-    /// When the text encoder or tokenizer is missing or damaged, or the device has no room.
-    pub fn encode(&mut self, prompts: &[String], negatives: &[String]) -> Result<Captions> {
+    /// When the text encoder or tokenizer is missing or damaged, the device has no room, or `encoded` says so.
+    pub fn encode(
+        &mut self,
+        prompts: &[String],
+        negatives: &[String],
+        encoded: &mut dyn FnMut(EncodeReport<'_>) -> Result<()>,
+    ) -> Result<Captions> {
         self.phase("text", |pipeline| {
             if pipeline.text.is_none() {
                 pipeline.text = Some(pipeline.load_text_encoder()?);
@@ -228,7 +241,12 @@ impl Pipeline {
             let mut known: HashMap<&str, Tensor> = HashMap::new();
             for text in prompts.iter().chain(negatives) {
                 if !known.contains_key(text.as_str()) {
-                    known.insert(text, encoder.encode(&tokenizer.encode(text)?.ids)?);
+                    let tokens = tokenizer.encode(text)?;
+                    known.insert(text, encoder.encode(&tokens.ids)?);
+                    encoded(EncodeReport {
+                        text,
+                        dropped_tokens: tokens.dropped,
+                    })?;
                 }
             }
             let all = |texts: &[String]| texts.iter().map(|text| known[text.as_str()].clone()).collect();
@@ -243,9 +261,17 @@ impl Pipeline {
         })
     }
 
-    fn load_text_encoder(&self) -> Result<(PromptTokenizer, TextEncoder)> {
+    /// Checks before any work that there is a text encoder, of the width that the transformer takes; reads no weights.
+    ///
+    /// # Errors
+    /// Saying how to name a part that is missing, or what does not fit.
+    pub fn expect_text_encoder(&self) -> Result<()> {
+        self.text_config().map(|_| ())
+    }
+
+    fn text_config(&self) -> Result<TextConfig> {
         let folder = self.paths.text_encoder()?;
-        let tokenizer = PromptTokenizer::open(self.paths.tokenizer()?)?;
+        self.paths.tokenizer()?;
         let config = TextConfig::read(folder)?;
         if config.dim != self.config().caption_width {
             return Err(Error::file(
@@ -257,17 +283,24 @@ impl Pipeline {
                 ),
             ));
         }
-        let checkpoint = crate::checkpoint::Checkpoint::open_text_encoder(folder)?;
+        config.expect_runs_on(&self.device)?;
+        Ok(config)
+    }
+
+    fn load_text_encoder(&self) -> Result<(PromptTokenizer, TextEncoder)> {
+        let config = self.text_config()?;
+        let tokenizer = PromptTokenizer::open(self.paths.tokenizer()?)?;
+        let checkpoint = crate::checkpoint::Checkpoint::open_text_encoder(self.paths.text_encoder()?)?;
         let _tag = MemoryTag::Weights.scope();
         Ok((tokenizer, TextEncoder::load(&checkpoint, &self.device, &config)?))
     }
 
     /// Brings the transformer (and a latent model's VAE decoder) onto the device; nothing when they are there.
-    /// `loaded(done, total)` is told of each block.
+    /// `loaded(done, total)` is told of each block; an error from it ends the loading.
     ///
     /// # Errors
-    /// When a tensor cannot be read or the device has no room.
-    pub fn load(&mut self, loaded: &mut dyn FnMut(usize, usize)) -> Result<()> {
+    /// When a tensor cannot be read, the device has no room, or `loaded` says so.
+    pub fn load(&mut self, loaded: &mut dyn FnMut(usize, usize) -> Result<()>) -> Result<()> {
         if self.dit.is_some() {
             return Ok(());
         }

@@ -112,6 +112,12 @@ impl Case<'_> {
         value
     }
 
+    /// Whether the case's configuration has a value at this path.
+    pub fn has_config(&self, path: &[&str]) -> bool {
+        let config = &self.description["config"];
+        !path.iter().fold(config, |value, key| &value[key]).is_null()
+    }
+
     /// A number of the case's configuration.
     ///
     /// # Panics

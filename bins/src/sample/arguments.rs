@@ -41,13 +41,13 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE.jsonl", conflicts_with = "prompt")]
     pub prompts: Option<PathBuf>,
     /// Guidance: 1 is none (one pass per step), more follows the prompt closer (two passes) [default: the model's]
-    #[arg(long, value_name = "SCALE")]
+    #[arg(long, value_name = "SCALE", allow_negative_numbers = true)]
     pub cfg: Option<f32>,
     /// Denoising steps [default: the model's, or 28]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = positive)]
     pub steps: Option<usize>,
     /// How far the schedule is shifted towards noise; larger pictures need more [default: the model's, or 3]
-    #[arg(long, value_name = "SHIFT")]
+    #[arg(long, value_name = "SHIFT", allow_negative_numbers = true)]
     pub shift: Option<f32>,
     /// Seed of the first picture's noise; each further picture takes the next [default: 0]
     #[arg(long, value_name = "N")]
@@ -100,7 +100,8 @@ pub struct Arguments {
     /// Print time and peak memory by phase and tag to standard output
     #[arg(long, value_enum, value_name = "FORMAT", num_args = 0..=1, default_missing_value = "text")]
     pub report: Option<ReportFormat>,
-    /// Also write the image as f32 (tensor `image`, and `latent` of a latent model) to a safetensors file
+    /// Also write all images as f32 (tensor `image`, [pictures, channels, height, width], and `latent` of a latent model) to a
+    /// safetensors file
     #[arg(long, value_name = "FILE")]
     pub save_raw: Option<PathBuf>,
     /// Take the noise from a safetensors file (tensor `noise`, [channels, height, width]) instead of the seed
@@ -148,8 +149,11 @@ pub enum ReportFormat {
 
 impl Arguments {
     /// These, completed by the settings of a picture.
-    pub fn completed(mut self, like: Option<&PictureSettings>) -> Self {
-        let Some(like) = like else { return self };
+    ///
+    /// # Errors
+    /// When the picture names a noise generator that this program does not have.
+    pub fn completed(mut self, like: Option<&PictureSettings>) -> l2p_engine::Result<Self> {
+        let Some(like) = like else { return Ok(self) };
         if self.prompts.is_none() {
             self.prompt.get_or_insert_with(|| like.prompt.clone());
         }
@@ -161,10 +165,10 @@ impl Arguments {
         self.seed.get_or_insert(like.seed);
         self.width.get_or_insert(like.width);
         self.height.get_or_insert(like.height);
-        if let (None, Ok(rng)) = (self.rng, like.rng.parse()) {
-            self.rng = Some(rng);
+        if self.rng.is_none() {
+            self.rng = Some(like.rng.parse()?);
         }
-        self
+        Ok(self)
     }
 
     /// The parts of the model that were named.
@@ -206,7 +210,7 @@ mod tests {
 
     #[test]
     fn flags_win_over_a_picture() {
-        let like = PictureSettings {
+        let mut like = PictureSettings {
             prompt: "a fox".into(),
             negative: String::new(),
             seed: 5,
@@ -218,7 +222,8 @@ mod tests {
             model: "m".into(),
             rng: "torch".into(),
         };
-        let arguments = Arguments::parse_from(["l2p-sample", "--seed", "9", "--model", "other"]).completed(Some(&like));
+        let given = Arguments::parse_from(["l2p-sample", "--seed", "9", "--model", "other"]);
+        let arguments = given.clone().completed(Some(&like)).unwrap();
         assert_eq!(
             (arguments.seed, arguments.steps, arguments.width),
             (Some(9), Some(8), Some(128))
@@ -226,5 +231,7 @@ mod tests {
         assert_eq!(arguments.prompt.as_deref(), Some("a fox"));
         assert_eq!(arguments.model, Some(PathBuf::from("other")));
         assert_eq!(arguments.rng, Some(NoiseSource::Torch));
+        like.rng = "dice".into();
+        assert!(given.completed(Some(&like)).unwrap_err().to_string().contains("`dice`"));
     }
 }

@@ -1,8 +1,8 @@
 //! Tensors from and for files: noise, caption features, raw images.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use l2p_engine::checkpoint::{Values, read_values};
+use l2p_engine::checkpoint::{Values, expect_writable, read_values, write_values};
 use l2p_engine::pipeline::{Captions, Pipeline, Settings};
 use l2p_engine::{Error, Result, Tensor};
 
@@ -81,8 +81,63 @@ pub fn read_embeds(path: &Path, pipeline: &Pipeline, pictures: usize, guided: bo
     })
 }
 
+/// The numbers behind the pictures, collected while they are drawn.
+pub struct RawImages {
+    path: PathBuf,
+    images: Values,
+    /// Of a latent model.
+    latents: Option<Values>,
+}
+
+impl RawImages {
+    /// Nothing yet.
+    ///
+    /// # Errors
+    /// When no file can be written there.
+    pub fn new(path: &Path) -> Result<Self> {
+        expect_writable(path)?;
+        Ok(RawImages {
+            path: path.into(),
+            images: Values::default(),
+            latents: None,
+        })
+    }
+
+    /// Adds a batch: what the transformer drew, and its images.
+    ///
+    /// # Errors
+    /// When the copy from the device fails.
+    pub fn add(&mut self, drawn: &Tensor, images: &Tensor) -> Result<()> {
+        append(&mut self.images, to_planes(images)?);
+        if drawn.shape() != images.shape() {
+            append(self.latents.get_or_insert_default(), to_planes(drawn)?);
+        }
+        Ok(())
+    }
+
+    /// Writes the file: `image`, and `latent` where the model has one, as `[pictures, channels, height, width]`.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn finish(self) -> Result<()> {
+        let mut tensors = vec![("image".to_owned(), self.images)];
+        tensors.extend(self.latents.map(|latents| ("latent".to_owned(), latents)));
+        write_values(&self.path, &tensors)
+    }
+}
+
+/// Appends a batch to a batch.
+fn append(all: &mut Values, mut more: Values) {
+    if all.shape.is_empty() {
+        *all = more;
+        return;
+    }
+    all.shape[0] += more.shape[0];
+    all.values.append(&mut more.values);
+}
+
 /// `[batch, height, width, channels]` as `[batch, channels, height, width]`.
-pub fn to_planes(images: &Tensor) -> Result<Values> {
+fn to_planes(images: &Tensor) -> Result<Values> {
     let [batch, height, width, channels] = [images.dim(0), images.dim(1), images.dim(2), images.dim(3)];
     let values = images.to_vec_f32()?;
     let planes = values

@@ -1,5 +1,6 @@
 //! What to draw: one job per picture.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -12,6 +13,9 @@ use super::arguments::Arguments;
 
 /// Characters of a prompt that fit beside a progress bar.
 const TITLE_LENGTH: usize = 32;
+
+/// More pictures than this are taken for a slip.
+const MOST_PICTURES: usize = 1_000_000;
 
 /// One picture.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,14 +41,6 @@ struct Line {
 }
 
 impl Job {
-    /// The prompt's beginning.
-    pub fn title(&self) -> String {
-        match self.prompt.char_indices().nth(TITLE_LENGTH) {
-            Some((end, _)) => format!("{}…", &self.prompt[..end]),
-            None => self.prompt.clone(),
-        }
-    }
-
     /// What is written into the picture.
     pub fn settings(&self, settings: &Settings, model: &str, rng: NoiseSource) -> image_io::Settings {
         image_io::Settings {
@@ -62,6 +58,15 @@ impl Job {
     }
 }
 
+/// A prompt's beginning, on one line.
+pub fn title(prompt: &str) -> String {
+    let line = prompt.replace(char::is_control, " ");
+    match line.char_indices().nth(TITLE_LENGTH) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
+    }
+}
+
 /// The jobs that the arguments ask for: every prompt, `count` times, each with a seed of its own.
 pub fn jobs(arguments: &Arguments) -> anyhow::Result<Vec<Job>> {
     let lines = match (&arguments.prompts, &arguments.prompt) {
@@ -73,7 +78,17 @@ pub fn jobs(arguments: &Arguments) -> anyhow::Result<Vec<Job>> {
         (None, None) if arguments.embeds.is_some() => vec![Line::default()],
         (None, None) => bail!("nothing to draw: give --prompt TEXT or --prompts FILE.jsonl"),
     };
-    let pictures = lines.len() * arguments.count;
+    let pictures = lines
+        .len()
+        .checked_mul(arguments.count)
+        .filter(|pictures| *pictures <= MOST_PICTURES)
+        .with_context(|| {
+            format!(
+                "{} prompts, {} pictures each, are more than the {MOST_PICTURES} that one run draws",
+                lines.len(),
+                arguments.count
+            )
+        })?;
     let names = Names::new(&arguments.out, pictures)?;
     let negative = arguments.negative.clone().unwrap_or_default();
     let mut jobs = Vec::with_capacity(pictures);
@@ -101,6 +116,8 @@ pub fn jobs(arguments: &Arguments) -> anyhow::Result<Vec<Job>> {
 
 fn read_lines(path: &Path) -> anyhow::Result<Vec<Line>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+    // Editors on Windows begin a file with a byte order mark.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let lines: Vec<Line> = text
         .lines()
         .enumerate()
@@ -188,17 +205,24 @@ impl Names {
 
 /// Checks before the work begins that every picture can be written, and makes the folders they go to.
 pub fn expect_writable(jobs: &[Job], settings: &Settings) -> anyhow::Result<()> {
-    let mut names = std::collections::BTreeSet::new();
+    let mut names = BTreeSet::new();
     for job in jobs {
-        if !names.insert(&job.out) {
+        ImageFormat::of(&job.out)?;
+        // `./name` and `name` are one file.
+        if !names.insert(Path::new(".").join(&job.out)) {
             bail!("two pictures would be written to {}", job.out.display());
         }
-        if let Some(folder) = job.out.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-            std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-        }
-        image_io::expect_writable(&job.out, settings.width, settings.height)?;
     }
-    Ok(())
+    let folders: BTreeSet<&Path> = jobs.iter().filter_map(|job| job.out.parent()).collect();
+    for folder in folders.into_iter().filter(|folder| !folder.as_os_str().is_empty()) {
+        if folder.exists() && !folder.is_dir() {
+            bail!("{}: is a file, expected a folder for the pictures", folder.display());
+        }
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    }
+    jobs.iter()
+        .try_for_each(|job| image_io::expect_writable(&job.out, settings.width, settings.height))
+        .map_err(Into::into)
 }
 
 #[cfg(test)]
@@ -242,16 +266,17 @@ mod tests {
                 .contains("x.gif")
         );
         assert!(jobs_of(&[]).unwrap_err().to_string().contains("--prompt"));
+        let many = jobs_of(&["--prompt", "a", "--count", "18446744073709551615"]);
+        assert!(
+            many.unwrap_err()
+                .to_string()
+                .contains("1 prompts, 18446744073709551615")
+        );
     }
 
     #[test]
     fn long_prompts_are_cut_between_characters() {
-        let job = Job {
-            prompt: "字".repeat(40),
-            negative: String::new(),
-            seed: 0,
-            out: PathBuf::new(),
-        };
-        assert_eq!(job.title().chars().count(), TITLE_LENGTH + 1);
+        assert_eq!(title(&"字".repeat(40)).chars().count(), TITLE_LENGTH + 1);
+        assert_eq!(title("two\nlines"), "two lines");
     }
 }

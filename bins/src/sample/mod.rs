@@ -13,11 +13,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 use l2p_engine::checkpoint::ModelPaths;
 use l2p_engine::device::probe;
 use l2p_engine::flow::sampler::StepReport;
-use l2p_engine::pipeline::{Captions, Pipeline, Settings};
+use l2p_engine::pipeline::{Captions, EncodeReport, Pipeline, Settings};
 use l2p_engine::{Device, DeviceChoice, Error, Tensor};
 
 pub use arguments::Arguments;
 use arguments::{Command, Precision};
+use inputs::RawImages;
 use jobs::Job;
 use report::Report;
 use writer::{Finished, Writer};
@@ -43,20 +44,35 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
         .as_deref()
         .map(l2p_engine::image_io::read_settings)
         .transpose()?;
-    let arguments = arguments.completed(like.as_ref());
-    let device = open_device(&arguments)?;
+    let arguments = arguments.completed(like.as_ref())?;
+    let jobs = jobs::jobs(&arguments)?;
     let path = arguments
         .model
         .as_deref()
         .context("no model: name one with --model DIR|FILE")?;
     let paths = ModelPaths::resolve(path, &arguments.path_overrides())?;
+    let device = open_device(&arguments)?;
     let mut pipeline = Pipeline::open(paths, device, arguments.keep_text_encoder)?;
 
     let settings = settings(&arguments, &pipeline)?;
-    let jobs = jobs::jobs(&arguments)?;
-    jobs::expect_writable(&jobs, &settings)?;
     let batch = batch_size(&arguments, &pipeline, &settings, jobs.len());
     pipeline.expect_room(&settings, batch)?;
+    jobs::expect_writable(&jobs, &settings)?;
+    let raw = arguments.save_raw.as_deref().map(RawImages::new).transpose()?;
+    let noise = arguments
+        .noise
+        .as_deref()
+        .map(|path| inputs::read_noise(path, &pipeline, &settings))
+        .transpose()?;
+    let guided = settings.cfg != 1.0;
+    let embeds = arguments
+        .embeds
+        .as_deref()
+        .map(|path| inputs::read_embeds(path, &pipeline, jobs.len(), guided))
+        .transpose()?;
+    if embeds.is_none() {
+        pipeline.expect_text_encoder()?;
+    }
     eprintln!(
         "{} {}x{} on {}: {} steps, shift {}, cfg {}",
         count(jobs.len(), "picture"),
@@ -68,18 +84,20 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
         settings.cfg
     );
 
-    let captions = captions(&arguments, &mut pipeline, &jobs, &settings)?;
+    let captions = match embeds {
+        Some(captions) => captions,
+        None => encode(&mut pipeline, &jobs, guided)?,
+    };
     load(&mut pipeline)?;
     let mut report = Report::new(&arguments, &pipeline, &settings, batch);
-    draw(
-        &arguments,
-        &mut pipeline,
-        &jobs,
-        &captions,
-        &settings,
+    let work = Work {
+        jobs: &jobs,
+        captions: &captions,
+        noise: noise.as_ref(),
+        settings: &settings,
         batch,
-        &mut report,
-    )?;
+    };
+    draw(&arguments, &mut pipeline, &work, raw, &mut report)?;
     if let Some(format) = arguments.report {
         crate::print(&report.finish(&pipeline, start.elapsed(), format)?)?;
     }
@@ -116,22 +134,34 @@ fn open_device(arguments: &Arguments) -> anyhow::Result<Device> {
 /// The settings: what was asked for, then what the model says. Sides are rounded up to what the model can draw.
 fn settings(arguments: &Arguments, pipeline: &Pipeline) -> anyhow::Result<Settings> {
     let defaults = pipeline.defaults()?;
+    let asked = Settings {
+        width: arguments.width.unwrap_or(defaults.width),
+        height: arguments.height.unwrap_or(defaults.height),
+        steps: arguments.steps.unwrap_or(defaults.steps),
+        shift: arguments.shift.unwrap_or(defaults.shift),
+        cfg: arguments.cfg.unwrap_or(defaults.cfg),
+    };
+    asked.check()?;
     let multiple = pipeline.size_multiple();
-    let side = |asked: Option<usize>, default: usize, name: &str| {
-        let side = asked.unwrap_or(default);
+    let rounded = |side: usize, name: &str| {
         let rounded = side.next_multiple_of(multiple);
         if rounded != side {
-            eprintln!("{name} {side} is rounded up to {rounded}: this model draws multiples of {multiple}");
+            notice(&format!(
+                "{name} {side} is rounded up to {rounded}: this model draws multiples of {multiple}"
+            ));
         }
         rounded
     };
     Ok(Settings {
-        width: side(arguments.width, defaults.width, "width"),
-        height: side(arguments.height, defaults.height, "height"),
-        steps: arguments.steps.unwrap_or(defaults.steps),
-        shift: arguments.shift.unwrap_or(defaults.shift),
-        cfg: arguments.cfg.unwrap_or(defaults.cfg),
+        width: rounded(asked.width, "width"),
+        height: rounded(asked.height, "height"),
+        ..asked
     })
+}
+
+/// Something that the user may not expect, and that stops nothing.
+fn notice(text: &str) {
+    eprintln!("note: {text}");
 }
 
 fn batch_size(arguments: &Arguments, pipeline: &Pipeline, settings: &Settings, pictures: usize) -> usize {
@@ -143,27 +173,42 @@ fn batch_size(arguments: &Arguments, pipeline: &Pipeline, settings: &Settings, p
     arguments.batch.unwrap_or(automatic).min(pictures)
 }
 
-/// Caption features of every job, from the text encoder or from a file.
-fn captions(
-    arguments: &Arguments,
-    pipeline: &mut Pipeline,
-    jobs: &[Job],
-    settings: &Settings,
-) -> anyhow::Result<Captions> {
-    let guided = settings.cfg != 1.0;
-    if let Some(path) = &arguments.embeds {
-        return Ok(inputs::read_embeds(path, pipeline, jobs.len(), guided)?);
+/// Caption features of every job.
+fn encode(pipeline: &mut Pipeline, jobs: &[Job], guided: bool) -> anyhow::Result<Captions> {
+    let prompts: Vec<String> = jobs.iter().map(|job| job.prompt.clone()).collect();
+    let negatives: Vec<String> = match guided {
+        true => jobs.iter().map(|job| job.negative.clone()).collect(),
+        false => Vec::new(),
+    };
+    if !guided && jobs.iter().any(|job| !job.negative.is_empty()) {
+        notice("what to stay away from has no effect without guidance: give a --cfg other than 1");
     }
     let spinner = spinner("reading the prompts");
-    let prompts: Vec<String> = jobs.iter().map(|job| job.prompt.clone()).collect();
-    let negatives: Vec<String> = if guided {
-        jobs.iter().map(|job| job.negative.clone()).collect()
-    } else {
-        Vec::new()
-    };
-    let captions = pipeline.encode(&prompts, &negatives)?;
+    let captions = pipeline.encode(&prompts, &negatives, &mut |report| {
+        if report.dropped_tokens > 0 {
+            spinner.suspend(|| notice(&cut(&report)));
+        }
+        go_on()
+    })?;
     spinner.finish_and_clear();
     Ok(captions)
+}
+
+/// The words for a prompt that is longer than the tokenizer's limit.
+fn cut(report: &EncodeReport<'_>) -> String {
+    format!(
+        "the last {} of the prompt \"{}\" are cut off: it is longer than the text encoder reads",
+        count(report.dropped_tokens, "token"),
+        jobs::title(report.text)
+    )
+}
+
+/// Whether to continue, asked by long work now and then.
+fn go_on() -> l2p_engine::Result<()> {
+    match crate::stop_requested() {
+        true => Err(Error::Interrupted),
+        false => Ok(()),
+    }
 }
 
 fn load(pipeline: &mut Pipeline) -> anyhow::Result<()> {
@@ -171,81 +216,73 @@ fn load(pipeline: &mut Pipeline) -> anyhow::Result<()> {
     pipeline.load(&mut |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
+        go_on()
     })?;
     bar.finish_and_clear();
     Ok(())
 }
 
+/// What is drawn, all of it known before the first step.
+struct Work<'a> {
+    jobs: &'a [Job],
+    captions: &'a Captions,
+    /// For every picture, instead of that of its seed.
+    noise: Option<&'a Tensor>,
+    settings: &'a Settings,
+    /// Pictures at once.
+    batch: usize,
+}
+
 fn draw(
     arguments: &Arguments,
     pipeline: &mut Pipeline,
-    jobs: &[Job],
-    captions: &Captions,
-    settings: &Settings,
-    batch: usize,
+    work: &Work<'_>,
+    mut raw: Option<RawImages>,
     report: &mut Report,
 ) -> anyhow::Result<()> {
-    let noise = arguments
-        .noise
-        .as_deref()
-        .map(|path| inputs::read_noise(path, pipeline, settings))
-        .transpose()?;
-    let batches = jobs.len().div_ceil(batch);
+    let Work {
+        jobs, settings, batch, ..
+    } = *work;
     let bar = bar("{msg} [{bar:32}] step {pos}/{len}  {per_step}  {eta} left");
-    bar.set_length((batches * settings.steps) as u64);
+    bar.set_length((jobs.len().div_ceil(batch) * settings.steps) as u64);
     let mut writer = Writer::start(arguments.quality);
-    let model = arguments
-        .model
-        .as_deref()
-        .map(|path| path.display().to_string())
-        .unwrap_or_default();
+    let model = arguments.model.as_deref().map(|path| path.display().to_string());
+    let model = model.unwrap_or_default();
+    let rng = arguments.rng.unwrap_or_default();
     for (index, part) in jobs.chunks(batch).enumerate() {
-        bar.set_message(part[0].title());
-        let items = index * batch..index * batch + part.len();
-        let captions = captions.select(items)?;
+        bar.set_message(jobs::title(&part[0].prompt));
+        let captions = work.captions.select(index * batch..index * batch + part.len())?;
         let seeds: Vec<u64> = part.iter().map(|job| job.seed).collect();
-        let noise = match &noise {
+        let noise = match work.noise {
             Some(noise) => inputs::repeat(noise, part.len())?,
-            None => pipeline.noise(arguments.rng.unwrap_or_default(), &seeds, settings)?,
+            None => pipeline.noise(rng, &seeds, settings)?,
         };
         let mut progress = |step: StepReport| {
             bar.set_position((index * settings.steps + step.done) as u64);
-            if crate::stop_requested() {
-                Err(Error::Interrupted)
-            } else {
-                Ok(())
-            }
+            go_on()
         };
         let drawn = pipeline.denoise(&captions, noise, settings, &mut progress)?;
         let images = pipeline.decode(&drawn)?;
-        if let Some(path) = &arguments.save_raw {
-            save_raw(path, &drawn, &images)?;
+        if let Some(raw) = &mut raw {
+            raw.add(&drawn, &images)?;
         }
         for (job, pixels) in part.iter().zip(pipeline.to_bytes(&images)?) {
             report.add(job);
-            let settings = job.settings(settings, &model, arguments.rng.unwrap_or_default());
             writer.write(Finished {
                 path: job.out.clone(),
                 pixels,
-                settings,
+                settings: job.settings(settings, &model, rng),
             })?;
         }
     }
     bar.finish_and_clear();
     writer.finish()?;
+    if let Some(raw) = raw {
+        raw.finish()?;
+    }
     for job in jobs {
         eprintln!("{}", job.out.display());
     }
-    Ok(())
-}
-
-/// Writes the numbers behind the picture: `image` (and `latent`, where the model has one) as `[batch, channels, height, width]`.
-fn save_raw(path: &std::path::Path, drawn: &Tensor, images: &Tensor) -> anyhow::Result<()> {
-    let mut tensors = vec![("image".to_owned(), inputs::to_planes(images)?)];
-    if drawn.shape() != images.shape() {
-        tensors.push(("latent".to_owned(), inputs::to_planes(drawn)?));
-    }
-    l2p_engine::checkpoint::write_values(path, &tensors)?;
     Ok(())
 }
 

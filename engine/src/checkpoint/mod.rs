@@ -34,4 +34,6 @@ pub use manifest::{Defaults, MANIFEST, MANIFEST_FORMAT, Manifest, OneOrMany};
 pub use paths::{Container, ModelPaths, PathOverrides};
 pub use set::{Checkpoint, CheckpointTensor, Layout};
 pub use values::{Values, read_values, write_values};
-pub use write::{Content, OutputFile, OutputTensor, WriteObserver, Written, expect_free, write_file, write_folder};
+pub use write::{
+    Content, OutputFile, OutputTensor, WriteObserver, Written, expect_free, expect_writable, write_file, write_folder,
+};

@@ -413,6 +413,21 @@ pub fn expect_free(path: &Path, replace: bool) -> Result<()> {
     }
 }
 
+/// Checks before any work that a file can be written to `path`, replacing what is there.
+///
+/// # Errors
+/// When it is no plain file, or its folder does not take a file.
+pub fn expect_writable(path: &Path) -> Result<()> {
+    expect_free(path, true)?;
+    let (folder, prefix) = beside(path);
+    Builder::new()
+        .prefix(&prefix)
+        .suffix(".tmp")
+        .tempfile_in(folder)
+        .map(|_| ())
+        .map_err(|error| not_created(path, &error))
+}
+
 fn expect_replaceable_folder(path: &Path, replace: bool) -> Result<()> {
     let Ok(found) = path.symlink_metadata() else {
         return Ok(());

@@ -214,16 +214,7 @@ impl CudaDevice {
         let data = if self.portable { image.compute_80 } else { image.sm_90a };
         // SAFETY: `data` is a complete fat binary made by nvcc.
         let module = unsafe { result::module::load_data(data.as_ptr().cast()) };
-        module.map_err(|error| {
-            Error::NoGpu(format!(
-                "the driver cannot load the `{name}` kernels for {} (compute capability {}.{}): {}; \
-                 a newer driver or kernels built with an older CUDA toolkit may help",
-                self.name,
-                self.capability.0,
-                self.capability.1,
-                describe(error)
-            ))
-        })
+        module.map_err(|error| Error::NoGpu(image_refused(name, &self.name, self.capability, &describe(error))))
     }
 
     /// The cuBLASLt handle of this device.
@@ -247,6 +238,14 @@ impl CudaDevice {
     pub fn record_event(&self) -> Result<Event> {
         self.bind()?;
         let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
+        Ok(Event(check("cuEventRecord", self.stream.record_event(Some(flags)))?))
+    }
+
+    /// Records a point in the stream's work to be waited for, which puts the waiting thread to sleep instead of keeping a
+    /// core busy.
+    pub(super) fn record_marker(&self) -> Result<Event> {
+        self.bind()?;
+        let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC;
         Ok(Event(check("cuEventRecord", self.stream.record_event(Some(flags)))?))
     }
 
@@ -329,6 +328,15 @@ pub(super) fn too_old(name: &str, (major, minor): (i32, i32)) -> String {
     )
 }
 
+/// Why an image that is there cannot be used. The usual reason is an image that the driver is too old to compile, or that
+/// is too old for the GPU.
+fn image_refused(image: &str, gpu: &str, (major, minor): (i32, i32), reason: &str) -> String {
+    format!(
+        "the driver cannot load the `{image}` kernels for {gpu} (compute capability {major}.{minor}): {reason}; install a \
+         newer driver, build with another CUDA toolkit, or run with --device cpu"
+    )
+}
+
 /// The number of GPUs, or why there is none.
 pub(super) fn gpu_count() -> Result<usize> {
     if !libraries::driver_present() {
@@ -337,8 +345,9 @@ pub(super) fn gpu_count() -> Result<usize> {
         ));
     }
     match CudaContext::device_count().or_else(|_| result::init().and_then(|()| result::device::get_count())) {
-        Ok(0) => Err(Error::NoGpu(
-            "the NVIDIA driver shows no GPU: run with --device cpu".into(),
+        Ok(0) | Err(result::DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => Err(Error::NoGpu(
+            "the NVIDIA driver shows no GPU: look at CUDA_VISIBLE_DEVICES and nvidia-smi, or run with --device cpu"
+                .into(),
         )),
         Ok(count) => Ok(count as usize),
         Err(error) => Err(Error::NoGpu(format!(
@@ -358,6 +367,14 @@ impl Event {
     /// When the work between them failed.
     pub fn milliseconds_to(&self, later: &Event) -> Result<f32> {
         check("timing events", self.0.elapsed_ms(&later.0))
+    }
+
+    pub(super) fn is_reached(&self) -> Result<bool> {
+        check("work on the GPU", self.0.try_is_complete())
+    }
+
+    pub(super) fn wait(&self) -> Result<()> {
+        check("work on the GPU", self.0.synchronize())
     }
 }
 
@@ -451,5 +468,27 @@ impl Drop for CudaBuffer {
         if self.device.bind().is_ok() {
             self.device.pool.lock().unwrap().free(self.address, self.bytes as u64);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_or_image_that_is_too_old_is_named_with_the_way_out() {
+        assert_eq!(
+            too_old("Tesla V100", (7, 0)),
+            "Tesla V100 has compute capability 7.0; the kernels of this build need 8.0 or later (Ampere and newer): run with \
+             --device cpu"
+        );
+        let reason = "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available for execution on the device";
+        assert_eq!(
+            image_refused("attention", "NVIDIA X", (12, 1), reason),
+            format!(
+                "the driver cannot load the `attention` kernels for NVIDIA X (compute capability 12.1): {reason}; install a \
+                 newer driver, build with another CUDA toolkit, or run with --device cpu"
+            )
+        );
     }
 }

@@ -74,6 +74,17 @@ impl Device {
         }
     }
 
+    /// A point after all work submitted so far, to be asked or waited for later.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn marker(&self) -> Result<Marker> {
+        match self {
+            Device::Cpu => Ok(Marker(None)),
+            Device::Cuda(device) => device.record_marker().map(|event| Marker(Some(event))),
+        }
+    }
+
     /// Memory held now and at its peak, by tag, since the last [`Device::reset_memory_peaks`].
     pub fn memory_report(&self) -> MemoryReport {
         match self {
@@ -99,6 +110,29 @@ impl Device {
             Device::Cpu => Ok(cpu::available_memory()),
             Device::Cuda(device) => device.available_memory(),
         }
+    }
+}
+
+/// A point in a device's work, made by [`Device::marker`]. With it a host that runs ahead of its GPU can keep a bounded
+/// distance without ever letting the GPU run dry, which [`Device::synchronize`] does. The CPU works at once: what was
+/// submitted there is done.
+pub struct Marker(Option<Event>);
+
+impl Marker {
+    /// Whether all work before the marker is done; does not wait.
+    ///
+    /// # Errors
+    /// The first error of the work so far.
+    pub fn is_reached(&self) -> Result<bool> {
+        self.0.as_ref().map_or(Ok(true), Event::is_reached)
+    }
+
+    /// Waits until all work before the marker is done; later work goes on meanwhile.
+    ///
+    /// # Errors
+    /// The first error of that work.
+    pub fn wait(&self) -> Result<()> {
+        self.0.as_ref().map_or(Ok(()), Event::wait)
     }
 }
 
@@ -172,6 +206,13 @@ impl fmt::Display for DeviceChoice {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_cpu_has_done_what_was_submitted() {
+        let marker = Device::Cpu.marker().unwrap();
+        assert!(marker.is_reached().unwrap());
+        marker.wait().unwrap();
+    }
 
     #[test]
     fn device_names_are_read() {

@@ -10,6 +10,9 @@ pub fn shifted_sigma(u: f64, shift: f64) -> f64 {
     shift * u / (1.0 + (shift - 1.0) * u)
 }
 
+/// More steps than this are taken for a slip.
+const MOST_STEPS: usize = 1 << 16;
+
 /// A sampling schedule: `steps + 1` sigmas from 1 down to 0.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Schedule {
@@ -20,10 +23,15 @@ impl Schedule {
     /// The schedule of `steps` steps.
     ///
     /// # Errors
-    /// With no steps, or a shift that is not a positive number.
+    /// With no steps or absurdly many, or a shift that is not a positive number.
     pub fn new(steps: usize, shift: f64) -> Result<Self> {
         if steps == 0 {
             return Err(Error::invalid("sampling needs at least one step"));
+        }
+        if steps > MOST_STEPS {
+            return Err(Error::invalid(format!(
+                "{steps} steps are more than make sense: use at most {MOST_STEPS}"
+            )));
         }
         if !(shift.is_finite() && shift > 0.0) {
             return Err(Error::invalid(format!(

@@ -128,9 +128,12 @@ fn new_beside(path: &Path) -> Result<NamedTempFile> {
     // As any new file; the default for temporary ones is readable by their owner alone.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder
-        .tempfile_in(folder)
-        .map_err(|source| Error::file(path, format!("cannot write into {}: {source}", folder.display())))
+    builder.tempfile_in(folder).map_err(|source| {
+        // Without the temporary file's name, which means nothing to the user.
+        let source = source.to_string();
+        let reason = source.split(" at path ").next().unwrap_or_default();
+        Error::file(path, format!("cannot write into {}: {reason}", folder.display()))
+    })
 }
 
 fn write_png(path: &Path, image: &RgbImage, options: &WriteOptions<'_>, output: &mut BufWriter<&File>) -> Result<()> {

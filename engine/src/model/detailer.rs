@@ -8,6 +8,7 @@
 //! Which stages there are and how wide they are is read off the parameters' names and shapes, so that the published heads for
 //! 1K, 4K, 8K and 10K and any smaller ones are all the same code.
 
+use super::limits::DeviceLimits;
 use super::params::ParamSource;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -169,9 +170,10 @@ impl Detailer {
     /// Reads the head whose parameters are named `{prefix}.…`.
     ///
     /// # Errors
-    /// Those of [`DetailerLayout::read`], and when the device has no room.
+    /// Those of [`DetailerLayout::read`], and when the device's kernels cannot take its widths or it has no room.
     pub fn load(params: &dyn ParamSource, device: &Device, prefix: &str) -> Result<Self> {
         let layout = DetailerLayout::read(params, prefix)?;
+        layout.expect_runs_on(device)?;
         let conv = |name: &str, kernel: usize, channels: &[usize], outputs: usize| {
             let weight = params.load_conv(device, &format!("{prefix}.{name}.weight"))?;
             let bias = params.load(device, &format!("{prefix}.{name}.bias"), &[outputs])?;

@@ -8,7 +8,8 @@
 
 use super::block::{Block, Sequence, run_blocks};
 use super::config::{DitConfig, ModelKind};
-use super::detailer::Detailer;
+use super::detailer::{Detailer, DetailerLayout};
+use super::limits::DeviceLimits;
 use super::params::ParamSource;
 use super::rope::{Position, RopeAxes, caption_positions, image_positions};
 use crate::device::{Device, MemoryTag};
@@ -26,6 +27,9 @@ use crate::tensor::Tensor;
 
 /// Image and caption tokens are padded to multiples of this many.
 pub const TOKEN_MULTIPLE: usize = 32;
+
+/// What the names of a pixel model's head start with.
+pub const HEAD_PREFIX: &str = "local_decoder";
 
 /// The transformer with its input layers and what follows its last block.
 pub struct Dit {
@@ -59,6 +63,8 @@ struct TimeEmbedder {
     weights: [Tensor; 2],
     biases: [Tensor; 2],
     frequencies: usize,
+    /// What times are multiplied by before they are embedded, in thousands; 1 but for unusual configurations.
+    scale: f32,
 }
 
 /// LayerNorm, scaled by the time, and a projection to patches.
@@ -78,11 +84,18 @@ pub struct Prepared {
     rope: Tensor,
     /// Valid tokens per item, when the items' captions have different padded lengths.
     key_lengths: Option<Tensor>,
+    /// Image tokens per item, i32 `[batch]`, when they have to be padded.
+    image_lengths: Option<Tensor>,
     /// Height and width of the token grid.
     grid: [usize; 2],
 }
 
 impl Prepared {
+    /// The refined captions `[batch, tokens, dim]`, pads included.
+    pub fn captions(&self) -> &Tensor {
+        &self.captions
+    }
+
     /// The number of items in the batch.
     pub fn batch(&self) -> usize {
         self.captions.dim(0)
@@ -123,17 +136,31 @@ impl Modulations {
 }
 
 impl Dit {
-    /// Reads a model's parameters (canonical names, see `checkpoint`). `loaded` is called after each block, with how many are done
-    /// and how many there are.
+    /// Refuses a device whose kernels cannot take the model's sizes; reads no values.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, or the device has no room.
+    /// Naming the size at fault and the way out, or a parameter of the head that is missing.
+    pub fn expect_runs_on(params: &dyn ParamSource, device: &Device, config: &DitConfig) -> Result<()> {
+        config.expect_runs_on(device)?;
+        match config.kind {
+            ModelKind::Latent => Ok(()),
+            ModelKind::Pixel => DetailerLayout::read(params, HEAD_PREFIX)?.expect_runs_on(device),
+        }
+    }
+
+    /// Reads a model's parameters (canonical names, see `checkpoint`). `loaded` is called after each block, with how many are done
+    /// and how many there are; an error from it ends the loading.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape, the device's kernels cannot take its sizes, it has no room, or
+    /// `loaded` says so.
     pub fn load(
         params: &dyn ParamSource,
         device: &Device,
         config: &DitConfig,
-        loaded: &mut dyn FnMut(usize, usize),
+        loaded: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<Self> {
+        Self::expect_runs_on(params, device, config)?;
         let _tag = MemoryTag::Weights.scope();
         let dim = config.dim;
         let vector = |name: &str, size: usize| params.load(device, name, &[size]);
@@ -145,7 +172,7 @@ impl Dit {
                 .map(|index| {
                     let block = Block::load(params, device, &format!("{stack}.{index}"), config, modulated)?;
                     done += 1;
-                    loaded(done, total);
+                    loaded(done, total)?;
                     Ok(block)
                 })
                 .collect()
@@ -196,7 +223,12 @@ impl Dit {
             )));
         }
         let grid = [height / patch, width / patch];
-        let image_tokens = (grid[0] * grid[1]).next_multiple_of(TOKEN_MULTIPLE);
+        let tokens = grid[0] * grid[1];
+        let image_tokens = tokens.next_multiple_of(TOKEN_MULTIPLE);
+        for caption in captions {
+            caption.expect_rank("dit", "caption", 3, "[1, tokens, width]")?;
+            caption.expect_shape("dit", "caption", [1, caption.dim(1), self.config.caption_width])?;
+        }
         let padded: Vec<usize> = captions
             .iter()
             .map(|caption| caption.dim(1).next_multiple_of(TOKEN_MULTIPLE))
@@ -206,11 +238,10 @@ impl Dit {
             return Err(Error::invalid("a caption has no tokens"));
         }
         let unequal = padded.iter().any(|&length| length != longest);
-        let lengths = |base: usize| -> Result<Option<Tensor>> {
-            let lengths: Vec<i32> = padded.iter().map(|&length| (base + length) as i32).collect();
-            unequal
-                .then(|| Tensor::from_slice(&self.device, &lengths, [lengths.len()]))
-                .transpose()
+        let on_device = |lengths: Vec<i32>| Tensor::from_slice(&self.device, &lengths, [lengths.len()]);
+        let lengths = |base: usize| {
+            let lengths = padded.iter().map(|&length| (base + length) as i32).collect();
+            unequal.then(|| on_device(lengths)).transpose()
         };
 
         let image: Vec<Vec<Position>> = padded
@@ -239,6 +270,10 @@ impl Dit {
             image_rope: axes.table(&self.device, &image)?,
             rope: axes.table(&self.device, &whole)?,
             key_lengths: lengths(image_tokens)?,
+            image_lengths: match image_tokens == tokens {
+                true => None,
+                false => Some(on_device(vec![tokens as i32; captions.len()])?),
+            },
             grid,
         })
     }
@@ -264,13 +299,21 @@ impl Dit {
         Ok(batch)
     }
 
+    /// The embeddings `[times, adaln_width]` (f32) of model times `t = 1 − sigma`.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn embed_times(&self, times: &[f32]) -> Result<Tensor> {
+        self.time.embed(&self.device, times)
+    }
+
     /// The modulation tables for model times `t = 1 − sigma`, one entry per time.
     ///
     /// # Errors
     /// When the device has no room.
     pub fn modulate(&self, times: &[f32]) -> Result<Modulations> {
         let _range = profile::range(c"modulate");
-        let c = self.time.embed(&self.device, times)?;
+        let c = self.embed_times(times)?;
         let tables = |blocks: &[Block]| -> Result<Vec<Tensor>> {
             blocks
                 .iter()
@@ -294,43 +337,51 @@ impl Dit {
     /// When shapes do not fit what was prepared, or the device has no room.
     pub fn forward(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
         let _range = profile::range(c"dit");
-        let [height, width] = prepared.grid.map(|extent| extent * self.config.patch);
-        image.expect_shape(
-            "dit",
-            "image",
-            [prepared.batch(), height, width, self.config.in_channels],
-        )?;
-        let tokens = prepared.grid[0] * prepared.grid[1];
+        let x = self.run_trunk(image, prepared, modulations)?;
+        let x = narrow_tokens(&x, 0, prepared.grid[0] * prepared.grid[1])?;
+        self.output.forward(x, image, prepared.grid, modulations, &self.config)
+    }
 
-        let embedded = {
-            let _range = profile::range(c"patch_embed");
-            patch_embed(image, self.config.patch, &self.patch_weight, &self.patch_bias)?
-        };
-        let padded = tokens.next_multiple_of(TOKEN_MULTIPLE);
-        let embedded = match padded == tokens {
-            true => embedded,
-            false => {
-                let mut embedded = pad_tokens(&embedded, padded)?;
-                let lengths = vec![tokens as i32; prepared.batch()];
-                let lengths = Tensor::from_slice(&self.device, &lengths, [lengths.len()])?;
-                fill_pad_tokens(&mut embedded, &lengths, &self.image_pad)?;
-                embedded
-            }
-        };
-        let sequence = Sequence {
-            rope: &prepared.image_rope,
-            key_lengths: None,
-        };
-        let refined = run_blocks(&self.noise_refiner, &modulations.noise_refiner, embedded, &sequence)?;
+    /// The first part of [`Dit::forward`]: the whole sequence `[batch, tokens, dim]` after the last block, image tokens
+    /// first, pads included.
+    ///
+    /// # Errors
+    /// As [`Dit::forward`].
+    pub fn run_trunk(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
+        let refined = self.refine_image(image, prepared, modulations)?;
         let x = concat_tokens(&refined, &prepared.captions)?;
         drop(refined);
         let sequence = Sequence {
             rope: &prepared.rope,
             key_lengths: prepared.key_lengths.as_ref(),
         };
-        let x = run_blocks(&self.layers, &modulations.layers, x, &sequence)?;
-        let x = narrow_tokens(&x, 0, tokens)?;
-        self.output.forward(x, image, prepared.grid, modulations, &self.config)
+        run_blocks(&self.layers, &modulations.layers, x, &sequence)
+    }
+
+    /// The first part of [`Dit::run_trunk`]: the image's tokens, padded, after their refiner.
+    ///
+    /// # Errors
+    /// As [`Dit::forward`].
+    pub fn refine_image(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
+        let [height, width] = prepared.grid.map(|extent| extent * self.config.patch);
+        image.expect_shape(
+            "dit",
+            "image",
+            [prepared.batch(), height, width, self.config.in_channels],
+        )?;
+        let mut embedded = {
+            let _range = profile::range(c"patch_embed");
+            patch_embed(image, self.config.patch, &self.patch_weight, &self.patch_bias)?
+        };
+        if let Some(lengths) = &prepared.image_lengths {
+            embedded = pad_tokens(&embedded, prepared.image_rope.dim(1))?;
+            fill_pad_tokens(&mut embedded, lengths, &self.image_pad)?;
+        }
+        let sequence = Sequence {
+            rope: &prepared.image_rope,
+            key_lengths: None,
+        };
+        run_blocks(&self.noise_refiner, &modulations.noise_refiner, embedded, &sequence)
     }
 }
 
@@ -348,13 +399,15 @@ impl TimeEmbedder {
                 params.load(device, "t_embedder.mlp.2.bias", &[out])?,
             ],
             frequencies,
+            scale: config.t_scale / 1000.0,
         })
     }
 
-    /// Embeddings `[times, adaln_width]` in f32. The model was trained with times in thousandths.
+    /// Embeddings `[times, adaln_width]` in f32.
     fn embed(&self, device: &Device, times: &[f32]) -> Result<Tensor> {
         const MAX_PERIOD: f32 = 10_000.0;
-        let sinusoids = timestep_embedding(times, self.frequencies, MAX_PERIOD);
+        let scaled: Vec<f32> = times.iter().map(|time| time * self.scale).collect();
+        let sinusoids = timestep_embedding(&scaled, self.frequencies, MAX_PERIOD);
         let x = Tensor::from_slice(device, &sinusoids, [times.len(), self.frequencies])?;
         let hidden = linear_vectors(&x, InputActivation::None, &self.weights[0], Some(&self.biases[0]))?;
         linear_vectors(&hidden, InputActivation::Silu, &self.weights[1], Some(&self.biases[1]))
@@ -393,7 +446,7 @@ impl Output {
     fn load(params: &dyn ParamSource, device: &Device, config: &DitConfig) -> Result<Self> {
         Ok(match config.kind {
             ModelKind::Latent => Output::Latent(Box::new(FinalLayer::load(params, device, config)?)),
-            ModelKind::Pixel => Output::Pixel(Box::new(Detailer::load(params, device, "local_decoder")?)),
+            ModelKind::Pixel => Output::Pixel(Box::new(Detailer::load(params, device, HEAD_PREFIX)?)),
         })
     }
 

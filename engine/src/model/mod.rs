@@ -4,9 +4,11 @@ pub mod block;
 pub mod config;
 pub mod detailer;
 pub mod dit;
+pub mod limits;
 pub mod params;
 pub mod rope;
 pub mod text;
 pub mod vae;
 
+pub use limits::DeviceLimits;
 pub use params::{MemoryParams, ParamSource};

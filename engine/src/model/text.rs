@@ -12,6 +12,7 @@
 //! last layer and the final normalisation are therefore neither loaded nor run. Source: "Qwen3 Technical Report" (2025).
 
 use super::config::TextConfig;
+use super::limits::DeviceLimits;
 use super::params::ParamSource;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -38,8 +39,9 @@ impl TextEncoder {
     /// Reads the parameters, named as in `Qwen3Model` or, with the prefix `model.`, as in the whole language model.
     ///
     /// # Errors
-    /// When a tensor is missing, has another shape, or the device has no room.
+    /// When a tensor is missing, has another shape, the device's kernels cannot take its sizes, or it has no room.
     pub fn load(params: &dyn ParamSource, device: &Device, config: &TextConfig) -> Result<Self> {
+        config.expect_runs_on(device)?;
         const EMBEDDINGS: &str = "embed_tokens.weight";
         let Some(layers) = config.layers.checked_sub(1) else {
             return Err(Error::invalid(

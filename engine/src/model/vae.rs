@@ -8,7 +8,9 @@
 mod attention;
 
 use self::attention::MidAttention;
+pub(super) use self::attention::WIDEST as WIDEST_ATTENTION;
 use super::config::VaeConfig;
+use super::limits::DeviceLimits;
 use super::params::ParamSource;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -43,9 +45,11 @@ impl VaeDecoder {
     /// Reads the decoder whose parameters are named `decoder.…`.
     ///
     /// # Errors
-    /// When the configuration is not supported, a parameter is missing or has another shape, or the device has no room.
+    /// When the configuration is not supported, a parameter is missing or has another shape, the device's kernels cannot take
+    /// its sizes, or it has no room.
     pub fn load(params: &dyn ParamSource, device: &Device, config: &VaeConfig) -> Result<Self> {
         config.check().map_err(Error::invalid)?;
+        config.expect_runs_on(device)?;
         let loader = Loader { params, device, config };
         let deepest = config.block_out_channels[config.block_out_channels.len() - 1];
         let mut width = deepest;

@@ -10,7 +10,10 @@ use crate::ops::linear::linear;
 use crate::tensor::Tensor;
 
 /// Widths of a head that the CUDA kernels know; others are filled up with zeros.
-const KERNEL_HEAD_DIMS: [usize; 3] = [64, 128, 512];
+const KERNEL_HEAD_DIMS: [usize; 3] = [64, 128, WIDEST];
+
+/// The most channels that the CUDA kernels can attend over.
+pub(in crate::model) const WIDEST: usize = 512;
 
 /// `x + out(attention(q, k, v of norm(x)))`.
 pub(super) struct MidAttention {
@@ -100,8 +103,7 @@ fn kernel_head_dim(channels: usize) -> Result<usize> {
     let fitting = KERNEL_HEAD_DIMS.into_iter().find(|&head_dim| head_dim >= channels);
     fitting.ok_or_else(|| {
         Error::invalid(format!(
-            "autoencoder: attention over {channels} channels is wider than the CUDA kernels' {}",
-            KERNEL_HEAD_DIMS[2]
+            "autoencoder: attention over {channels} channels is wider than the CUDA kernels' {WIDEST}"
         ))
     })
 }

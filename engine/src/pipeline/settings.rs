@@ -1,0 +1,88 @@
+//! What to draw with, and which values make no sense.
+
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::flow::schedule::Schedule;
+
+/// The longest side that is not taken for a slip; sizes of pictures and their tensors then stay far from overflowing.
+const LONGEST_SIDE: usize = 1 << 22;
+
+/// What to draw with.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Settings {
+    /// Pixels.
+    pub width: usize,
+    /// Pixels.
+    pub height: usize,
+    /// Denoising steps.
+    pub steps: usize,
+    /// How far sigmas are shifted towards noise.
+    pub shift: f32,
+    /// Guidance; 1 is none, and takes one pass per step instead of two.
+    pub cfg: f32,
+}
+
+impl Settings {
+    /// Refuses what cannot be drawn with any model or device.
+    ///
+    /// # Errors
+    /// Naming the value and what it should be.
+    pub fn check(&self) -> Result<()> {
+        for (name, side) in [("width", self.width), ("height", self.height)] {
+            if !(1..=LONGEST_SIDE).contains(&side) {
+                return Err(Error::invalid(format!(
+                    "a {name} of {side} cannot be drawn: use 1 to {LONGEST_SIDE} pixels"
+                )));
+            }
+        }
+        if !(self.cfg.is_finite() && self.cfg >= 0.0) {
+            return Err(Error::invalid(format!(
+                "a guidance scale (cfg) of {} makes no sense: use 1 for none, about 2 to 6 to follow the prompt closer",
+                self.cfg
+            )));
+        }
+        Schedule::new(self.steps, f64::from(self.shift)).map(|_| ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn senseless_settings_are_refused() {
+        let good = Settings {
+            width: 128,
+            height: 64,
+            steps: 4,
+            shift: 3.0,
+            cfg: 0.0,
+        };
+        good.check().unwrap();
+        for (bad, word) in [
+            (Settings { width: 0, ..good }, "width of 0"),
+            (
+                Settings {
+                    height: usize::MAX,
+                    ..good
+                },
+                "height of 18446744073709551615",
+            ),
+            (Settings { steps: 0, ..good }, "at least one step"),
+            (
+                Settings {
+                    steps: usize::MAX,
+                    ..good
+                },
+                "18446744073709551615 steps",
+            ),
+            (Settings { shift: -1.0, ..good }, "a shift of -1"),
+            (Settings { cfg: f32::NAN, ..good }, "(cfg) of NaN"),
+            (Settings { cfg: -0.5, ..good }, "(cfg) of -0.5"),
+        ] {
+            let message = bad.check().unwrap_err().to_string();
+            assert!(message.contains(word), "{message}");
+        }
+    }
+}
