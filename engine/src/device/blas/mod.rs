@@ -4,6 +4,7 @@ mod plan;
 mod search;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, Mutex};
 
 use cudarc::cublaslt::{result, sys};
@@ -96,15 +97,18 @@ impl Blas {
         device.bind()?;
         let workspace = self.workspace(device)?;
         let mut plans = self.plans.lock().unwrap();
-        if !plans.contains_key(&product) {
-            let mut plan = Plan::new(self.handle, product)?;
-            let mut algorithms = self.algorithms.lock().unwrap();
-            // SAFETY: by the caller's promise.
-            unsafe { algorithms.choose(device, &mut plan, operands, workspace)? };
-            plans.insert(product, plan);
-        }
+        let plan = match plans.entry(product) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let mut plan = Plan::new(self.handle, product)?;
+                let mut algorithms = self.algorithms.lock().unwrap();
+                // SAFETY: by the caller's promise.
+                unsafe { algorithms.choose(device, &mut plan, operands, workspace)? };
+                entry.insert(plan)
+            }
+        };
         // SAFETY: by the caller's promise; the workspace has the size that plans are made for.
-        unsafe { plans[&product].run(device, operands, workspace) }
+        unsafe { plan.run(device, operands, workspace) }
     }
 
     fn workspace(&self, device: &Arc<CudaDevice>) -> Result<u64> {
