@@ -13,7 +13,7 @@ pub use settings::Settings;
 
 use serde::Serialize;
 
-use crate::checkpoint::{EstimateInput, MemoryEstimate, ModelPaths, Transformer};
+use crate::checkpoint::{Checkpoint, EstimateInput, MemoryEstimate, ModelPaths, Transformer};
 use crate::device::{Device, MemoryReport, MemoryTag, format_bytes};
 use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
@@ -74,7 +74,8 @@ pub struct Pipeline {
     device: Device,
     paths: ModelPaths,
     transformer: Transformer,
-    vae_config: Option<VaeConfig>,
+    /// A latent model's.
+    vae_files: Option<(VaeConfig, Checkpoint)>,
     dit: Option<Dit>,
     vae: Option<VaeDecoder>,
     text: Option<(PromptTokenizer, TextEncoder)>,
@@ -111,19 +112,20 @@ impl Pipeline {
     /// When a part is missing, damaged, does not fit the others, or has sizes that the device's kernels cannot take.
     pub fn open(paths: ModelPaths, device: Device, keep_text_encoder: bool) -> Result<Self> {
         let transformer = paths.open_transformer()?;
-        let vae_config = match transformer.config.kind {
-            ModelKind::Latent => Some(VaeConfig::read(paths.vae()?)?),
+        Dit::expect_runs_on(&transformer.checkpoint, &device, &transformer.config)?;
+        let vae_files = match transformer.config.kind {
+            ModelKind::Latent => {
+                let config = VaeConfig::read(paths.vae()?)?;
+                config.expect_runs_on(&device)?;
+                Some((config, Checkpoint::open_plain(paths.vae()?)?))
+            }
             ModelKind::Pixel => None,
         };
-        Dit::expect_runs_on(&transformer.checkpoint, &device, &transformer.config)?;
-        if let Some(config) = &vae_config {
-            config.expect_runs_on(&device)?;
-        }
         Ok(Pipeline {
             device,
             paths,
             transformer,
-            vae_config,
+            vae_files,
             dit: None,
             vae: None,
             text: None,
@@ -135,6 +137,10 @@ impl Pipeline {
     /// The transformer's sizes.
     pub fn config(&self) -> &DitConfig {
         &self.transformer.config
+    }
+
+    fn vae_config(&self) -> Option<&VaeConfig> {
+        self.vae_files.as_ref().map(|(config, _)| config)
     }
 
     /// The device that the model runs on.
@@ -150,7 +156,7 @@ impl Pipeline {
     /// Sides of a picture are multiples of this many pixels.
     pub fn size_multiple(&self) -> usize {
         let head = self.transformer.head.as_ref().map_or(1, |head| head.downsampling());
-        let patch = self.config().patch * self.vae_config.as_ref().map_or(1, VaeConfig::downsampling);
+        let patch = self.config().patch * self.vae_config().map_or(1, VaeConfig::downsampling);
         least_common_multiple(patch, head)
     }
 
@@ -182,7 +188,7 @@ impl Pipeline {
         let estimate = MemoryEstimate::of(&EstimateInput {
             config: self.config(),
             head: self.transformer.head.as_ref(),
-            vae: self.vae_config.as_ref(),
+            vae: self.vae_config(),
             text_parameters: 0,
             width: settings.width,
             height: settings.height,
@@ -264,12 +270,12 @@ impl Pipeline {
     /// Checks before any work that there is a text encoder, of the width that the transformer takes; reads no weights.
     ///
     /// # Errors
-    /// Saying how to name a part that is missing, or what does not fit.
+    /// Saying how to name a part that is missing, or what is damaged or does not fit.
     pub fn expect_text_encoder(&self) -> Result<()> {
-        self.text_config().map(|_| ())
+        self.open_text_encoder().map(|_| ())
     }
 
-    fn text_config(&self) -> Result<TextConfig> {
+    fn open_text_encoder(&self) -> Result<(TextConfig, Checkpoint)> {
         let folder = self.paths.text_encoder()?;
         self.paths.tokenizer()?;
         let config = TextConfig::read(folder)?;
@@ -284,15 +290,15 @@ impl Pipeline {
             ));
         }
         config.expect_runs_on(&self.device)?;
-        Ok(config)
+        Ok((config, Checkpoint::open_text_encoder(folder)?))
     }
 
     fn load_text_encoder(&self) -> Result<(PromptTokenizer, TextEncoder)> {
-        let config = self.text_config()?;
+        let (config, checkpoint) = self.open_text_encoder()?;
         let tokenizer = PromptTokenizer::open(self.paths.tokenizer()?)?;
-        let checkpoint = crate::checkpoint::Checkpoint::open_text_encoder(self.paths.text_encoder()?)?;
         let _tag = MemoryTag::Weights.scope();
-        Ok((tokenizer, TextEncoder::load(&checkpoint, &self.device, &config)?))
+        let encoder = TextEncoder::load(&checkpoint, &self.device, &config);
+        Ok((tokenizer, encoder.map_err(|error| of_file(&checkpoint, error))?))
     }
 
     /// Brings the transformer (and a latent model's VAE decoder) onto the device; nothing when they are there.
@@ -305,14 +311,14 @@ impl Pipeline {
             return Ok(());
         }
         self.phase("load", |pipeline| {
-            let Transformer { checkpoint, config, .. } = &pipeline.transformer;
-            let dit = Dit::load(checkpoint, &pipeline.device, config, loaded)?;
-            if let Some(config) = &pipeline.vae_config {
-                let checkpoint = crate::checkpoint::Checkpoint::open_plain(pipeline.paths.vae()?)?;
+            // First what takes no time, so that its faults show before gigabytes are read.
+            if let Some((config, checkpoint)) = &pipeline.vae_files {
                 let _tag = MemoryTag::Weights.scope();
-                pipeline.vae = Some(VaeDecoder::load(&checkpoint, &pipeline.device, config)?);
+                let vae = VaeDecoder::load(checkpoint, &pipeline.device, config);
+                pipeline.vae = Some(vae.map_err(|error| of_file(checkpoint, error))?);
             }
-            pipeline.dit = Some(dit);
+            let Transformer { checkpoint, config, .. } = &pipeline.transformer;
+            pipeline.dit = Some(Dit::load(checkpoint, &pipeline.device, config, loaded)?);
             Ok(())
         })
     }
@@ -327,7 +333,7 @@ impl Pipeline {
 
     /// Height, width and channels of what the transformer draws: an image, or the latent of one.
     pub fn canvas(&self, settings: &Settings) -> [usize; 3] {
-        let cell = self.vae_config.as_ref().map_or(1, VaeConfig::downsampling);
+        let cell = self.vae_config().map_or(1, VaeConfig::downsampling);
         [settings.height / cell, settings.width / cell, self.config().in_channels]
     }
 
@@ -425,6 +431,14 @@ impl Pipeline {
             driver_bytes,
         });
         Ok(outcome)
+    }
+}
+
+/// The error with the file that it is about.
+fn of_file(checkpoint: &Checkpoint, error: Error) -> Error {
+    match error {
+        Error::Invalid(reason) => Error::file(checkpoint.path(), reason),
+        error => error,
     }
 }
 

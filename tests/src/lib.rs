@@ -4,6 +4,7 @@ pub mod fixtures;
 
 pub mod cli;
 
+use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock};
 
 use l2p_engine::{Device, DeviceChoice, Result, Tensor};
@@ -47,6 +48,14 @@ impl Suite {
 pub fn gpu() -> &'static std::result::Result<Device, String> {
     static GPU: OnceLock<std::result::Result<Device, String>> = OnceLock::new();
     GPU.get_or_init(|| Device::open(DeviceChoice::Cuda(0)).map_err(|error| error.to_string()))
+}
+
+/// The folder of the models that come with the source tree: `L2P_MODELS`, or the one in the source tree.
+pub fn models_folder() -> PathBuf {
+    match std::env::var_os("L2P_MODELS") {
+        Some(folder) => folder.into(),
+        None => PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models"),
+    }
 }
 
 /// Deterministic numbers in [-1, 1): the generator that the fixture scripts use, see `fixtures/README.md`.

@@ -9,6 +9,7 @@ mod graph;
 mod image_io;
 mod models;
 mod ops;
+mod sample;
 mod text;
 
 use l2p_tests::Suite;
@@ -23,6 +24,7 @@ fn main() -> std::process::ExitCode {
     image_io::register(&mut suite);
     models::register(&mut suite);
     ops::register(&mut suite);
+    sample::register(&mut suite);
     text::register(&mut suite);
     if let Err(reason) = l2p_tests::gpu() {
         eprintln!("tests that need a GPU are skipped: {reason}");

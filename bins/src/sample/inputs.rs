@@ -1,5 +1,6 @@
 //! Tensors from and for files: noise, caption features, raw images.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use l2p_engine::checkpoint::{Values, expect_writable, read_values, write_values};
@@ -44,41 +45,55 @@ pub fn repeat(noise: &Tensor, count: usize) -> Result<Tensor> {
 /// The caption features `cap.0`, … of `path` (and `neg.0`, … with guidance), one per picture or one for all.
 pub fn read_embeds(path: &Path, pipeline: &Pipeline, pictures: usize, guided: bool) -> Result<Captions> {
     let values = read_values(path)?;
-    let list = |prefix: &str| -> Result<Vec<Tensor>> {
-        let features: Vec<&Values> = (0..)
-            .map_while(|index| values.get(&format!("{prefix}.{index}")))
-            .collect();
-        if features.len() != 1 && features.len() != pictures {
-            return Err(Error::file(
-                path,
-                format!(
-                    "holds {} tensors `{prefix}.N` for {pictures} pictures; one each or one for all are needed",
-                    features.len()
-                ),
-            ));
-        }
-        let width = pipeline.config().caption_width;
-        let tensors = features.into_iter().map(|features| match features.shape[..] {
-            [tokens, found] if found == width => {
-                Tensor::from_f32(pipeline.device(), &features.values, [1, tokens, width])
-            }
-            _ => Err(Error::file(
-                path,
-                format!(
-                    "tensor `{prefix}.N` has shape {:?}, expected [tokens, {width}]",
-                    features.shape
-                ),
-            )),
-        });
-        let tensors: Vec<Tensor> = tensors.collect::<Result<_>>()?;
-        Ok((0..pictures)
-            .map(|picture| tensors[picture.min(tensors.len() - 1)].clone())
-            .collect())
+    let list = |prefix: &str| {
+        read_list(&values, prefix, pipeline, pictures).map_err(|error| match error {
+            Error::Invalid(reason) => Error::file(path, reason),
+            error => error,
+        })
     };
     Ok(Captions {
         prompts: list("cap")?,
         negatives: if guided { list("neg")? } else { Vec::new() },
     })
+}
+
+/// The tensors `{prefix}.0`, … , as many as there are pictures.
+fn read_list(
+    values: &BTreeMap<String, Values>,
+    prefix: &str,
+    pipeline: &Pipeline,
+    pictures: usize,
+) -> Result<Vec<Tensor>> {
+    let is_one = |name: &String| name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'));
+    let found = values.keys().filter(|name| is_one(name)).count();
+    if found > 1 && found != pictures {
+        return Err(Error::invalid(format!(
+            "holds {found} tensors `{prefix}.N` for {}; one each or one for all are needed",
+            super::count(pictures, "picture")
+        )));
+    }
+    let width = pipeline.config().caption_width;
+    let read = |index: usize| {
+        let name = format!("{prefix}.{index}");
+        match values.get(&name) {
+            None if index == 0 && prefix == "neg" => Err(Error::invalid(
+                "holds no tensor `neg.0`, which guidance needs: add it, or draw with --cfg 1",
+            )),
+            None => Err(Error::invalid(format!("holds no tensor `{name}`"))),
+            Some(Values { shape, values }) => match shape[..] {
+                [tokens, found] if found == width && tokens > 0 => {
+                    Tensor::from_f32(pipeline.device(), values, [1, tokens, width])
+                }
+                _ => Err(Error::invalid(format!(
+                    "tensor `{name}` has shape {shape:?}, expected [tokens, {width}]"
+                ))),
+            },
+        }
+    };
+    let tensors: Vec<Tensor> = (0..found.max(1)).map(read).collect::<Result<_>>()?;
+    Ok((0..pictures)
+        .map(|picture| tensors[picture.min(tensors.len() - 1)].clone())
+        .collect())
 }
 
 /// The numbers behind the pictures, collected while they are drawn.

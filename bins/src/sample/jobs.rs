@@ -84,8 +84,8 @@ pub fn jobs(arguments: &Arguments) -> anyhow::Result<Vec<Job>> {
         .filter(|pictures| *pictures <= MOST_PICTURES)
         .with_context(|| {
             format!(
-                "{} prompts, {} pictures each, are more than the {MOST_PICTURES} that one run draws",
-                lines.len(),
+                "{} with {} each are more pictures than the {MOST_PICTURES} that one run draws",
+                super::count(lines.len(), "prompt"),
                 arguments.count
             )
         })?;
@@ -270,7 +270,7 @@ mod tests {
         assert!(
             many.unwrap_err()
                 .to_string()
-                .contains("1 prompts, 18446744073709551615")
+                .contains("1 prompt with 18446744073709551615")
         );
     }
 

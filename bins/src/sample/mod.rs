@@ -57,8 +57,6 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
     let settings = settings(&arguments, &pipeline)?;
     let batch = batch_size(&arguments, &pipeline, &settings, jobs.len());
     pipeline.expect_room(&settings, batch)?;
-    jobs::expect_writable(&jobs, &settings)?;
-    let raw = arguments.save_raw.as_deref().map(RawImages::new).transpose()?;
     let noise = arguments
         .noise
         .as_deref()
@@ -73,13 +71,15 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
     if embeds.is_none() {
         pipeline.expect_text_encoder()?;
     }
+    jobs::expect_writable(&jobs, &settings)?;
+    let raw = arguments.save_raw.as_deref().map(RawImages::new).transpose()?;
     eprintln!(
-        "{} {}x{} on {}: {} steps, shift {}, cfg {}",
+        "{} {}x{} on {}: {}, shift {}, cfg {}",
         count(jobs.len(), "picture"),
         settings.width,
         settings.height,
         pipeline.device(),
-        settings.steps,
+        count(settings.steps, "step"),
         settings.shift,
         settings.cfg
     );

@@ -27,9 +27,9 @@ pub fn register(suite: &mut Suite) {
 }
 
 /// A damaged file or folder and the end of the message that it gives, after the folder of the test.
-struct Case {
-    path: PathBuf,
-    message: String,
+pub struct Case {
+    pub path: PathBuf,
+    pub message: String,
 }
 
 fn raw(header: &str, data: &[u8]) -> Vec<u8> {
@@ -287,7 +287,7 @@ fn shards(folder: &Path) -> Result<Vec<Case>, Failed> {
     Ok(written)
 }
 
-fn cases(folder: &Path) -> Result<Vec<Case>, Failed> {
+pub fn cases(folder: &Path) -> Result<Vec<Case>, Failed> {
     let mut cases = single_files(folder)?;
     cases.extend(shards(folder)?);
     Ok(cases)

@@ -1,7 +1,7 @@
 //! Model files: damage, layouts, parameters, sizes, and the folders that models come in.
 
 mod config;
-mod damage;
+pub mod damage;
 pub mod layouts;
 pub mod model;
 mod params;
