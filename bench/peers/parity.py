@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for weights and references (14 GB)")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--component", choices=COMPONENTS, action="append", help="repeatable; all by default")
+    parser.add_argument("--keep", choices=COMPONENTS, action="append", default=[], help="leave its files; repeatable")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--commit", help="the commit of the programs, where this is no checkout")
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU, to try this script")
@@ -119,7 +120,8 @@ def main() -> None:
         torch = reference(arguments, component)
         made = time.perf_counter()
         rows.append(row(component, torch, ours(arguments, component)))
-        shutil.rmtree(arguments.work / component)
+        if component not in arguments.keep:
+            shutil.rmtree(arguments.work / component)
         print(f"{component}: reference {made - start:.1f} s, ours {time.perf_counter() - made:.1f} s", flush=True)
         arguments.out.write_text(json.dumps({**environment(arguments), "rows": rows}, indent=1) + "\n")
     print(f"{'component':<11}{'ours':>11}{'PyTorch':>11}{'ratio':>7}{'ours ms':>10}{'PyTorch ms':>12}{'ours GB':>9}{'PyTorch GB':>12}")

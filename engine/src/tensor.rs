@@ -457,6 +457,29 @@ impl Tensor {
         }
     }
 
+    /// Overwrites the elements with those of `source`, keeping the tensor's address; on CUDA without waiting.
+    ///
+    /// # Errors
+    /// When shape, type or device differ, or the buffer is shared.
+    pub fn copy_from(&mut self, source: &Tensor) -> Result<()> {
+        source.expect_shape("copy", "source", self.shape)?;
+        source.expect_dtype("copy", "source", self.dtype)?;
+        source.expect_device("copy", "source", &self.device())?;
+        let (from, to) = (source.offset * self.dtype.size(), self.offset * self.dtype.size());
+        let bytes = self.bytes();
+        match (
+            Arc::get_mut(&mut self.storage).ok_or_else(shared_buffer)?,
+            &*source.storage,
+        ) {
+            (Storage::Cpu(target), Storage::Cpu(source)) => {
+                target.bytes_mut()[to..to + bytes].copy_from_slice(&source.bytes()[from..from + bytes]);
+                Ok(())
+            }
+            (Storage::Cuda(target), Storage::Cuda(source)) => target.copy_from_device(to, source, from, bytes),
+            _ => unreachable!("the devices were compared"),
+        }
+    }
+
     /// Copies a tensor to another device, converting between bf16 and f32 to the target's compute type where the source
     /// has its own device's compute type. For tests and for moving small inputs; weights go through [`Tensor::from_fill`].
     pub fn to_device(&self, device: &Device) -> Result<Self> {

@@ -18,9 +18,10 @@ struct Step {
 
 // x, positive, negative [elements]; without guidance `negative` is null and `positive` is the velocity.
 extern "C" __global__ __launch_bounds__(THREADS) void guided_euler_step(
-    float* x, const float* positive, const float* negative, size_t elements, float cfg, float delta_sigma) {
+    float* x, const float* positive, const float* negative, size_t elements, float cfg,
+    const float* delta_sigma) {
     const bool guided = negative != nullptr;
-    const Step step{cfg, delta_sigma, guided};
+    const Step step{cfg, *delta_sigma, guided};
     const size_t first = static_cast<size_t>(blockIdx.x) * ELEMENTS_PER_BLOCK;
     const size_t starts = reinterpret_cast<size_t>(x) | reinterpret_cast<size_t>(positive) | reinterpret_cast<size_t>(negative);
     if (starts % sizeof(float4) == 0 && elements % 4 == 0) {

@@ -1,85 +1,201 @@
 // RMS normalisation with its fusions; engine/src/ops/rms_norm.rs holds the contract.
 //
-// One block per row; each thread keeps up to ROW_VECTORS vectors of eight elements in registers, so every element is read
-// and written once. Bound by memory: 2 bytes read and 2 written per element for rms_norm, 4 and 4 with the residual.
+// A block owns some rows of one batch item and takes them one after the other. What multiplies every row (weights, scale and
+// gate) stays in registers, each element of a row is read and written once, and the next row is on its way while this one is
+// reduced. Bound by memory: 2 bytes read and 2 written per element for rms_norm, 4 and 4 with the residual.
 #include "common/launch.cuh"
-#include "common/row.cuh"
+#include "common/reduce.cuh"
 
-__device__ __forceinline__ float inverse_rms(const Row& row, int dim, float epsilon, float* scratch) {
+constexpr int MAX_THREADS = 256;
+constexpr int MAX_WARPS = MAX_THREADS / WARP;
+
+// The part of a row that one thread holds: vector i is vector threadIdx.x + i * blockDim.x of the row.
+template <int VECTORS>
+struct Part {
+    float value[VECTORS][8];
+};
+template <int VECTORS>
+struct Packed {
+    uint4 vector[VECTORS];
+};
+
+template <int VECTORS>
+__device__ __forceinline__ void read(Packed<VECTORS>& packed, const bf16* row, int vectors) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+        const int vector = threadIdx.x + i * blockDim.x;
+        packed.vector[i] = vector < vectors ? reinterpret_cast<const uint4*>(row)[vector] : make_uint4(0, 0, 0, 0);
+    }
+}
+
+template <int VECTORS>
+__device__ __forceinline__ void unpack(Part<VECTORS>& part, const Packed<VECTORS>& packed) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) load8(part.value[i], reinterpret_cast<const bf16*>(&packed.vector[i]));
+}
+
+template <int VECTORS>
+__device__ __forceinline__ void write(bf16* row, const Part<VECTORS>& part, int vectors) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+        const int vector = threadIdx.x + i * blockDim.x;
+        if (vector < vectors) store8(row + vector * 8, part.value[i]);
+    }
+}
+
+// weight * (1 + scale), or the weight alone where there is no scale.
+template <int VECTORS>
+__device__ __forceinline__ void load_scaled(Part<VECTORS>& factor, const bf16* weight, const float* scale, int vectors) {
+    Packed<VECTORS> packed;
+    read(packed, weight, vectors);
+    unpack(factor, packed);
+    if (scale == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+        const int vector = threadIdx.x + i * blockDim.x;
+        if (vector >= vectors) continue;
+        float added[8];
+        load8(added, scale + vector * 8);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) factor.value[i][j] *= 1.0f + added[j];
+    }
+}
+
+// weight * tanh(gate), or the weight alone where there is no gate.
+template <int VECTORS>
+__device__ __forceinline__ void load_gated(Part<VECTORS>& factor, const bf16* weight, const float* gate, int vectors) {
+    Packed<VECTORS> packed;
+    read(packed, weight, vectors);
+    unpack(factor, packed);
+    if (gate == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+        const int vector = threadIdx.x + i * blockDim.x;
+        if (vector >= vectors) continue;
+        float opened[8];
+        load8(opened, gate + vector * 8);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) factor.value[i][j] *= tanhf(opened[j]);
+    }
+}
+
+// Sums over the block, two in flight: the scratch of one is free again once every thread has passed the barrier of the next.
+struct RowSums {
+    float (*scratch)[MAX_WARPS];
+    int turn = 0;
+
+    __device__ __forceinline__ float operator()(float value) {
+        float* sums = scratch[turn];
+        turn ^= 1;
+        value = warp_sum(value);
+        if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = value;
+        __syncthreads();  // all warps' sums are written before they are read
+        float total = 0.0f;
+        for (int warp = 0; warp < blockDim.x / WARP; ++warp) total += sums[warp];
+        return total;
+    }
+};
+
+template <int VECTORS>
+__device__ __forceinline__ float inverse_rms(const Part<VECTORS>& row, int dim, float epsilon, RowSums& sum) {
     float squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < ROW_VECTORS; ++i)
+    for (int i = 0; i < VECTORS; ++i)
 #pragma unroll
         for (int j = 0; j < 8; ++j) squares += row.value[i][j] * row.value[i][j];
-    return rsqrtf(row_sum(squares, scratch) / dim + epsilon);
+    return rsqrtf(sum(squares) / dim + epsilon);
 }
 
-// output = row / rms * weight * (1 + scale); `scale` may be null.
-__device__ __forceinline__ void store_normalised(
-    bf16* output, const Row& row, float inverse, const bf16* weight, const float* scale, int vectors) {
+template <int VECTORS>
+__device__ __forceinline__ void multiply(Part<VECTORS>& row, float inverse, const Part<VECTORS>& factor) {
 #pragma unroll
-    for (int i = 0; i < ROW_VECTORS; ++i) {
-        const int vector = threadIdx.x + i * blockDim.x;
-        if (vector >= vectors) continue;
-        float factor[8], result[8];
-        load8(factor, weight + vector * 8);
+    for (int i = 0; i < VECTORS; ++i)
 #pragma unroll
-        for (int j = 0; j < 8; ++j) result[j] = row.value[i][j] * inverse * factor[j];
-        if (scale != nullptr) {
-            load8(factor, scale + vector * 8);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) result[j] *= 1.0f + factor[j];
-        }
-        store8(output + vector * 8, result);
+        for (int j = 0; j < 8; ++j) row.value[i][j] *= inverse * factor.value[i][j];
+}
+
+// x, output [items, tokens, dim]; weight [dim]; scale: a row of `stride` floats per item, or null; grid (blocks, items).
+template <int VECTORS>
+__device__ __forceinline__ void rms_norm_modulate(
+    const bf16* x, const bf16* weight, const float* scale, bf16* output, int dim, int tokens, int stride, float epsilon) {
+    __shared__ float scratch[2][MAX_WARPS];
+    RowSums sum{scratch};
+    const size_t item = blockIdx.y;
+    const int vectors = dim / 8;
+    if (static_cast<int>(blockIdx.x) >= tokens) return;  // the same for all threads
+    Part<VECTORS> factor;
+    load_scaled(factor, weight, scale == nullptr ? nullptr : scale + item * stride, vectors);
+    Packed<VECTORS> next;
+    read(next, x + (item * tokens + blockIdx.x) * dim, vectors);
+    for (int token = blockIdx.x; token < tokens; token += gridDim.x) {
+        Part<VECTORS> row;
+        unpack(row, next);
+        if (token + gridDim.x < tokens) read(next, x + (item * tokens + token + gridDim.x) * dim, vectors);
+        multiply(row, inverse_rms(row, dim, epsilon, sum), factor);
+        write(output + (item * tokens + token) * dim, row, vectors);
     }
 }
-
-// x, output [rows, dim]; weight [dim]; scale: rows of `stride` elements, one per batch item of `tokens` rows, or null.
-extern "C" __global__ void rms_norm_modulate(
-    const bf16* x, const bf16* weight, const float* scale, bf16* output, int dim, int tokens, int stride, float epsilon) {
-    __shared__ float scratch[MAX_WARPS];
-    const size_t row_index = blockIdx.x;
-    const int vectors = dim / 8;
-    Row row;
-    load_row(row, x + row_index * dim, vectors);
-    const float inverse = inverse_rms(row, dim, epsilon, scratch);
-    const float* row_scale = scale == nullptr ? nullptr : scale + row_index / tokens * stride;
-    store_normalised(output + row_index * dim, row, inverse, weight, row_scale, vectors);
-}
-L2P_LAUNCH(rms_norm_modulate, 0, 0, ROW_VECTORS * 8)
 
 // sum = x + tanh(gate) * rms_norm(y) * weight; normalised = rms_norm(sum) * next_weight * (1 + next_scale), unless null.
-extern "C" __global__ void gated_residual_rms_norm(
-    const bf16* x, const bf16* y, const bf16* weight, const float* gate, bf16* sum, const bf16* next_weight,
+template <int VECTORS>
+__device__ __forceinline__ void gated_residual_rms_norm(
+    const bf16* x, const bf16* y, const bf16* weight, const float* gate, bf16* sum_out, const bf16* next_weight,
     const float* next_scale, bf16* normalised, int dim, int tokens, int stride, int next_stride, float epsilon) {
-    __shared__ float scratch[MAX_WARPS];
-    const size_t row_index = blockIdx.x;
-    const size_t item = row_index / tokens;
+    __shared__ float scratch[2][MAX_WARPS];
+    RowSums sum{scratch};
+    const size_t item = blockIdx.y;
     const int vectors = dim / 8;
-    Row row;
-    load_row(row, y + row_index * dim, vectors);
-    const float inverse = inverse_rms(row, dim, epsilon, scratch);
-#pragma unroll
-    for (int i = 0; i < ROW_VECTORS; ++i) {
-        const int vector = threadIdx.x + i * blockDim.x;
-        if (vector >= vectors) continue;
-        float factor[8], residual[8];
-        load8(factor, weight + vector * 8);
-        load8(residual, x + row_index * dim + vector * 8);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) row.value[i][j] *= inverse * factor[j];
-        if (gate != nullptr) {
-            load8(factor, gate + item * stride + vector * 8);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) row.value[i][j] *= tanhf(factor[j]);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) row.value[i][j] += residual[j];
-        store8(sum + row_index * dim + vector * 8, row.value[i]);
+    if (static_cast<int>(blockIdx.x) >= tokens) return;  // the same for all threads
+    Part<VECTORS> gated, scaled;
+    load_gated(gated, weight, gate == nullptr ? nullptr : gate + item * stride, vectors);
+    if (normalised != nullptr) {
+        load_scaled(scaled, next_weight, next_scale == nullptr ? nullptr : next_scale + item * next_stride, vectors);
     }
-    if (normalised == nullptr) return;
-    const float next_inverse = inverse_rms(row, dim, epsilon, scratch);
-    const float* row_scale = next_scale == nullptr ? nullptr : next_scale + item * next_stride;
-    store_normalised(normalised + row_index * dim, row, next_inverse, next_weight, row_scale, vectors);
+    Packed<VECTORS> next_x, next_y;
+    const size_t first = (item * tokens + blockIdx.x) * dim;
+    read(next_y, y + first, vectors);
+    read(next_x, x + first, vectors);
+    for (int token = blockIdx.x; token < tokens; token += gridDim.x) {
+        const size_t start = (item * tokens + token) * dim;
+        Part<VECTORS> row;
+        unpack(row, next_y);
+        const Packed<VECTORS> residual = next_x;
+        if (token + gridDim.x < tokens) {
+            read(next_y, y + start + static_cast<size_t>(gridDim.x) * dim, vectors);
+            read(next_x, x + start + static_cast<size_t>(gridDim.x) * dim, vectors);
+        }
+        multiply(row, inverse_rms(row, dim, epsilon, sum), gated);
+#pragma unroll
+        for (int i = 0; i < VECTORS; ++i) {
+            float added[8];
+            load8(added, reinterpret_cast<const bf16*>(&residual.vector[i]));
+#pragma unroll
+            for (int j = 0; j < 8; ++j) row.value[i][j] += added[j];
+        }
+        write(sum_out + start, row, vectors);
+        if (normalised == nullptr) continue;  // the same for all threads
+        multiply(row, inverse_rms(row, dim, epsilon, sum), scaled);
+        write(normalised + start, row, vectors);
+    }
 }
-L2P_LAUNCH(gated_residual_rms_norm, 0, 0, ROW_VECTORS * 8)
+
+// One kernel per number of vectors that a thread holds; the tile says how many elements a thread covers.
+#define L2P_RMS_NORM(VECTORS)                                                                                             \
+    extern "C" __global__ __launch_bounds__(MAX_THREADS) void rms_norm_modulate_##VECTORS(                                \
+        const bf16* x, const bf16* weight, const float* scale, bf16* output, int dim, int tokens, int stride,             \
+        float epsilon) {                                                                                                  \
+        rms_norm_modulate<VECTORS>(x, weight, scale, output, dim, tokens, stride, epsilon);                               \
+    }                                                                                                                     \
+    L2P_LAUNCH(rms_norm_modulate_##VECTORS, MAX_THREADS, 0, VECTORS * 8)                                                  \
+    extern "C" __global__ __launch_bounds__(MAX_THREADS) void gated_residual_rms_norm_##VECTORS(                          \
+        const bf16* x, const bf16* y, const bf16* weight, const float* gate, bf16* sum, const bf16* next_weight,          \
+        const float* next_scale, bf16* normalised, int dim, int tokens, int stride, int next_stride, float epsilon) {     \
+        gated_residual_rms_norm<VECTORS>(                                                                                 \
+            x, y, weight, gate, sum, next_weight, next_scale, normalised, dim, tokens, stride, next_stride, epsilon);     \
+    }                                                                                                                     \
+    L2P_LAUNCH(gated_residual_rms_norm_##VECTORS, MAX_THREADS, 0, VECTORS * 8)
+
+L2P_RMS_NORM(1)
+L2P_RMS_NORM(2)
+L2P_RMS_NORM(3)
+L2P_RMS_NORM(4)

@@ -5,6 +5,7 @@
 mod checkpoint;
 mod convert;
 mod flow;
+mod graph;
 mod image_io;
 mod models;
 mod ops;
@@ -19,6 +20,7 @@ fn main() -> std::process::ExitCode {
     checkpoint::register(&mut suite);
     convert::register(&mut suite);
     flow::register(&mut suite);
+    graph::register(&mut suite);
     image_io::register(&mut suite);
     models::register(&mut suite);
     ops::register(&mut suite);

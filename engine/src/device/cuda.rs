@@ -9,7 +9,7 @@ use super::blas::Blas;
 use super::cpu::{POISON_BYTE, poison_new_buffers};
 use super::kernel::Kernel;
 use super::memory::{Ledger, MemoryReport, MemoryTag, format_bytes};
-use super::pool::Pool;
+use super::pool::{Pool, Recording};
 use super::{libraries, upload};
 use crate::error::{Error, Result};
 
@@ -53,6 +53,8 @@ pub struct CudaDevice {
     blas: OnceLock<Blas>,
     staging: Mutex<Option<upload::Staging>>,
     pool: Mutex<Pool>,
+    /// While work is recorded: the blocks that the recording uses.
+    recording: Mutex<Option<Recording>>,
     stream: Arc<CudaStream>,
     // Last, so that everything above is released while the context still exists.
     context: Arc<CudaContext>,
@@ -122,6 +124,7 @@ impl CudaDevice {
             blas: OnceLock::new(),
             staging: Mutex::new(None),
             pool: Mutex::new(pool),
+            recording: Mutex::new(None),
             stream,
             context,
         })
@@ -224,7 +227,7 @@ impl CudaDevice {
     pub fn blas(&self) -> Result<&Blas> {
         if self.blas.get().is_none() {
             self.bind()?;
-            let blas = Blas::new()?;
+            let blas = Blas::new(&self.name)?;
             // A second thread may have been faster; either handle will do.
             let _ = self.blas.set(blas);
         }
@@ -294,9 +297,49 @@ impl CudaDevice {
         work(staging.as_mut().expect("made above"))
     }
 
+    /// From now on until [`CudaDevice::end_recording`], blocks come from a recording of their own.
+    pub(super) fn begin_recording(&self) -> Result<()> {
+        let mut recording = self.recording.lock().unwrap();
+        if recording.is_some() {
+            return Err(Error::invalid("work is being recorded on this device already"));
+        }
+        *recording = Some(Recording::default());
+        Ok(())
+    }
+
+    /// Ends what [`CudaDevice::begin_recording`] began.
+    pub(super) fn end_recording(&self) -> Recording {
+        self.recording.lock().unwrap().take().unwrap_or_default()
+    }
+
+    /// Returns blocks of a recording to the pool.
+    pub(super) fn release_blocks(&self, blocks: &[(u64, u64)]) {
+        let mut pool = self.pool.lock().unwrap();
+        for &(address, bytes) in blocks {
+            pool.free(address, bytes);
+        }
+    }
+
+    fn free(&self, address: u64, bytes: u64) {
+        let mut pool = self.pool.lock().unwrap();
+        let recorded = match &mut *self.recording.lock().unwrap() {
+            Some(recording) => recording.free(address, bytes),
+            None => false,
+        };
+        if !recorded {
+            pool.free(address, bytes);
+        }
+    }
+
     fn allocate(&self, bytes: usize) -> Result<u64> {
         self.bind()?;
-        let outcome = self.pool.lock().unwrap().allocate(bytes as u64);
+        let outcome = {
+            let mut pool = self.pool.lock().unwrap();
+            match &mut *self.recording.lock().unwrap() {
+                Some(recording) => recording.allocate(&mut pool, bytes as u64),
+                None => pool.allocate(bytes as u64),
+            }
+        };
         outcome.map_err(|error| {
             if error.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
                 return Error::Cuda {
@@ -441,6 +484,23 @@ impl CudaBuffer {
         check("copy to the GPU", outcome)
     }
 
+    /// Copies from another block of the same device, in the order of the stream.
+    pub(crate) fn copy_from_device(&mut self, to: usize, source: &CudaBuffer, from: usize, bytes: usize) -> Result<()> {
+        assert!(
+            to + bytes <= self.bytes && from + bytes <= source.bytes,
+            "a copy past the end of a buffer"
+        );
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.device.bind()?;
+        let stream = self.device.stream.cu_stream();
+        // SAFETY: both ranges lie in their blocks (checked above), and different buffers do not overlap.
+        let outcome =
+            unsafe { result::memcpy_dtod_async(self.address + to as u64, source.address + from as u64, bytes, stream) };
+        check("copy within the GPU", outcome)
+    }
+
     /// Copies out of the block after all submitted work is done.
     pub(crate) fn copy_to_host(&self, offset: usize, target: &mut [u8]) -> Result<()> {
         assert!(offset + target.len() <= self.bytes, "a copy past the end of a buffer");
@@ -466,7 +526,7 @@ impl Drop for CudaBuffer {
     fn drop(&mut self) {
         self.device.ledger.remove(self.tag, self.bytes as u64);
         if self.device.bind().is_ok() {
-            self.device.pool.lock().unwrap().free(self.address, self.bytes as u64);
+            self.device.free(self.address, self.bytes as u64);
         }
     }
 }

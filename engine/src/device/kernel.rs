@@ -59,6 +59,18 @@ impl Kernel {
         &self.info
     }
 
+    /// Blocks of `threads` threads that one multiprocessor runs at the same time.
+    ///
+    /// # Errors
+    /// When the driver cannot tell.
+    pub fn resident_blocks(&self, threads: u32) -> Result<u32> {
+        let shared = self.info.dynamic_shared_memory as usize;
+        // SAFETY: the function was loaded by this kernel.
+        let blocks =
+            unsafe { result::occupancy::max_active_block_per_multiprocessor(self.function, threads as i32, shared) };
+        Ok(check("occupancy", blocks)? as u32)
+    }
+
     /// Launches `grid` blocks of the kernel's own block size on the device's stream.
     ///
     /// # Errors

@@ -5,6 +5,7 @@
 mod blas;
 mod cpu;
 mod cuda;
+mod graph;
 mod host_memory;
 mod kernel;
 mod libraries;
@@ -20,6 +21,7 @@ use std::sync::Arc;
 pub use blas::{Blas, Matmul, MatmulOperands};
 pub use cpu::{CpuBuffer, set_poison_new_buffers};
 pub use cuda::{CudaBuffer, CudaDevice, Event};
+pub use graph::Graph;
 pub use kernel::{Args, Kernel, LaunchInfo, TensorMap, TensorMapSpec};
 pub use memory::{MemoryReport, MemoryTag, TagScope, format_bytes};
 pub use probe::{GpuReport, ProbeReport, probe};

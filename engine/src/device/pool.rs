@@ -79,6 +79,46 @@ fn supports_virtual_memory(device: i32) -> Result<bool> {
     Ok(check("cuDeviceGetAttribute", value)? != 0)
 }
 
+/// The blocks of a recording: what it frees it gets again, and nobody else does.
+#[derive(Default)]
+pub(super) struct Recording {
+    /// Addresses and sizes of the blocks that came from the pool.
+    pub taken: Vec<(u64, u64)>,
+    /// Tensors on these blocks that are alive.
+    pub live: usize,
+    free_blocks: FreeBlocks,
+}
+
+impl Recording {
+    /// A block of at least `bytes` bytes, from what the recording has freed or from the pool.
+    pub fn allocate(&mut self, pool: &mut Pool, bytes: u64) -> std::result::Result<u64, result::DriverError> {
+        let size = block_size(bytes);
+        let address = match self.free_blocks.take(size) {
+            Some(address) => address,
+            None => {
+                let address = pool.allocate(size)?;
+                self.taken.push((address, size));
+                address
+            }
+        };
+        self.live += 1;
+        Ok(address)
+    }
+
+    /// Takes back a block of `bytes` bytes if it is one of the recording's; says whether it was.
+    pub fn free(&mut self, address: u64, bytes: u64) -> bool {
+        let mine = self
+            .taken
+            .iter()
+            .any(|(start, size)| (*start..start + size).contains(&address));
+        if mine {
+            self.free_blocks.insert(address, block_size(bytes));
+            self.live -= 1;
+        }
+        mine
+    }
+}
+
 /// The reserved range and what is known of it.
 pub(super) struct Arena {
     device: i32,

@@ -3,17 +3,21 @@
 //! The host submits a step while the GPU computes the one before, then waits for that one to be done; it never runs further
 //! ahead. So the GPU does not idle between steps, progress tells what is done and not what is queued, and stopping takes no
 //! longer than the step that is running.
+//!
+//! On CUDA the first step runs call by call, which loads every kernel; the second is recorded and replayed for all others,
+//! with the step's own modulation vectors and Δσ copied to fixed addresses. `L2P_GRAPH=0` turns recording off.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use super::schedule::Schedule;
-use crate::device::Marker;
-use crate::error::{Error, Result};
-use crate::model::dit::{Dit, Prepared};
+use crate::device::{CudaDevice, Device, Graph, Marker};
+use crate::error::Result;
+use crate::model::dit::{Dit, Modulations, Prepared};
 use crate::ops::cast::cast;
 use crate::ops::guidance::{Guidance, guided_euler_step};
 use crate::profile;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// Modulation tables are made for at most this many steps at once, which bounds their memory.
 const STEPS_PER_TABLE: usize = 16;
@@ -53,32 +57,90 @@ pub fn sample(
 ) -> Result<Tensor> {
     let _range = profile::range(c"denoise");
     let times = schedule.times();
-    let mut x = noise;
-    let mut tables = None;
+    let deltas: Vec<f32> = (0..schedule.steps()).map(|step| schedule.delta(step)).collect();
+    let deltas = Tensor::from_slice(dit.device(), &deltas, [deltas.len()])?;
+    let mut tables = dit.modulate(&times[..times.len().min(STEPS_PER_TABLE)])?;
+    let mut state = State {
+        modulations: tables.narrow(0, 1)?.duplicate()?,
+        delta: Tensor::empty(dit.device(), [1], DType::F32)?,
+        x: noise,
+    };
+    let mut recording = Recording::new(dit.device(), schedule.steps());
     let mut queue = Queue::new(schedule.steps());
     for step in 0..schedule.steps() {
         let _range = profile::range(c"step");
-        if step % STEPS_PER_TABLE == 0 {
-            tables = Some(dit.modulate(&times[step..times.len().min(step + STEPS_PER_TABLE)])?);
+        if step > 0 && step % STEPS_PER_TABLE == 0 {
+            tables = dit.modulate(&times[step..times.len().min(step + STEPS_PER_TABLE)])?;
         }
-        let tables = tables
-            .as_ref()
-            .ok_or_else(|| Error::invalid("a step without modulation"))?;
-        let modulations = tables.narrow(step % STEPS_PER_TABLE, 1)?;
-        let image = cast(&x, dit.device().compute_dtype())?;
-        let velocity = dit.forward(&image, &conditioning.prompt, &modulations)?;
-        let away = match &conditioning.negative {
-            Some((negative, cfg)) => Some((dit.forward(&image, negative, &modulations)?, *cfg)),
-            None => None,
-        };
-        drop(image);
-        let guidance = away.as_ref().map(|(negative, cfg)| Guidance { negative, cfg: *cfg });
-        guided_euler_step(&mut x, &velocity, guidance, schedule.delta(step))?;
+        state
+            .modulations
+            .copy_from(&tables.narrow(step % STEPS_PER_TABLE, 1)?)?;
+        state.delta.copy_from(&deltas.narrow(step, 1)?)?;
+        recording.run(step, || state.step(dit, conditioning))?;
         queue.push(dit.device().marker()?);
         queue.drain(QUEUED_STEPS, progress)?;
     }
     queue.drain(0, progress)?;
-    Ok(x)
+    Ok(state.x)
+}
+
+/// What a step reads and writes; all at addresses that stay the same from step to step.
+struct State {
+    /// The picture on its way, f32.
+    x: Tensor,
+    /// The step's modulation vectors.
+    modulations: Modulations,
+    /// The step's change of sigma, `[1]`.
+    delta: Tensor,
+}
+
+impl State {
+    /// Moves the picture by one step.
+    fn step(&mut self, dit: &Dit, conditioning: &Conditioning) -> Result<()> {
+        let image = cast(&self.x, dit.device().compute_dtype())?;
+        let velocity = dit.forward(&image, &conditioning.prompt, &self.modulations)?;
+        let away = match &conditioning.negative {
+            Some((negative, cfg)) => Some((dit.forward(&image, negative, &self.modulations)?, *cfg)),
+            None => None,
+        };
+        drop(image);
+        let guidance = away.as_ref().map(|(negative, cfg)| Guidance { negative, cfg: *cfg });
+        guided_euler_step(&mut self.x, &velocity, guidance, &self.delta)
+    }
+}
+
+/// A step's work, recorded when it is met for the second time.
+enum Recording {
+    /// Every step runs call by call.
+    Off,
+    /// Nothing is recorded yet.
+    Pending(Arc<CudaDevice>),
+    /// Steps are replayed.
+    Ready(Graph),
+}
+
+impl Recording {
+    fn new(device: &Device, steps: usize) -> Self {
+        let wanted = !std::env::var("L2P_GRAPH").is_ok_and(|value| value == "0");
+        match device {
+            // Two steps would not pay for a recording.
+            Device::Cuda(device) if wanted && steps > 2 => Recording::Pending(device.clone()),
+            _ => Recording::Off,
+        }
+    }
+
+    fn run(&mut self, step: usize, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        match self {
+            Recording::Ready(graph) => graph.launch(),
+            Recording::Pending(device) if step > 0 => {
+                let mut graph = Graph::record(device, work)?;
+                graph.launch()?;
+                *self = Recording::Ready(graph);
+                Ok(())
+            }
+            _ => work(),
+        }
+    }
 }
 
 /// The steps that were submitted and not yet reported.

@@ -26,8 +26,8 @@ const SCALE_MSA: usize = 0;
 const GATE_MSA: usize = 1;
 const SCALE_MLP: usize = 2;
 const GATE_MLP: usize = 3;
-/// Vectors per table.
-const VECTORS: usize = 4;
+/// Vectors of one block.
+pub(super) const VECTORS: usize = 4;
 
 /// A transformer block's parameters. Query, key and value projections are stacked, as are the two inputs of SwiGLU.
 pub struct Block {
@@ -133,8 +133,8 @@ impl Block {
     }
 
     /// The normalisation of the attention's input.
-    fn input_norm<'a>(&'a self, table: Option<&'a Tensor>) -> Result<RmsNorm<'a>> {
-        let scale = vector(table, SCALE_MSA)?;
+    fn input_norm<'a>(&'a self, vectors: Option<Vectors<'a>>) -> Result<RmsNorm<'a>> {
+        let scale = vector(vectors, SCALE_MSA)?;
         Ok(RmsNorm {
             weight: &self.attention_norm1,
             scale,
@@ -148,7 +148,7 @@ impl Block {
         &self,
         x: &Tensor,
         normalised: Tensor,
-        table: Option<&Tensor>,
+        vectors: Option<Vectors<'_>>,
         sequence: &Sequence<'_>,
         next: Option<&RmsNorm<'_>>,
     ) -> Result<(Tensor, Option<Tensor>)> {
@@ -156,12 +156,12 @@ impl Block {
         let attended = self.attend(normalised, sequence)?;
         let residual = GatedResidual {
             weight: &self.attention_norm2,
-            gate: vector(table, GATE_MSA)?,
+            gate: vector(vectors, GATE_MSA)?,
             epsilon: self.epsilon,
         };
         let norm = RmsNorm {
             weight: &self.ffn_norm1,
-            scale: vector(table, SCALE_MLP)?,
+            scale: vector(vectors, SCALE_MLP)?,
             epsilon: self.epsilon,
         };
         let (x, normalised) = gated_residual_rms_norm(x, &attended, &residual, Some(&norm))?;
@@ -170,7 +170,7 @@ impl Block {
         drop(normalised);
         let residual = GatedResidual {
             weight: &self.ffn_norm2,
-            gate: vector(table, GATE_MLP)?,
+            gate: vector(vectors, GATE_MLP)?,
             epsilon: self.epsilon,
         };
         gated_residual_rms_norm(&x, &fed, &residual, next)
@@ -202,8 +202,13 @@ impl Block {
     }
 }
 
-fn vector<'a>(table: Option<&'a Tensor>, index: usize) -> Result<Option<Modulation<'a>>> {
-    table.map(|table| Modulation::new(table, index)).transpose()
+/// A block's vectors: a table, and the index of the first of them.
+type Vectors<'a> = (&'a Tensor, usize);
+
+fn vector(vectors: Option<Vectors<'_>>, index: usize) -> Result<Option<Modulation<'_>>> {
+    vectors
+        .map(|(table, first)| Modulation::new(table, first + index))
+        .transpose()
 }
 
 /// What the tokens of a sequence share through all blocks.
@@ -215,25 +220,30 @@ pub struct Sequence<'a> {
     pub key_lengths: Option<&'a Tensor>,
 }
 
-/// Runs `blocks` one after the other on `x` `[batch, tokens, dim]`. `tables` holds each block's modulation table, empty for
-/// blocks without modulation.
+/// Runs `blocks` one after the other on `x` `[batch, tokens, dim]`. `modulation` is a table of vectors, with the index of the first
+/// block's first one; `None` for blocks without modulation.
 ///
 /// # Errors
 /// When shapes do not fit or the device has no room.
-pub fn run_blocks(blocks: &[Block], tables: &[Tensor], x: Tensor, sequence: &Sequence<'_>) -> Result<Tensor> {
+pub fn run_blocks(
+    blocks: &[Block],
+    modulation: Option<(&Tensor, usize)>,
+    x: Tensor,
+    sequence: &Sequence<'_>,
+) -> Result<Tensor> {
     let Some(first) = blocks.first() else { return Ok(x) };
-    let norm = first.input_norm(tables.first())?;
-    let mut normalised = Some(rms_norm_modulate(&x, &norm)?);
+    let vectors = |index: usize| modulation.map(|(table, first)| (table, first + index * VECTORS));
+    let mut normalised = Some(rms_norm_modulate(&x, &first.input_norm(vectors(0))?)?);
     let mut x = x;
     for (index, block) in blocks.iter().enumerate() {
         let next = blocks
             .get(index + 1)
-            .map(|next| next.input_norm(tables.get(index + 1)))
+            .map(|next| next.input_norm(vectors(index + 1)))
             .transpose()?;
         let input = normalised
             .take()
             .expect("each block but the last leaves a normalised stream");
-        (x, normalised) = block.forward(&x, input, tables.get(index), sequence, next.as_ref())?;
+        (x, normalised) = block.forward(&x, input, vectors(index), sequence, next.as_ref())?;
     }
     Ok(x)
 }

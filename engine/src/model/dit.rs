@@ -6,7 +6,7 @@
 //! * [`Dit::modulate`]: the modulation tables of all blocks for a list of times. Once per schedule.
 //! * [`Dit::forward`]: image to velocity. Once per step.
 
-use super::block::{Block, Sequence, run_blocks};
+use super::block::{Block, Sequence, VECTORS, run_blocks};
 use super::config::{DitConfig, ModelKind};
 use super::detailer::{Detailer, DetailerLayout};
 use super::limits::DeviceLimits;
@@ -20,7 +20,7 @@ use crate::ops::linear::{InputActivation, linear, linear_vectors};
 use crate::ops::patch_embed::patch_embed;
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::timestep::timestep_embedding;
-use crate::ops::tokens::{concat_tokens, fill_pad_tokens, narrow_tokens, pad_tokens};
+use crate::ops::tokens::{concat_all, concat_tokens, fill_pad_tokens, narrow_tokens, pad_tokens};
 use crate::ops::unpatchify::unpatchify;
 use crate::profile;
 use crate::tensor::Tensor;
@@ -107,31 +107,40 @@ impl Prepared {
     }
 }
 
-/// Modulation tables of every block for a list of times.
+/// The modulation vectors of every block for a list of times, in one table: four per block of the noise refiner, four per
+/// main block, and the final layer's one.
 pub struct Modulations {
-    noise_refiner: Vec<Tensor>,
-    layers: Vec<Tensor>,
-    /// Scales of the final layer `[times, 1, dim]`, for a latent model.
-    last: Option<Tensor>,
+    /// f32 `[times, vectors, dim]`
+    table: Tensor,
 }
 
 impl Modulations {
-    /// The tables of `count` times from `start` on; views, nothing is copied.
+    /// The vectors of `count` times from `start` on; a view, nothing is copied.
     ///
     /// # Errors
     /// When there are fewer times.
     pub fn narrow(&self, start: usize, count: usize) -> Result<Self> {
-        let narrow = |tables: &[Tensor]| {
-            tables
-                .iter()
-                .map(|table| table.narrow(start, count))
-                .collect::<Result<Vec<_>>>()
-        };
         Ok(Modulations {
-            noise_refiner: narrow(&self.noise_refiner)?,
-            layers: narrow(&self.layers)?,
-            last: self.last.as_ref().map(|last| last.narrow(start, count)).transpose()?,
+            table: self.table.narrow(start, count)?,
         })
+    }
+
+    /// Overwrites the vectors with those of `source`, keeping their address.
+    ///
+    /// # Errors
+    /// When the numbers of times differ, or the table is shared.
+    pub fn copy_from(&mut self, source: &Modulations) -> Result<()> {
+        self.table.copy_from(&source.table)
+    }
+
+    /// A copy with a table of its own.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn duplicate(&self) -> Result<Self> {
+        let mut table = Tensor::empty(&self.table.device(), self.table.shape(), self.table.dtype())?;
+        table.copy_from(&self.table)?;
+        Ok(Modulations { table })
     }
 }
 
@@ -266,7 +275,7 @@ impl Dit {
             key_lengths: caption_lengths.as_ref(),
         };
         Ok(Prepared {
-            captions: run_blocks(&self.context_refiner, &[], embedded, &sequence)?,
+            captions: run_blocks(&self.context_refiner, None, embedded, &sequence)?,
             image_rope: axes.table(&self.device, &image)?,
             rope: axes.table(&self.device, &whole)?,
             key_lengths: lengths(image_tokens)?,
@@ -314,20 +323,15 @@ impl Dit {
     pub fn modulate(&self, times: &[f32]) -> Result<Modulations> {
         let _range = profile::range(c"modulate");
         let c = self.embed_times(times)?;
-        let tables = |blocks: &[Block]| -> Result<Vec<Tensor>> {
-            blocks
-                .iter()
-                .filter_map(|block| block.modulation_table(&c).transpose())
-                .collect()
-        };
-        Ok(Modulations {
-            noise_refiner: tables(&self.noise_refiner)?,
-            layers: tables(&self.layers)?,
-            last: match &self.output {
-                Output::Latent(last) => Some(last.modulation_table(&c)?),
-                Output::Pixel(_) => None,
-            },
-        })
+        let mut tables = Vec::new();
+        for block in self.noise_refiner.iter().chain(&self.layers) {
+            tables.extend(block.modulation_table(&c)?);
+        }
+        if let Output::Latent(last) = &self.output {
+            tables.push(last.modulation_table(&c)?);
+        }
+        let table = concat_all(&tables.iter().collect::<Vec<_>>())?;
+        Ok(Modulations { table })
     }
 
     /// The velocity (noise − image) of `image` `[batch, height, width, channels]` in the compute type, as f32 of the same
@@ -355,7 +359,8 @@ impl Dit {
             rope: &prepared.rope,
             key_lengths: prepared.key_lengths.as_ref(),
         };
-        run_blocks(&self.layers, &modulations.layers, x, &sequence)
+        let main_blocks = VECTORS * self.noise_refiner.len();
+        run_blocks(&self.layers, Some((&modulations.table, main_blocks)), x, &sequence)
     }
 
     /// The first part of [`Dit::run_trunk`]: the image's tokens, padded, after their refiner.
@@ -381,7 +386,7 @@ impl Dit {
             rope: &prepared.image_rope,
             key_lengths: None,
         };
-        run_blocks(&self.noise_refiner, &modulations.noise_refiner, embedded, &sequence)
+        run_blocks(&self.noise_refiner, Some((&modulations.table, 0)), embedded, &sequence)
     }
 }
 
@@ -462,12 +467,9 @@ impl Output {
         let _range = profile::range(c"output");
         match self {
             Output::Latent(last) => {
-                let scale = modulations
-                    .last
-                    .as_ref()
-                    .map(|table| Modulation::new(table, 0))
-                    .transpose()?;
-                let normalised = layer_norm_modulate(&x, scale, FinalLayer::EPSILON)?;
+                let table = &modulations.table;
+                let scale = Modulation::new(table, table.dim(1) - 1)?;
+                let normalised = layer_norm_modulate(&x, Some(scale), FinalLayer::EPSILON)?;
                 drop(x);
                 let patches = linear(&normalised, &last.weight, Some(&last.bias))?;
                 unpatchify(

@@ -26,15 +26,19 @@ impl RopeAxes {
         self.dims.iter().sum::<usize>() / 2
     }
 
-    /// Appends a token's `(cos, sin)` pairs.
-    fn push(&self, position: Position, table: &mut Vec<f32>) {
-        for (&position, &dim) in position.iter().zip(&self.dims) {
-            for pair in 0..dim / 2 {
-                let frequency = 1.0 / self.theta.powf(2.0 * pair as f64 / dim as f64);
-                let angle = f64::from((position as f64 * frequency) as f32);
-                table.extend([angle.cos() as f32, angle.sin() as f32]);
-            }
-        }
+    /// The `(cos, sin)` pairs of positions `0..count` on the axis of `dim` channels.
+    fn axis_table(&self, dim: usize, count: usize) -> Vec<f32> {
+        let frequencies: Vec<f64> = (0..dim / 2)
+            .map(|pair| 1.0 / self.theta.powf(2.0 * pair as f64 / dim as f64))
+            .collect();
+        let angles =
+            (0..count).flat_map(|position| frequencies.iter().map(move |frequency| position as f64 * frequency));
+        angles
+            .flat_map(|angle| {
+                let angle = f64::from(angle as f32);
+                [angle.cos() as f32, angle.sin() as f32]
+            })
+            .collect()
     }
 
     /// The table `[items, tokens, pairs, 2]` of `(cos, sin)` in f32 for items of equally many tokens.
@@ -43,9 +47,21 @@ impl RopeAxes {
     /// When the device has no room, or the items have different lengths.
     pub fn table(&self, device: &Device, items: &[Vec<Position>]) -> Result<Tensor> {
         let tokens = items.first().map_or(0, Vec::len);
+        // Many tokens share few positions per axis, so sines are taken once per position.
+        let axes = [0, 1, 2].map(|axis| {
+            let count = items
+                .iter()
+                .flatten()
+                .map(|position| position[axis] + 1)
+                .max()
+                .unwrap_or(0);
+            self.axis_table(self.dims[axis], count)
+        });
         let mut table = Vec::with_capacity(items.len() * tokens * self.pairs() * 2);
         for position in items.iter().flatten() {
-            self.push(*position, &mut table);
+            for ((&position, &dim), axis) in position.iter().zip(&self.dims).zip(&axes) {
+                table.extend_from_slice(&axis[position * dim..(position + 1) * dim]);
+            }
         }
         Tensor::from_slice(device, &table, [items.len(), tokens, self.pairs(), 2])
     }

@@ -8,15 +8,22 @@
 //!   `rms_norm_modulate(sum)`
 //!
 //! Shapes: activations `[batch, tokens, dim]`, weights `[dim]`, scale and gate as [`Modulation`] in f32. On CUDA `dim` is a
-//! multiple of 8 and at most 32768. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); the gating
+//! multiple of 8 and at most 8192. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); the gating
 //! and modulation are those of the Z-Image transformer block.
+
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::{Modulation, TokenSizes, expect_parameter, grid, threads_per_row};
-use crate::device::{Args, CudaDevice};
+use super::{Modulation, TokenSizes, expect_parameter, grid};
+use crate::device::{Args, CudaDevice, Kernel};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
+
+/// Elements that a CUDA thread moves at once, threads of a warp, and the most threads that a row may have.
+const VECTOR: usize = 8;
+const WARP: usize = 32;
+const MAX_THREADS: usize = 256;
 
 /// The normalisation of a sublayer's input: weight `[dim]`, optional scale per batch item, and ε.
 #[derive(Clone, Copy, Debug)]
@@ -192,9 +199,13 @@ fn cuda_rms_norm_modulate(
     output: &mut Tensor,
 ) -> Result<()> {
     const OP: &str = "rms_norm_modulate";
-    sizes.expect_vectors(OP)?;
-    let kernel = device.kernel("rms_norm", OP)?;
-    let threads = threads_per_row(OP, sizes.dim, kernel.info().tile[0])?;
+    const KERNELS: [&str; 4] = [
+        "rms_norm_modulate_1",
+        "rms_norm_modulate_2",
+        "rms_norm_modulate_3",
+        "rms_norm_modulate_4",
+    ];
+    let launch = RowLaunch::new(OP, device, &KERNELS, sizes)?;
     let args = Args::new()
         .input(x)?
         .input(norm.weight)?
@@ -204,8 +215,9 @@ fn cuda_rms_norm_modulate(
         .int(sizes.tokens)
         .int(norm.scale.map_or(0, |scale| scale.stride()))
         .float(norm.epsilon);
-    // SAFETY: the arguments are those of `rms_norm_modulate`, of the shapes and types checked at the door; one block per row.
-    unsafe { kernel.launch_with(device, [grid(OP, sizes.rows())?, 1, 1], threads, args) }
+    // SAFETY: the arguments are those of `rms_norm_modulate_N`, of the shapes and types checked at the door; the threads
+    // hold a whole row.
+    unsafe { launch.kernel.launch_with(device, launch.grid, launch.threads, args) }
 }
 
 fn cuda_gated_residual_rms_norm(
@@ -218,9 +230,13 @@ fn cuda_gated_residual_rms_norm(
     normalised: Option<&mut Tensor>,
 ) -> Result<()> {
     const OP: &str = "gated_residual_rms_norm";
-    sizes.expect_vectors(OP)?;
-    let kernel = device.kernel("rms_norm", OP)?;
-    let threads = threads_per_row(OP, sizes.dim, kernel.info().tile[0])?;
+    const KERNELS: [&str; 4] = [
+        "gated_residual_rms_norm_1",
+        "gated_residual_rms_norm_2",
+        "gated_residual_rms_norm_3",
+        "gated_residual_rms_norm_4",
+    ];
+    let launch = RowLaunch::new(OP, device, &KERNELS, sizes)?;
     let next_scale = next.and_then(|next| next.scale);
     let args = Args::new()
         .input(x)?
@@ -236,7 +252,45 @@ fn cuda_gated_residual_rms_norm(
         .int(residual.gate.map_or(0, |gate| gate.stride()))
         .int(next_scale.map_or(0, |scale| scale.stride()))
         .float(residual.epsilon);
-    // SAFETY: the arguments are those of `gated_residual_rms_norm`, of the shapes and types checked at the door; one block
-    // per row; null pointers stand for what is absent.
-    unsafe { kernel.launch_with(device, [grid(OP, sizes.rows())?, 1, 1], threads, args) }
+    // SAFETY: the arguments are those of `gated_residual_rms_norm_N`, of the shapes and types checked at the door; the
+    // threads hold a whole row; null pointers stand for what is absent.
+    unsafe { launch.kernel.launch_with(device, launch.grid, launch.threads, args) }
+}
+
+/// How a kernel that takes rows one after the other is launched.
+struct RowLaunch {
+    kernel: Arc<Kernel>,
+    threads: u32,
+    grid: [u32; 3],
+}
+
+impl RowLaunch {
+    /// Of `kernels`, which hold 1, 2, … vectors per thread, the one whose threads fit the row best; as many blocks as run at
+    /// once, with equally many rows each.
+    fn new(op: &'static str, device: &CudaDevice, kernels: &[&'static str], sizes: TokenSizes) -> Result<Self> {
+        sizes.expect_vectors(op)?;
+        let vectors = sizes.dim / VECTOR;
+        let threads = |per_thread: usize| vectors.div_ceil(per_thread).next_multiple_of(WARP);
+        // Few threads with many vectors leave more loads in flight; idle lanes are worse than that is good.
+        let fitting = (1..=kernels.len()).filter(|&per_thread| threads(per_thread) <= MAX_THREADS);
+        let best =
+            fitting.min_by_key(|&per_thread| (threads(per_thread) * per_thread - vectors, kernels.len() - per_thread));
+        let per_thread = best.ok_or_else(|| {
+            let longest = MAX_THREADS * kernels.len() * VECTOR;
+            Error::invalid(format!(
+                "{op}: rows of {} elements are longer than the CUDA kernel's {longest}",
+                sizes.dim
+            ))
+        })?;
+        let kernel = device.kernel("rms_norm", kernels[per_thread - 1])?;
+        let threads = threads(per_thread) as u32;
+        let resident = (kernel.resident_blocks(threads)? * device.multiprocessors()) as usize;
+        let rows_per_block = sizes.rows().div_ceil(resident.max(1)).max(1);
+        let blocks = sizes.tokens.div_ceil(rows_per_block);
+        Ok(RowLaunch {
+            kernel,
+            threads,
+            grid: [grid(op, blocks)?, grid(op, sizes.batch)?, 1],
+        })
+    }
 }

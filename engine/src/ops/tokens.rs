@@ -1,7 +1,7 @@
 //! Putting token sequences together and taking them apart. All sequences are `[batch, tokens, dim]`; on CUDA `dim` is a
 //! multiple of 8.
 //!
-//! * [`concat_tokens`]: one sequence after the other, item by item
+//! * [`concat_tokens`], [`concat_all`]: one sequence after the other, item by item
 //! * [`narrow_tokens`]: some consecutive tokens of every item
 //! * [`pad_tokens`]: zero tokens at the end, up to a given length
 //! * [`fill_pad_tokens`]: overwrites every token at or past its item's length with a learned pad token
@@ -13,21 +13,41 @@ use crate::device::{Args, CudaDevice};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
+/// What a CUDA thread moves at once.
+const VECTOR_BYTES: u64 = 16;
+
 /// `[batch, first tokens + second tokens, dim]`: the tokens of `first`, then those of `second`.
 ///
 /// # Errors
 /// When shapes, types or devices do not fit.
 pub fn concat_tokens(first: &Tensor, second: &Tensor) -> Result<Tensor> {
+    concat_all(&[first, second])
+}
+
+/// `[batch, tokens of all, dim]`: the tokens of each part, one part after the other. The parts may also be f32 tables of
+/// vectors.
+///
+/// # Errors
+/// When shapes, types or devices do not fit, or there is no part.
+pub fn concat_all(parts: &[&Tensor]) -> Result<Tensor> {
     const OP: &str = "concat_tokens";
-    let a = TokenSizes::of(OP, "first", first)?;
-    let b = TokenSizes::of(OP, "second", second)?;
-    second.expect_shape(OP, "second", [a.batch, b.tokens, a.dim])?;
-    second.expect_device(OP, "second", &first.device())?;
-    let mut output = Tensor::empty(&first.device(), [a.batch, a.tokens + b.tokens, a.dim], first.dtype())?;
-    let spans = [
-        Span::of_tokens(Some(first), 0, 0, a.tokens),
-        Span::of_tokens(Some(second), 0, a.tokens, b.tokens),
-    ];
+    let first = parts
+        .first()
+        .ok_or_else(|| Error::invalid(format!("{OP}: nothing to put together")))?;
+    first.expect_rank(OP, "part 0", 3, "[batch, tokens, dim]")?;
+    let [batch, dim] = [first.dim(0), first.dim(2)];
+    let mut spans = Vec::with_capacity(parts.len());
+    let mut tokens = 0;
+    for (index, part) in parts.iter().enumerate() {
+        let name = format!("part {index}");
+        part.expect_rank(OP, &name, 3, "[batch, tokens, dim]")?;
+        part.expect_shape(OP, &name, [batch, part.dim(1), dim])?;
+        part.expect_dtype(OP, &name, first.dtype())?;
+        part.expect_device(OP, &name, &first.device())?;
+        spans.push(Span::of_tokens(Some(part), 0, tokens, part.dim(1)));
+        tokens += part.dim(1);
+    }
+    let mut output = Tensor::empty(&first.device(), [batch, tokens, dim], first.dtype())?;
     copy_spans(OP, &spans, &mut output)?;
     Ok(output)
 }
@@ -127,7 +147,11 @@ impl<'a> Span<'a> {
 
 /// Fills `target` `[batch, tokens, dim]` span by span; batch and dim of the sources are the same.
 fn copy_spans(op: &'static str, spans: &[Span<'_>], target: &mut Tensor) -> Result<()> {
-    let sizes = TokenSizes::of(op, "output", target)?;
+    let sizes = TokenSizes {
+        batch: target.dim(0),
+        tokens: target.dim(1),
+        dim: target.dim(2),
+    };
     let device = target.cuda().cloned();
     for span in spans {
         match &device {
@@ -179,7 +203,7 @@ fn cuda_copy_span(
     sizes.expect_vectors(op)?;
     let kernel = device.kernel("tokens", "copy_span")?;
     let token_bytes = (sizes.dim * target.dtype().size()) as u64;
-    let token_vectors = (sizes.dim / 8) as u64;
+    let token_vectors = token_bytes / VECTOR_BYTES;
     let (source, source_tokens) = match span.source {
         Some(source) => (
             source.device_ptr()? + span.source_start as u64 * token_bytes,

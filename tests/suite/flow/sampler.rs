@@ -57,7 +57,8 @@ fn a_walk_equals_the_pipelines() -> Outcome {
         let [velocity, away] = [&prompt, &negative].map(|prepared| dit.forward(&x, prepared, &modulations));
         let (velocity, away) = (velocity?, away?);
         let guidance = Guidance { negative: &away, cfg };
-        guided_euler_step(&mut x, &velocity, Some(guidance), schedule.delta(step))?;
+        let delta = Tensor::from_slice(&Device::Cpu, &[schedule.delta(step)], [1])?;
+        guided_euler_step(&mut x, &velocity, Some(guidance), &delta)?;
         case.check(&format!("x.{}", step + 1), &channels_first(&x)?)?;
     }
     let conditioning = Conditioning {

@@ -72,7 +72,7 @@ fn run(case: &Case<'_>, params: &MemoryParams, device: &Device, round: bool) -> 
         rope: &rope,
         key_lengths: lengths.as_ref(),
     };
-    run_blocks(&[block], &tables, x, &sequence)
+    run_blocks(&[block], tables.first().map(|table| (table, 0)), x, &sequence)
 }
 
 /// The values with zeros past each item's length.

@@ -9,6 +9,10 @@ pub fn register(suite: &mut Suite) {
     suite.cuda("ops::guidance::cuda_equals_cpu", cuda_equals_cpu);
 }
 
+fn scalar(device: &Device, value: f32) -> l2p_engine::Result<Tensor> {
+    Tensor::from_slice(device, &[value], [1])
+}
+
 fn cpu_equals_references() -> Outcome {
     for case in Group::load("ops").cases("guided_euler") {
         let number = |key| case.config(&[key]).as_f64().expect("the case has this number");
@@ -21,14 +25,19 @@ fn cpu_equals_references() -> Outcome {
             cfg: number("cfg") as f32,
         };
         let delta = number("sigma_next") - number("sigma");
-        guided_euler_step(&mut x, &velocity, Some(guidance), delta as f32)?;
+        guided_euler_step(&mut x, &velocity, Some(guidance), &scalar(&Device::Cpu, delta as f32)?)?;
         case.check("x_next", x.as_slice()?)?;
     }
     // Without guidance there is one pass, and its velocity is followed as it is.
     let (x, v) = (random("x", 30), random("v", 30));
     let expected: Vec<f32> = x.iter().zip(&v).map(|(x, v)| x - 0.25 * v).collect();
     let mut x = Tensor::from_slice(&Device::Cpu, &x, [2, 15])?;
-    guided_euler_step(&mut x, &Tensor::from_slice(&Device::Cpu, &v, [2, 15])?, None, -0.25)?;
+    guided_euler_step(
+        &mut x,
+        &Tensor::from_slice(&Device::Cpu, &v, [2, 15])?,
+        None,
+        &scalar(&Device::Cpu, -0.25)?,
+    )?;
     expect_close("without guidance", x.as_slice()?, &expected, 1e-6)
 }
 
@@ -37,9 +46,10 @@ fn wrong_velocities_are_named() -> Outcome {
     let good = Tensor::zeros(&Device::Cpu, [2, 3], DType::F32)?;
     let long = Tensor::zeros(&Device::Cpu, [4, 3], DType::F32)?;
     let half = Tensor::zeros(&Device::Cpu, [2, 3], DType::Bf16)?;
+    let delta = scalar(&Device::Cpu, -0.1)?;
     let mut message = |velocity: &Tensor, negative: &Tensor| {
         let guidance = Some(Guidance { negative, cfg: 2.0 });
-        guided_euler_step(&mut x, velocity, guidance, -0.1)
+        guided_euler_step(&mut x, velocity, guidance, &delta)
             .unwrap_err()
             .to_string()
     };
@@ -82,7 +92,7 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
                         negative: &negative,
                         cfg: 2.5,
                     });
-                    guided_euler_step(&mut x, &velocity, guidance, -0.125)?;
+                    guided_euler_step(&mut x, &velocity, guidance, &scalar(device, -0.125)?)?;
                     Ok(vec![x])
                 },
             )?;

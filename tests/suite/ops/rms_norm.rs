@@ -42,7 +42,14 @@ fn wrong_shapes_are_named() -> Outcome {
 }
 
 /// Batch, tokens and dim of rows that fill a block, leave threads idle, or need several vectors per thread.
-const SIZES: [(usize, usize, usize); 5] = [(1, 1, 8), (2, 5, 384), (1, 67, 2560), (2, 33, 3840), (1, 3, 10240)];
+const SIZES: [(usize, usize, usize); 6] = [
+    (1, 1, 8),
+    (2, 5, 384),
+    (1, 67, 2560),
+    (2, 33, 3840),
+    (1, 3, 8192),
+    (3, 700, 1032),
+];
 
 fn table(device: &Device, batch: usize, dim: usize) -> Result<Tensor> {
     Tensor::from_slice(device, &random("table", batch * 4 * dim), [batch, 4, dim])

@@ -51,7 +51,7 @@ fn wrong_lengths_are_named() -> Outcome {
     let message = |outcome: Result<Tensor>| outcome.unwrap_err().to_string();
     assert_eq!(
         message(concat_tokens(&x, &zeros(&[2, 3, 16], DType::F32)?)),
-        "concat_tokens: second has shape [2, 3, 16], expected [2, 3, 8]"
+        "concat_tokens: part 1 has shape [2, 3, 16], expected [2, 3, 8]"
     );
     assert_eq!(
         message(narrow_tokens(&x, 2, 2)),
