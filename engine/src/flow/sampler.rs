@@ -118,7 +118,10 @@ impl State {
         let negative = conditioning.negative.as_ref();
         let strength = negative.map_or(1.0, |(_, cfg)| *cfg);
         let passes = [(&conditioning.prompt, strength)];
-        for (prepared, scale) in passes.into_iter().chain(negative.map(|(prepared, cfg)| (prepared, 1.0 - cfg))) {
+        for (prepared, scale) in passes
+            .into_iter()
+            .chain(negative.map(|(prepared, cfg)| (prepared, 1.0 - cfg)))
+        {
             let canvas = Canvas {
                 picture: &mut self.x,
                 scale,

@@ -26,7 +26,10 @@ impl Call<'_> {
             return self.launch_image(device, sizes, output, pooled);
         }
         let Some(output) = output else {
-            return Err(Error::invalid(format!("{}: there is no kernel for the maxima alone", self.op)));
+            return Err(Error::invalid(format!(
+                "{}: there is no kernel for the maxima alone",
+                self.op
+            )));
         };
         let with_image = self.expect_kernel_sources()?;
         if self.residual.is_some() && !sizes.outputs.is_multiple_of(8) {
@@ -124,7 +127,8 @@ impl Call<'_> {
         let tiles = sizes.batch * sizes.height.div_ceil(tile_height) * sizes.width.div_ceil(tile_width);
         let channel_blocks = grid(self.op, sizes.outputs.div_ceil(tile_outputs))?;
         // As many blocks as run at once: each reads the weights once for all its tiles.
-        let resident = (device.multiprocessors() * kernel.resident_blocks(info.threads)?).div_ceil(channel_blocks.max(1));
+        let resident =
+            (device.multiprocessors() * kernel.resident_blocks(info.threads)?).div_ceil(channel_blocks.max(1));
         let blocks = grid(self.op, tiles)?.min(resident.max(1));
         // SAFETY: the arguments are those of the kernels of `conv_image.cu`, of the shapes and types checked at the door; the blocks
         // share the tiles whatever their number; null pointers stand for what is absent.

@@ -60,7 +60,11 @@ const F32_OUTPUT_TOLERANCE: f64 = 1e-4;
 fn arranged(device: &Device, kernel: usize, channels: &[usize], outputs: usize, input: Input) -> Result<Conv> {
     let conv = layer(device, kernel, channels, outputs)?.arranged(input)?;
     if let Device::Cuda(cuda) = device {
-        assert_eq!(conv.is_arranged(), cuda.has_hopper_kernels(), "{channels:?} to {outputs}");
+        assert_eq!(
+            conv.is_arranged(),
+            cuda.has_hopper_kernels(),
+            "{channels:?} to {outputs}"
+        );
     }
     Ok(conv)
 }
@@ -164,7 +168,14 @@ fn hopper_f32_equals_cpu(device: &Device) -> Outcome {
 
 /// A picture written and one added to, by each kernel that ends in one and by the way around them.
 fn picture_equals_cpu(device: &Device) -> Outcome {
-    for (channels, outputs) in [([64, 64], 64), ([64, 64], 48), ([32, 32], 32), ([32, 32], 24), ([64, 64], 128), ([16, 24], 8)] {
+    for (channels, outputs) in [
+        ([64, 64], 64),
+        ([64, 64], 48),
+        ([32, 32], 32),
+        ([32, 32], 24),
+        ([64, 64], 128),
+        ([16, 24], 8),
+    ] {
         for [batch, height, width] in IMAGES {
             let what = format!("{batch}x{height}x{width} {channels:?} to {outputs} to 3");
             expect_like_cpu(&what, device, BF16_TOLERANCE, |device| {
