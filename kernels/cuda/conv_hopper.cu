@@ -292,6 +292,25 @@ struct alignas(COUNT * 2) Packed {
     __nv_bfloat162 pair[COUNT / 2];
 };
 
+// The bias of a lane's channels; zeros past the last output.
+template <int COUNT>
+__device__ __forceinline__ void load_bias(float (&bias)[COUNT], const Operands& o, int channel) {
+    Packed<COUNT> packed = {};
+    if (o.outputs % COUNT == 0) {
+        if (channel < o.outputs) packed = *reinterpret_cast<const Packed<COUNT>*>(o.bias + channel);
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            if (channel + i < o.outputs) reinterpret_cast<bf16*>(&packed)[i] = o.bias[channel + i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i += 2) {
+        const float2 pair = __bfloat1622float2(packed.pair[i / 2]);
+        bias[i] = pair.x, bias[i + 1] = pair.y;
+    }
+}
+
 // One square of a tile, in registers: this lane's two pixels, in rows `y` and y + 1 of the grid, column `x`.
 template <class P>
 __device__ __forceinline__ void finish_square(
@@ -304,8 +323,7 @@ __device__ __forceinline__ void finish_square(
         const int channel = tile.output_block * P::OUTPUTS + group * Lane::GROUP + member * Lane::OF_LANE;
         const bool valid = channel < o.outputs;  // lanes without a channel take part in the exchange below
         float bias[Lane::OF_LANE];
-#pragma unroll
-        for (int i = 0; i < Lane::OF_LANE; ++i) bias[i] = channel + i < o.outputs ? to_float(o.bias[channel + i]) : 0.0f;
+        load_bias(bias, o, channel);
         Packed<Lane::OF_LANE> packed[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

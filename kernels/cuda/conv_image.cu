@@ -57,11 +57,19 @@ __device__ __forceinline__ void convolve(const Element* image, const Operands& o
         }
     const Image::Offsets offsets;
     const int across = (o.width + TILE_WIDTH - 1) / TILE_WIDTH, down = (o.height + TILE_HEIGHT - 1) / TILE_HEIGHT;
-    for (int index = blockIdx.x; index < across * down * o.items; index += gridDim.x) {
+    const int tiles = across * down * o.items;
+    const auto fetch = [&](Image::Words<THREADS>& to, int index) {
+        Image::fetch<THREADS>(
+            to, image, index / across / down, index / across % down * TILE_HEIGHT - 1, index % across * TILE_WIDTH - 2, o.height, o.width);
+    };
+    Image::Words<THREADS> next;
+    if (static_cast<int>(blockIdx.x) < tiles) fetch(next, blockIdx.x);
+    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
         const int x = index % across * TILE_WIDTH, y = index / across % down * TILE_HEIGHT, item = index / across / down;
         __syncthreads();  // the tile before is no longer read
-        tile.load(image, item, y - 1, x - 2, o.height, o.width);
+        tile.put<THREADS>(next);
         __syncthreads();  // the tile is there
+        if (index + static_cast<int>(gridDim.x) < tiles) fetch(next, index + gridDim.x);  // under this tile's products
         for (int square = threadIdx.x / WARP; square < SQUARES * TILE_HEIGHT / 2; square += THREADS / WARP) {
             const int row = square / SQUARES * 2, column = square % SQUARES * 16;
             if (y + row >= o.height || x + column >= o.width) continue;

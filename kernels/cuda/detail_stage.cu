@@ -269,7 +269,9 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void detail_stage(
     const uint32_t halo = shared_address(memory), map_tile = halo + MAP_START;
     const Image image_tile{reinterpret_cast<uint32_t*>(memory + IMAGE_START)};
     load_map(o, place, map_tile);
-    image_tile.load(image, place.item, place.y - 2, place.x - 2, height, width);
+    Image::Words<THREADS> words;
+    Image::fetch<THREADS>(words, image, place.item, place.y - 2, place.x - 2, height, width);
+    image_tile.put<THREADS>(words);
     copy_wait<0>();
     __syncthreads();  // map and image are there
     upsample(o, place, map_tile, halo);

@@ -27,19 +27,39 @@ struct ImageTile {
 
     uint32_t* words;
 
-    // Reads the tile whose first pixel is (y, x) of image `item`, x even; zeros outside. A barrier must follow.
-    template <class Element>
-    __device__ __forceinline__ void load(const Element* image, int item, int y, int x, int height, int width) const {
+    // The words of a tile on their way to shared memory, those of one of THREADS threads.
+    template <int THREADS>
+    struct Words {
+        static constexpr int COUNT = (COPY + THREADS - 1) / THREADS;
+        uint32_t here[COUNT], next[COUNT];  // a pair, and the one after it
+    };
+
+    // Starts reading the tile whose first pixel is (y, x) of image `item`, x even; zeros outside.
+    template <int THREADS, class Element>
+    __device__ __forceinline__ static void fetch(
+        Words<THREADS>& to, const Element* image, int item, int y, int x, int height, int width) {
         const int length = width * COLOURS;  // elements of a row of the image
-        for (int index = threadIdx.x; index < COPY; index += blockDim.x) {
+#pragma unroll
+        for (int i = 0; i < Words<THREADS>::COUNT; ++i) {
+            const int index = threadIdx.x + i * THREADS;
             const int row = index / PITCH, word = index % PITCH;
             const int at_y = y + row, element = x * COLOURS + 2 * word;
             const Element* const from = image + (static_cast<size_t>(item) * height + at_y) * length + element;
-            const bool row_inside = static_cast<unsigned>(at_y) < static_cast<unsigned>(height);
-            const uint32_t here = row_inside ? pair_of(from, element, length) : 0;
-            const uint32_t next = row_inside ? pair_of(from + 2, element + 2, length) : 0;
-            words[index] = here;
-            words[COPY + index] = __byte_perm(here, next, 0x5432);  // the second of this pair, the first of the next
+            const bool inside = index < COPY && static_cast<unsigned>(at_y) < static_cast<unsigned>(height);
+            to.here[i] = inside ? pair_of(from, element, length) : 0;
+            to.next[i] = inside ? pair_of(from + 2, element + 2, length) : 0;
+        }
+    }
+
+    // Puts what was read in its place. Barriers must come before and after.
+    template <int THREADS>
+    __device__ __forceinline__ void put(const Words<THREADS>& from) const {
+#pragma unroll
+        for (int i = 0; i < Words<THREADS>::COUNT; ++i) {
+            const int index = threadIdx.x + i * THREADS;
+            if (index >= COPY) break;
+            words[index] = from.here[i];
+            words[COPY + index] = __byte_perm(from.here[i], from.next[i], 0x5432);  // the second of a pair, the first of the next
         }
     }
 
