@@ -64,6 +64,7 @@ pub fn group_norm(x: &Tensor, norm: &GroupNorm, activation: Activation) -> Resul
     if x.elements() == 0 {
         return Ok(y);
     }
+    let _op = crate::profile::op(OP, x, 0, 2 * x.bytes());
     match x.cuda() {
         None => cpu_group_norm(x, norm, activation, sizes, &mut y)?,
         Some(device) => cuda_group_norm(device, x, norm, activation, sizes, &mut y)?,
