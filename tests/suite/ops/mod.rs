@@ -4,6 +4,7 @@ mod add_rms_norm;
 mod attention;
 mod cast;
 mod conv;
+mod detail_stage;
 mod embedding;
 mod group_norm;
 mod guidance;
@@ -28,6 +29,7 @@ pub fn register(suite: &mut Suite) {
     attention::register(suite);
     cast::register(suite);
     conv::register(suite);
+    detail_stage::register(suite);
     embedding::register(suite);
     group_norm::register(suite);
     guidance::register(suite);
