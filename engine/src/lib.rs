@@ -1,9 +1,10 @@
 //! The engine of l2p: tensors and fused operations on CPU and CUDA, the models made of them, and what drives them.
 //!
 //! The layers, each using only those before it: [`device`] → [`tensor`] → [`ops`] → [`model`] → [`checkpoint`], [`flow`] → [`pipeline`];
-//! [`text`] and [`image_io`] stand beside them.
+//! [`text`] and [`image_io`] stand beside them, [`profile`] below and [`ceilings`] above the operations.
 //! Operations know nothing of models; each defines itself by a plain CPU loop and launches the CUDA kernel that must equal it.
 
+pub mod ceilings;
 pub mod checkpoint;
 pub mod device;
 mod error;

@@ -6,7 +6,7 @@
 //! C headers only), cut down to the two functions used here.
 
 use std::cell::UnsafeCell;
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
 
 /// Indices into the core table.
@@ -153,6 +153,14 @@ pub(crate) fn push(name: &CStr) {
     if let Some(profiler) = profiler() {
         // SAFETY: the profiler's function takes a C string, which it copies.
         unsafe { (profiler.push)(name.as_ptr()) };
+    }
+}
+
+/// As [`push`], for a name without a zero byte; one is added only when a profiler is attached.
+pub(crate) fn push_str(name: &str) {
+    if profiler().is_some() {
+        // A name with a zero byte inside would be cut there: names are constants of this crate, without one.
+        push(&CString::new(name).unwrap_or_default());
     }
 }
 

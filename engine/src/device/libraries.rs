@@ -11,6 +11,12 @@ const FOLDERS: [&str; 4] = [
     "/opt/cuda/lib64",
 ];
 
+/// Where toolkits keep CUPTI, beside the folders above.
+const CUPTI_FOLDER: &str = "/usr/local/cuda/extras/CUPTI/lib64";
+
+/// The file names of CUPTI.
+const CUPTI: [&str; 3] = ["libcupti.so.13", "libcupti.so.12", "libcupti.so"];
+
 /// The file names under which cuBLASLt of the supported major versions is installed.
 const CUBLAS_LT: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
 
@@ -34,6 +40,25 @@ pub fn cublas_lt_present() -> bool {
 pub fn cublas_lt_places() -> String {
     let folders: Vec<String> = folders().map(|folder| folder.display().to_string()).collect();
     format!("{} in LD_LIBRARY_PATH, {}", CUBLAS_LT.join(" or "), folders.join(", "))
+}
+
+/// Loads CUPTI, by the loader's own search or from the usual folders; otherwise says how to get it.
+pub fn load_cupti() -> Result<libloading::Library, String> {
+    let in_folders = folders()
+        .chain([PathBuf::from(CUPTI_FOLDER)])
+        .flat_map(|folder| CUPTI.map(|name| folder.join(name)));
+    let candidates = CUPTI.map(PathBuf::from).into_iter().chain(in_folders);
+    for path in candidates {
+        // SAFETY: loading the library runs its initialisers only, which have no preconditions.
+        if let Ok(library) = unsafe { libloading::Library::new(path) } {
+            return Ok(library);
+        }
+    }
+    Err(format!(
+        "CUPTI was not found ({} in LD_LIBRARY_PATH or the CUDA toolkit): install it (pip: nvidia-cuda-cupti) and name its \
+         folder in L2P_CUDA_LIBRARIES",
+        CUPTI.join(", ")
+    ))
 }
 
 fn folders() -> impl Iterator<Item = PathBuf> {

@@ -12,6 +12,7 @@ mod libraries;
 mod memory;
 mod pool;
 mod probe;
+mod trace;
 mod upload;
 
 use std::fmt;
@@ -25,6 +26,7 @@ pub use graph::Graph;
 pub use kernel::{Args, Kernel, LaunchInfo, TensorMap, TensorMapSpec};
 pub use memory::{MemoryReport, MemoryTag, TagScope, format_bytes};
 pub use probe::{GpuReport, ProbeReport, probe};
+pub use trace::{Activity, Tracer, busy_nanoseconds};
 
 use crate::error::{Error, Result};
 use crate::tensor::DType;

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use super::schedule::Schedule;
 use crate::device::{CudaDevice, Device, Graph, Marker};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::dit::{Dit, Modulations, Prepared};
 use crate::ops::cast::cast;
 use crate::ops::conv::Canvas;
@@ -57,32 +57,93 @@ pub fn sample(
     progress: &mut dyn FnMut(StepReport) -> Result<()>,
 ) -> Result<Tensor> {
     let _range = profile::range(c"denoise");
-    let times = schedule.times();
-    let deltas: Vec<f32> = (0..schedule.steps()).map(|step| schedule.delta(step)).collect();
-    let deltas = Tensor::from_slice(dit.device(), &deltas, [deltas.len()])?;
-    let mut tables = dit.modulate(&times[..times.len().min(STEPS_PER_TABLE)])?;
-    let mut state = State {
-        modulations: tables.narrow(0, 1)?.duplicate()?,
-        delta: Tensor::empty(dit.device(), [1], DType::F32)?,
-        x: noise,
-    };
-    let mut recording = Recording::new(dit.device(), schedule.steps());
+    let mut walk = Walk::new(dit, conditioning, schedule, noise)?;
     let mut queue = Queue::new(schedule.steps());
-    for step in 0..schedule.steps() {
-        let _range = profile::range(c"step");
-        if step > 0 && step % STEPS_PER_TABLE == 0 {
-            tables = dit.modulate(&times[step..times.len().min(step + STEPS_PER_TABLE)])?;
-        }
-        state
-            .modulations
-            .copy_from(&tables.narrow(step % STEPS_PER_TABLE, 1)?)?;
-        state.delta.copy_from(&deltas.narrow(step, 1)?)?;
-        recording.run(step, || state.step(dit, conditioning))?;
+    for _ in 0..schedule.steps() {
+        walk.advance()?;
         queue.push(dit.device().marker()?);
         queue.drain(QUEUED_STEPS, progress)?;
     }
     queue.drain(0, progress)?;
-    Ok(state.x)
+    Ok(walk.finish())
+}
+
+/// A walk down a schedule, step by step; [`sample`] for those who have to look at each step.
+pub struct Walk<'a> {
+    dit: &'a Dit,
+    conditioning: &'a Conditioning,
+    /// The model's time and the change of sigma of each step; the latter f32 `[steps]`.
+    times: Vec<f32>,
+    deltas: Tensor,
+    /// Of this step and some that follow.
+    tables: Modulations,
+    state: State,
+    recording: Recording,
+    /// The next step.
+    step: usize,
+}
+
+impl<'a> Walk<'a> {
+    /// A walk from `noise` on; see [`sample`].
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn new(dit: &'a Dit, conditioning: &'a Conditioning, schedule: &Schedule, noise: Tensor) -> Result<Self> {
+        let times = schedule.times();
+        let deltas: Vec<f32> = (0..schedule.steps()).map(|step| schedule.delta(step)).collect();
+        let tables = dit.modulate(&times[..times.len().min(STEPS_PER_TABLE)])?;
+        Ok(Walk {
+            deltas: Tensor::from_slice(dit.device(), &deltas, [deltas.len()])?,
+            state: State {
+                modulations: tables.narrow(0, 1)?.duplicate()?,
+                delta: Tensor::empty(dit.device(), [1], DType::F32)?,
+                x: noise,
+            },
+            recording: Recording::new(dit.device(), schedule.steps()),
+            dit,
+            conditioning,
+            times,
+            tables,
+            step: 0,
+        })
+    }
+
+    /// Runs every step call by call, so that its operations can be told apart.
+    pub fn unrecorded(self) -> Self {
+        Walk {
+            recording: Recording::Off,
+            ..self
+        }
+    }
+
+    /// Submits the next step.
+    ///
+    /// # Errors
+    /// When shapes do not fit, the device has no room, or the last step has been submitted.
+    pub fn advance(&mut self) -> Result<()> {
+        let _range = profile::range(c"step");
+        let step = self.step;
+        if step >= self.times.len() {
+            return Err(Error::invalid(format!("all {step} steps are done")));
+        }
+        if step > 0 && step.is_multiple_of(STEPS_PER_TABLE) {
+            let end = self.times.len().min(step + STEPS_PER_TABLE);
+            self.tables = self.dit.modulate(&self.times[step..end])?;
+        }
+        let state = &mut self.state;
+        state
+            .modulations
+            .copy_from(&self.tables.narrow(step % STEPS_PER_TABLE, 1)?)?;
+        state.delta.copy_from(&self.deltas.narrow(step, 1)?)?;
+        self.recording.run(step, || state.step(self.dit, self.conditioning))?;
+        self.step += 1;
+        Ok(())
+    }
+
+    /// The picture (latent model: latent) after the steps submitted so far.
+    pub fn finish(self) -> Tensor {
+        self.state.x
+    }
 }
 
 /// What a step reads and writes; all at addresses that stay the same from step to step.

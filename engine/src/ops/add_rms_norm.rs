@@ -24,6 +24,7 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     const OP: &str = "add";
     let sizes = expect_summands(OP, x, y)?;
     let mut sum = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+    let _op = crate::profile::op(OP, x, 0, 3 * x.bytes());
     match x.cuda() {
         None => cpu_add(x, y, &mut sum)?,
         Some(device) => cuda_add_rms_norm(OP, device, [x, y], sizes, &mut sum, None)?,
@@ -41,6 +42,7 @@ pub fn add_rms_norm(x: &Tensor, y: &Tensor, weight: &Tensor, epsilon: f32) -> Re
     expect_parameter(OP, "weight", weight, &[sizes.dim], x)?;
     let mut sum = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
     let mut normalised = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+    let _op = crate::profile::op(OP, x, 0, 4 * x.bytes());
     match x.cuda() {
         None => {
             cpu_add(x, y, &mut sum)?;

@@ -26,6 +26,7 @@ pub fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
         return Ok(x.clone());
     }
     let mut output = Tensor::empty(&x.device(), x.shape(), dtype)?;
+    let _op = crate::profile::op(OP, x, 0, x.bytes() + output.bytes());
     match x.cuda() {
         None => cpu_cast(x, &mut output)?,
         Some(device) => cuda_cast(OP, device, x, &mut output)?,

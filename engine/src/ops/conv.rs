@@ -432,6 +432,10 @@ impl<'a> Call<'a> {
             true => Some(Tensor::empty(&device, [batch, height / 2, width / 2, outputs], dtype)?),
             false => None,
         };
+        let flops = 2 * output.elements() * self.conv.kernel * self.conv.kernel * self.conv.inputs();
+        let sources = [Some(self.x), self.second, self.residual, Some(&output), pooled.as_ref()];
+        let bytes = sources.into_iter().flatten().map(Tensor::bytes).sum();
+        let _op = crate::profile::op(self.op, self.x, flops, bytes);
         match self.x.cuda() {
             None => cpu::convolve(self, sizes, &mut output, pooled.as_mut())?,
             Some(device) => self.launch(device, sizes, Some(&mut output), pooled.as_mut())?,

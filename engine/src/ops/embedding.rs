@@ -30,6 +30,7 @@ pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
         dim: table.dim(1),
     };
     let mut output = Tensor::empty(&table.device(), [sizes.batch, sizes.tokens, sizes.dim], table.dtype())?;
+    let _op = crate::profile::op(OP, ids, 0, 2 * output.bytes());
     match table.cuda() {
         None => cpu_embedding(OP, table, ids, &mut output)?,
         Some(device) => cuda_embedding(OP, device, [table, ids], sizes, &mut output)?,

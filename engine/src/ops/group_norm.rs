@@ -48,6 +48,7 @@ pub fn group_norm(x: &Tensor, norm: &GroupNorm, activation: Activation) -> Resul
     if x.elements() == 0 {
         return Ok(y);
     }
+    let _op = crate::profile::op("group_norm", x, 0, 2 * x.bytes());
     match x.cuda() {
         None => {
             let factors = cpu_factors(x.as_slice()?, norm, sizes)?;
@@ -71,6 +72,7 @@ pub fn group_norm_in_place(x: &mut Tensor, norm: &GroupNorm, activation: Activat
     if x.elements() == 0 {
         return Ok(());
     }
+    let _op = crate::profile::op("group_norm", x, 0, 2 * x.bytes());
     match x.cuda().cloned() {
         None => {
             let factors = cpu_factors(x.as_slice()?, norm, sizes)?;

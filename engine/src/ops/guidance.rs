@@ -43,6 +43,7 @@ pub fn guided_euler_step(
     delta_sigma.expect_shape(OP, "delta_sigma", [1])?;
     delta_sigma.expect_dtype(OP, "delta_sigma", DType::F32)?;
     delta_sigma.expect_device(OP, "delta_sigma", &x.device())?;
+    let _op = crate::profile::op(OP, x, 0, (3 + usize::from(guidance.is_some())) * x.bytes());
     match x.cuda().cloned() {
         None => cpu_step(x, velocity, guidance, delta_sigma),
         Some(device) => cuda_step(OP, &device, x, velocity, guidance, delta_sigma),

@@ -18,6 +18,7 @@ pub fn denormalize_latent(latent: &Tensor, scaling_factor: f32, shift_factor: f3
     const OP: &str = "denormalize_latent";
     latent.expect_dtype(OP, "latent", DType::F32)?;
     let mut y = Tensor::empty_compute(&latent.device(), latent.shape())?;
+    let _op = crate::profile::op(OP, latent, 0, latent.bytes() + y.bytes());
     let Some(device) = latent.cuda() else {
         y.as_mut_slice::<f32>()?
             .par_iter_mut()

@@ -23,6 +23,7 @@ pub fn layer_norm_modulate(x: &Tensor, scale: Option<Modulation<'_>>, epsilon: f
         scale.expect(OP, "scale", sizes.batch, sizes.dim, x)?;
     }
     let mut output = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+    let _op = crate::profile::op(OP, x, 0, 2 * x.bytes());
     match x.cuda() {
         None => cpu_layer_norm(x, scale.as_ref(), epsilon, sizes, &mut output)?,
         Some(device) => cuda_layer_norm(OP, device, x, scale.as_ref(), epsilon, sizes, &mut output)?,

@@ -20,6 +20,12 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     let (rows, inputs, outputs) = expect_linear(OP, x, weight, bias)?;
     x.expect_dtype(OP, "x", x.device().compute_dtype())?;
     let mut y = Tensor::empty(&x.device(), with_last(x.shape(), outputs), x.dtype())?;
+    let _op = crate::profile::op(
+        OP,
+        x,
+        2 * rows * inputs * outputs,
+        x.bytes() + weight.bytes() + y.bytes(),
+    );
     match x.cuda() {
         None => cpu_linear(x, weight, bias, [rows, inputs, outputs], &mut y)?,
         Some(device) => {
@@ -71,6 +77,7 @@ pub fn linear_vectors(
     x.expect_dtype(OP, "x", DType::F32)?;
     let (vectors, inputs, outputs) = expect_linear(OP, x, weight, bias)?;
     let mut y = Tensor::empty(&x.device(), [vectors, outputs], DType::F32)?;
+    let _op = crate::profile::op(OP, x, 2 * vectors * inputs * outputs, weight.bytes() + y.bytes());
     let Some(device) = x.cuda() else {
         let activated = match activation {
             InputActivation::None => x.clone(),

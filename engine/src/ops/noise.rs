@@ -29,6 +29,7 @@ const ELEMENTS_PER_COUNTER: usize = 4;
 pub fn normal_noise(device: &Device, shape: impl Into<Shape>, seed: u64, stream: u64) -> Result<Tensor> {
     const OP: &str = "normal_noise";
     let mut output = Tensor::empty(device, shape, DType::F32)?;
+    let _op = crate::profile::op(OP, &output, 0, output.bytes());
     let Some(cuda) = output.cuda().cloned() else {
         cpu_normal_noise(output.as_mut_slice()?, seed, stream);
         return Ok(output);

@@ -78,6 +78,8 @@ pub fn patch_embed(image: &Tensor, patch: usize, weight: &Tensor, bias: &Tensor)
     let (rows, columns) = sizes.patches();
     let shape = [sizes.batch, rows * columns, sizes.dim];
     let mut output = Tensor::empty(&image.device(), shape, image.dtype())?;
+    let flops = 2 * sizes.tokens() * sizes.inputs() * sizes.dim;
+    let _op = crate::profile::op(OP, image, flops, image.bytes() + weight.bytes() + output.bytes());
     match image.cuda() {
         None => cpu_patch_embed(image, weight, bias, sizes, &mut output)?,
         Some(device) => cuda_patch_embed(OP, device, [image, weight, bias], sizes, &mut output)?,

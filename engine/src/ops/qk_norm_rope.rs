@@ -90,6 +90,8 @@ pub fn qk_norm_rope(qkv: &mut Tensor, spec: &QkNormRope<'_>, table: &Tensor) -> 
     table.expect_shape(OP, "table", [table_batch, sizes.tokens, spec.head_dim / 2, 2])?;
     table.expect_dtype(OP, "table", DType::F32)?;
     table.expect_device(OP, "table", &qkv.device())?;
+    let rotated = sizes.rows() * (spec.heads + spec.kv_heads) * spec.head_dim * qkv.dtype().size();
+    let _op = crate::profile::op(OP, qkv, 0, 2 * rotated + table.bytes());
     match qkv.cuda().cloned() {
         None => cpu_qk_norm_rope(qkv, spec, table),
         Some(device) => cuda_qk_norm_rope(OP, &device, qkv, spec, table),

@@ -54,6 +54,7 @@ pub fn resize_nearest(x: &Tensor, height: usize, width: usize) -> Result<Tensor>
         )));
     }
     let mut y = Tensor::empty(&x.device(), [x.dim(0), height, width, x.dim(3)], x.dtype())?;
+    let _op = crate::profile::op(OP, x, 0, x.bytes() + y.bytes());
     let axes = [NearestAxis::new(x.dim(1), height), NearestAxis::new(x.dim(2), width)];
     match x.cuda() {
         None => cpu_resize(x, axes, &mut y)?,

@@ -70,6 +70,7 @@ pub fn rms_norm_modulate(x: &Tensor, norm: &RmsNorm<'_>) -> Result<Tensor> {
     let sizes = TokenSizes::of(OP, "x", x)?;
     norm.expect(OP, x, sizes)?;
     let mut output = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+    let _op = crate::profile::op(OP, x, 0, 2 * x.bytes());
     match x.cuda() {
         None => cpu_rms_norm_modulate(x, norm, sizes, &mut output)?,
         Some(device) => cuda_rms_norm_modulate(device, x, norm, sizes, &mut output)?,
@@ -119,6 +120,7 @@ pub fn gated_residual_rms_norm(
     let mut normalised = next
         .map(|_| Tensor::empty(&x.device(), x.shape(), x.dtype()))
         .transpose()?;
+    let _op = crate::profile::op(OP, x, 0, (3 + usize::from(next.is_some())) * x.bytes());
     match x.cuda() {
         None => {
             cpu_gated_residual(x, y, residual, sizes, &mut sum)?;

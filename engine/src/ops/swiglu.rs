@@ -35,6 +35,7 @@ pub fn swiglu(x: &Tensor) -> Result<Tensor> {
         }
     };
     let mut y = Tensor::empty(&x.device(), Shape::new(&extents), x.dtype())?;
+    let _op = crate::profile::op(OP, x, 0, x.bytes() + y.bytes());
     match x.cuda() {
         None => cpu_swiglu(x, hidden, &mut y)?,
         Some(device) => cuda_swiglu(OP, device, x, hidden, &mut y)?,

@@ -26,6 +26,7 @@ pub fn to_rgb8(x: &Tensor) -> Result<Tensor> {
     x.expect_shape(OP, "x", [x.dim(0), x.dim(1), x.dim(2), CHANNELS])?;
     x.expect_dtype(OP, "x", DType::F32)?;
     let mut y = Tensor::empty(&x.device(), x.shape(), DType::U8)?;
+    let _op = crate::profile::op(OP, x, 0, x.bytes() + y.bytes());
     let Some(device) = x.cuda() else {
         let sources = x.as_slice::<f32>()?.par_chunks(CHUNK);
         let outputs = y.as_mut_slice::<u8>()?.par_chunks_mut(CHUNK);

@@ -48,6 +48,7 @@ pub fn concat_all(parts: &[&Tensor]) -> Result<Tensor> {
         tokens += part.dim(1);
     }
     let mut output = Tensor::empty(&first.device(), [batch, tokens, dim], first.dtype())?;
+    let _op = crate::profile::op(OP, first, 0, 2 * output.bytes());
     copy_spans(OP, &spans, &mut output)?;
     Ok(output)
 }
@@ -77,6 +78,7 @@ pub fn narrow_tokens(x: &Tensor, start: usize, count: usize) -> Result<Tensor> {
         return rows.reshape([1, count, sizes.dim]);
     }
     let mut output = Tensor::empty(&x.device(), [sizes.batch, count, sizes.dim], x.dtype())?;
+    let _op = crate::profile::op(OP, x, 0, 2 * output.bytes());
     copy_spans(OP, &[Span::of_tokens(Some(x), start, 0, count)], &mut output)?;
     Ok(output)
 }
@@ -100,6 +102,7 @@ pub fn pad_tokens(x: &Tensor, to_length: usize) -> Result<Tensor> {
         });
     };
     let mut output = Tensor::empty(&x.device(), [sizes.batch, to_length, sizes.dim], x.dtype())?;
+    let _op = crate::profile::op(OP, x, 0, x.bytes() + output.bytes());
     let spans = [
         Span::of_tokens(Some(x), 0, 0, sizes.tokens),
         Span::of_tokens(None, 0, sizes.tokens, missing),
@@ -120,6 +123,7 @@ pub fn fill_pad_tokens(x: &mut Tensor, lengths: &Tensor, pad: &Tensor) -> Result
     lengths.expect_dtype(OP, "lengths", DType::I32)?;
     lengths.expect_device(OP, "lengths", &x.device())?;
     expect_parameter(OP, "pad", pad, &[sizes.dim], x)?;
+    let _op = crate::profile::op(OP, x, 0, pad.bytes());
     match x.cuda().cloned() {
         None => cpu_fill_pad(x, lengths, pad, sizes),
         Some(device) => cuda_fill_pad(OP, &device, x, lengths, pad, sizes),

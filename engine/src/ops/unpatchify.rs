@@ -48,6 +48,7 @@ pub fn unpatchify(
     };
     let shape = [sizes.batch, height, width, channels];
     let mut output = Tensor::empty(&tokens.device(), shape, DType::F32)?;
+    let _op = crate::profile::op(OP, tokens, 0, tokens.bytes() + output.bytes());
     match tokens.cuda() {
         None => cpu_unpatchify(tokens, sizes, image, sign, &mut output)?,
         Some(device) => cuda_unpatchify(OP, device, tokens, sizes, image, sign, &mut output)?,

@@ -153,6 +153,8 @@ fn compute(
     let mut log_sums = with_log_sums
         .then(|| Tensor::empty(&device, [batch, spec.heads, tokens], DType::F32))
         .transpose()?;
+    let flops = 4 * batch * tokens * tokens * spec.width() / (1 + usize::from(spec.causal));
+    let _op = crate::profile::op(OP, qkv, flops, qkv.bytes() + result.bytes());
     if batch > 0 && tokens > 0 {
         match qkv.cuda() {
             None => cpu::attention(&problem, &mut result, log_sums.as_mut())?,

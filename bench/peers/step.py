@@ -1,0 +1,157 @@
+"""Whole steps in PyTorch: diffusers' transformer on latents, the pixel model of tests/fixtures, diffusers' decoder.
+
+Started by `bench-step --peer`; see peer.py. A step is what a pipeline does in its loop: the image in the model's type, the
+model, and Euler's rule on the image in f32. Attention is cuDNN's or flash, as the name says; compiled, each block and the head
+are a graph of their own (the same code for all blocks), with cuDNN's attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from peer import Context, Way, random_weights, serve, use_fixtures
+
+use_fixtures()
+
+from diffusers import AutoencoderKL, ZImageTransformer2DModel  # noqa: E402
+from pixel_model import LAYOUTS, L2PPixelModel, PixelConfig  # noqa: E402
+
+#: The published decoder; the tiny one of bench/src/published.rs.
+VAE = {
+    "in_channels": 3, "out_channels": 3, "latent_channels": 16, "act_fn": "silu", "mid_block_add_attention": True,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.3611, "shift_factor": 0.1159,
+}  # fmt: skip
+VAE_SIZES = {
+    False: {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32},
+    True: {"block_out_channels": [16, 16, 32, 32], "layers_per_block": 1, "norm_num_groups": 8},
+}
+
+#: Image pixels along a side of a latent cell.
+DOWNSAMPLING = 8
+
+#: Above this many tokens a step takes seconds; only the fastest attention is worth the wait.
+MANY_TOKENS = 20000
+
+TINY_TRUNK = {"dim": 256, "n_heads": 2, "n_layers": 2, "n_refiner_layers": 1, "cap_feat_dim": 128}
+
+SIGMA, DELTA = 0.65, -0.05
+
+
+def pixel_config(case: dict) -> PixelConfig:
+    layout = {"pixel-4k": "4k", "pixel-8k": "8k"}.get(case["model"], "1k")
+    if not case["tiny"]:
+        return PixelConfig.published(layout)
+    return PixelConfig(layout, (8,) * len(LAYOUTS[layout].stages), 16, **TINY_TRUNK)
+
+
+def latent_config(tiny: bool) -> dict:
+    sizes = TINY_TRUNK if tiny else {}
+    return {**PixelConfig(**sizes).trunk(), "in_channels": 16, "all_patch_size": [2]}
+
+
+def build(make: Callable[[], nn.Module], context: Context) -> nn.Module:
+    """A module with random weights, made in its type: twelve billion bytes do not go through f32."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(context.dtype)
+    try:
+        with context.device:
+            module = make()
+    finally:
+        torch.set_default_dtype(default)
+    return random_weights(module, context)
+
+
+class Toggle:
+    """Compiles modules in place, and switches between that and eager."""
+
+    def __init__(self, modules: Iterable[nn.Module], context: Context):
+        self.modules = list(modules)
+        for module in self.modules:
+            module.compile(mode=context.compile, dynamic=False)
+        self.compiled = [module._compiled_call_impl for module in self.modules]
+        self.use(False)
+
+    def use(self, compiled: bool) -> None:
+        for module, implementation in zip(self.modules, self.compiled):
+            module._compiled_call_impl = implementation if compiled else None
+
+
+def step_ways(case: dict, context: Context) -> dict[str, Way]:
+    latent = case["model"].startswith("latent")
+    if latent:
+        model = build(lambda: ZImageTransformer2DModel(**latent_config(case["tiny"])), context)
+        side, channels = case["side"] // DOWNSAMPLING, 16
+        width = latent_config(case["tiny"])["cap_feat_dim"]
+    else:
+        config = pixel_config(case)
+        model = build(lambda: L2PPixelModel(config), context)
+        model.local_decoder.to(memory_format=torch.channels_last)
+        side, channels, width = case["side"], 3, config.cap_feat_dim
+    image = context.normal(1, channels, side, side, dtype=torch.float32)
+    if not latent:
+        image = image.contiguous(memory_format=torch.channels_last)
+    caption = context.normal(case["caption"], width)
+    time = torch.tensor([1 - SIGMA], device=context.device)
+
+    def velocity(x: Tensor) -> Tensor:
+        if latent:
+            return -model([x[0].unsqueeze(1)], time, [caption], return_dict=False)[0][0].squeeze(1).unsqueeze(0)
+        return model(x, time, [caption])
+
+    def step(_: int) -> None:
+        image.add_(velocity(image.to(context.dtype)).float(), alpha=DELTA)
+
+    def eager(_: int) -> None:
+        if toggle:
+            toggle.use(False)
+        step(_)
+
+    def compiled(_: int) -> None:
+        toggle.use(True)
+        step(_)
+
+    toggle = None
+    if context.compile:
+        modules = [*model.layers, *model.noise_refiner, *model.context_refiner]
+        toggle = Toggle(modules + ([] if latent else [model.local_decoder]), context)
+    step(0)
+    if not torch.isfinite(image).all():
+        raise ValueError("the step's result is not finite")
+
+    # Not recorded: the published pipelines launch every step.
+    tokens = (side // (2 if latent else pixel_config(case).patch)) ** 2
+    ways = {"eager, cudnn": Way(eager, around=partial(context.attention, "cudnn"), recorded=False)}
+    if tokens <= MANY_TOKENS:
+        ways["eager, flash"] = Way(eager, around=partial(context.attention, "flash"), recorded=False)
+    if toggle:
+        ways["compiled, cudnn"] = Way(compiled, around=partial(context.attention, "cudnn"), recorded=False)
+    return ways
+
+
+def decode_ways(case: dict, context: Context) -> dict[str, Way]:
+    config = {**VAE, **VAE_SIZES[case["tiny"]]}
+    vae = build(lambda: AutoencoderKL(**config), context)
+    side = case["side"] // DOWNSAMPLING
+    latent = context.normal(1, config["latent_channels"], side, side)
+
+    def decode(_: int) -> Tensor:
+        return vae.decode(latent / config["scaling_factor"] + config["shift_factor"], return_dict=False)[0]
+
+    # The transformer stays resident while a pipeline decodes; its bytes are counted without being held.
+    with torch.device("meta"):
+        transformer = ZImageTransformer2DModel(**latent_config(case["tiny"]))
+    beside = sum(parameter.numel() for parameter in transformer.parameters()) * context.dtype.itemsize
+    return {"eager": Way(decode, around=partial(context.attention, "cudnn"), beside=beside, recorded=False)}
+
+
+def make(case: dict, context: Context) -> dict[str, Way]:
+    return decode_ways(case, context) if case["model"].endswith("-decode") else step_ways(case, context)
+
+
+if __name__ == "__main__":
+    serve(make)

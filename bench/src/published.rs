@@ -1,0 +1,227 @@
+//! The published models' sizes, and small models of the same structure.
+
+use std::fmt;
+
+use l2p_engine::checkpoint::HeadLayout;
+use l2p_engine::model::config::{DitConfig, ModelKind, TextConfig, VaeConfig};
+use l2p_engine::{Error, Result};
+
+/// A model at a picture size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModelName {
+    /// Latent or pixel.
+    pub kind: ModelKind,
+    /// The published size is 1024 times this.
+    pub thousands: usize,
+}
+
+impl ModelName {
+    /// All that are measured; the latent model at 8K would have a quarter of a million tokens.
+    pub const ALL: [ModelName; 7] = [
+        ModelName::new(ModelKind::Pixel, 1),
+        ModelName::new(ModelKind::Pixel, 2),
+        ModelName::new(ModelKind::Pixel, 4),
+        ModelName::new(ModelKind::Pixel, 8),
+        ModelName::new(ModelKind::Latent, 1),
+        ModelName::new(ModelKind::Latent, 2),
+        ModelName::new(ModelKind::Latent, 4),
+    ];
+
+    const fn new(kind: ModelKind, thousands: usize) -> Self {
+        ModelName { kind, thousands }
+    }
+
+    /// The model's patch in pixels (latent: in latent cells). No pixel model was published for 2K: the one for 1K draws it,
+    /// with four times the tokens.
+    pub fn patch(self) -> usize {
+        match (self.kind, self.thousands) {
+            (ModelKind::Latent, _) => 2,
+            (ModelKind::Pixel, 4) => 64,
+            (ModelKind::Pixel, 8) => 128,
+            (ModelKind::Pixel, _) => 16,
+        }
+    }
+
+    /// The model with its sizes: those published, or small ones.
+    ///
+    /// # Errors
+    /// When there is no head for the patch.
+    pub fn model(self, tiny: bool) -> Result<Model> {
+        let patch = self.patch();
+        let config = transformer(self.kind, patch, tiny);
+        let head = match self.kind {
+            ModelKind::Pixel => Some(head(patch, config.dim, tiny)?),
+            ModelKind::Latent => None,
+        };
+        let vae = (self.kind == ModelKind::Latent).then(|| vae(tiny));
+        let side = match (tiny, self.kind) {
+            (false, _) => 1024 * self.thousands,
+            (true, ModelKind::Pixel) => 4 * patch,
+            (true, ModelKind::Latent) => 64,
+        };
+        Ok(Model {
+            name: self,
+            config,
+            head,
+            vae,
+            side,
+        })
+    }
+}
+
+impl fmt::Display for ModelName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}k", self.kind, self.thousands)
+    }
+}
+
+impl std::str::FromStr for ModelName {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let found = Self::ALL.into_iter().find(|name| name.to_string() == text);
+        found.ok_or_else(|| {
+            let names = Self::ALL.map(|name| name.to_string()).join(", ");
+            Error::invalid(format!("`{text}` names no model; there are {names}"))
+        })
+    }
+}
+
+/// A model's sizes.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// Which model it is.
+    pub name: ModelName,
+    /// The transformer.
+    pub config: DitConfig,
+    /// A pixel model's head.
+    pub head: Option<HeadLayout>,
+    /// A latent model's decoder.
+    pub vae: Option<VaeConfig>,
+    /// Pixels along a side of the picture.
+    pub side: usize,
+}
+
+impl Model {
+    /// Height, width and channels of what the transformer draws.
+    pub fn canvas(&self) -> [usize; 3] {
+        let side = self.side / self.vae.as_ref().map_or(1, VaeConfig::downsampling);
+        [side, side, self.config.in_channels]
+    }
+}
+
+/// The transformer of Z-Image and L2P, or a small one.
+pub fn transformer(kind: ModelKind, patch: usize, tiny: bool) -> DitConfig {
+    let published = DitConfig {
+        kind,
+        dim: 3840,
+        heads: 30,
+        head_dim: 128,
+        layers: 30,
+        refiner_layers: 2,
+        ffn_hidden: 10240,
+        caption_width: 2560,
+        patch,
+        in_channels: if kind == ModelKind::Pixel { 3 } else { 16 },
+        rope_theta: 256.0,
+        axes_dims: [32, 48, 48],
+        norm_eps: 1e-5,
+        t_scale: 1000.0,
+        t_frequencies: 256,
+        t_hidden: 1024,
+        adaln_width: 256,
+    };
+    match tiny {
+        false => published,
+        true => DitConfig {
+            dim: 256,
+            heads: 2,
+            layers: 2,
+            refiner_layers: 1,
+            ffn_hidden: 512,
+            caption_width: 128,
+            t_frequencies: 64,
+            t_hidden: 64,
+            adaln_width: 64,
+            ..published
+        },
+    }
+}
+
+/// The Detailer Head for a patch, over a feature map of `context` channels.
+///
+/// # Errors
+/// When none was published for the patch.
+pub fn head(patch: usize, context: usize, tiny: bool) -> Result<HeadLayout> {
+    let published = HeadLayout::for_patch(patch, None, None, 3840)?;
+    match tiny {
+        false => Ok(HeadLayout { context, ..published }),
+        true => {
+            let widths = vec![8; published.stages.len()];
+            HeadLayout::for_patch(patch, Some(&widths), Some(16), context)
+        }
+    }
+}
+
+/// The autoencoder of Z-Image, or a small one.
+pub fn vae(tiny: bool) -> VaeConfig {
+    VaeConfig {
+        latent_channels: 16,
+        block_out_channels: match tiny {
+            false => vec![128, 256, 512, 512],
+            true => vec![16, 16, 32, 32],
+        },
+        layers_per_block: if tiny { 1 } else { 2 },
+        norm_num_groups: if tiny { 8 } else { 32 },
+        scaling_factor: 0.3611,
+        shift_factor: 0.1159,
+        use_post_quant_conv: false,
+        ..VaeConfig::default()
+    }
+}
+
+/// Qwen3-4B, or a small text encoder with features of `width`.
+pub fn text(tiny: Option<usize>) -> TextConfig {
+    let published = TextConfig {
+        vocabulary: 151_936,
+        dim: 2560,
+        layers: 36,
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        ffn_hidden: 9728,
+        norm_eps: 1e-6,
+        rope_theta: 1e6,
+    };
+    match tiny {
+        None => published,
+        Some(width) => TextConfig {
+            vocabulary: 8192,
+            dim: width,
+            layers: 3,
+            heads: 2,
+            kv_heads: 1,
+            ffn_hidden: 256,
+            ..published
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for name in ModelName::ALL {
+            assert_eq!(name.to_string().parse::<ModelName>().unwrap(), name);
+            let model = name.model(false).unwrap();
+            assert_eq!(model.side, 1024 * name.thousands);
+            assert!(model.canvas()[0].is_multiple_of(model.config.patch));
+            let tiny = name.model(true).unwrap();
+            assert!(tiny.config.dim < model.config.dim && tiny.canvas()[0].is_multiple_of(tiny.config.patch));
+        }
+        let message = "pixel-3k".parse::<ModelName>().unwrap_err().to_string();
+        assert!(message.contains("pixel-4k, pixel-8k, latent-1k"), "{message}");
+    }
+}

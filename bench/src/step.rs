@@ -1,0 +1,322 @@
+//! `bench-step`: whole denoising steps, from the image to the image moved by Euler's rule, and the decoding of latents.
+
+mod children;
+mod trace;
+mod twin;
+
+use std::time::Instant;
+
+use clap::Parser;
+use l2p_engine::checkpoint::HeadLayout;
+use l2p_engine::device::{MemoryTag, format_bytes};
+use l2p_engine::flow::sampler::{Conditioning, Walk};
+use l2p_engine::flow::schedule::Schedule;
+use l2p_engine::model::config::VaeConfig;
+use l2p_engine::model::dit::Dit;
+use l2p_engine::model::vae::VaeDecoder;
+use l2p_engine::profile::{Profile, measure};
+use l2p_engine::{Device, Result, Tensor};
+use serde_json::{Map, Value, json};
+
+use crate::arguments::{COLUMNS, Common};
+use crate::check::{relative_error, worse};
+use crate::inputs::{random, random_f32};
+use crate::params::RandomParams;
+use crate::published::{Model, ModelName};
+use crate::record::{Row, Timing, percent};
+use crate::runner::Bench;
+use crate::timing::{median, sample};
+
+const HELP: &str = "\
+Examples:
+  bench-step                                     pixel 1K and 4K, latent 1K
+  bench-step --model all                         every size; each model in a process of its own
+  bench-step --model pixel-4k --peer             beside PyTorch: diffusers' transformer, eager and compiled
+  bench-step --model latent-4k --peer            the latent baseline, its decoder included
+  bench-step --tiny --device cpu --model pixel-1k
+
+A step is what l2p-sample runs: recorded once, replayed with its own time. Random weights of the published sizes are made on
+the device. Checked: replayed steps give the bits of steps run call by call; and a model of the same widths with one block of
+each kind gives on a small image what the CPU gives in f32 (decoders: on a small latent).
+
+host is the time in which a step is submitted; idle the share of a step in which the GPU runs nothing, as CUPTI sees it.";
+
+/// Steps before the timed ones: the first runs call by call, the second is recorded, the third replayed.
+const WARM_STEPS: usize = 3;
+
+/// The shift of the schedule; it changes no time.
+const SHIFT: f64 = 3.0;
+
+/// Times whole denoising steps with random weights; checks them against the CPU.
+#[derive(Parser, Debug)]
+#[command(name = "bench-step", version, after_help = HELP, after_long_help = format!("{HELP}\n\n{COLUMNS}"))]
+pub struct Arguments {
+    /// Which models: pixel-1k, pixel-2k (the model for 1K at 2048 x 2048), pixel-4k, pixel-8k, latent-1k, latent-2k,
+    /// latent-4k, or all
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',', default_values_t = ["pixel-1k", "pixel-4k", "latent-1k"].map(String::from))]
+    model: Vec<String>,
+    /// Tokens of the caption
+    #[arg(long, value_name = "N", default_value_t = 96, value_parser = clap::value_parser!(u32).range(1..))]
+    caption: u32,
+    /// Side of the picture [default: that of the model's name]
+    #[arg(long, value_name = "PIXELS")]
+    side: Option<usize>,
+    /// Small models of the same structure
+    #[arg(long)]
+    tiny: bool,
+    /// Print what each kernel takes (needs CUPTI)
+    #[arg(long)]
+    kernels: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Runs the benchmark.
+///
+/// # Errors
+/// When a case cannot be run or its result is wrong.
+pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let names = match &arguments.model[..] {
+        [all] if all == "all" => ModelName::ALL.to_vec(),
+        names => names
+            .iter()
+            .map(|name| name.parse())
+            .collect::<Result<Vec<ModelName>>>()?,
+    };
+    match names[..] {
+        [name] => run_model(name, arguments),
+        // What the driver sees of one model's memory must not be another's.
+        _ => children::run(&names, arguments),
+    }
+}
+
+fn run_model(name: ModelName, arguments: &Arguments) -> anyhow::Result<()> {
+    let mut model = name.model(arguments.tiny)?;
+    if let Some(side) = arguments.side {
+        model.side = side;
+    }
+    let multiple = side_multiple(&model);
+    anyhow::ensure!(
+        model.side > 0 && model.side.is_multiple_of(multiple),
+        "--side {} is no multiple of {multiple}, which {name} needs",
+        model.side
+    );
+    let mut bench = Bench::start("step", &arguments.common, "step.py")?;
+    let name = name.to_string();
+    bench.expect_feasible(&name, rough_flops(&model), "give --tiny, or a GPU")?;
+    run_step(&mut bench, &name, &model, arguments)?;
+    bench.finish()
+}
+
+/// Sides are multiples of this many pixels.
+fn side_multiple(model: &Model) -> usize {
+    match (&model.vae, &model.head) {
+        (Some(vae), _) => model.config.patch * vae.downsampling(),
+        // Every patch of a published head is a multiple of its downsampling.
+        (None, head) => model
+            .config
+            .patch
+            .max(head.as_ref().map_or(1, HeadLayout::downsampling)),
+    }
+}
+
+/// Two operations for each parameter and token.
+fn rough_flops(model: &Model) -> f64 {
+    let parameters: f64 = model
+        .config
+        .tensors()
+        .iter()
+        .map(|(_, shape)| shape.iter().product::<usize>() as f64)
+        .sum();
+    let [height, width, _] = model.canvas();
+    2.0 * parameters * (height * width / model.config.patch.pow(2)) as f64
+}
+
+/// A transformer on the device and what it is run with.
+pub struct Setup {
+    dit: Dit,
+    conditioning: Conditioning,
+    /// f32
+    noise: Tensor,
+}
+
+impl Setup {
+    /// The model with random weights.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn new(device: &Device, model: &Model, caption_tokens: usize, seed: u64) -> Result<Self> {
+        let params = RandomParams::transformer(seed, &model.config, model.head.as_ref());
+        let dit = Dit::load(&params, device, &model.config, &mut |_, _| Ok(()))?;
+        let caption = random(device, [1, caption_tokens, model.config.caption_width], seed, 1)?;
+        let [height, width, channels] = model.canvas();
+        Ok(Setup {
+            conditioning: Conditioning {
+                prompt: dit.prepare(&[&caption], [height, width])?,
+                negative: None,
+            },
+            noise: random_f32(device, [1, height, width, channels], seed, 2)?,
+            dit,
+        })
+    }
+
+    /// A walk of `steps` steps from the noise on.
+    fn walk(&self, steps: usize) -> Result<Walk<'_>> {
+        let mut noise = Tensor::empty(self.dit.device(), self.noise.shape(), self.noise.dtype())?;
+        noise.copy_from(&self.noise)?;
+        Walk::new(&self.dit, &self.conditioning, &Schedule::new(steps, SHIFT)?, noise)
+    }
+
+    /// What `steps` steps give.
+    fn drawn(&self, steps: usize, recorded: bool) -> Result<Tensor> {
+        let walk = self.walk(steps)?;
+        let mut walk = if recorded { walk } else { walk.unrecorded() };
+        for _ in 0..steps {
+            walk.advance()?;
+        }
+        Ok(walk.finish())
+    }
+
+    /// A step's operations one by one; the step before keeps the device busy while it is submitted.
+    fn profile(&self) -> Result<Profile> {
+        let mut walk = self.walk(3)?.unrecorded();
+        walk.advance()?;
+        walk.advance()?;
+        Ok(measure(self.dit.device(), || walk.advance())?.1)
+    }
+}
+
+fn run_step(bench: &mut Bench, name: &str, model: &Model, arguments: &Arguments) -> anyhow::Result<()> {
+    let (device, seed) = (bench.device.clone(), bench.common.seed);
+    let caption = arguments.caption as usize;
+    let start = Instant::now();
+    let setup = Setup::new(&device, model, caption, seed)?;
+    device.synchronize()?;
+    let load_seconds = start.elapsed().as_secs_f64();
+    let once = &mut || setup.drawn(1, false).map(drop);
+    if bench.wants(name, once)? {
+        let error = worse(replay_error(&setup)?, twin::step_error(&device, model, seed)?);
+        device.synchronize()?;
+        device.reset_memory_peaks();
+        let resident = device.memory_report().total.current;
+        drop(setup.drawn(WARM_STEPS, true)?);
+        device.synchronize()?;
+        let memory = device.memory_report();
+        let driver = driver_bytes(&device)?;
+        let profile = setup.profile()?;
+
+        let sizes = json!({
+            "model": name, "side": model.side, "tokens": setup.conditioning.prompt.tokens(), "caption": caption, "tiny": arguments.tiny,
+        });
+        let repeats = bench.common.repeats as usize;
+        let mut walk = setup.walk(WARM_STEPS + repeats)?;
+        for _ in 0..WARM_STEPS {
+            walk.advance()?;
+        }
+        device.synchronize()?;
+        let mut host_ms = Vec::with_capacity(repeats);
+        let turns = bench.take_turns(Some(&sizes), &mut || {
+            sample(&device, &mut || {
+                let start = Instant::now();
+                walk.advance()?;
+                host_ms.push(start.elapsed().as_secs_f64() * 1e3);
+                Ok(())
+            })
+        })?;
+        drop(walk);
+
+        let mut row =
+            Row::new(name, sizes, Timing::of(turns.ours), profile.work(), bench.ceilings()).checked(error, 3e-2);
+        row.peak_bytes = memory.total.peak;
+        row.activation_bytes = memory.total.peak - resident;
+        row.peers = turns.peers;
+        let details = &mut row.details;
+        details.insert("load_seconds".into(), json!(load_seconds));
+        let tags = MemoryTag::ALL.map(|tag| (tag.name().to_owned(), json!(memory.tag(tag).peak)));
+        details.insert("peak_bytes_by_tag".into(), Value::Object(Map::from_iter(tags)));
+        details.insert("driver_bytes".into(), json!(driver));
+        details.insert("operations".into(), l2p_bins::profile::json(&profile, bench.ceilings()));
+        let host = matches!(device, Device::Cuda(_)).then(|| median(&host_ms));
+        details.insert("host_ms".into(), json!(host));
+        let trace = trace::of_steps(&setup);
+        let (idle, kernels, reason) = match trace {
+            Ok(Some(trace)) => (Some(trace.idle), trace.kernels, None),
+            Ok(None) => (None, Vec::new(), None),
+            Err(error) => (None, Vec::new(), Some(error.to_string())),
+        };
+        details.insert("idle".into(), json!(idle));
+        details.insert("kernels".into(), json!(kernels));
+        bench.add(row)?;
+        say_details(bench, driver, host, idle, reason.as_deref())?;
+        if arguments.kernels {
+            for kernel in &kernels {
+                bench.say(&kernel.line())?;
+            }
+        }
+        bench.say(&l2p_bins::profile::table(&profile, bench.ceilings()))?;
+    }
+    if let Some(config) = &model.vae {
+        run_decode(bench, name, model, config, seed)?;
+    }
+    Ok(())
+}
+
+fn say_details(
+    bench: &Bench,
+    driver: Option<u64>,
+    host: Option<f64>,
+    idle: Option<f64>,
+    reason: Option<&str>,
+) -> anyhow::Result<()> {
+    let idle = match (idle, reason) {
+        (Some(idle), _) => percent(idle),
+        (None, Some(reason)) => format!("not known: {reason}"),
+        (None, None) => return Ok(()),
+    };
+    let host = host.map_or_else(String::new, |host| format!("host {host:.3} ms, "));
+    let driver = driver.map_or_else(String::new, |bytes| format!("driver {}, ", format_bytes(bytes)));
+    bench.say(&format!("  {driver}{host}idle {idle}"))
+}
+
+/// Bytes of the GPU in use as its driver counts them.
+fn driver_bytes(device: &Device) -> Result<Option<u64>> {
+    match device {
+        Device::Cpu => Ok(None),
+        Device::Cuda(device) => Ok(Some(device.driver_memory_in_use()?)),
+    }
+}
+
+/// How far replayed steps are from steps run call by call: 0, or the result is wrong.
+fn replay_error(setup: &Setup) -> Result<f64> {
+    let (replayed, called) = (setup.drawn(4, true)?, setup.drawn(4, false)?);
+    let (replayed, called) = (replayed.to_vec::<f32>()?, called.to_vec::<f32>()?);
+    match replayed.iter().zip(&called).all(|(a, b)| a.to_bits() == b.to_bits()) {
+        true => Ok(0.0),
+        false => Ok(relative_error(&replayed, &called).max(1.0)),
+    }
+}
+
+/// The decoding of a latent, beside the resident transformer.
+fn run_decode(bench: &mut Bench, name: &str, model: &Model, config: &VaeConfig, seed: u64) -> anyhow::Result<()> {
+    let device = bench.device.clone();
+    let name = format!("{name}-decode");
+    let vae = VaeDecoder::load(&RandomParams::vae(seed, config), &device, config)?;
+    let [height, width, channels] = model.canvas();
+    let latent = random_f32(&device, [1, height, width, channels], seed, 3)?;
+    let mut decode = || vae.decode(&latent).map(drop);
+    if !bench.wants(&name, &mut decode)? {
+        return Ok(());
+    }
+    decode()?;
+    let (work, peak, resident) = bench.peak_of(&mut decode)?;
+    let driver = driver_bytes(&device)?;
+    let sizes = json!({ "model": name, "side": model.side, "tiny": config.block_out_channels[0] < 128 });
+    let turns = bench.take_turns(Some(&sizes), &mut || sample(&device, &mut decode))?;
+    let error = twin::decode_error(&device, config, seed)?;
+    let mut row = Row::new(&name, sizes, Timing::of(turns.ours), work, bench.ceilings()).checked(error, 3e-2);
+    row.peak_bytes = peak;
+    row.activation_bytes = peak - resident;
+    row.peers = turns.peers;
+    row.details.insert("driver_bytes".into(), json!(driver));
+    bench.add(row)
+}
