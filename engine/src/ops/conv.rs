@@ -27,6 +27,7 @@ use super::expect_parameter;
 use super::guidance::guided_euler_step;
 use super::resize::NearestAxis;
 use crate::error::{Error, Result};
+use crate::profile;
 use crate::tensor::{DType, Tensor};
 
 /// What is applied to a sum.
@@ -70,6 +71,11 @@ pub struct Canvas<'a> {
 }
 
 impl Canvas<'_> {
+    /// Bytes that are moved: the picture is read where something is added to it.
+    pub(super) fn bytes(&self) -> usize {
+        self.picture.bytes() * (1 + usize::from(self.delta.is_some()))
+    }
+
     pub(super) fn expect(&self, op: &'static str, shape: [usize; 4], input: &Tensor) -> Result<()> {
         self.picture.expect_shape(op, "picture", shape)?;
         self.picture.expect_dtype(op, "picture", DType::F32)?;
@@ -272,6 +278,7 @@ pub fn conv3x3_silu_picture(
     picture.expect_picture(OP, conv.outputs())?;
     canvas.expect(OP, [sizes.batch, sizes.height, sizes.width, PICTURE_CHANNELS], x)?;
     if call.suits_picture(picture) {
+        let _op = call.told(sizes, canvas.bytes());
         return call.launch_picture_end(sizes, picture, canvas);
     }
     let activated = call.run()?.0;
@@ -412,6 +419,15 @@ impl<'a> Call<'a> {
         }
     }
 
+    /// Tells profilers of the call, whose results have so many bytes. Of an upsampled image a pixel meets four pixels.
+    fn told(&self, sizes: Sizes, result_bytes: usize) -> profile::Op {
+        let taps = if self.upsample { 4 } else { self.conv.kernel.pow(2) };
+        let pixels = sizes.batch * sizes.height * sizes.width;
+        let flops = 2 * pixels * taps * self.conv.inputs() * sizes.outputs;
+        let sources = [Some(self.x), self.second, self.residual].into_iter().flatten();
+        profile::op(self.op, self.x, flops, sources.map(Tensor::bytes).sum::<usize>() + result_bytes)
+    }
+
     /// The result, and its maxima when they are asked for.
     fn run(&self) -> Result<(Tensor, Option<Tensor>)> {
         let sizes = self.sizes()?;
@@ -432,10 +448,7 @@ impl<'a> Call<'a> {
             true => Some(Tensor::empty(&device, [batch, height / 2, width / 2, outputs], dtype)?),
             false => None,
         };
-        let flops = 2 * output.elements() * self.conv.kernel * self.conv.kernel * self.conv.inputs();
-        let sources = [Some(self.x), self.second, self.residual, Some(&output), pooled.as_ref()];
-        let bytes = sources.into_iter().flatten().map(Tensor::bytes).sum();
-        let _op = crate::profile::op(self.op, self.x, flops, bytes);
+        let _op = self.told(sizes, output.bytes() + pooled.as_ref().map_or(0, Tensor::bytes));
         match self.x.cuda() {
             None => cpu::convolve(self, sizes, &mut output, pooled.as_mut())?,
             Some(device) => self.launch(device, sizes, Some(&mut output), pooled.as_mut())?,

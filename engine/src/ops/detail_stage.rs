@@ -119,6 +119,10 @@ pub fn detail_stage(
     map.expect_device(OP, "map", &image.device())?;
     stage.encoder.weight().expect_device(OP, "weight", &image.device())?;
     canvas.expect(OP, [batch, height, width, PICTURE_CHANNELS], image)?;
+    let pixels = batch * height * width;
+    // Per pixel: encoder, four pixels of the map, decoder, and the colours.
+    let flops = 2 * pixels * CHANNELS * (27 + 4 * CHANNELS + 18 * CHANNELS + PICTURE_CHANNELS);
+    let _op = crate::profile::op(OP, image, flops, map.bytes() + image.bytes() + canvas.bytes());
     match image.cuda().zip(weights.arranged.as_ref()) {
         None => step_by_step(stage, map, image, canvas),
         Some((device, arranged)) => launch(device, stage, arranged, map, image, canvas),

@@ -144,6 +144,7 @@ impl Call<'_> {
         }
         let shape = [sizes.batch, sizes.height / 2, sizes.width / 2, sizes.outputs];
         let mut pooled = Tensor::empty_compute(&self.x.device(), shape)?;
+        let _op = self.told(sizes, pooled.bytes());
         self.launch(device, sizes, None, Some(&mut pooled))?;
         Ok(Some(pooled))
     }
