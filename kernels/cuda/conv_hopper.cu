@@ -268,15 +268,6 @@ __device__ __forceinline__ void multiply(
 
 // ---- a tile's end ----
 
-// x * sigmoid(x) by way of the tangent, which costs one operation of the special function units; its error is a fifth of
-// bf16's rounding.
-__device__ __forceinline__ float silu_by_tanh(float x) {
-    const float half = 0.5f * x;
-    float tangent;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(tangent) : "f"(half));
-    return fmaf(half, tangent, half);
-}
-
 // Consecutive channels of one pixel that a lane holds: LANE_CHANNELS of every CHANNEL_GROUP. Column n of a product stands for
 // the channel that `conv_arrange` put there: lane member m has columns 8 t + 2 m and the next of each t, and channels
 // from m * LANE_CHANNELS on.
@@ -285,11 +276,6 @@ struct Channels {
     static constexpr int GROUP = OUTPUTS < 32 ? OUTPUTS : 32;
     static constexpr int OF_LANE = GROUP / 4;
     static constexpr int GROUPS = OUTPUTS / GROUP;
-};
-
-template <int COUNT>
-struct alignas(COUNT * 2) Packed {
-    __nv_bfloat162 pair[COUNT / 2];
 };
 
 // The bias of a lane's channels; zeros past the last output.

@@ -137,18 +137,3 @@ template <int GROUP>
 __device__ __forceinline__ int channel_of_column(int column) {
     return column / GROUP * GROUP + column % 8 / 2 * (GROUP / 4) + column % GROUP / 8 * 2 + column % 2;
 }
-
-// x * sigmoid(x) by way of the tangent, which costs one operation of the special function units; its error is a fifth of
-// bf16's rounding.
-__device__ __forceinline__ float silu_by_tanh(float x) {
-    const float half = 0.5f * x;
-    float tangent;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(tangent) : "f"(half));
-    return fmaf(half, tangent, half);
-}
-
-// Consecutive channels of one pixel.
-template <int COUNT>
-struct alignas(COUNT * 2) Packed {
-    __nv_bfloat162 pair[COUNT / 2];
-};

@@ -61,3 +61,18 @@ __device__ __forceinline__ float from_float<float>(float value) {
 }
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+// The same by way of the tangent, which costs one operation of the special function units; its error is a fifth of bf16's
+// rounding.
+__device__ __forceinline__ float silu_by_tanh(float x) {
+    const float half = 0.5f * x;
+    float tangent;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(tangent) : "f"(half));
+    return fmaf(half, tangent, half);
+}
+
+// Consecutive bf16 values, moved as one access.
+template <int COUNT>
+struct alignas(COUNT * 2) Packed {
+    __nv_bfloat162 pair[COUNT / 2];
+};
