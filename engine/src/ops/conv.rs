@@ -12,7 +12,13 @@
 //! [`super::resize`]), before padding. On CUDA a source has a multiple of 8 channels, except that the last source of a 3×3
 //! convolution may be an image of at most 3 channels, in bf16 or in f32 (which is rounded to bf16). Sums are f32.
 
+mod backward;
 mod cpu;
+
+pub use backward::{
+    ConvGrads, ConvSaved, SourceGrads, conv2d_backward, conv2d_f32_backward, conv2d_silu_with_sum,
+    conv3x3_silu_pool_backward, conv3x3_silu_pool_with_sum, upsample_conv3x3_backward,
+};
 
 use super::resize::NearestAxis;
 use super::{expect_parameter, grid};
@@ -68,6 +74,16 @@ impl Conv {
             kernel,
             channels,
         })
+    }
+
+    /// `[outputs, taps · inputs]`.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// `[outputs]`.
+    pub fn bias(&self) -> &Tensor {
+        &self.bias
     }
 
     /// Channels of the result.
