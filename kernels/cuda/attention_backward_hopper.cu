@@ -1,18 +1,20 @@
 // The gradient of attention with heads of 128 on Hopper; engine/src/ops/attention/backward holds the contract,
 // attention_backward.cu the kernel that makes the stats of the query rows.
 //
-//   attention_backward_hopper_keys     dk and dv: a block holds 128 keys and values and passes over all queries that see them
-//   attention_backward_hopper_queries  dq: a block holds 128 queries and passes over all keys that they see
+// There are two kinds of blocks, in one launch so that the second kind fills the multiprocessors that the last of the first
+// leave idle:
+//   keys     dk and dv: a block holds 128 keys and values and passes over all queries that see them
+//   queries  dq: a block holds 128 queries and passes over all keys that they see
 //
 // In both a producer warpgroup has one thread start bulk copies, and each of two consumer warpgroups holds 64 rows: products
-// of held and passed rows give scores and dy · v, which become weights and ds in registers and, as left operands out of
+// of held and passed rows give scores and dy * v, which become weights and ds in registers and, as left operands out of
 // registers, are multiplied with the passed rows. No score ever reaches memory, consumers never wait for each other, and a
 // block alone sums each result, in one order: two runs give the same bits.
 //
-// Seven products of 2 * 128 operations per query and key, where one kernel that adds dq in memory needs five. In exchange
-// there is no f32 copy of dq to be written, added to by one block after another (in a fixed order, or the sums would differ
-// from run to run) and converted, no exchange of ds between warpgroups through shared memory, and no block that waits for
-// another. Bound by the tensor cores; the kernel that holds keys reads shared memory at 7/8 of its rate meanwhile.
+// Seven products of 2 * 128 operations per query and key, where one kind of block that adds dq in memory needs five. In
+// exchange there is no f32 copy of dq to be written, added to by one block after another (in a fixed order, or the sums
+// would differ from run to run) and converted, no exchange of ds between warpgroups through shared memory, and no block that
+// waits for another. Bound by the tensor cores; blocks that hold keys read shared memory at 7/8 of its rate meanwhile.
 #include "common/attention_backward.cuh"
 #include "common/launch.cuh"
 
@@ -135,9 +137,9 @@ __device__ __forceinline__ void store_sums(
     }
 }
 
-// ---- the kernel that holds keys and values ----
+// ---- blocks that hold keys and values ----
 
-namespace keys_kernel {
+namespace keys_block {
 
 constexpr int PASSED = STAT_ROWS;  // queries at a time
 constexpr int STAGES = 4;
@@ -289,71 +291,50 @@ __device__ __forceinline__ void finish(
                dv, 1.0f);
 }
 
-}  // namespace keys_kernel
-
-// packed: qkv [items, tokens, (heads + 2 kv_heads) * head_dim], gradient: dy [items, tokens, heads * head_dim], both by boxes
-// of one item, BOX_ROWS tokens and PANEL columns; stats as in common/attention_backward.cuh; lengths [items] or null; dqkv
-// like qkv; scale of the scores in powers of two, factor their natural one; grid (tiles of ROWS tokens, kv_heads, items).
-extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward_hopper_keys(
-    const __grid_constant__ TensorMap packed, const __grid_constant__ TensorMap gradient, const float* stats,
-    const int* lengths, bf16* dqkv, int tokens, int heads, int kv_heads, int causal, float scale, float factor) {
-    using namespace keys_kernel;
-    extern __shared__ __align__(1024) unsigned char memory[];
-    const Layout shared{shared_address(memory)};
-    const Columns columns{heads, kv_heads};
-
+__device__ __forceinline__ Task find_task(int block, Columns columns, int tokens, const int* lengths, bool causal) {
+    const int blocks = (tokens + ROWS - 1) / ROWS;
     Task task;
-    task.first = blockIdx.x * ROWS;
-    task.kv_head = blockIdx.y;
-    task.item = blockIdx.z;
-    task.heads = heads / kv_heads;
+    task.first = block % blocks * ROWS;
+    task.kv_head = block / blocks % columns.kv_heads;
+    task.item = block / blocks / columns.kv_heads;
+    task.heads = columns.heads / columns.kv_heads;
     task.first_head = task.kv_head * task.heads;
     task.tokens = tokens;
     task.keys = key_length(lengths, task.item, tokens);
     task.stat_tiles = stat_tiles(tokens);
-    task.causal = causal != 0;
-    task.first_tile = task.causal ? task.first / PASSED : 0;
-    task.tiles = task.stat_tiles - task.first_tile;
-    task.scale = scale;
-    task.factor = factor;
-    const bool has_keys = task.first < task.keys;
+    task.causal = causal;
+    task.first_tile = causal ? task.first / PASSED : 0;
+    task.tiles = task.first < task.keys ? task.stat_tiles - task.first_tile : 0;
+    return task;
+}
 
-    if (threadIdx.x == 0) {
-        prefetch_map(packed);
-        prefetch_map(gradient);
-        for (int consumer = 0; consumer < CONSUMERS; ++consumer) barrier_init(shared.held_ready(consumer), 1);
-        for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(shared.queries_ready(stage), 1);
-            barrier_init(shared.dy_ready(stage), 1);
-            barrier_init(shared.free(stage), CONSUMERS * WARPS);
-        }
-        barriers_ready();
+__device__ __forceinline__ void init_barriers(const Layout& shared) {
+    for (int consumer = 0; consumer < CONSUMERS; ++consumer) barrier_init(shared.held_ready(consumer), 1);
+    for (int stage = 0; stage < STAGES; ++stage) {
+        barrier_init(shared.queries_ready(stage), 1);
+        barrier_init(shared.dy_ready(stage), 1);
+        barrier_init(shared.free(stage), CONSUMERS * WARPS);
     }
-    __syncthreads();  // the barriers are initialised before anybody uses them
+}
 
-    // The same for all threads of a warp, and known to the compiler as such.
-    const int warp = __shfl_sync(FULL_WARP, threadIdx.x / WARP, 0);
-    if (warp < WARPS) {
-        registers_give<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0 && has_keys) produce(packed, gradient, stats, shared, task, columns);
-        return;
-    }
-    registers_take<CONSUMER_REGISTERS>();
-    const int consumer = warp / WARPS - 1;
+// All that a consumer does.
+__device__ __forceinline__ void run(
+    unsigned char* memory, const Layout& shared, bf16* dqkv, const Task& task, Columns columns, int consumer) {
     Accumulators dk = {}, dv = {};
-    if (has_keys) {
+    if (task.tiles > 0) {
+        const int row = threadIdx.x / WARP % WARPS * 16 + threadIdx.x % WARP / 4;
         barrier_wait(shared.held_ready(consumer), 0);
-        consume(dk, dv, memory, shared, task, consumer,
-                task.first + consumer * HELD + warp % WARPS * 16 + threadIdx.x % WARP / 4);
+        consume(dk, dv, memory, shared, task, consumer, task.first + consumer * HELD + row);
     }
     named_barrier_sync(1 + consumer, WARPGROUP);  // no warp's products read the keys and values any more
     finish(dk, dv, memory, dqkv, task, columns, consumer);
 }
-L2P_LAUNCH(attention_backward_hopper_keys, THREADS, keys_kernel::Layout::BYTES, ROWS, BOX_ROWS, PANEL)
 
-// ---- the kernel that holds queries ----
+}  // namespace keys_block
 
-namespace queries_kernel {
+// ---- blocks that hold queries ----
+
+namespace queries_block {
 
 constexpr int PASSED = 128;  // keys at a time
 constexpr int STAGES = 2;
@@ -458,44 +439,87 @@ __device__ __forceinline__ void consume(
     product_wait<0>(dq);
 }
 
-}  // namespace queries_kernel
-
-// As attention_backward_hopper_keys; grid (tiles of ROWS tokens, heads, items).
-extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward_hopper_queries(
-    const __grid_constant__ TensorMap packed, const __grid_constant__ TensorMap gradient, const float* stats,
-    const int* lengths, bf16* dqkv, int tokens, int heads, int kv_heads, int causal, float scale, float factor) {
-    using namespace queries_kernel;
-    extern __shared__ __align__(1024) unsigned char memory[];
-    const Layout shared{shared_address(memory)};
-    const Columns columns{heads, kv_heads};
-
+__device__ __forceinline__ Task find_task(int block, Columns columns, int tokens, const int* lengths, bool causal) {
+    const int blocks = (tokens + ROWS - 1) / ROWS, tile = block % blocks;
     Task task;
     // Under the causal mask the last queries have most to do: they come first.
-    task.first = (causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x) * ROWS;
-    task.first_head = blockIdx.y;
+    task.first = (causal ? blocks - 1 - tile : tile) * ROWS;
     task.heads = 1;
-    task.kv_head = task.first_head / (heads / kv_heads);
-    task.item = blockIdx.z;
+    task.first_head = block / blocks % columns.heads;
+    task.kv_head = task.first_head / (columns.heads / columns.kv_heads);
+    task.item = block / blocks / columns.heads;
     task.tokens = tokens;
     task.keys = key_length(lengths, task.item, tokens);
     task.stat_tiles = stat_tiles(tokens);
-    task.causal = causal != 0;
+    task.causal = causal;
     task.first_tile = 0;
-    const int seen = task.causal ? min(task.keys, task.first + ROWS) : task.keys;
-    task.tiles = (seen + PASSED - 1) / PASSED;
+    task.tiles = ((causal ? min(task.keys, task.first + ROWS) : task.keys) + PASSED - 1) / PASSED;
+    return task;
+}
+
+__device__ __forceinline__ void init_barriers(const Layout& shared) {
+    for (int consumer = 0; consumer < CONSUMERS; ++consumer) barrier_init(shared.held_ready(consumer), 1);
+    for (int stage = 0; stage < STAGES; ++stage) {
+        barrier_init(shared.keys_ready(stage), 1);
+        barrier_init(shared.values_ready(stage), 1);
+        barrier_init(shared.keys_free(stage), CONSUMERS * WARPS);
+        barrier_init(shared.values_free(stage), CONSUMERS * WARPS);
+    }
+}
+
+// All that a consumer does.
+__device__ __forceinline__ void run(
+    unsigned char* memory, const Layout& shared, const float* stats, bf16* dqkv, const Task& task, Columns columns,
+    int consumer) {
+    const int warp_row = threadIdx.x / WARP % WARPS * 16, group = threadIdx.x % WARP / 4;
+    const int row = task.first + consumer * HELD + warp_row;
+    Accumulators dq = {};
+    if (task.tiles > 0) {
+        // A tile of stats is a consumer's rows; the last consumer of an item may have none.
+        float shift[2] = {INFINITY, INFINITY}, delta[2] = {};
+        if (row < task.tokens) {
+            const float* const stat = stats + warp_row + group +
+                stat_index(task.item, task.first_head, columns.heads, task.stat_tiles, row / STAT_ROWS);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) shift[half] = stat[8 * half], delta[half] = stat[STAT_ROWS + 8 * half];
+        }
+        barrier_wait(shared.held_ready(consumer), 0);
+        consume(dq, shared, task, consumer, row + group, shift, delta);
+    }
+    named_barrier_sync(1 + consumer, WARPGROUP);  // no warp's products read the queries any more
+    const int stride = columns.packed();
+    bf16* const to = dqkv + (static_cast<size_t>(task.item) * task.tokens + row) * stride + task.first_head * HEAD_DIM;
+    store_sums(to, stride, task.tokens - row, memory + Layout::QUERIES + consumer * tile_bytes(HELD), warp_row, dq, task.factor);
+}
+
+}  // namespace queries_block
+
+constexpr int SHARED_BYTES = keys_block::Layout::BYTES > queries_block::Layout::BYTES ? keys_block::Layout::BYTES
+                                                                                        : queries_block::Layout::BYTES;
+
+// packed: qkv [items, tokens, (heads + 2 kv_heads) * head_dim], gradient: dy [items, tokens, heads * head_dim], both by boxes
+// of one item, BOX_ROWS tokens and PANEL columns; stats as in common/attention_backward.cuh; lengths [items] or null; dqkv
+// like qkv; scale of the scores in powers of two, factor their natural one; as many blocks as tiles of ROWS tokens of all
+// key heads and then of all query heads of all items.
+extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward_hopper(
+    const __grid_constant__ TensorMap packed, const __grid_constant__ TensorMap gradient, const float* stats,
+    const int* lengths, bf16* dqkv, int items, int tokens, int heads, int kv_heads, int causal, float scale, float factor) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    const keys_block::Layout keys_shared{shared_address(memory)};
+    const queries_block::Layout queries_shared{shared_address(memory)};
+    const Columns columns{heads, kv_heads};
+    const int keys_blocks = (tokens + ROWS - 1) / ROWS * kv_heads * items, block = blockIdx.x;
+    const bool holds_keys = block < keys_blocks;
+    Task task = holds_keys ? keys_block::find_task(block, columns, tokens, lengths, causal != 0)
+                           : queries_block::find_task(block - keys_blocks, columns, tokens, lengths, causal != 0);
     task.scale = scale;
     task.factor = factor;
 
     if (threadIdx.x == 0) {
         prefetch_map(packed);
         prefetch_map(gradient);
-        for (int consumer = 0; consumer < CONSUMERS; ++consumer) barrier_init(shared.held_ready(consumer), 1);
-        for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(shared.keys_ready(stage), 1);
-            barrier_init(shared.values_ready(stage), 1);
-            barrier_init(shared.keys_free(stage), CONSUMERS * WARPS);
-            barrier_init(shared.values_free(stage), CONSUMERS * WARPS);
-        }
+        if (holds_keys) keys_block::init_barriers(keys_shared);
+        else queries_block::init_barriers(queries_shared);
         barriers_ready();
     }
     __syncthreads();  // the barriers are initialised before anybody uses them
@@ -504,29 +528,16 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward_hopp
     const int warp = __shfl_sync(FULL_WARP, threadIdx.x / WARP, 0);
     if (warp < WARPS) {
         registers_give<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0 && task.tiles > 0) produce(packed, gradient, shared, task, columns);
+        if (threadIdx.x > 0 || task.tiles == 0) return;
+        if (holds_keys) keys_block::produce(packed, gradient, stats, keys_shared, task, columns);
+        else queries_block::produce(packed, gradient, queries_shared, task, columns);
         return;
     }
     registers_take<CONSUMER_REGISTERS>();
-    const int consumer = warp / WARPS - 1, warp_row = warp % WARPS * 16, group = threadIdx.x % WARP / 4;
-    const int row = task.first + consumer * HELD + warp_row;
-    Accumulators dq = {};
-    if (task.tiles > 0) {
-        // A tile of stats is a consumer's rows; the last consumer of an item may have none.
-        float shift[2] = {INFINITY, INFINITY}, delta[2] = {};
-        if (row < tokens) {
-            const float* const stat =
-                stats + stat_index(task.item, task.first_head, heads, task.stat_tiles, row / STAT_ROWS) + warp_row + group;
-#pragma unroll
-            for (int half = 0; half < 2; ++half) shift[half] = stat[8 * half], delta[half] = stat[STAT_ROWS + 8 * half];
-        }
-        barrier_wait(shared.held_ready(consumer), 0);
-        consume(dq, shared, task, consumer, row + group, shift, delta);
-    }
-    named_barrier_sync(1 + consumer, WARPGROUP);  // no warp's products read the queries any more
-    bf16* const to = dqkv + (static_cast<size_t>(task.item) * tokens + row) * columns.packed() + task.first_head * HEAD_DIM;
-    store_sums(to, columns.packed(), tokens - row, memory + Layout::QUERIES + consumer * tile_bytes(HELD), warp_row, dq,
-               task.factor);
+    const int consumer = warp / WARPS - 1;
+    if (holds_keys) keys_block::run(memory, keys_shared, dqkv, task, columns, consumer);
+    else queries_block::run(memory, queries_shared, stats, dqkv, task, columns, consumer);
 }
-L2P_LAUNCH(attention_backward_hopper_queries, THREADS, queries_kernel::Layout::BYTES, ROWS, BOX_ROWS, PANEL)
+L2P_LAUNCH(attention_backward_hopper, THREADS, SHARED_BYTES, ROWS, BOX_ROWS, PANEL)
 #endif
+
