@@ -12,39 +12,30 @@ use crate::tensor::{DType, Tensor};
 /// The largest grid in its second and third dimension.
 const MAX_GRID_YZ: usize = 65535;
 
-/// The kernels that hold keys and queries.
-struct Choice {
-    image: &'static str,
-    keys: &'static str,
-    queries: &'static str,
-    /// They read the packed rows and `dy` through tensor maps.
-    bulk_copies: bool,
+/// Which kernels to launch, each on the heads and blocks that it wants.
+enum Choice {
+    /// Keys and then queries are held, in one launch; packed rows and `dy` are read through tensor maps.
+    Hopper,
+    /// Kernels that hold keys and kernels that hold queries.
+    Portable { keys: &'static str, queries: &'static str },
 }
 
 fn choose(device: &CudaDevice, kernel: AttentionBackwardKernel, head_dim: usize) -> Result<Choice> {
-    let portable = |keys, queries| Choice {
-        image: "attention_backward",
-        keys,
-        queries,
-        bulk_copies: false,
-    };
     let on_hopper = device.has_hopper_kernels() && head_dim == 128;
     match (kernel, head_dim) {
-        (AttentionBackwardKernel::Auto | AttentionBackwardKernel::Hopper, _) if on_hopper => Ok(Choice {
-            image: "attention_backward_hopper",
-            keys: "attention_backward_hopper_keys",
-            queries: "attention_backward_hopper_queries",
-            bulk_copies: true,
-        }),
+        (AttentionBackwardKernel::Auto | AttentionBackwardKernel::Hopper, _) if on_hopper => Ok(Choice::Hopper),
         (AttentionBackwardKernel::Hopper, _) => Err(Error::invalid(format!(
             "{OP}: {kernel:?} is for heads of 128 on Hopper with its own kernels in use; this is a head of {head_dim} on {}",
             device.name()
         ))),
-        (_, 64) => Ok(portable("attention_backward_keys_64", "attention_backward_queries_64")),
-        (_, 128) => Ok(portable(
-            "attention_backward_keys_128",
-            "attention_backward_queries_128",
-        )),
+        (_, 64) => Ok(Choice::Portable {
+            keys: "attention_backward_keys_64",
+            queries: "attention_backward_queries_64",
+        }),
+        (_, 128) => Ok(Choice::Portable {
+            keys: "attention_backward_keys_128",
+            queries: "attention_backward_queries_128",
+        }),
         _ => Err(Error::invalid(format!(
             "{OP}: there is no CUDA kernel for heads of {head_dim}, only for 64 and 128"
         ))),
@@ -66,30 +57,48 @@ pub(super) fn attention_backward(
     }
     let choice = choose(device, kernel, spec.head_dim)?;
     let stats = row_stats(device, gradient)?;
-    for (name, heads) in [(choice.keys, spec.kv_heads), (choice.queries, spec.heads)] {
-        let kernel = device.kernel(choice.image, name)?;
-        let sources = match choice.bulk_copies {
-            true => mapped_sources(&kernel, gradient)?,
-            false => Args::new().input(gradient.forward.qkv)?.input(gradient.dy)?,
-        };
-        let args = sources
-            .input(&stats)?
-            .optional(gradient.forward.key_lengths)?
-            .output(dqkv)?
-            .int(tokens)
-            .int(spec.heads)
-            .int(spec.kv_heads)
-            .int(usize::from(spec.causal))
-            .float(spec.scale * LOG2_E)
-            .float(spec.scale);
-        let tiles = tokens.div_ceil(kernel.info().tile[0].max(1) as usize);
-        let blocks = [grid(OP, tiles)?, grid(OP, heads)?, grid(OP, batch)?];
-        // SAFETY: the arguments are those that all kernels of the gradient take, the packed rows and `dy` by address or by
-        // tensor map as the kernel wants them; shapes and types were checked at the door; the stats are those of `row_stats`,
-        // which all kernels share; a null pointer stands for absent lengths.
-        unsafe { kernel.launch(device, blocks, args)? };
+    match choice {
+        Choice::Hopper => launch_hopper(device, gradient, &stats, dqkv),
+        Choice::Portable { keys, queries } => {
+            for (name, heads) in [(keys, spec.kv_heads), (queries, spec.heads)] {
+                let kernel = device.kernel("attention_backward", name)?;
+                let sources = Args::new().input(gradient.forward.qkv)?.input(gradient.dy)?;
+                let args = sources
+                    .input(&stats)?
+                    .optional(gradient.forward.key_lengths)?
+                    .output(dqkv)?;
+                let tiles = tokens.div_ceil(kernel.info().tile[0].max(1) as usize);
+                let blocks = [grid(OP, tiles)?, grid(OP, heads)?, grid(OP, batch)?];
+                // SAFETY: the arguments are those of the kernels of `attention_backward.cu`; shapes and types were checked at
+                // the door; the stats are those of `row_stats`; a null pointer stands for absent lengths.
+                unsafe { kernel.launch(device, blocks, scalars(args, gradient))? };
+            }
+            Ok(())
+        }
     }
-    Ok(())
+}
+
+fn launch_hopper(device: &CudaDevice, gradient: &Gradient<'_>, stats: &Tensor, dqkv: &mut Tensor) -> Result<()> {
+    let (spec, batch, tokens) = (gradient.forward.spec, gradient.forward.batch, gradient.forward.tokens);
+    let kernel = device.kernel("attention_backward_hopper", "attention_backward_hopper")?;
+    let sources = mapped_sources(&kernel, gradient)?.input(stats)?;
+    let args = sources.optional(gradient.forward.key_lengths)?.output(dqkv)?.int(batch);
+    let tiles = tokens.div_ceil(kernel.info().tile[0].max(1) as usize);
+    let blocks = grid(OP, tiles * (spec.kv_heads + spec.heads) * batch)?;
+    // SAFETY: the arguments are those of the kernel; shapes and types were checked at the door; the stats are those of
+    // `row_stats`; one block per tile of keys and of queries; a null pointer stands for absent lengths.
+    unsafe { kernel.launch(device, [blocks, 1, 1], scalars(args, gradient)) }
+}
+
+/// The last arguments of all kernels.
+fn scalars(args: Args, gradient: &Gradient<'_>) -> Args {
+    let spec = gradient.forward.spec;
+    args.int(gradient.forward.tokens)
+        .int(spec.heads)
+        .int(spec.kv_heads)
+        .int(usize::from(spec.causal))
+        .float(spec.scale * LOG2_E)
+        .float(spec.scale)
 }
 
 /// What each row of queries brings along, as described in `cuda/common/attention_backward.cuh`.

@@ -12,10 +12,10 @@
 //! Shapes: `dy` and `out` `[batch, tokens, heads · head_dim]`, `lse` `[batch, heads, tokens]` in f32, the result like the packed
 //! `qkv` `[batch, tokens, (heads + 2·kv_heads) · head_dim]`.
 //!
-//! On CUDA `head_dim` is 64 or 128; products are of bf16 with f32 sums, `w` and `ds` are rounded to bf16 for theirs. Two
-//! kernels, one that holds keys and passes over the queries and one that holds queries and passes over the keys: each result
-//! is summed in one block in one order, so that two runs give the same bits. Source: Dao, "FlashAttention-2" (2023); on Hopper
-//! with the schedule of Shah et al., "FlashAttention-3" (2024).
+//! On CUDA `head_dim` is 64 or 128; products are of bf16 with f32 sums, `w` and `ds` are rounded to bf16 for theirs. Some
+//! blocks hold keys and pass over the queries, others hold queries and pass over the keys: each result is summed in one
+//! block in one order, so that two runs give the same bits. Source: Dao, "FlashAttention-2" (2023); on Hopper with the schedule
+//! of Shah et al., "FlashAttention-3" (2024).
 
 mod cpu;
 mod cuda;
