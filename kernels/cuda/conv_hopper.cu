@@ -235,7 +235,7 @@ __device__ __forceinline__ void multiply(
         if constexpr (P::RESIDENT) {
             const int first = (turn * o.chunks + chunk) * P::TAPS;
             const uint64_t piece = operand_rows<P::ROW, 8 * P::ROW>(shared.piece(first));
-            products_fence();
+            product_fence();
 #pragma unroll
             for (int tap = 0; tap < P::TAPS; ++tap) issue_tap<P>(sums, input, shifted(piece, tap * P::PIECE), tap, chunk > 0 || tap > 0);
             product_commit();
@@ -246,7 +246,7 @@ __device__ __forceinline__ void multiply(
             for (int tap = 0; tap < P::TAPS; ++tap) {
                 const int place = pieces.stage();
                 barrier_wait(shared.piece_ready(place), pieces.parity());
-                products_fence();
+                product_fence();
                 issue_tap<P>(sums, input, operand_rows<P::ROW, 8 * P::ROW>(shared.piece(place)), tap, chunk > 0 || tap > 0);
                 product_commit();
                 products_wait<1>();  // all but this tap's

@@ -18,9 +18,15 @@
 //! sources of multiples of 16 channels on one grid. An upsampled one then adds up weights that meet the same pixel before it
 //! multiplies, and rounds these sums to bf16.
 
+mod backward;
 mod cpu;
 mod cuda;
 mod hopper;
+
+pub use backward::{
+    ConvGrads, ConvSaved, SourceGrads, conv2d_backward, conv2d_f32_backward, conv2d_silu_with_sum,
+    conv3x3_silu_pool_backward, conv3x3_silu_pool_with_sum, upsample_conv3x3_backward,
+};
 
 use self::hopper::Arranged;
 use super::expect_parameter;

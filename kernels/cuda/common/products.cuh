@@ -55,10 +55,6 @@ __device__ __forceinline__ void issue_by_rows(Sums64<128>& d, uint64_t a, uint64
 // Keeps the compiler from moving what computes or uses these registers across this point.
 __device__ __forceinline__ void hold(Sums64<16>& d) { asm volatile("" : L2P_REGISTERS_16(d)::"memory"); }
 __device__ __forceinline__ void hold(Sums64<32>& d) { asm volatile("" : L2P_REGISTERS_32(d)::"memory"); }
-__device__ __forceinline__ void hold(Sums64<64>& d) { asm volatile("" : L2P_REGISTERS_64(d)::"memory"); }
-
-// Before the first product that uses registers written by other instructions; hold those registers first.
-__device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Waits until at most PENDING groups are under way; hold the accumulators afterwards.
 template <int PENDING>
@@ -74,13 +70,5 @@ __device__ __forceinline__ void copy_box_4d(uint32_t to, const TensorMap& map, i
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
         "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
-        : "memory");
-}
-
-// Starts copying `bytes` bytes, a multiple of 16, as they lie; both addresses are multiples of 16.
-__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-        "r"(bytes), "r"(barrier)
         : "memory");
 }

@@ -2,8 +2,10 @@
 
 mod add_rms_norm;
 mod attention;
+mod attention_backward;
 mod cast;
 mod conv;
+mod conv_backward;
 mod detail_stage;
 mod embedding;
 mod group_norm;
@@ -15,6 +17,7 @@ mod noise;
 mod patch_embed;
 mod qk_norm_rope;
 mod resize;
+mod resize_backward;
 mod rms_norm;
 mod swiglu;
 mod timestep;
@@ -27,8 +30,10 @@ use l2p_tests::Suite;
 pub fn register(suite: &mut Suite) {
     add_rms_norm::register(suite);
     attention::register(suite);
+    attention_backward::register(suite);
     cast::register(suite);
     conv::register(suite);
+    conv_backward::register(suite);
     detail_stage::register(suite);
     embedding::register(suite);
     group_norm::register(suite);
@@ -40,6 +45,7 @@ pub fn register(suite: &mut Suite) {
     patch_embed::register(suite);
     qk_norm_rope::register(suite);
     resize::register(suite);
+    resize_backward::register(suite);
     rms_norm::register(suite);
     swiglu::register(suite);
     timestep::register(suite);
