@@ -281,9 +281,9 @@ struct Channels {
 // The bias of a lane's channels; zeros past the last output.
 template <int COUNT>
 __device__ __forceinline__ void load_bias(float (&bias)[COUNT], const Operands& o, int channel) {
-    Packed<COUNT> packed = {};
+    Bf16Run<COUNT> packed = {};
     if (o.outputs % COUNT == 0) {
-        if (channel < o.outputs) packed = *reinterpret_cast<const Packed<COUNT>*>(o.bias + channel);
+        if (channel < o.outputs) packed = *reinterpret_cast<const Bf16Run<COUNT>*>(o.bias + channel);
     } else {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
@@ -310,7 +310,7 @@ __device__ __forceinline__ void finish_square(
         const bool valid = channel < o.outputs;  // lanes without a channel take part in the exchange below
         float bias[Lane::OF_LANE];
         load_bias(bias, o, channel);
-        Packed<Lane::OF_LANE> packed[2];
+        Bf16Run<Lane::OF_LANE> packed[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int output_y = P::UPSAMPLE ? 2 * (y + half) + tile.row_parity : y + half;
@@ -333,7 +333,7 @@ __device__ __forceinline__ void finish_square(
                 continue;
             }
             if (o.residual != nullptr && inside) {
-                const Packed<Lane::OF_LANE> added = *reinterpret_cast<const Packed<Lane::OF_LANE>*>(o.residual + at);
+                const Bf16Run<Lane::OF_LANE> added = *reinterpret_cast<const Bf16Run<Lane::OF_LANE>*>(o.residual + at);
 #pragma unroll
                 for (int i = 0; i < Lane::OF_LANE; i += 2) {
                     const float2 pair = __bfloat1622float2(added.pair[i / 2]);
@@ -343,7 +343,7 @@ __device__ __forceinline__ void finish_square(
 #pragma unroll
             for (int i = 0; i < Lane::OF_LANE; i += 2) packed[half].pair[i / 2] = __floats2bfloat162_rn(value[i], value[i + 1]);
             if (o.output != nullptr && inside) {
-                *reinterpret_cast<Packed<Lane::OF_LANE>*>(static_cast<bf16*>(o.output) + at) = packed[half];
+                *reinterpret_cast<Bf16Run<Lane::OF_LANE>*>(static_cast<bf16*>(o.output) + at) = packed[half];
             }
         }
         if (o.pooled == nullptr) continue;
@@ -357,7 +357,7 @@ __device__ __forceinline__ void finish_square(
         const int pooled_y = y / 2, pooled_x = x / 2;
         if (valid && x % 2 == 0 && pooled_y < o.height / 2 && pooled_x < o.width / 2) {
             const size_t at = ((static_cast<size_t>(tile.item) * (o.height / 2) + pooled_y) * (o.width / 2) + pooled_x) * o.outputs;
-            *reinterpret_cast<Packed<Lane::OF_LANE>*>(o.pooled + at + channel) = packed[0];
+            *reinterpret_cast<Bf16Run<Lane::OF_LANE>*>(o.pooled + at + channel) = packed[0];
         }
     }
 }

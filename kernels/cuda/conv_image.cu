@@ -92,7 +92,7 @@ __device__ __forceinline__ void convolve(const Element* image, const Operands& o
                 for (int i = 0; i < Lane::GROUPS; ++i) {
                     const int channel = first + i * Lane::GROUP + member * Lane::OF_LANE;
                     const bool valid = channel < o.outputs && at_x < o.width;
-                    Packed<Lane::OF_LANE> packed[2];
+                    Bf16Run<Lane::OF_LANE> packed[2];
 #pragma unroll
                     for (int below = 0; below < 2; ++below) {
 #pragma unroll
@@ -105,7 +105,7 @@ __device__ __forceinline__ void convolve(const Element* image, const Operands& o
                         const int at_y = y + row + below;
                         const size_t at = ((static_cast<size_t>(item) * o.height + at_y) * o.width + at_x) * o.outputs + channel;
                         if (o.output != nullptr && valid && at_y < o.height) {
-                            *reinterpret_cast<Packed<Lane::OF_LANE>*>(o.output + at) = packed[below];
+                            *reinterpret_cast<Bf16Run<Lane::OF_LANE>*>(o.output + at) = packed[below];
                         }
                     }
                     if (o.pooled == nullptr) continue;
@@ -119,7 +119,7 @@ __device__ __forceinline__ void convolve(const Element* image, const Operands& o
                     const int pooled_y = (y + row) / 2, pooled_x = at_x / 2;
                     if (valid && at_x % 2 == 0 && pooled_y < o.height / 2 && pooled_x < o.width / 2) {
                         const size_t at = ((static_cast<size_t>(item) * (o.height / 2) + pooled_y) * (o.width / 2) + pooled_x) * o.outputs;
-                        *reinterpret_cast<Packed<Lane::OF_LANE>*>(o.pooled + at + channel) = packed[0];
+                        *reinterpret_cast<Bf16Run<Lane::OF_LANE>*>(o.pooled + at + channel) = packed[0];
                     }
                 }
             }

@@ -15,9 +15,10 @@ use crate::error::Result;
 use crate::ops::Modulation;
 use crate::ops::attention::{Attention, attention};
 use crate::ops::linear::{InputActivation, linear, linear_vectors};
-use crate::ops::qk_norm_rope::{QkNormRope, Rotation, qk_norm_rope};
+use crate::ops::linear_qk_norm_rope::linear_qk_norm_rope;
+use crate::ops::linear_swiglu::linear_swiglu;
+use crate::ops::qk_norm_rope::{QkNormRope, Rotation};
 use crate::ops::rms_norm::{GatedResidual, RmsNorm, gated_residual_rms_norm, rms_norm_modulate};
-use crate::ops::swiglu::swiglu;
 use crate::profile;
 use crate::tensor::Tensor;
 
@@ -177,8 +178,6 @@ impl Block {
     }
 
     fn attend(&self, normalised: Tensor, sequence: &Sequence<'_>) -> Result<Tensor> {
-        let mut qkv = linear(&normalised, &self.qkv, None)?;
-        drop(normalised);
         let spec = QkNormRope {
             heads: self.attention.heads,
             kv_heads: self.attention.kv_heads,
@@ -188,16 +187,15 @@ impl Block {
             epsilon: self.epsilon,
             rotation: Rotation::Interleaved,
         };
-        qk_norm_rope(&mut qkv, &spec, sequence.rope)?;
+        let qkv = linear_qk_norm_rope(&normalised, &self.qkv, &spec, sequence.rope)?;
+        drop(normalised);
         let attended = attention(&qkv, &self.attention, sequence.key_lengths)?;
         drop(qkv);
         linear(&attended, &self.out, None)
     }
 
     fn feed_forward(&self, normalised: &Tensor) -> Result<Tensor> {
-        let gate_and_up = linear(normalised, &self.w13, None)?;
-        let hidden = swiglu(&gate_and_up)?;
-        drop(gate_and_up);
+        let hidden = linear_swiglu(normalised, &self.w13)?;
         linear(&hidden, &self.w2, None)
     }
 }

@@ -431,7 +431,12 @@ impl<'a> Call<'a> {
         let pixels = sizes.batch * sizes.height * sizes.width;
         let flops = 2 * pixels * taps * self.conv.inputs() * sizes.outputs;
         let sources = [Some(self.x), self.second, self.residual].into_iter().flatten();
-        profile::op(self.op, self.x, flops, sources.map(Tensor::bytes).sum::<usize>() + result_bytes)
+        profile::op(
+            self.op,
+            self.x,
+            flops,
+            sources.map(Tensor::bytes).sum::<usize>() + result_bytes,
+        )
     }
 
     /// The result, and its maxima when they are asked for.

@@ -7,10 +7,10 @@
 //! Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2020).
 
 use super::linear::{Matrix, cpu_matmul};
-use super::{expect_parameter, grid};
-use crate::device::{Args, CudaDevice};
+use super::{expect_parameter, grid, linear_hopper};
+use crate::device::{Args, CudaDevice, TensorMap, TensorMapSpec};
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 /// The sizes of an image and of its division into patches.
 #[derive(Clone, Copy)]
@@ -42,6 +42,14 @@ impl Sizes {
     /// Elements of one row of the image.
     fn image_row(&self) -> usize {
         self.width * self.channels
+    }
+
+    /// Whether the Hopper kernel's bulk copies can gather the patches: its steps of 64 elements lie within a row of a patch, and
+    /// its 64 tokens within a row of patches.
+    fn suits_bulk_copies(&self) -> bool {
+        const STEP: usize = 64;
+        const TOKENS: usize = 64;
+        self.patch_row().is_multiple_of(STEP) && self.patches().1.is_multiple_of(TOKENS) && self.dim.is_multiple_of(8)
     }
 
     /// Elements of a patch.
@@ -82,7 +90,12 @@ pub fn patch_embed(image: &Tensor, patch: usize, weight: &Tensor, bias: &Tensor)
     let _op = crate::profile::op(OP, image, flops, image.bytes() + weight.bytes() + output.bytes());
     match image.cuda() {
         None => cpu_patch_embed(image, weight, bias, sizes, &mut output)?,
-        Some(device) => cuda_patch_embed(OP, device, [image, weight, bias], sizes, &mut output)?,
+        Some(device) => match linear_hopper::device_for(image, sizes.tokens(), sizes.inputs()) {
+            Some(device) if sizes.suits_bulk_copies() => {
+                launch_hopper(device, [image, weight, bias], sizes, &mut output)?
+            }
+            _ => cuda_patch_embed(OP, device, [image, weight, bias], sizes, &mut output)?,
+        },
     }
     Ok(output)
 }
@@ -170,4 +183,45 @@ fn cuda_patch_embed(
     // SAFETY: the arguments are those of `patch_embed`, of the shapes and types checked at the door and above; one block per
     // tile. The number of tokens fits 32 bits: the image holds at least one chunk for each.
     unsafe { kernel.launch(device, [blocks, 1, 1], args) }
+}
+
+/// By `linear_patches` of `linear_hopper.cu`, for sizes of which [`Sizes::suits_bulk_copies`] holds.
+fn launch_hopper(
+    device: &CudaDevice,
+    [image, weight, bias]: [&Tensor; 3],
+    sizes: Sizes,
+    output: &mut Tensor,
+) -> Result<()> {
+    let kernel = device.kernel(linear_hopper::IMAGE, "linear_patches")?;
+    let [.., step, box_rows] = kernel.info().tile;
+    let (rows, columns) = sizes.patches();
+    let bytes = |elements: usize| (elements * DType::Bf16.size()) as u64;
+    // A patch's row, patches across, rows of a patch, patches down; items of the batch lie one below the other.
+    let map = TensorMap::new(
+        image,
+        &TensorMapSpec {
+            extents: &[sizes.patch_row(), columns, sizes.patch, sizes.batch * rows].map(|extent| extent as u64),
+            strides: &[
+                bytes(sizes.patch_row()),
+                bytes(sizes.image_row()),
+                bytes(sizes.patch * sizes.image_row()),
+            ],
+            tile: &[step, box_rows, 1, 1],
+            swizzle: 128,
+        },
+    )?;
+    let args = Args::new()
+        .tensor_map(map)
+        .tensor_map(linear_hopper::weights_map(&kernel, weight)?)
+        .output(output)?
+        .input(bias)?
+        .int(sizes.tokens())
+        .int(sizes.dim)
+        .int(sizes.inputs())
+        .int(sizes.patch_row() / step as usize)
+        .int(columns);
+    let grid = [linear_hopper::blocks(device, &kernel, sizes.tokens(), sizes.dim), 1, 1];
+    // SAFETY: the arguments are those of `linear_patches`, of the shapes and types checked at the door; the sizes suit its copies; the
+    // blocks share the tiles whatever their number.
+    unsafe { kernel.launch(device, grid, args) }
 }

@@ -64,8 +64,32 @@ pub struct QkNormRope<'a> {
 
 impl QkNormRope<'_> {
     /// Elements of one token's q, k and v.
-    fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Checks weights and table for the given numbers of items and tokens; `input` has their device and type.
+    pub(super) fn expect(
+        &self,
+        op: &'static str,
+        batch: usize,
+        tokens: usize,
+        table: &Tensor,
+        input: &Tensor,
+    ) -> Result<()> {
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(Error::invalid(format!(
+                "{op}: a head of {} elements cannot be divided into pairs",
+                self.head_dim
+            )));
+        }
+        expect_parameter(op, "q_weight", self.q_weight, &[self.head_dim], input)?;
+        expect_parameter(op, "k_weight", self.k_weight, &[self.head_dim], input)?;
+        table.expect_rank(op, "table", 4, "[batch or 1, tokens, head_dim / 2, 2]")?;
+        let table_batch = if table.dim(0) == 1 { 1 } else { batch };
+        table.expect_shape(op, "table", [table_batch, tokens, self.head_dim / 2, 2])?;
+        table.expect_dtype(op, "table", DType::F32)?;
+        table.expect_device(op, "table", &input.device())
     }
 }
 
@@ -77,19 +101,7 @@ pub fn qk_norm_rope(qkv: &mut Tensor, spec: &QkNormRope<'_>, table: &Tensor) -> 
     const OP: &str = "qk_norm_rope";
     let sizes = TokenSizes::of(OP, "qkv", qkv)?;
     qkv.expect_shape(OP, "qkv", [sizes.batch, sizes.tokens, spec.width()])?;
-    if !spec.head_dim.is_multiple_of(2) {
-        return Err(Error::invalid(format!(
-            "{OP}: a head of {} elements cannot be divided into pairs",
-            spec.head_dim
-        )));
-    }
-    expect_parameter(OP, "q_weight", spec.q_weight, &[spec.head_dim], qkv)?;
-    expect_parameter(OP, "k_weight", spec.k_weight, &[spec.head_dim], qkv)?;
-    table.expect_rank(OP, "table", 4, "[batch or 1, tokens, head_dim / 2, 2]")?;
-    let table_batch = if table.dim(0) == 1 { 1 } else { sizes.batch };
-    table.expect_shape(OP, "table", [table_batch, sizes.tokens, spec.head_dim / 2, 2])?;
-    table.expect_dtype(OP, "table", DType::F32)?;
-    table.expect_device(OP, "table", &qkv.device())?;
+    spec.expect(OP, sizes.batch, sizes.tokens, table, qkv)?;
     let rotated = sizes.rows() * (spec.heads + spec.kv_heads) * spec.head_dim * qkv.dtype().size();
     let _op = crate::profile::op(OP, qkv, 0, 2 * rotated + table.bytes());
     match qkv.cuda().cloned() {

@@ -73,6 +73,6 @@ __device__ __forceinline__ float silu_by_tanh(float x) {
 
 // Consecutive bf16 values, moved as one access.
 template <int COUNT>
-struct alignas(COUNT * 2) Packed {
+struct alignas(COUNT * 2) Bf16Run {
     __nv_bfloat162 pair[COUNT / 2];
 };

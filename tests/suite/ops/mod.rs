@@ -13,6 +13,8 @@ mod guidance;
 mod latent;
 mod layer_norm;
 mod linear;
+mod linear_qk_norm_rope;
+mod linear_swiglu;
 mod noise;
 mod patch_embed;
 mod qk_norm_rope;
@@ -41,6 +43,8 @@ pub fn register(suite: &mut Suite) {
     latent::register(suite);
     layer_norm::register(suite);
     linear::register(suite);
+    linear_qk_norm_rope::register(suite);
+    linear_swiglu::register(suite);
     noise::register(suite);
     patch_embed::register(suite);
     qk_norm_rope::register(suite);

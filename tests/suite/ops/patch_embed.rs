@@ -64,6 +64,9 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
         (3, [35, 45, 8], 5, 520),
         (1, [66, 46, 16], 2, 72),
         (1, [26, 14, 24], 1, 248),
+        // Enough tokens, and rows of patches long enough, for bulk copies.
+        (1, [1024, 4096, 3], 64, 264),
+        (2, [256, 4096, 16], 16, 72),
     ];
     for (batch, [height, width, channels], patch, dim) in sizes {
         let what = format!("{batch}x{height}x{width}x{channels} patch {patch} to {dim}");
