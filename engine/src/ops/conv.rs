@@ -142,9 +142,8 @@ impl Conv {
     /// # Errors
     /// When the device refuses.
     pub fn rearrange(&mut self) -> Result<()> {
-        match self.arranged.take() {
-            Some(arranged) => self.arranged = Some(arranged.renewed(self)?),
-            None => {}
+        if let Some(arranged) = self.arranged.take() {
+            self.arranged = Some(arranged.renewed(self)?);
         }
         Ok(())
     }
