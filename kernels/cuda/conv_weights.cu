@@ -1,7 +1,7 @@
 // The gradients of a convolution's weight and bias on every GPU from Ampere on; engine/src/ops/conv/backward holds the contract.
 //
 //   weights_*         sums over a part of the pixels, left in f32; conv_weights_hopper.cu leaves the same
-//   conv_weights_sum  adds the parts, in a fixed order, to the gradients: two runs give the same bits
+//   conv_weights_sum* add the parts, in a fixed order, to the gradients: two runs give the same bits
 //
 // The weight's gradient is, for each tap, the product over all pixels of the sum's gradient `ds` and the source x seen from that
 // tap. A block takes up to 16 ROW_TILES outputs, CHANNELS channels of one source and a part of the pixels. Tiles of ds and x lie
@@ -92,29 +92,27 @@ __device__ __forceinline__ Task find_task(const Operands& o) {
 template <int WIDTH, int HEIGHT, int COLUMNS, int ROW, class Pixel>
 __device__ __forceinline__ void load_tile(
     unsigned char* to, const void* values, int channels, int first, bool f32, const Pixel& pixel) {
-    if (channels % 8 == 0) {
-        constexpr int UNITS = COLUMNS / 8;
-        const uint32_t address = shared_address(to);
-        const bf16* const from = static_cast<const bf16*>(values);
+    constexpr int UNITS = COLUMNS / 8;
+    const bool whole = channels % 8 == 0;  // else rows are not aligned, and are read one element at a time
 #pragma unroll 1  // addresses are cheap to find anew, and too many to keep
-        for (int index = threadIdx.x; index < WIDTH * HEIGHT * UNITS; index += THREADS) {
-            const int unit = index % UNITS, position = index / UNITS, channel = first + unit * 8;
-            const long long at = pixel(position / WIDTH, position % WIDTH);
-            const bool valid = at >= 0 && channel < channels;
-            copy16_async(address + position * ROW + unit * 16, from + (valid ? at * channels + channel : 0), valid);
-        }
-        return;
-    }
-#pragma unroll 1
-    for (int index = threadIdx.x; index < WIDTH * HEIGHT * COLUMNS; index += THREADS) {
-        const int column = index % COLUMNS, position = index / COLUMNS, channel = first + column;
+    for (int index = threadIdx.x; index < WIDTH * HEIGHT * UNITS; index += THREADS) {
+        const int unit = index % UNITS, position = index / UNITS, channel = first + unit * 8;
         const long long at = pixel(position / WIDTH, position % WIDTH);
-        bf16 value = bf16();
-        if (at >= 0 && channel < channels) {
-            value = f32 ? from_float<bf16>(static_cast<const float*>(values)[at * channels + channel])
-                        : static_cast<const bf16*>(values)[at * channels + channel];
+        const bool valid = at >= 0 && channel < channels;
+        const size_t element = valid ? at * channels + channel : 0;
+        unsigned char* const place = to + position * ROW + unit * 16;
+        if (whole) {
+            copy16_async(shared_address(place), static_cast<const bf16*>(values) + element, valid);
+            continue;
         }
-        *reinterpret_cast<bf16*>(to + position * ROW + column * 2) = value;
+        float gathered[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const bool there = valid && channel + i < channels;
+            if (f32) gathered[i] = there ? static_cast<const float*>(values)[element + i] : 0.0f;
+            else gathered[i] = there ? to_float(static_cast<const bf16*>(values)[element + i]) : 0.0f;
+        }
+        store8(reinterpret_cast<bf16*>(place), gathered);
     }
 }
 
@@ -259,43 +257,53 @@ WEIGHTS_KERNEL(weights_1x1_32x64, 3, 1, false, 2, 64, 8)
 
 // ---- the sum of all parts ----
 
-constexpr int SUM_ELEMENTS = WARP;          // of a block
-constexpr int SUM_WARPS = THREADS / WARP;  // which share the parts
-
 // Adds to `weight` [outputs, taps, inputs] and `bias` [outputs] the sums of weight_parts [parts, turns, outputs, taps_of_part,
 // stride] and bias_parts [parts, turns, outputs]. With one turn the taps are those of the weight; with four, taps of 3x3 are
-// summed from what the four parities of an upsampled image's rows and columns met with their 2x2. One block per SUM_ELEMENTS
-// of weights and biases.
-extern "C" __global__ __launch_bounds__(THREADS) void conv_weights_sum(
+// summed from what the four parities of an upsampled image's rows and columns met with their 2x2. SHARERS threads share an
+// element's parts.
+template <int SHARERS>
+__device__ __forceinline__ void sum_parts(
     const float* weight_parts, const float* bias_parts, bf16* weight, bf16* bias, int parts, int turns, int outputs, int taps,
     int inputs, int stride) {
-    __shared__ float sums[SUM_WARPS][SUM_ELEMENTS];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const size_t weights = static_cast<size_t>(outputs) * taps * inputs, index = static_cast<size_t>(blockIdx.x) * SUM_ELEMENTS + lane;
+    constexpr int ELEMENTS = THREADS / SHARERS;
+    const int element = threadIdx.x % ELEMENTS, sharer = threadIdx.x / ELEMENTS;
+    const size_t weights = static_cast<size_t>(outputs) * taps * inputs, index = static_cast<size_t>(blockIdx.x) * ELEMENTS + element;
     const bool of_weight = index < weights, valid = index < weights + outputs;
     const int taps_of_part = turns == 1 ? taps : 4;
     const int input = static_cast<int>(index % inputs), tap = static_cast<int>(index / inputs % taps);
     const int output = of_weight ? static_cast<int>(index / inputs / taps) : static_cast<int>(index - weights);
     float sum = 0.0f;
-    if (valid) {
-        for (int turn = 0; turn < turns; ++turn) {
-            // Of an even row the first pixel met kernel row 0 and the second one rows 1 and 2; of an odd row the first met rows 0
-            // and 1, the second one row 2. Columns alike.
-            const int part_tap = turns == 1 ? tap : (tap / 3 > turn / 2) * 2 + (tap % 3 > turn % 2);
-            const float* from = of_weight ? weight_parts + ((static_cast<size_t>(turn) * outputs + output) * taps_of_part + part_tap) * stride + input
-                                          : bias_parts + static_cast<size_t>(turn) * outputs + output;
-            const size_t step = static_cast<size_t>(turns) * outputs * (of_weight ? static_cast<size_t>(taps_of_part) * stride : 1);
+    for (int turn = 0; valid && turn < turns; ++turn) {
+        // Of an even row the first pixel met kernel row 0 and the second one rows 1 and 2; of an odd row the first met rows 0 and
+        // 1, the second one row 2. Columns alike.
+        const int part_tap = turns == 1 ? tap : (tap / 3 > turn / 2) * 2 + (tap % 3 > turn % 2);
+        const size_t row = static_cast<size_t>(turn) * outputs + output;
+        const float* const from = of_weight ? weight_parts + (row * taps_of_part + part_tap) * stride + input : bias_parts + row;
+        const size_t step = static_cast<size_t>(turns) * outputs * (of_weight ? static_cast<size_t>(taps_of_part) * stride : 1);
 #pragma unroll 4
-            for (int part = warp; part < parts; part += SUM_WARPS) sum += from[part * step];
-        }
+        for (int part = sharer; part < parts; part += SHARERS) sum += from[part * step];
     }
-    sums[warp][lane] = sum;
-    __syncthreads();  // the warps' sums are there
-    if (warp > 0 || !valid) return;
-    bf16* const to = of_weight ? weight + index : bias + output;
-    float total = to_float(*to);
+    if constexpr (SHARERS > 1) {
+        __shared__ float sums[SHARERS][ELEMENTS];
+        sums[sharer][element] = sum;
+        __syncthreads();  // the sharers' sums are there
+        if (sharer > 0) return;
 #pragma unroll
-    for (int i = 0; i < SUM_WARPS; ++i) total += sums[i][lane];
-    *to = from_float<bf16>(total);
+        for (int i = 1; i < SHARERS; ++i) sum += sums[i][element];
+    }
+    if (!valid) return;
+    bf16* const to = of_weight ? weight + index : bias + output;
+    *to = from_float<bf16>(to_float(*to) + sum);
 }
-L2P_LAUNCH(conv_weights_sum, THREADS, 0, SUM_ELEMENTS)
+
+// One block per THREADS / SHARERS weights and biases. The launch's tile: those, and threads that share an element's parts.
+#define SUM_KERNEL(name, SHARERS)                                                                                         \
+    extern "C" __global__ __launch_bounds__(THREADS) void name(                                                           \
+        const float* weight_parts, const float* bias_parts, bf16* weight, bf16* bias, int parts, int turns, int outputs,  \
+        int taps, int inputs, int stride) {                                                                               \
+        sum_parts<SHARERS>(weight_parts, bias_parts, weight, bias, parts, turns, outputs, taps, inputs, stride);          \
+    }                                                                                                                     \
+    L2P_LAUNCH(name, THREADS, 0, THREADS / (SHARERS), SHARERS)
+
+SUM_KERNEL(conv_weights_sum, 8)
+SUM_KERNEL(conv_weights_sum_few, 1)

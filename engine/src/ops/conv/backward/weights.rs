@@ -21,6 +21,9 @@ use crate::tensor::{DType, Tensor};
 const IMAGE: &str = "conv_weights";
 const HOPPER_IMAGE: &str = "conv_weights_hopper";
 
+/// From so many parts on, threads share an element's.
+const MANY_PARTS: usize = 16;
+
 // Flags of the portable kernels, as in `conv_weights.cu`.
 const F32_FIRST: u32 = 1;
 const F32_SECOND: u32 = 2;
@@ -278,7 +281,11 @@ pub(super) fn add_parts(
 ) -> Result<()> {
     let (outputs, inputs) = (grads.weight.dim(0), grads.weight.dim(1) / taps);
     let elements = grads.weight.elements() + grads.bias.elements();
-    let kernel = device.kernel(IMAGE, "conv_weights_sum")?;
+    let name = match parts.count {
+        0..MANY_PARTS => "conv_weights_sum_few",
+        _ => "conv_weights_sum",
+    };
+    let kernel = device.kernel(IMAGE, name)?;
     let args = Args::new()
         .input(&parts.weights)?
         .input(&parts.biases)?
@@ -291,7 +298,7 @@ pub(super) fn add_parts(
         .int(inputs)
         .int(parts.stride);
     let blocks = grid(op, elements.div_ceil(kernel.info().tile[0].max(1) as usize))?;
-    // SAFETY: the arguments are those of `conv_weights_sum`; the parts have the shapes above, the gradients those that were checked
+    // SAFETY: the arguments are those of the `conv_weights_sum` kernels; the parts have the shapes above, the gradients those that were checked
     // at the door.
     unsafe { kernel.launch(device, [blocks, 1, 1], args) }
 }
