@@ -28,7 +28,7 @@ pub use backward::{
     conv3x3_silu_pool_backward, conv3x3_silu_pool_with_sum, upsample_conv3x3_backward,
 };
 
-use self::hopper::Arranged;
+use self::hopper::{Arranged, map_of};
 use super::expect_parameter;
 use super::guidance::guided_euler_step;
 use super::resize::NearestAxis;

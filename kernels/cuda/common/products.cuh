@@ -72,3 +72,13 @@ __device__ __forceinline__ void copy_box_4d(uint32_t to, const TensorMap& map, i
         "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
         : "memory");
 }
+
+// And of five.
+__device__ __forceinline__ void copy_box_5d(
+    uint32_t to, const TensorMap& map, int x, int y, int z, int w, int v, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(to),
+        "l"(&map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "r"(barrier)
+        : "memory");
+}

@@ -150,7 +150,7 @@ impl Call<'_> {
     }
 
     /// Checks what the kernels ask of the sources' channels; returns whether the last source is an image.
-    fn expect_kernel_sources(&self) -> Result<bool> {
+    pub(super) fn expect_kernel_sources(&self) -> Result<bool> {
         let last = self.second.unwrap_or(self.x);
         let whole_vectors = |source: &Tensor| source.dim(3).is_multiple_of(8);
         let with_image = last.dim(3) <= MAX_IMAGE_CHANNELS && self.conv.kernel == 3 && !self.upsample;

@@ -1,4 +1,5 @@
-//! Convolutions on Hopper's warpgroup products: which kernel, the arrangement of its weights, and its launch.
+//! Convolutions on Hopper's warpgroup products: which kernel, the arrangement of its weights, and its launch. Gradients of
+//! sources are convolutions of the same kind (`backward/inputs.rs`).
 
 use std::sync::Arc;
 
@@ -10,15 +11,16 @@ use crate::tensor::{DType, Tensor};
 
 const IMAGE: &str = "conv_hopper";
 
-/// Pixels that a tile is wide, as in `conv_hopper.cu`.
-const TILE_WIDTH: usize = 16;
+/// Pixels that a tile is wide, as in `cuda/common/conv_hopper.cuh`.
+pub(super) const TILE_WIDTH: usize = 16;
 
 /// The kernels: size and input of the convolution, names, output channels of a tile, input channels of a chunk. Those with
 /// fewer columns come first, then those with larger chunks.
 #[rustfmt::skip]
-const KERNELS: [Candidate; 13] = [
+const KERNELS: [Candidate; 15] = [
     Candidate::new(3, Input::Same, "conv3x3_16x64_resident", 16, 64),
     Candidate::new(3, Input::Same, "conv3x3_16x32_resident", 16, 32),
+    Candidate::new(3, Input::Same, "conv3x3_16x16_resident", 16, 16),
     Candidate::new(3, Input::Same, "conv3x3_32x64_resident", 32, 64),
     Candidate::new(3, Input::Same, "conv3x3_32x32_resident", 32, 32).with_picture("picture_32x32_resident"),
     Candidate::new(3, Input::Same, "conv3x3_32x16_resident", 32, 16),
@@ -26,25 +28,36 @@ const KERNELS: [Candidate; 13] = [
     Candidate::new(3, Input::Same, "conv3x3_64x32_resident", 64, 32),
     Candidate::new(3, Input::Same, "conv3x3_128x64", 128, 64),
     Candidate::new(3, Input::Same, "conv3x3_128x16", 128, 16),
+    Candidate::new(3, Input::Upsampled, "upsample_16x16_resident", 16, 16),
     Candidate::new(3, Input::Upsampled, "upsample_32x32_resident", 32, 32),
     Candidate::new(3, Input::Upsampled, "upsample_64x64_resident", 64, 64),
     Candidate::new(3, Input::Upsampled, "upsample_128x64", 128, 64),
     Candidate::new(1, Input::Same, "conv1x1_128x64", 128, 64),
 ];
 
+/// A convolution's sizes, as far as the choice of its kernel depends on them.
+pub(super) struct Shape {
+    pub kernel: usize,
+    pub input: Input,
+    /// Of the sources; 0 for a second one that is not there.
+    pub channels: [usize; 2],
+    pub outputs: usize,
+}
+
+/// A kernel, and what it is for.
 #[derive(Debug)]
-struct Candidate {
+pub(super) struct Candidate {
     kernel: usize,
     input: Input,
-    name: &'static str,
+    pub name: &'static str,
     /// The same convolution followed by one to a picture.
     picture: Option<&'static str>,
-    columns: usize,
-    chunk: usize,
+    pub columns: usize,
+    pub chunk: usize,
 }
 
 impl Candidate {
-    const fn new(kernel: usize, input: Input, name: &'static str, columns: usize, chunk: usize) -> Self {
+    pub const fn new(kernel: usize, input: Input, name: &'static str, columns: usize, chunk: usize) -> Self {
         Candidate {
             kernel,
             input,
@@ -60,8 +73,25 @@ impl Candidate {
         self
     }
 
+    /// The candidate of an image that suits a convolution best; `None` where there is none.
+    pub fn choose(
+        device: &Arc<CudaDevice>,
+        image: &'static str,
+        candidates: &'static [Candidate],
+        shape: &Shape,
+    ) -> Result<Option<&'static Candidate>> {
+        for candidate in candidates.iter().filter(|candidate| candidate.suits(shape)) {
+            let capacity = device.kernel(image, candidate.name)?.info().tile[3] as usize;
+            // The fewest columns that hold all outputs, or the most there are.
+            if candidate.holds(shape, capacity) && (shape.outputs <= candidate.columns || candidate.columns == 128) {
+                return Ok(Some(candidate));
+            }
+        }
+        Ok(None)
+    }
+
     /// Taps that a pixel of the output meets, along each axis.
-    fn taps_along(&self) -> usize {
+    pub fn taps_along(&self) -> usize {
         match self.input {
             Input::Same => self.kernel,
             Input::Upsampled => 2,
@@ -69,23 +99,31 @@ impl Candidate {
     }
 
     /// Pieces of weights of one block of output channels.
-    fn pieces(&self, conv: &Conv) -> usize {
+    fn pieces(&self, shape: &Shape) -> usize {
         let parities = match self.input {
             Input::Same => 1,
             Input::Upsampled => 4,
         };
-        parities * conv.inputs() / self.chunk * self.taps_along().pow(2)
+        parities * (shape.channels[0] + shape.channels[1]) / self.chunk * self.taps_along().pow(2)
     }
 
-    fn suits(&self, conv: &Conv, input: Input) -> bool {
-        self.kernel == conv.kernel
-            && self.input == input
-            && conv.channels.iter().all(|channels| channels.is_multiple_of(self.chunk))
+    /// Elements of the arranged weights.
+    pub fn arranged_elements(&self, shape: &Shape) -> usize {
+        shape.outputs.div_ceil(self.columns) * self.pieces(shape) * self.columns * self.chunk
+    }
+
+    fn suits(&self, shape: &Shape) -> bool {
+        self.kernel == shape.kernel
+            && self.input == shape.input
+            && shape
+                .channels
+                .iter()
+                .all(|channels| channels.is_multiple_of(self.chunk))
     }
 
     /// Whether all weights fit where the kernel keeps them; `capacity` is the number of pieces, 0 if that does not matter.
-    fn holds(&self, conv: &Conv, capacity: usize) -> bool {
-        capacity == 0 || (conv.outputs() <= self.columns && self.pieces(conv) <= capacity)
+    fn holds(&self, shape: &Shape, capacity: usize) -> bool {
+        capacity == 0 || (shape.outputs <= self.columns && self.pieces(shape) <= capacity)
     }
 }
 
@@ -102,18 +140,16 @@ impl Arranged {
         let Some(device) = conv.weight.cuda().filter(|device| device.has_hopper_kernels()) else {
             return Ok(None);
         };
-        let mut found = None;
-        for candidate in KERNELS.iter().filter(|candidate| candidate.suits(conv, input)) {
-            let capacity = device.kernel(IMAGE, candidate.name)?.info().tile[3] as usize;
-            // The fewest columns that hold all outputs, or the most there are.
-            if candidate.holds(conv, capacity) && (conv.outputs() <= candidate.columns || candidate.columns == 128) {
-                found = Some(candidate);
-                break;
-            }
-        }
-        let Some(candidate) = found else { return Ok(None) };
-        let elements =
-            conv.outputs().div_ceil(candidate.columns) * candidate.pieces(conv) * candidate.columns * candidate.chunk;
+        let shape = Shape {
+            kernel: conv.kernel,
+            input,
+            channels: conv.channels,
+            outputs: conv.outputs(),
+        };
+        let Some(candidate) = Candidate::choose(device, IMAGE, &KERNELS, &shape)? else {
+            return Ok(None);
+        };
+        let elements = candidate.arranged_elements(&shape);
         let weights = Tensor::empty(&conv.weight.device(), [elements], DType::Bf16)?;
         Arranged { weights, candidate }.renewed(conv).map(Some)
     }
@@ -225,21 +261,7 @@ impl Call<'_> {
     fn sources(&self, kernel: &Kernel, arranged: &Arranged) -> Result<Args> {
         let [_, chunk, tile_height, _] = kernel.info().tile;
         let margin = arranged.candidate.taps_along() as u32 - 1;
-        let tile = [chunk, TILE_WIDTH as u32 + margin, tile_height + margin, 1];
-        let map = |source: &Tensor| {
-            let [items, height, width, channels] = [source.dim(0), source.dim(1), source.dim(2), source.dim(3)];
-            let pixel = channels * DType::Bf16.size();
-            let strides = [pixel, pixel * width, pixel * width * height].map(|stride| stride as u64);
-            TensorMap::new(
-                source,
-                &TensorMapSpec {
-                    extents: &[channels, width, height, items].map(|extent| extent as u64),
-                    strides: &strides,
-                    tile: &tile,
-                    swizzle: chunk * DType::Bf16.size() as u32,
-                },
-            )
-        };
+        let map = |source: &Tensor| map_of(source, chunk, [tile_height + margin, TILE_WIDTH as u32 + margin], false);
         Args::new()
             .tensor_map(map(self.x)?)
             .tensor_map(map(self.second.unwrap_or(self.x))?)
@@ -269,4 +291,34 @@ impl Call<'_> {
         let tiles = sizes.batch * places * turns * sizes.outputs.div_ceil(columns);
         Ok(grid(self.op, tiles)?.min(device.multiprocessors()))
     }
+}
+
+/// The map of an image `[items, height, width, channels]` by boxes of `chunk` channels of `rows` × `columns` pixels; with
+/// `by_parity` of `[items, height / 2, 2, width / 2, 2 · channels]`, by boxes of rows of one parity.
+pub(super) fn map_of(image: &Tensor, chunk: u32, [rows, columns]: [u32; 2], by_parity: bool) -> Result<TensorMap> {
+    let [items, height, width, channels] = [image.dim(0), image.dim(1), image.dim(2), image.dim(3)];
+    let row = width * channels * DType::Bf16.size();
+    let swizzle = chunk * DType::Bf16.size() as u32;
+    let wide = |extents: &[usize]| extents.iter().map(|&extent| extent as u64).collect::<Vec<_>>();
+    let (extents, strides, tile) = match by_parity {
+        false => (
+            wide(&[channels, width, height, items]),
+            wide(&[row / width, row, row * height]),
+            vec![chunk, columns, rows, 1],
+        ),
+        true => (
+            wide(&[2 * channels, width / 2, 2, height / 2, items]),
+            wide(&[2 * row / width, row, 2 * row, row * height]),
+            vec![chunk, columns, 1, rows, 1],
+        ),
+    };
+    TensorMap::new(
+        image,
+        &TensorMapSpec {
+            extents: &extents,
+            strides: &strides,
+            tile: &tile,
+            swizzle,
+        },
+    )
 }

@@ -3,17 +3,20 @@
 use rayon::prelude::*;
 
 use super::NearestAxis;
+use crate::device::{Args, CudaDevice};
 use crate::error::{Error, Result};
+use crate::ops::grid;
 use crate::tensor::Tensor;
+
+const OP: &str = "resize_nearest_backward";
 
 /// The gradient of [`super::resize_nearest`] with respect to an image of `height` × `width`, from the gradient `dy`
 /// `[batch, output height, output width, channels]` of its result, both in the device's compute type. Sums are f32 and taken
-/// in one order. On CUDA the number of channels is a multiple of 8, or at most 3.
+/// in one order.
 ///
 /// # Errors
-/// When `dy` is no image, an extent is 0, or CUDA has no kernel for the channels.
+/// When `dy` is no image or an extent is 0.
 pub fn resize_nearest_backward(dy: &Tensor, height: usize, width: usize) -> Result<Tensor> {
-    const OP: &str = "resize_nearest_backward";
     dy.expect_rank(OP, "dy", 4, "[batch, height, width, channels]")?;
     dy.expect_dtype(OP, "dy", dy.device().compute_dtype())?;
     if [dy.dim(1), dy.dim(2), height, width].contains(&0) {
@@ -25,7 +28,10 @@ pub fn resize_nearest_backward(dy: &Tensor, height: usize, width: usize) -> Resu
     }
     let mut dx = Tensor::empty_compute(&dy.device(), [dy.dim(0), height, width, dy.dim(3)])?;
     let axes = [NearestAxis::new(height, dy.dim(1)), NearestAxis::new(width, dy.dim(2))];
-    cpu_gather(dy, axes, &mut dx)?;
+    match dy.cuda() {
+        None => cpu_gather(dy, axes, &mut dx)?,
+        Some(device) => cuda_gather(device, dy, axes, &mut dx)?,
+    }
     Ok(dx)
 }
 
@@ -66,4 +72,29 @@ fn cpu_gather(dy: &Tensor, [rows, columns]: [NearestAxis; 2], dx: &mut Tensor) -
         }
     });
     Ok(())
+}
+
+fn cuda_gather(device: &CudaDevice, dy: &Tensor, [rows, columns]: [NearestAxis; 2], dx: &mut Tensor) -> Result<()> {
+    let channels = dy.dim(3);
+    let name = match channels.is_multiple_of(8) {
+        true => "resize_nearest_backward",
+        false => "resize_nearest_backward_single",
+    };
+    let kernel = device.kernel("resize", name)?;
+    let vectors = columns.source * channels / kernel.info().tile[0].max(1) as usize;
+    let blocks_per_row = vectors.div_ceil(kernel.info().threads.max(1) as usize);
+    let blocks = [grid(OP, dx.dim(0) * rows.source)?, grid(OP, blocks_per_row)?, 1];
+    let args = Args::new()
+        .input(dy)?
+        .output(dx)?
+        .int(rows.source)
+        .int(columns.source)
+        .int(dy.dim(1))
+        .int(dy.dim(2))
+        .int(channels)
+        .float(rows.ratio)
+        .float(columns.ratio);
+    // SAFETY: the arguments are those of the kernel, of the shapes and types checked at the door; it takes as many channels at a
+    // time as divide a pixel's; one block per row of `dx` and `threads` vectors of it.
+    unsafe { kernel.launch(device, blocks, args) }
 }

@@ -109,7 +109,17 @@ fn hopper_pool_equals_cpu(device: &Device) -> Outcome {
 }
 
 fn hopper_upsample_equals_cpu(device: &Device) -> Outcome {
-    for [inputs, outputs] in [[32, 32], [64, 64], [64, 40], [64, 128], [128, 128], [192, 264]] {
+    for [inputs, outputs] in [
+        [16, 16],
+        [32, 16],
+        [16, 8],
+        [32, 32],
+        [64, 64],
+        [64, 40],
+        [64, 128],
+        [128, 128],
+        [192, 264],
+    ] {
         for [batch, height, width] in IMAGES {
             let what = format!("{batch}x{height}x{width} {inputs} to {outputs}");
             expect_like_cpu(&what, device, BF16_TOLERANCE, |device| {

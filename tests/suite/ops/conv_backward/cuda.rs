@@ -44,7 +44,7 @@ const IMAGES: [[usize; 3]; 7] = [
 ];
 
 /// Inputs and outputs that reach every kernel, with whole and broken tiles of channels.
-const CHANNELS: [[usize; 2]; 17] = [
+const CHANNELS: [[usize; 2]; 22] = [
     [8, 8],
     [16, 16],
     [16, 3],
@@ -62,6 +62,11 @@ const CHANNELS: [[usize; 2]; 17] = [
     [32, 72],
     [136, 200],
     [256, 128],
+    [32, 32],
+    [32, 64],
+    [128, 32],
+    [144, 48],
+    [96, 192],
 ];
 
 /// What of a gradient a test looks at.
@@ -197,6 +202,9 @@ fn upsample_equals_cpu(device: &Device) -> Outcome {
             [128, 128],
             [264, 136],
             [40, 200],
+            [16, 32],
+            [64, 128],
+            [24, 64],
         ] {
             let what = format!("{batch}x{height}x{width} {inputs} to {outputs}");
             expect_like_cpu(&what, device, BF16_TOLERANCE, |device| {

@@ -1,12 +1,20 @@
-//! From a result's gradient to that of the convolution's sum, and to that of the bias on the way.
+//! Between a convolution's sum and its result: forward where the sum is kept, and from the result's gradient to that of the sum.
+
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
 use super::super::{Activation, Conv, conv2d, cpu};
 use super::Gradient;
+use crate::device::{Args, CudaDevice, Kernel};
 use crate::error::Result;
-use crate::ops::elementwise;
-use crate::tensor::Tensor;
+use crate::ops::{elementwise, grid};
+use crate::tensor::{DType, Tensor};
+
+const IMAGE: &str = "conv_activation";
+
+/// Channels that a thread of the faster kernels takes.
+const VECTOR: usize = 8;
 
 /// `silu(sum)` like [`super::super::conv2d`] with [`Activation::Silu`], and the sum, for
 /// [`conv2d_backward`](super::conv2d_backward). On CUDA the result is that of the sum rounded to bf16.
@@ -15,7 +23,22 @@ use crate::tensor::Tensor;
 /// When shapes, types or devices do not fit.
 pub fn conv2d_silu_with_sum(x: &Tensor, second: Option<&Tensor>, conv: &Conv) -> Result<(Tensor, Tensor)> {
     let sum = conv2d(x, second, conv, Activation::None, None)?;
-    Ok((elementwise::silu(&sum)?, sum))
+    let y = match sum.cuda() {
+        None => elementwise::silu(&sum)?,
+        Some(device) => {
+            let mut y = Tensor::empty_compute(&sum.device(), sum.shape())?;
+            let (kernel, vectors) = kernel(device, ["conv_silu", "conv_silu_single"], &sum)?;
+            let args = Args::new().input(&sum)?.output(&mut y)?.long(vectors as u64);
+            let blocks = grid(
+                "conv2d_silu_with_sum",
+                vectors.div_ceil(kernel.info().threads.max(1) as usize),
+            )?;
+            // SAFETY: both images are bf16 and of one shape, of as many vectors as the kernel is told.
+            unsafe { kernel.launch(device, [blocks, 1, 1], args)? };
+            y
+        }
+    };
+    Ok((y, sum))
 }
 
 /// `silu(sum)` and its 2×2 maxima like [`super::super::conv3x3_silu_pool`], and the sum, for
@@ -27,26 +50,81 @@ pub fn conv3x3_silu_pool_with_sum(x: &Tensor, conv: &Conv) -> Result<(Tensor, Te
     let gradient = Gradient::new("conv3x3_silu_pool", x, None, conv, false)?;
     gradient.call.expect_3x3()?;
     let sum = conv2d(x, None, conv, Activation::None, None)?;
-    let full = elementwise::silu(&sum)?;
     let (batch, height, width) = (sum.dim(0), sum.dim(1) / 2, sum.dim(2) / 2);
     let mut pooled = Tensor::empty_compute(&x.device(), [batch, height, width, sum.dim(3)])?;
-    cpu::maxima(gradient.sizes, full.as_slice()?, pooled.as_mut_slice()?)?;
+    let full = match sum.cuda() {
+        None => {
+            let full = elementwise::silu(&sum)?;
+            cpu::maxima(gradient.sizes, full.as_slice()?, pooled.as_mut_slice()?)?;
+            full
+        }
+        Some(device) => {
+            let mut full = Tensor::empty_compute(&sum.device(), sum.shape())?;
+            let args = Args::new().input(&sum)?.output(&mut full)?.output(&mut pooled)?;
+            let names = ["conv_silu_pool", "conv_silu_pool_single"];
+            // SAFETY: the kernel's images are the sum, its activation of the same shape, and the maxima of that, all bf16.
+            unsafe { launch_windows(device, gradient.call.op, names, &sum, args)? };
+            full
+        }
+    };
     Ok((full, pooled, sum))
 }
 
-impl Gradient<'_> {
-    /// The gradient of the sum is that of the result.
-    pub(super) fn unchanged(&self, dy: &Tensor, bias: Option<&mut Tensor>) -> Result<Tensor> {
-        self.add_bias_gradient(dy, bias)?;
-        Ok(dy.clone())
+/// Of a kernel for vectors of channels and one for single ones, that which suits the image's channels; how many of its vectors
+/// the image has.
+fn kernel(device: &CudaDevice, [vectors, single]: [&'static str; 2], image: &Tensor) -> Result<(Arc<Kernel>, usize)> {
+    match image.dim(3).is_multiple_of(VECTOR) {
+        true => Ok((device.kernel(IMAGE, vectors)?, image.elements() / VECTOR)),
+        false => Ok((device.kernel(IMAGE, single)?, image.elements())),
     }
+}
 
+/// Launches a kernel whose threads take 2×2 windows of an image; extents follow the given arguments.
+///
+/// # Safety
+/// The arguments must be the kernel's up to the extents, and its images of the shapes that follow from `image`.
+pub(super) unsafe fn launch_windows(
+    device: &CudaDevice,
+    op: &'static str,
+    names: [&'static str; 2],
+    image: &Tensor,
+    args: Args,
+) -> Result<()> {
+    let [items, height, width, channels] = [image.dim(0), image.dim(1), image.dim(2), image.dim(3)];
+    let (kernel, _) = kernel(device, names, image)?;
+    let [threads, vector, ..] = kernel.info().tile.map(|extent| extent.max(1) as usize);
+    let windows = items * height.div_ceil(2) * width.div_ceil(2) * channels / vector;
+    let args = args.int(items).int(height).int(width).int(channels);
+    let blocks = grid(op, windows.div_ceil(threads))?;
+    // SAFETY: by the caller's promise; one thread per window and vector of channels.
+    unsafe { kernel.launch(device, [blocks, 1, 1], args) }
+}
+
+impl Gradient<'_> {
     /// `scale · dy`.
-    pub(super) fn scaled(&self, dy: &Tensor, scale: f32, bias: Option<&mut Tensor>) -> Result<Tensor> {
+    pub(super) fn scaled(&self, dy: &Tensor, scale: f32) -> Result<Tensor> {
         let mut ds = Tensor::empty_compute(&dy.device(), dy.shape())?;
-        let pairs = ds.as_mut_slice::<f32>()?.par_iter_mut().zip(dy.as_slice::<f32>()?);
-        pairs.for_each(|(ds, dy)| *ds = scale * dy);
-        self.add_bias_gradient(&ds, bias)?;
+        let Some(device) = dy.cuda() else {
+            let pairs = ds.as_mut_slice::<f32>()?.par_iter_mut().zip(dy.as_slice::<f32>()?);
+            pairs.for_each(|(ds, dy)| *ds = scale * dy);
+            return Ok(ds);
+        };
+        let name = match dy.dtype() {
+            DType::F32 => "conv_scale_f32",
+            _ => "conv_scale_bf16",
+        };
+        let kernel = device.kernel(IMAGE, name)?;
+        let args = Args::new()
+            .input(dy)?
+            .output(&mut ds)?
+            .long(dy.elements() as u64)
+            .float(scale);
+        let blocks = grid(
+            self.call.op,
+            dy.elements().div_ceil(kernel.info().threads.max(1) as usize),
+        )?;
+        // SAFETY: the arguments are those of the kernel for this type, the images of one shape.
+        unsafe { kernel.launch(device, [blocks, 1, 1], args)? };
         Ok(ds)
     }
 
@@ -57,9 +135,12 @@ impl Gradient<'_> {
         dy: &Tensor,
         pooled: Option<[&Tensor; 2]>,
         sum: Option<Tensor>,
-        bias: Option<&mut Tensor>,
     ) -> Result<Tensor> {
         let mut ds = self.sum(sum)?;
+        if let Some(device) = dy.cuda() {
+            self.launch_through_silu(device, dy, pooled, &mut ds)?;
+            return Ok(ds);
+        }
         let row_values = (self.sizes.width * self.sizes.outputs).max(1);
         let dy = dy.as_slice::<f32>()?;
         let pooled = match pooled {
@@ -76,8 +157,29 @@ impl Gradient<'_> {
                 *value = gradient * silu_derivative(*value);
             }
         });
-        self.add_bias_gradient(&ds, bias)?;
         Ok(ds)
+    }
+
+    /// `ds` holds the sum.
+    fn launch_through_silu(
+        &self,
+        device: &CudaDevice,
+        dy: &Tensor,
+        pooled: Option<[&Tensor; 2]>,
+        ds: &mut Tensor,
+    ) -> Result<()> {
+        let Some([gradient, full]) = pooled else {
+            let (kernel, vectors) = kernel(device, ["conv_silu_backward", "conv_silu_backward_single"], dy)?;
+            let args = Args::new().input(dy)?.output(ds)?.long(vectors as u64);
+            let blocks = grid(self.call.op, vectors.div_ceil(kernel.info().threads.max(1) as usize))?;
+            // SAFETY: both images are bf16 and of one shape, of as many vectors as the kernel is told.
+            return unsafe { kernel.launch(device, [blocks, 1, 1], args) };
+        };
+        let args = Args::new().input(dy)?.input(gradient)?.input(full)?.output(ds)?;
+        let names = ["conv_silu_pool_backward", "conv_silu_pool_backward_single"];
+        // SAFETY: the kernel's images are those of the result's gradient, that of its maxima, the result and the sum, all bf16 and
+        // of the shapes checked at the door.
+        unsafe { launch_windows(device, self.call.op, names, dy, args) }
     }
 
     /// Adds to one row of the gradient of the pooled image what the maxima that lie in it send back.
@@ -99,18 +201,6 @@ impl Gradient<'_> {
                 }
             }
         }
-    }
-
-    /// Adds the sum over the pixels.
-    fn add_bias_gradient(&self, ds: &Tensor, bias: Option<&mut Tensor>) -> Result<()> {
-        let Some(bias) = bias else { return Ok(()) };
-        let mut sums = vec![0.0; self.sizes.outputs];
-        for pixel in ds.as_slice::<f32>()?.chunks(self.sizes.outputs.max(1)) {
-            sums.iter_mut().zip(pixel).for_each(|(sum, value)| *sum += value);
-        }
-        let bias = bias.as_mut_slice::<f32>()?;
-        bias.iter_mut().zip(sums).for_each(|(bias, sum)| *bias += sum);
-        Ok(())
     }
 }
 

@@ -16,15 +16,17 @@
 //!
 //! Shapes as in the forward contract; a gradient has the shape of what it belongs to, and the device's compute type. On CUDA
 //! the result of a convolution has a multiple of 8 channels, or, for 3×3 kernels and [`conv2d_f32_backward`], at most 3. Sums are
-//! f32 and taken in one order: two runs give the same bits.
+//! f32 and taken in one order: two runs give the same bits. On Hopper an upsampled convolution's weights that meet the same pixel
+//! are added up and rounded to bf16 before its source's gradient is computed.
 
 mod activation;
 mod inputs;
+mod picture;
 mod weights;
 
 pub use activation::{conv2d_silu_with_sum, conv3x3_silu_pool_with_sum};
 
-use super::{Activation, Call, Conv, Sizes, conv2d};
+use super::{Activation, Call, Conv, MAX_IMAGE_CHANNELS, Sizes, conv2d};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
@@ -81,12 +83,12 @@ pub fn conv2d_backward(
     let ConvSaved { x, second, sum } = saved;
     let gradient = Gradient::new("conv2d_backward", x, second, conv, false)?;
     gradient.expect_compute("dy", dy)?;
-    let (weight, bias) = gradient.parameters(grads)?;
+    let grads = gradient.parameters(grads)?;
     let ds = match activation {
-        Activation::None => gradient.unchanged(dy, bias)?,
-        Activation::Silu => gradient.through_silu(dy, None, sum, bias)?,
+        Activation::None => dy.clone(),
+        Activation::Silu => gradient.through_silu(dy, None, sum)?,
     };
-    gradient.finish(&ds, want, weight)
+    gradient.finish(&ds, want, grads)
 }
 
 /// The gradients of [`super::conv3x3_silu_pool`] from those of its two results, of which `full` is the first; `want` says whether
@@ -117,9 +119,9 @@ pub fn conv3x3_silu_pool_backward(
     d_pooled.expect_shape(gradient.call.op, "d_pooled", [batch, height / 2, width / 2, outputs])?;
     d_pooled.expect_dtype(gradient.call.op, "d_pooled", x.device().compute_dtype())?;
     d_pooled.expect_device(gradient.call.op, "d_pooled", &x.device())?;
-    let (weight, bias) = gradient.parameters(grads)?;
-    let ds = gradient.through_silu(d_full, Some([d_pooled, full]), sum, bias)?;
-    Ok(gradient.finish(&ds, [want, false], weight)?.x)
+    let grads = gradient.parameters(grads)?;
+    let ds = gradient.through_silu(d_full, Some([d_pooled, full]), sum)?;
+    Ok(gradient.finish(&ds, [want, false], grads)?.x)
 }
 
 /// The gradients of [`super::upsample_conv3x3`]; `want` says whether that of the source is wanted. See the module's head comment.
@@ -136,9 +138,8 @@ pub fn upsample_conv3x3_backward(
     let gradient = Gradient::new("upsample_conv3x3_backward", x, None, conv, true)?;
     gradient.call.expect_3x3()?;
     gradient.expect_compute("dy", dy)?;
-    let (weight, bias) = gradient.parameters(grads)?;
-    let ds = gradient.unchanged(dy, bias)?;
-    Ok(gradient.finish(&ds, [want, false], weight)?.x)
+    let grads = gradient.parameters(grads)?;
+    Ok(gradient.finish(dy, [want, false], grads)?.x)
 }
 
 /// The gradients of [`super::conv2d_f32`] from a `dy` in f32 or in the device's compute type; `want` says whether that of the
@@ -159,9 +160,14 @@ pub fn conv2d_f32_backward(
     if dy.dtype() != DType::F32 {
         dy.expect_dtype(gradient.call.op, "dy", x.device().compute_dtype())?;
     }
-    let (weight, bias) = gradient.parameters(grads)?;
-    let ds = gradient.scaled(dy, scale, bias)?;
-    Ok(gradient.finish(&ds, [want, false], weight)?.x)
+    let grads = gradient.parameters(grads)?;
+    if let Some(device) = x.cuda()
+        && let Some(kernel) = gradient.picture_kernel(device, dy)?
+    {
+        return gradient.picture(device, &kernel, dy, scale, want, grads);
+    }
+    let ds = gradient.scaled(dy, scale)?;
+    Ok(gradient.finish(&ds, [want, false], grads)?.x)
 }
 
 /// A convolution whose gradients are asked for, and what was checked at the door.
@@ -211,14 +217,13 @@ impl<'a> Gradient<'a> {
     }
 
     /// The gradients of weight and bias, checked.
-    fn parameters<'g>(&self, grads: Option<ConvGrads<'g>>) -> Result<(Option<&'g mut Tensor>, Option<&'g mut Tensor>)> {
-        let Some(ConvGrads { weight, bias }) = grads else {
-            return Ok((None, None));
-        };
-        let (op, x, conv) = (self.call.op, self.call.x, self.call.conv);
-        super::expect_parameter(op, "the weight's gradient", weight, &conv.weight.shape(), x)?;
-        super::expect_parameter(op, "the bias's gradient", bias, &conv.bias.shape(), x)?;
-        Ok((Some(weight), Some(bias)))
+    fn parameters<'g>(&self, grads: Option<ConvGrads<'g>>) -> Result<Option<ConvGrads<'g>>> {
+        if let Some(ConvGrads { weight, bias }) = &grads {
+            let (op, x, conv) = (self.call.op, self.call.x, self.call.conv);
+            super::expect_parameter(op, "the weight's gradient", weight, &conv.weight.shape(), x)?;
+            super::expect_parameter(op, "the bias's gradient", bias, &conv.bias.shape(), x)?;
+        }
+        Ok(grads)
     }
 
     /// The sum, kept or computed again.
@@ -229,19 +234,34 @@ impl<'a> Gradient<'a> {
         }
     }
 
-    /// From the sum's gradient to those of the sources and the weight.
-    fn finish(&self, ds: &Tensor, want: [bool; 2], weight: Option<&mut Tensor>) -> Result<SourceGrads> {
+    /// From the sum's gradient to those of the sources and the parameters.
+    fn finish(&self, ds: &Tensor, want: [bool; 2], grads: Option<ConvGrads<'_>>) -> Result<SourceGrads> {
         if want[1] && self.call.second.is_none() {
             return Err(Error::invalid(format!(
                 "{}: the gradient of a second source is wanted, but there is none",
                 self.call.op
             )));
         }
-        if let Some(weight) = weight {
-            self.add_weight_gradient(ds, weight)?;
+        if self.call.x.cuda().is_some() {
+            self.expect_kernels()?;
         }
-        let x = want[0].then(|| self.source_gradient(ds, 0)).transpose()?;
-        let second = want[1].then(|| self.source_gradient(ds, 1)).transpose()?;
-        Ok(SourceGrads { x, second })
+        if let Some(grads) = grads {
+            self.add_parameter_gradients(ds, grads)?;
+        }
+        self.source_gradients(ds, want)
+    }
+
+    /// Checks what the CUDA kernels ask of the channels.
+    fn expect_kernels(&self) -> Result<()> {
+        self.call.expect_kernel_sources()?;
+        let (conv, outputs) = (self.call.conv, self.sizes.outputs);
+        if outputs.is_multiple_of(8) || (conv.kernel == 3 && outputs <= MAX_IMAGE_CHANNELS) {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "{}: the CUDA kernels take gradients of a multiple of 8 channels, or for 3x3 kernels of at most \
+             {MAX_IMAGE_CHANNELS}; these have {outputs}",
+            self.call.op
+        )))
     }
 }
