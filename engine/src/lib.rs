@@ -1,10 +1,11 @@
 //! The engine of l2p: tensors and fused operations on CPU and CUDA, the models made of them, and what drives them.
 //!
-//! The layers, each using only those before it: [`device`] → [`tensor`] → [`ops`] → [`model`] → [`checkpoint`], [`flow`] → [`pipeline`];
-//! [`text`] and [`image_io`] stand beside them.
+//! The layers, each using only those before it: [`device`] → [`tensor`] → [`ops`] → [`model`] → [`checkpoint`],
+//! [`flow`] → [`pipeline`] → [`data`]; [`text`] and [`image_io`] stand beside them.
 //! Operations know nothing of models; each defines itself by a plain CPU loop and launches the CUDA kernel that must equal it.
 
 pub mod checkpoint;
+pub mod data;
 pub mod device;
 mod error;
 pub mod flow;

@@ -1,0 +1,29 @@
+//! Data sets: pictures with captions, read ahead of the device.
+//!
+//! [`Metadata`] lists the pictures, [`DataSet`] knows the size at which each is used, [`BatchOrder`] who stands beside whom in
+//! which epoch, and [`Loader`] decodes in worker threads what comes next. Captions go through a text encoder once and wait in
+//! a [`FeatureStore`] on disk, as do the latents of a latent model's pictures.
+//!
+//! Everything that is random depends on a seed and a place alone ([`Draws`]), never on the order in which threads finish.
+
+mod captions;
+mod damage;
+mod features;
+mod latents;
+mod loader;
+mod metadata;
+mod order;
+mod random;
+mod set;
+mod sizing;
+
+pub use captions::{CaptionReport, encode_captions};
+pub use damage::{Damage, DamageLog};
+pub use features::{FeatureStore, Features, StoreKey};
+pub use latents::encode_latents;
+pub use loader::{Content, Item, LoadedBatch, Loader, LoaderOptions};
+pub use metadata::{Metadata, Record};
+pub use order::{BatchOrder, PlannedBatch, Position};
+pub use random::{Draws, Purpose};
+pub use set::DataSet;
+pub use sizing::{PictureSize, Sizing};
