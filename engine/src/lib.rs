@@ -1,7 +1,7 @@
 //! The engine of l2p: tensors and fused operations on CPU and CUDA, the models made of them, and what drives them.
 //!
 //! The layers, each using only those before it: [`device`] → [`tensor`] → [`ops`] → [`model`] → [`checkpoint`], [`flow`] → [`pipeline`];
-//! [`text`] and [`image_io`] stand beside them.
+//! [`train`] uses them all; [`text`] and [`image_io`] stand beside them.
 //! Operations know nothing of models; each defines itself by a plain CPU loop and launches the CUDA kernel that must equal it.
 
 pub mod checkpoint;
@@ -16,6 +16,7 @@ pub mod pipeline;
 pub mod profile;
 pub mod tensor;
 pub mod text;
+pub mod train;
 
 pub use device::{Device, DeviceChoice};
 pub use error::{Error, Result};
