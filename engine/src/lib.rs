@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod data;
 pub mod device;
 mod error;
+mod files;
 pub mod flow;
 pub mod image_io;
 pub mod model;

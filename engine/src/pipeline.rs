@@ -139,6 +139,21 @@ impl Pipeline {
         &self.transformer.config
     }
 
+    /// The transformer's files.
+    pub fn transformer(&self) -> &Transformer {
+        &self.transformer
+    }
+
+    /// Where the model's parts are.
+    pub fn paths(&self) -> &ModelPaths {
+        &self.paths
+    }
+
+    /// The VAE's files, of a latent model.
+    pub fn vae_files(&self) -> Option<(&VaeConfig, &Checkpoint)> {
+        self.vae_files.as_ref().map(|(config, checkpoint)| (config, checkpoint))
+    }
+
     fn vae_config(&self) -> Option<&VaeConfig> {
         self.vae_files.as_ref().map(|(config, _)| config)
     }

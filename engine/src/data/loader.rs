@@ -16,14 +16,21 @@ use super::order::{BatchOrder, PlannedBatch, Position};
 use super::random::{Draws, Purpose};
 use super::set::{DataSet, damage_of};
 use super::sizing::PictureSize;
+use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::flow::noise_source::NoiseSource;
 use crate::image_io::{Filter, cover, read_image};
 
 /// What a picture is to the model.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Content {
     /// Bytes `[height, width, 3]`.
-    Rgb(Vec<u8>),
+    Rgb {
+        /// The bytes.
+        bytes: Vec<u8>,
+        /// Their extents.
+        size: PictureSize,
+    },
     /// A latent `[1, rows, columns, channels]`.
     Latent(Features),
 }
@@ -37,15 +44,54 @@ pub struct Item {
     pub content: Content,
     /// The features of its caption, or of an empty one.
     pub caption: Features,
+    /// The noise of its seed, of the content's shape, where it is made on the host.
+    pub noise: Option<Features>,
 }
 
-/// The items of one batch.
-#[derive(Debug)]
-pub struct LoadedBatch {
-    /// The size of all its pictures.
-    pub size: PictureSize,
-    /// The pictures.
-    pub items: Vec<Item>,
+/// Where items come from.
+#[derive(Clone, Debug)]
+pub struct ItemSource {
+    /// Where the features of captions are, all of them.
+    pub captions: FeatureStore,
+    /// Where the latents of pictures are, all of them, for a latent model; keys by picture.
+    pub latents: Option<(FeatureStore, Vec<StoreKey>)>,
+    /// Make PyTorch's noise of each picture's seed.
+    pub torch_noise: bool,
+}
+
+impl ItemSource {
+    /// A picture of `set` with the features of `caption`.
+    ///
+    /// # Errors
+    /// When the picture, or what the stores hold of it, is damaged.
+    pub fn load(&self, set: &DataSet, picture: usize, caption: &str) -> Result<Item> {
+        let record = &set.records()[picture];
+        let (content, shape) = match &self.latents {
+            Some((store, keys)) => {
+                let latent = store.read(&keys[picture]);
+                let latent = latent.ok_or_else(|| Error::invalid("its latent in the cache is damaged"))?;
+                let shape = [latent.shape()[1], latent.shape()[2], latent.shape()[3]];
+                (Content::Latent(latent), shape)
+            }
+            None => {
+                let size = set.sizes()[picture];
+                let image = cover(&read_image(&record.path)?, size.width, size.height, Filter::default())?;
+                let bytes = image.into_pixels();
+                (Content::Rgb { bytes, size }, [size.height, size.width, 3])
+            }
+        };
+        let features = self.captions.read(&self.captions.key(&[caption.as_bytes()]));
+        let noise = match (self.torch_noise, record.seed) {
+            (true, Some(seed)) => Some(NoiseSource::Torch.noise(&Device::Cpu, &[seed], shape)?),
+            _ => None,
+        };
+        Ok(Item {
+            picture,
+            content,
+            caption: features.ok_or_else(|| Error::invalid("the features of its caption in the cache are damaged"))?,
+            noise: noise.as_ref().map(Features::from_tensor).transpose()?,
+        })
+    }
 }
 
 /// How to load.
@@ -61,10 +107,8 @@ pub struct LoaderOptions {
     pub seed: u64,
     /// The share of captions that are replaced by an empty one, for guidance.
     pub caption_dropout: f64,
-    /// Where the features of captions are, all of them.
-    pub captions: FeatureStore,
-    /// Where the latents of pictures are, all of them, for a latent model; keys by picture.
-    pub latents: Option<(FeatureStore, Vec<StoreKey>)>,
+    /// Where items come from.
+    pub source: ItemSource,
 }
 
 /// Loads batches in the order of a set; see the module's head comment.
@@ -126,11 +170,11 @@ impl Loader {
         }
     }
 
-    /// The next batch.
+    /// The items of the next batch, all of one size.
     ///
     /// # Errors
     /// When too much of the set is damaged, or no picture of a size can be loaded.
-    pub fn next_batch(&mut self) -> Result<LoadedBatch> {
+    pub fn next_batch(&mut self) -> Result<Vec<Item>> {
         let batch = self.shared.options.batch.max(1) as u64;
         let started = Instant::now();
         let mut state = self.shared.lock();
@@ -147,9 +191,7 @@ impl Loader {
         self.shared.changed.notify_all();
         self.waited += started.elapsed();
         self.shared.set.damages().check()?;
-        let items = items?;
-        let size = self.shared.set.sizes()[items[0].picture];
-        Ok(LoadedBatch { size, items })
+        items
     }
 
     /// The position after the batches that were delivered.
@@ -259,30 +301,12 @@ impl Shared {
     }
 
     fn item(&self, picture: usize, place: Position, slot: u64) -> Result<Item> {
-        let record = &self.set.records()[picture];
-        let content = match &self.options.latents {
-            Some((store, keys)) => {
-                let latent = store.read(&keys[picture]);
-                Content::Latent(latent.ok_or_else(|| Error::invalid("its latent in the cache is damaged"))?)
-            }
-            None => {
-                let size = self.set.sizes()[picture];
-                let image = cover(&read_image(&record.path)?, size.width, size.height, Filter::default())?;
-                Content::Rgb(image.into_pixels())
-            }
-        };
         let draws = Draws::part(self.options.seed, Purpose::Dropout, place.epoch);
         let index = place.batch as u64 * self.options.batch.max(1) as u64 + slot;
-        let text = match draws.uniform(index) < self.options.caption_dropout {
+        let caption = match draws.uniform(index) < self.options.caption_dropout {
             true => "",
-            false => &record.caption,
+            false => &self.set.records()[picture].caption,
         };
-        let captions = &self.options.captions;
-        let caption = captions.read(&captions.key(&[text.as_bytes()]));
-        Ok(Item {
-            picture,
-            content,
-            caption: caption.ok_or_else(|| Error::invalid("the features of its caption in the cache are damaged"))?,
-        })
+        self.options.source.load(&self.set, picture, caption)
     }
 }

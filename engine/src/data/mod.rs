@@ -19,9 +19,10 @@ mod sizing;
 
 pub use captions::{CaptionReport, encode_captions};
 pub use damage::{Damage, DamageLog};
+pub(crate) use features::hex;
 pub use features::{FeatureStore, Features, StoreKey};
 pub use latents::encode_latents;
-pub use loader::{Content, Item, LoadedBatch, Loader, LoaderOptions};
+pub use loader::{Content, Item, ItemSource, Loader, LoaderOptions};
 pub use metadata::{Metadata, Record};
 pub use order::{BatchOrder, PlannedBatch, Position};
 pub use random::{Draws, Purpose};

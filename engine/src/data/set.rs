@@ -25,15 +25,16 @@ pub struct DataSet {
 
 impl DataSet {
     /// Reads the metadata at `path` and the size of every picture. What cannot be used is noted and left out.
+    /// `progress(done, total)` is called now and then; an error from it ends the work.
     ///
     /// # Errors
-    /// When there is no metadata, more than a share of `tolerance` is damaged, or `go_on` says so.
+    /// When there is no metadata, more than a share of `tolerance` is damaged, or `progress` says so.
     pub fn open(
         path: &Path,
         sizing: &Sizing,
         multiple: usize,
         tolerance: f64,
-        go_on: &mut dyn FnMut() -> Result<()>,
+        progress: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<Self> {
         sizing.check(multiple)?;
         let metadata = Metadata::read(path)?;
@@ -48,9 +49,10 @@ impl DataSet {
             let (width, height) = read_size(&record.path)?;
             sizing.size_for(PictureSize { width, height }, multiple)
         };
-        let mut records = metadata.records.into_iter().peekable();
-        while records.peek().is_some() {
-            go_on()?;
+        let total = metadata.records.len();
+        let mut records = metadata.records.into_iter();
+        for first in (0..total).step_by(CHUNK) {
+            progress(first, total)?;
             let chunk: Vec<Record> = records.by_ref().take(CHUNK).collect();
             let sizes: Vec<Result<PictureSize>> = chunk.par_iter().map(size_of).collect();
             for (record, size) in chunk.into_iter().zip(sizes) {

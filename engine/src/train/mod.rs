@@ -5,6 +5,7 @@
 //! device.
 
 mod policy;
+pub mod run;
 mod trainable;
 
 pub use policy::{DEFAULT_ENDS, Policy, Recompute};
