@@ -4,6 +4,7 @@ mod progress;
 pub mod report;
 pub mod sample;
 mod size;
+pub mod train;
 
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;

@@ -25,8 +25,9 @@ use crate::train::{StatePart, TrainableDit};
 /// The folder of checkpoints in a run's folder.
 pub const CHECKPOINTS: &str = "checkpoints";
 
-/// The trained tensors, their averages, and the state, in a checkpoint's folder.
+/// The trained tensors in a checkpoint's folder.
 pub const DELTA: &str = "delta.safetensors";
+/// Their averages.
 pub const EMA: &str = "ema.safetensors";
 const STATE: &str = "state.safetensors";
 
