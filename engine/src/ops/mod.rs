@@ -10,6 +10,7 @@ pub mod cast;
 pub mod conv;
 mod elementwise;
 pub mod embedding;
+pub mod flow_loss;
 pub mod group_norm;
 pub mod guidance;
 pub mod latent;
@@ -21,13 +22,14 @@ pub mod patch_embed;
 pub mod qk_norm_rope;
 pub mod resize;
 pub mod rms_norm;
+pub mod sum_rows;
 pub mod swiglu;
 pub mod timestep;
 pub mod to_rgb8;
 pub mod tokens;
 pub mod unpatchify;
 
-pub use modulation::Modulation;
+pub use modulation::{Modulation, VectorGradient};
 
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;

@@ -2,6 +2,7 @@
 
 mod add_rms_norm;
 mod attention;
+mod backward;
 mod cast;
 mod conv;
 mod embedding;
@@ -26,6 +27,7 @@ use l2p_tests::Suite;
 pub fn register(suite: &mut Suite) {
     add_rms_norm::register(suite);
     attention::register(suite);
+    backward::register(suite);
     cast::register(suite);
     conv::register(suite);
     embedding::register(suite);
