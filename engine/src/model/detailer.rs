@@ -8,6 +8,8 @@
 //! Which stages there are and how wide they are is read off the parameters' names and shapes, so that the published heads for
 //! 1K, 4K, 8K and 10K and any smaller ones are all the same code.
 
+mod backward;
+
 use super::limits::DeviceLimits;
 use super::params::ParamSource;
 use crate::device::Device;
@@ -15,6 +17,8 @@ use crate::error::{Error, Result};
 use crate::ops::conv::{Activation, Conv, conv2d, conv2d_f32, conv3x3_silu_pool, upsample_conv3x3};
 use crate::profile;
 use crate::tensor::Tensor;
+
+pub use backward::SavedDetailer;
 
 /// Channels of the image.
 const IMAGE_CHANNELS: usize = 3;

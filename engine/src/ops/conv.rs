@@ -12,7 +12,13 @@
 //! [`super::resize`]), before padding. On CUDA a source has a multiple of 8 channels, except that the last source of a 3×3
 //! convolution may be an image of at most 3 channels, in bf16 or in f32 (which is rounded to bf16). Sums are f32.
 
+mod backward;
 mod cpu;
+
+pub use backward::{
+    ConvGrads, ConvSaved, SourceGrads, conv2d_backward, conv2d_f32_backward, conv2d_silu_with_sum,
+    conv3x3_silu_pool_backward, conv3x3_silu_pool_with_sum, upsample_conv3x3_backward,
+};
 
 use super::resize::NearestAxis;
 use super::{expect_parameter, grid};
@@ -70,6 +76,16 @@ impl Conv {
         })
     }
 
+    /// `[outputs, taps · inputs]`.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// `[outputs]`.
+    pub fn bias(&self) -> &Tensor {
+        &self.bias
+    }
+
     /// Channels of the result.
     pub fn outputs(&self) -> usize {
         self.weight.dim(0)
@@ -78,6 +94,16 @@ impl Conv {
     /// Channels of the sources, 0 for a second one that is not there.
     pub fn channels(&self) -> [usize; 2] {
         self.channels
+    }
+
+    /// Weight and bias.
+    pub fn parameters(&self) -> [&Tensor; 2] {
+        [&self.weight, &self.bias]
+    }
+
+    /// Weight and bias, to be changed.
+    pub fn parameters_mut(&mut self) -> [&mut Tensor; 2] {
+        [&mut self.weight, &mut self.bias]
     }
 
     fn inputs(&self) -> usize {

@@ -4,6 +4,10 @@
 //! source row `min(⌊i · ratio⌋, source − 1)`, where `ratio = source / output` and the product are rounded to f32; columns
 //! alike. This is the rule of PyTorch's `interpolate(mode="nearest")`, whose roundings are part of it.
 
+mod backward;
+
+pub use backward::resize_nearest_backward;
+
 use rayon::prelude::*;
 
 use super::grid;

@@ -4,6 +4,7 @@
 //! One optimizer step is any number of [`TrainableDit::accumulate`] and one [`TrainableDit::step`]; neither waits for the
 //! device.
 
+mod adamw;
 mod policy;
 pub mod run;
 mod trainable;

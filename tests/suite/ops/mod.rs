@@ -2,8 +2,11 @@
 
 mod add_rms_norm;
 mod attention;
+mod attention_backward;
+mod backward;
 mod cast;
 mod conv;
+mod conv_backward;
 mod downsample_conv;
 mod embedding;
 mod from_rgb8;
@@ -16,6 +19,7 @@ mod noise;
 mod patch_embed;
 mod qk_norm_rope;
 mod resize;
+mod resize_backward;
 mod rms_norm;
 mod swiglu;
 mod timestep;
@@ -28,9 +32,12 @@ use l2p_tests::Suite;
 pub fn register(suite: &mut Suite) {
     add_rms_norm::register(suite);
     attention::register(suite);
+    attention_backward::register(suite);
+    backward::register(suite);
     cast::register(suite);
     conv::register(suite);
     downsample_conv::register(suite);
+    conv_backward::register(suite);
     embedding::register(suite);
     from_rgb8::register(suite);
     group_norm::register(suite);
@@ -42,6 +49,7 @@ pub fn register(suite: &mut Suite) {
     patch_embed::register(suite);
     qk_norm_rope::register(suite);
     resize::register(suite);
+    resize_backward::register(suite);
     rms_norm::register(suite);
     swiglu::register(suite);
     timestep::register(suite);

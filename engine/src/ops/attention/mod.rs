@@ -14,8 +14,11 @@
 //! with the values. Source: Vaswani et al., "Attention Is All You Need" (2017); block by block after Dao et al.,
 //! "FlashAttention" (2022), on Hopper after Shah et al., "FlashAttention-3" (2024).
 
+mod backward;
 mod cpu;
 mod cuda;
+
+pub use backward::{AttentionBackwardKernel, AttentionResult, attention_backward, attention_backward_with};
 
 use super::TokenSizes;
 use crate::error::{Error, Result};

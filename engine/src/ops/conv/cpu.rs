@@ -9,10 +9,10 @@ use crate::error::Result;
 use crate::tensor::Tensor;
 
 /// The neighbourhoods of some rows of pixels are laid out as a matrix of about this many values at a time.
-const BAND_VALUES: usize = 1 << 22;
+pub(super) const BAND_VALUES: usize = 1 << 22;
 
 /// An image and the pixel of it that stands at each row and column of the output's grid.
-struct Source<'a> {
+pub(super) struct Source<'a> {
     values: &'a [f32],
     height: usize,
     width: usize,
@@ -49,12 +49,7 @@ pub(super) fn convolve(call: &Call<'_>, sizes: Sizes, output: &mut Tensor, poole
     if output.elements() == 0 {
         return Ok(());
     }
-    let shrink = if call.upsample { 2 } else { 1 };
-    let mut sources = vec![Source::new(call.x, sizes, |y| y / shrink, |x| x / shrink)?];
-    if let Some(second) = call.second {
-        let [rows, columns] = sizes.second_axes;
-        sources.push(Source::new(second, sizes, |y| rows.index(y), |x| columns.index(x))?);
-    }
+    let sources = sources(call, sizes)?;
     let values = output.as_mut_slice::<f32>()?;
     sum(call, sizes, &sources, values)?;
     finish(call, values)?;
@@ -62,6 +57,17 @@ pub(super) fn convolve(call: &Call<'_>, sizes: Sizes, output: &mut Tensor, poole
         Some(pooled) => maxima(sizes, values, pooled.as_mut_slice()?),
         None => Ok(()),
     }
+}
+
+/// The sources of `call`, as its output's grid sees them.
+pub(super) fn sources<'a>(call: &Call<'a>, sizes: Sizes) -> Result<Vec<Source<'a>>> {
+    let shrink = if call.upsample { 2 } else { 1 };
+    let mut sources = vec![Source::new(call.x, sizes, |y| y / shrink, |x| x / shrink)?];
+    if let Some(second) = call.second {
+        let [rows, columns] = sizes.second_axes;
+        sources.push(Source::new(second, sizes, |y| rows.index(y), |x| columns.index(x))?);
+    }
+    Ok(sources)
 }
 
 /// Bias and products, band by band.
@@ -97,7 +103,7 @@ fn sum(call: &Call<'_>, sizes: Sizes, sources: &[Source<'_>], output: &mut [f32]
 
 /// Writes the neighbourhoods of all pixels of one row of the batch: per pixel and tap the channels of all sources, zeros
 /// outside the image.
-fn gather_row(kernel: usize, sizes: Sizes, sources: &[Source<'_>], row: usize, to: &mut [f32]) {
+pub(super) fn gather_row(kernel: usize, sizes: Sizes, sources: &[Source<'_>], row: usize, to: &mut [f32]) {
     let (item, y) = (row / sizes.height, row % sizes.height);
     let inputs: usize = sources.iter().map(|source| source.channels).sum();
     let margin = kernel / 2;
@@ -138,7 +144,7 @@ fn finish(call: &Call<'_>, output: &mut [f32]) -> Result<()> {
 }
 
 /// The maximum of each whole 2×2 window; NaN when one of its values is.
-fn maxima(sizes: Sizes, full: &[f32], pooled: &mut [f32]) -> Result<()> {
+pub(super) fn maxima(sizes: Sizes, full: &[f32], pooled: &mut [f32]) -> Result<()> {
     let (height, width, channels) = (sizes.height / 2, sizes.width / 2, sizes.outputs);
     if pooled.is_empty() {
         return Ok(());

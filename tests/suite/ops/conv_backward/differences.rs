@@ -1,0 +1,276 @@
+//! Gradients against central differences of plain loops in f64.
+
+use l2p_engine::ops::conv::{
+    Activation, ConvSaved, conv2d_backward, conv2d_f32_backward, conv3x3_silu_pool, conv3x3_silu_pool_backward,
+    upsample_conv3x3_backward,
+};
+use l2p_engine::{Device, Tensor};
+use l2p_tests::{Outcome, Suite, expect_close, random_bf16};
+
+use super::{Layer, image};
+
+pub fn register(suite: &mut Suite) {
+    suite.cpu("ops::conv_backward::cpu_equals_differences", || {
+        equals_differences(false)
+    });
+    suite.cpu("ops::conv_backward::cpu_pool_equals_differences", || {
+        equals_differences(true)
+    });
+    suite.cpu(
+        "ops::conv_backward::cpu_upsample_equals_differences",
+        upsample_equals_differences,
+    );
+    suite.cpu("ops::conv_backward::cpu_f32_equals_differences", f32_equals_differences);
+}
+
+/// A convolution, in f64.
+struct Loops {
+    kernel: usize,
+    /// Of the result.
+    grid: [usize; 3],
+    outputs: usize,
+    /// Height, width and channels of each source.
+    sources: Vec<[usize; 3]>,
+}
+
+impl Loops {
+    /// The sums, from the sources' values, the weight and the bias.
+    fn sums(&self, [sources @ .., weight, bias]: &[Vec<f64>; 4]) -> Vec<f64> {
+        let [batch, height, width] = self.grid;
+        let inputs: usize = self.sources.iter().map(|[_, _, channels]| channels).sum();
+        let margin = self.kernel / 2;
+        let mut sums = Vec::with_capacity(batch * height * width * self.outputs);
+        for (item, y, x) in pixels(self.grid) {
+            for (output, &bias) in bias.iter().enumerate() {
+                let mut sum = bias;
+                for tap in 0..self.kernel * self.kernel {
+                    let (y, x) = (y + tap / self.kernel, x + tap % self.kernel);
+                    if y < margin || x < margin || y - margin >= height || x - margin >= width {
+                        continue;
+                    }
+                    let mut factor = (output * self.kernel * self.kernel + tap) * inputs;
+                    for (values, &[rows, columns, channels]) in sources.iter().zip(&self.sources) {
+                        let (row, column) = ((y - margin) * rows / height, (x - margin) * columns / width);
+                        let pixel = ((item * rows + row) * columns + column) * channels;
+                        for channel in 0..channels {
+                            sum += weight[factor] * values[pixel + channel];
+                            factor += 1;
+                        }
+                    }
+                }
+                sums.push(sum);
+            }
+        }
+        sums
+    }
+
+    /// The gradients of a function of the four arguments, each in its own order.
+    fn differences(&self, arguments: &[Vec<f32>; 4], loss: impl Fn(Vec<f64>) -> f64) -> [Vec<f32>; 4] {
+        const STEP: f64 = 1e-5;
+        let mut exact: [Vec<f64>; 4] =
+            std::array::from_fn(|index| arguments[index].iter().copied().map(f64::from).collect());
+        std::array::from_fn(|argument| {
+            (0..exact[argument].len())
+                .map(|index| {
+                    let value = exact[argument][index];
+                    let [above, below] = [value + STEP, value - STEP].map(|moved| {
+                        exact[argument][index] = moved;
+                        loss(self.sums(&exact))
+                    });
+                    exact[argument][index] = value;
+                    ((above - below) / (2.0 * STEP)) as f32
+                })
+                .collect()
+        })
+    }
+}
+
+fn pixels([batch, height, width]: [usize; 3]) -> impl Iterator<Item = (usize, usize, usize)> {
+    (0..batch * height * width).map(move |index| (index / (height * width), index / width % height, index % width))
+}
+
+fn weighted(values: impl IntoIterator<Item = f64>, factors: &[f32]) -> f64 {
+    values
+        .into_iter()
+        .zip(factors)
+        .map(|(value, factor)| value * f64::from(*factor))
+        .sum()
+}
+
+fn silu(x: f64) -> f64 {
+    x / (1.0 + (-x).exp())
+}
+
+/// The maxima of the whole 2×2 windows.
+fn maxima([batch, height, width]: [usize; 3], channels: usize, full: &[f64]) -> Vec<f64> {
+    let mut pooled = Vec::new();
+    for (item, y, x) in pixels([batch, height / 2, width / 2]) {
+        for channel in 0..channels {
+            let at = |dy, dx| full[((item * height + 2 * y + dy) * width + 2 * x + dx) * channels + channel];
+            pooled.push(at(0, 0).max(at(0, 1)).max(at(1, 0)).max(at(1, 1)));
+        }
+    }
+    pooled
+}
+
+/// What the gradients hold beyond what was there before.
+fn added(now: &Tensor, before: &Tensor) -> l2p_engine::Result<Vec<f32>> {
+    let (now, before) = (now.as_slice::<f32>()?, before.as_slice::<f32>()?);
+    Ok(now.iter().zip(before).map(|(now, before)| now - before).collect())
+}
+
+const TOLERANCE: f64 = 2e-5;
+
+fn equals_differences(pool: bool) -> Outcome {
+    let device = Device::Cpu;
+    // Kernel, result's grid, outputs, channels of the sources, grid of the second.
+    for (kernel, grid, outputs, channels, second) in [
+        (3, [2, 5, 4], 3, [3, 0], [0, 0]),
+        (3, [1, 6, 6], 2, [2, 0], [0, 0]),
+        (1, [1, 4, 6], 3, [2, 3], [2, 3]),
+        (3, [1, 6, 4], 2, [3, 2], [3, 2]),
+        (3, [1, 3, 3], 2, [1, 2], [5, 7]),
+        (1, [2, 1, 1], 2, [3, 0], [0, 0]),
+    ] {
+        if pool && (kernel == 1 || channels[1] > 0) {
+            continue;
+        }
+        let sources: Vec<[usize; 3]> = match channels[1] {
+            0 => vec![[grid[1], grid[2], channels[0]]],
+            _ => vec![[grid[1], grid[2], channels[0]], [second[0], second[1], channels[1]]],
+        };
+        let what = format!("{kernel}x{kernel} {grid:?} {sources:?} to {outputs}");
+        let shape = |[height, width, channels]: [usize; 3]| [grid[0], height, width, channels];
+        let x = image(&device, "x", shape(sources[0]))?;
+        let second = match sources.get(1) {
+            Some(&source) => Some(image(&device, "second", shape(source))?),
+            None => None,
+        };
+        let used: Vec<usize> = sources.iter().map(|source| source[2]).collect();
+        let (mut layer, untouched) = (
+            Layer::new(&device, kernel, &used, outputs)?,
+            Layer::new(&device, kernel, &used, outputs)?,
+        );
+        let conv = layer.conv.clone();
+        let dy = image(&device, "dy", [grid[0], grid[1], grid[2], outputs])?;
+        let d_pooled = image(&device, "d_pooled", [grid[0], grid[1] / 2, grid[2] / 2, outputs])?;
+
+        let saved = ConvSaved {
+            second: second.as_ref(),
+            ..ConvSaved::of(&x)
+        };
+        let (dx, d_second) = if pool {
+            let (full, _) = conv3x3_silu_pool(&x, &conv)?;
+            (
+                conv3x3_silu_pool_backward([&dy, &d_pooled], &full, saved, &conv, true, layer.grads())?,
+                None,
+            )
+        } else {
+            let want = [true, second.is_some()];
+            let grads = conv2d_backward(&dy, saved, &conv, Activation::Silu, want, layer.grads())?;
+            (grads.x, grads.second)
+        };
+
+        let loops = Loops {
+            kernel,
+            grid,
+            outputs,
+            sources,
+        };
+        let arguments = [
+            x.to_vec()?,
+            second.as_ref().map_or(Ok(Vec::new()), Tensor::to_vec)?,
+            conv.weight().to_vec()?,
+            conv.bias().to_vec()?,
+        ];
+        let (dy, d_pooled) = (dy.as_slice::<f32>()?, d_pooled.as_slice::<f32>()?);
+        let expected = loops.differences(&arguments, |sums| {
+            let full: Vec<f64> = sums.into_iter().map(silu).collect();
+            let of_maxima = if pool {
+                weighted(maxima(grid, outputs, &full), d_pooled)
+            } else {
+                0.0
+            };
+            weighted(full, dy) + of_maxima
+        });
+        let found = [
+            dx.map_or(Ok(Vec::new()), |dx| dx.to_vec())?,
+            d_second.map_or(Ok(Vec::new()), |gradient| gradient.to_vec())?,
+            added(&layer.weight, &untouched.weight)?,
+            added(&layer.bias, &untouched.bias)?,
+        ];
+        compare(&what, found, expected)?;
+    }
+    Ok(())
+}
+
+fn compare(what: &str, found: [Vec<f32>; 4], expected: [Vec<f32>; 4]) -> Outcome {
+    for ((name, found), expected) in ["x", "second", "weight", "bias"].iter().zip(found).zip(expected) {
+        expect_close(&format!("{what}, {name}"), &found, &expected, TOLERANCE)?;
+    }
+    Ok(())
+}
+
+fn upsample_equals_differences() -> Outcome {
+    let device = Device::Cpu;
+    for ([batch, height, width], channels, outputs) in [([2, 3, 2], 2, 3), ([1, 1, 1], 3, 2), ([1, 4, 5], 1, 1)] {
+        let x = image(&device, "x", [batch, height, width, channels])?;
+        let (mut layer, untouched) = (
+            Layer::new(&device, 3, &[channels], outputs)?,
+            Layer::new(&device, 3, &[channels], outputs)?,
+        );
+        let conv = layer.conv.clone();
+        let dy = image(&device, "dy", [batch, 2 * height, 2 * width, outputs])?;
+        let dx = upsample_conv3x3_backward(&dy, &x, &conv, true, layer.grads())?;
+        let loops = Loops {
+            kernel: 3,
+            grid: [batch, 2 * height, 2 * width],
+            outputs,
+            sources: vec![[height, width, channels]],
+        };
+        let arguments = [x.to_vec()?, Vec::new(), conv.weight().to_vec()?, conv.bias().to_vec()?];
+        let dy = dy.as_slice::<f32>()?;
+        let expected = loops.differences(&arguments, |sums| weighted(sums, dy));
+        let found = [
+            dx.map_or(Ok(Vec::new()), |dx| dx.to_vec())?,
+            Vec::new(),
+            added(&layer.weight, &untouched.weight)?,
+            added(&layer.bias, &untouched.bias)?,
+        ];
+        compare(&format!("{batch}x{height}x{width}"), found, expected)?;
+    }
+    Ok(())
+}
+
+fn f32_equals_differences() -> Outcome {
+    let device = Device::Cpu;
+    let scale = -0.75;
+    for (kernel, grid) in [(1, [2, 3, 4]), (3, [1, 4, 5])] {
+        let x = image(&device, "x", [grid[0], grid[1], grid[2], 4])?;
+        let (mut layer, untouched) = (
+            Layer::new(&device, kernel, &[4], 3)?,
+            Layer::new(&device, kernel, &[4], 3)?,
+        );
+        let conv = layer.conv.clone();
+        let shape = [grid[0], grid[1], grid[2], 3];
+        let dy = Tensor::from_slice(&device, &random_bf16("dy", shape.iter().product()), shape)?;
+        let dx = conv2d_f32_backward(&dy, &x, &conv, scale, true, layer.grads())?;
+        let loops = Loops {
+            kernel,
+            grid,
+            outputs: 3,
+            sources: vec![[grid[1], grid[2], 4]],
+        };
+        let arguments = [x.to_vec()?, Vec::new(), conv.weight().to_vec()?, conv.bias().to_vec()?];
+        let dy = dy.as_slice::<f32>()?;
+        let expected = loops.differences(&arguments, |sums| f64::from(scale) * weighted(sums, dy));
+        let found = [
+            dx.map_or(Ok(Vec::new()), |dx| dx.to_vec())?,
+            Vec::new(),
+            added(&layer.weight, &untouched.weight)?,
+            added(&layer.bias, &untouched.bias)?,
+        ];
+        compare(&format!("{kernel}x{kernel}"), found, expected)?;
+    }
+    Ok(())
+}
