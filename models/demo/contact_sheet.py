@@ -25,14 +25,14 @@ def read_prompts(path: Path) -> list[str]:
     return [json.loads(line)["prompt"] for line in path.read_text().splitlines() if line.strip()]
 
 
-def read_references(path: Path, count: int) -> list[Image.Image]:
-    """The dataset pictures, which lie side by side in rows without gaps."""
-    sheet = Image.open(path).convert("RGB")
-    columns = sheet.width // SIDE
-    if columns * (sheet.height // SIDE) < count:
-        raise SystemExit(f"{path}: holds fewer than {count} pictures of {SIDE}x{SIDE}")
-    corners = [(index % columns * SIDE, index // columns * SIDE) for index in range(count)]
-    return [sheet.crop((x, y, x + SIDE, y + SIDE)) for x, y in corners]
+def read_references(folder: Path, prompts: list[str]) -> list[Image.Image]:
+    """The dataset pictures of the prompts."""
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    files = {entry["text"]: folder / entry["file_name"] for entry in map(json.loads, lines)}
+    missing = [prompt for prompt in prompts if prompt not in files]
+    if missing:
+        raise SystemExit(f"{folder}: holds no picture of {missing[0]!r}")
+    return [Image.open(files[prompt]).convert("RGB") for prompt in prompts]
 
 
 def read_drawn(path: Path, prompt: str) -> tuple[Image.Image, dict]:
@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path, help="the folder that l2p-sample wrote")
     parser.add_argument("--prompts", type=Path, default=HERE / "train_source/prompts.jsonl")
-    parser.add_argument("--references", type=Path, default=HERE / "references.webp")
+    parser.add_argument("--references", type=Path, default=HERE / "pictures")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
 
@@ -67,7 +67,7 @@ def main() -> None:
     files = sorted(arguments.pictures.glob("*.png"))
     if len(files) != len(prompts):
         raise SystemExit(f"{arguments.pictures}: holds {len(files)} PNG files for {len(prompts)} prompts")
-    references = read_references(arguments.references, len(prompts))
+    references = read_references(arguments.references, prompts)
     drawn = [read_drawn(file, prompt) for file, prompt in zip(files, prompts, strict=True)]
 
     cell = (2 * SIDE + GAP, SIDE + LABEL + GAP)
