@@ -8,6 +8,7 @@ pub mod add_rms_norm;
 pub mod attention;
 pub mod cast;
 pub mod conv;
+pub mod detail_stage;
 mod elementwise;
 pub mod embedding;
 pub mod flow_loss;

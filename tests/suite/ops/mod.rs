@@ -7,6 +7,7 @@ mod backward;
 mod cast;
 mod conv;
 mod conv_backward;
+mod detail_stage;
 mod embedding;
 mod group_norm;
 mod guidance;
@@ -35,6 +36,7 @@ pub fn register(suite: &mut Suite) {
     cast::register(suite);
     conv::register(suite);
     conv_backward::register(suite);
+    detail_stage::register(suite);
     embedding::register(suite);
     group_norm::register(suite);
     guidance::register(suite);
