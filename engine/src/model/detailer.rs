@@ -18,7 +18,7 @@ use crate::ops::conv::{
     Activation, Canvas, Conv, Input, conv2d, conv3x3_silu_picture, conv3x3_silu_pool, conv3x3_silu_pooled,
     upsample_conv3x3,
 };
-use crate::ops::detail_stage::{DetailStage, detail_stage};
+use crate::ops::detail_stage::{DetailStage, DetailWeights, detail_stage};
 use crate::profile;
 use crate::tensor::{DType, Tensor};
 
@@ -166,8 +166,8 @@ pub struct Detailer {
     stages: Vec<Stage>,
     bottleneck: Conv,
     output: Conv,
-    /// On CUDA the outermost stage in one pass, where its sizes suit.
-    outermost: Option<DetailStage>,
+    /// On CUDA, where its sizes suit: the outermost stage's weights for doing it in one pass.
+    outermost: Option<DetailWeights>,
 }
 
 struct Stage {
@@ -202,23 +202,45 @@ impl Detailer {
         let (first, last) = (&layout.stages[0], &layout.stages[layout.stages.len() - 1]);
         let bottleneck = conv("bottleneck.0", 1, &[last.skip, layout.context], layout.bottleneck)?;
         let output = conv("out_conv", 1, &[first.outputs], IMAGE_CHANNELS)?;
-        let Stage { encoder, up, decoder } = &stages[0];
-        let outermost = match device {
-            Device::Cuda(_) if DetailStage::suits(encoder, up, decoder, &output) => Some(DetailStage::new(
-                encoder.clone(),
-                up.clone(),
-                decoder.clone(),
-                output.clone(),
-            )?),
-            _ => None,
-        };
-        Ok(Detailer {
+        let mut head = Detailer {
             layout,
             stages,
             bottleneck: bottleneck.arranged(Input::Same)?,
             output,
-            outermost,
-        })
+            outermost: None,
+        };
+        head.outermost = match device {
+            Device::Cuda(_) if head.outermost_stage().suits() => Some(head.outermost_stage().arrange()?),
+            _ => None,
+        };
+        Ok(head)
+    }
+
+    fn outermost_stage(&self) -> DetailStage<'_> {
+        let Stage { encoder, up, decoder } = &self.stages[0];
+        DetailStage {
+            encoder,
+            up,
+            decoder,
+            output: &self.output,
+        }
+    }
+
+    /// Brings what kernels keep in forms of their own up to date, after parameters have changed.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn rearrange(&mut self) -> Result<()> {
+        for Stage { encoder, up, decoder } in &mut self.stages {
+            encoder.rearrange()?;
+            up.rearrange()?;
+            decoder.rearrange()?;
+        }
+        self.bottleneck.rearrange()?;
+        if self.outermost.is_some() {
+            self.outermost = Some(self.outermost_stage().arrange()?);
+        }
+        Ok(())
     }
 
     /// The stages and channels.
@@ -271,8 +293,8 @@ impl Detailer {
         current = conv2d(&current, Some(c), &self.bottleneck, Activation::Silu, None)?;
         // Each skip is freed as soon as its stage is decoded.
         for (index, stage) in self.stages.iter().enumerate().rev() {
-            if let (0, Some(outermost)) = (index, &self.outermost) {
-                return detail_stage(outermost, &current, x, canvas);
+            if let (0, Some(weights)) = (index, &self.outermost) {
+                return detail_stage(&self.outermost_stage(), weights, &current, x, canvas);
             }
             let skip = skips.pop().expect("each of these stages left a skip");
             let upsampled = upsample_conv3x3(&current, &stage.up)?;

@@ -131,6 +131,18 @@ impl Conv {
         Ok(Conv { arranged, ..self })
     }
 
+    /// Arranges the weights of now in the place of those that were arranged before; nothing where none were.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn rearrange(&mut self) -> Result<()> {
+        match self.arranged.take() {
+            Some(arranged) => self.arranged = Some(arranged.renewed(self)?),
+            None => {}
+        }
+        Ok(())
+    }
+
     /// Whether [`Conv::arranged`] found a Hopper kernel for it.
     pub fn is_arranged(&self) -> bool {
         self.arranged.is_some()

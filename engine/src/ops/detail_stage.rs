@@ -24,80 +24,86 @@ const OP: &str = "detail_stage";
 const IMAGE: &str = "detail_stage";
 
 /// The stage's convolutions.
+#[derive(Clone, Copy, Debug)]
+pub struct DetailStage<'a> {
+    /// From the image, with SiLU.
+    pub encoder: &'a Conv,
+    /// From the map at twice its size, without activation.
+    pub up: &'a Conv,
+    /// From both, `up`'s channels first, with SiLU.
+    pub decoder: &'a Conv,
+    /// To three colours.
+    pub output: &'a Conv,
+}
+
+/// The weights of a [`DetailStage`] as the CUDA kernel wants them; nothing on the CPU.
 #[derive(Clone, Debug)]
-pub struct DetailStage {
-    encoder: Conv,
-    up: Conv,
-    decoder: Conv,
-    output: Conv,
-    /// On CUDA: all weights but the output's as the kernel wants them.
+pub struct DetailWeights {
     arranged: Option<Tensor>,
 }
 
-impl DetailStage {
+impl DetailStage<'_> {
     /// Whether convolutions of these sizes (outputs, channels of the sources) make such a stage.
-    pub fn suits(encoder: &Conv, up: &Conv, decoder: &Conv, output: &Conv) -> bool {
+    pub fn suits(&self) -> bool {
         let sizes = |conv: &Conv| (conv.kernel(), conv.channels(), conv.outputs());
-        sizes(encoder) == (3, [PICTURE_CHANNELS, 0], CHANNELS)
-            && sizes(up) == (3, [CHANNELS, 0], CHANNELS)
-            && sizes(decoder) == (3, [CHANNELS, CHANNELS], CHANNELS)
-            && sizes(output) == (1, [CHANNELS, 0], PICTURE_CHANNELS)
+        sizes(self.encoder) == (3, [PICTURE_CHANNELS, 0], CHANNELS)
+            && sizes(self.up) == (3, [CHANNELS, 0], CHANNELS)
+            && sizes(self.decoder) == (3, [CHANNELS, CHANNELS], CHANNELS)
+            && sizes(self.output) == (1, [CHANNELS, 0], PICTURE_CHANNELS)
     }
 
-    /// A stage of these convolutions. What the kernel works with is their weights of now.
+    /// Arranges the weights of now; after they change, do it again.
     ///
     /// # Errors
-    /// When their sizes do not suit, or the device has no room.
-    pub fn new(encoder: Conv, up: Conv, decoder: Conv, output: Conv) -> Result<Self> {
-        if !Self::suits(&encoder, &up, &decoder, &output) {
-            return Err(Error::invalid(format!(
-                "{OP}: convolutions from {:?} to {}, {:?} to {}, {:?} to {} and {:?} to {} channels; expected all {CHANNELS} \
-                 between images",
-                encoder.channels(),
-                encoder.outputs(),
-                up.channels(),
-                up.outputs(),
-                decoder.channels(),
-                decoder.outputs(),
-                output.channels(),
-                output.outputs()
-            )));
-        }
-        let arranged = match encoder.weight().cuda() {
+    /// When the sizes do not suit, or the device has no room.
+    pub fn arrange(&self) -> Result<DetailWeights> {
+        self.expect_suits()?;
+        let arranged = match self.encoder.weight().cuda() {
             None => None,
-            Some(device) => Some(arrange(device, &encoder, &up, &decoder)?),
+            Some(device) => Some(self.arrange_on(device)?),
         };
-        Ok(DetailStage {
-            encoder,
-            up,
-            decoder,
-            output,
-            arranged,
-        })
+        Ok(DetailWeights { arranged })
     }
-}
 
-fn arrange(device: &CudaDevice, encoder: &Conv, up: &Conv, decoder: &Conv) -> Result<Tensor> {
-    let kernel = device.kernel(IMAGE, "detail_stage_arrange")?;
-    let elements = kernel.info().tile[0] as usize;
-    let mut arranged = Tensor::empty(&encoder.weight().device(), [elements], DType::I32)?;
-    let args = Args::new()
-        .input(encoder.weight())?
-        .input(up.weight())?
-        .input(decoder.weight())?
-        .output(&mut arranged)?;
-    let blocks = grid(OP, elements.div_ceil(kernel.info().threads.max(1) as usize))?;
-    // SAFETY: the arguments are those of `detail_stage_arrange`, the weights' sizes were checked by `suits`, and the result has the
-    // number of words that the kernel says it writes.
-    unsafe { kernel.launch(device, [blocks, 1, 1], args)? };
-    Ok(arranged)
+    fn arrange_on(&self, device: &CudaDevice) -> Result<Tensor> {
+        let kernel = device.kernel(IMAGE, "detail_stage_arrange")?;
+        let elements = kernel.info().tile[0] as usize;
+        let mut arranged = Tensor::empty(&self.encoder.weight().device(), [elements], DType::I32)?;
+        let args = Args::new()
+            .input(self.encoder.weight())?
+            .input(self.up.weight())?
+            .input(self.decoder.weight())?
+            .output(&mut arranged)?;
+        let blocks = grid(OP, elements.div_ceil(kernel.info().threads.max(1) as usize))?;
+        // SAFETY: the arguments are those of `detail_stage_arrange`, the weights' sizes suit, and the result has the number of words
+        // that the kernel says it writes.
+        unsafe { kernel.launch(device, [blocks, 1, 1], args)? };
+        Ok(arranged)
+    }
+
+    fn expect_suits(&self) -> Result<()> {
+        if self.suits() {
+            return Ok(());
+        }
+        let sizes = [self.encoder, self.up, self.decoder, self.output].map(|conv| (conv.channels(), conv.outputs()));
+        Err(Error::invalid(format!(
+            "{OP}: convolutions between {sizes:?} channels; expected {CHANNELS} everywhere between images"
+        )))
+    }
 }
 
 /// The stage on `map` and `image`; see the module's head comment.
 ///
 /// # Errors
 /// When shapes, types or devices do not fit.
-pub fn detail_stage(stage: &DetailStage, map: &Tensor, image: &Tensor, canvas: Canvas<'_>) -> Result<()> {
+pub fn detail_stage(
+    stage: &DetailStage<'_>,
+    weights: &DetailWeights,
+    map: &Tensor,
+    image: &Tensor,
+    canvas: Canvas<'_>,
+) -> Result<()> {
+    stage.expect_suits()?;
     image.expect_rank(OP, "image", 4, "[batch, height, width, 3]")?;
     let [batch, height, width] = [image.dim(0), image.dim(1), image.dim(2)];
     if !height.is_multiple_of(2) || !width.is_multiple_of(2) {
@@ -113,23 +119,23 @@ pub fn detail_stage(stage: &DetailStage, map: &Tensor, image: &Tensor, canvas: C
     map.expect_device(OP, "map", &image.device())?;
     stage.encoder.weight().expect_device(OP, "weight", &image.device())?;
     canvas.expect(OP, [batch, height, width, PICTURE_CHANNELS], image)?;
-    match image.cuda().zip(stage.arranged.as_ref()) {
+    match image.cuda().zip(weights.arranged.as_ref()) {
         None => step_by_step(stage, map, image, canvas),
         Some((device, arranged)) => launch(device, stage, arranged, map, image, canvas),
     }
 }
 
 /// The definition.
-fn step_by_step(stage: &DetailStage, map: &Tensor, image: &Tensor, canvas: Canvas<'_>) -> Result<()> {
-    let (encoded, _) = conv3x3_silu_pool(image, &stage.encoder)?;
-    let upsampled = upsample_conv3x3(map, &stage.up)?;
-    let decoded = conv2d(&upsampled, Some(&encoded), &stage.decoder, Activation::Silu, None)?;
-    paint(&conv2d_f32(&decoded, &stage.output, canvas.scale)?, canvas)
+fn step_by_step(stage: &DetailStage<'_>, map: &Tensor, image: &Tensor, canvas: Canvas<'_>) -> Result<()> {
+    let (encoded, _) = conv3x3_silu_pool(image, stage.encoder)?;
+    let upsampled = upsample_conv3x3(map, stage.up)?;
+    let decoded = conv2d(&upsampled, Some(&encoded), stage.decoder, Activation::Silu, None)?;
+    paint(&conv2d_f32(&decoded, stage.output, canvas.scale)?, canvas)
 }
 
 fn launch(
     device: &CudaDevice,
-    stage: &DetailStage,
+    stage: &DetailStage<'_>,
     arranged: &Tensor,
     map: &Tensor,
     image: &Tensor,

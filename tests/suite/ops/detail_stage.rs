@@ -31,13 +31,28 @@ fn layer(device: &Device, name: &str, kernel: usize, channels: &[usize], outputs
     )
 }
 
-fn stage(device: &Device) -> Result<DetailStage> {
-    DetailStage::new(
+/// Encoder, up, decoder and output.
+fn layers(device: &Device) -> Result<[Conv; 4]> {
+    Ok([
         layer(device, "encoder", 3, &[3], 16)?,
         layer(device, "up", 3, &[16], 16)?,
         layer(device, "decoder", 3, &[16, 16], 16)?,
         layer(device, "output", 1, &[16], 3)?,
-    )
+    ])
+}
+
+fn stage([encoder, up, decoder, output]: &[Conv; 4]) -> DetailStage<'_> {
+    DetailStage {
+        encoder,
+        up,
+        decoder,
+        output,
+    }
+}
+
+fn run(layers: &[Conv; 4], map: &Tensor, image: &Tensor, canvas: Canvas<'_>) -> Result<()> {
+    let stage = stage(layers);
+    detail_stage(&stage, &stage.arrange()?, map, image, canvas)
 }
 
 fn image(device: &Device, name: &str, shape: [usize; 4]) -> Result<Tensor> {
@@ -58,7 +73,7 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
     ] {
         let what = format!("{batch}x{height}x{width}");
         expect_like_cpu(&what, device, TOLERANCE, |device| {
-            let stage = stage(device)?;
+            let layers = layers(device)?;
             let map = image(device, "map", [batch, height / 2, width / 2, 16])?;
             let shape = [batch, height, width, 3];
             let picture = image(device, "image", shape)?;
@@ -71,7 +86,7 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
                     scale: -1.5,
                     delta,
                 };
-                detail_stage(&stage, &map, &picture, canvas)?;
+                run(&layers, &map, &picture, canvas)?;
             }
             Ok(vec![written, added])
         })?;
@@ -80,54 +95,49 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
 }
 
 fn cuda_repeats_its_bits(device: &Device) -> Outcome {
-    let stage = stage(device)?;
+    let layers = layers(device)?;
     let (map, picture) = (
         image(device, "map", [1, 50, 80, 16])?,
         image(device, "image", [1, 100, 160, 3])?,
     );
-    let run = || {
+    let draw = || {
         let mut written = Tensor::empty(device, picture.shape(), DType::F32)?;
         let canvas = Canvas {
             picture: &mut written,
             scale: 1.0,
             delta: None,
         };
-        detail_stage(&stage, &map, &picture, canvas)?;
+        run(&layers, &map, &picture, canvas)?;
         written.to_vec::<f32>()
     };
-    assert!(run()? == run()?);
+    assert!(draw()? == draw()?);
     Ok(())
 }
 
 fn mistakes_are_named() -> Outcome {
     let cpu = &Device::Cpu;
+    let [_, up, decoder, output] = layers(cpu)?;
     let wide = layer(cpu, "encoder", 3, &[3], 24)?;
-    let others = [
-        layer(cpu, "up", 3, &[16], 16)?,
-        layer(cpu, "decoder", 3, &[16, 16], 16)?,
-        layer(cpu, "output", 1, &[16], 3)?,
-    ];
-    let [up, decoder, output] = others;
-    let message = DetailStage::new(wide, up, decoder, output).unwrap_err().to_string();
-    assert!(message.contains("from [3, 0] to 24"), "{message}");
+    let message = stage(&[wide, up, decoder, output]).arrange().unwrap_err().to_string();
+    assert!(message.contains("([3, 0], 24)"), "{message}");
 
-    let run = |map: [usize; 4], picture: [usize; 4]| {
+    let attempt = |map: [usize; 4], picture: [usize; 4]| {
         let mut target = Tensor::empty(cpu, picture, DType::F32)?;
         let canvas = Canvas {
             picture: &mut target,
             scale: 1.0,
             delta: None,
         };
-        detail_stage(
-            &stage(cpu)?,
+        run(
+            &layers(cpu)?,
             &image(cpu, "map", map)?,
             &image(cpu, "image", picture)?,
             canvas,
         )
     };
-    let message = run([1, 2, 2, 16], [1, 5, 4, 3]).unwrap_err().to_string();
+    let message = attempt([1, 2, 2, 16], [1, 5, 4, 3]).unwrap_err().to_string();
     assert!(message.contains("both sides must be even"), "{message}");
-    let message = run([1, 2, 3, 16], [1, 4, 4, 3]).unwrap_err().to_string();
+    let message = attempt([1, 2, 3, 16], [1, 4, 4, 3]).unwrap_err().to_string();
     assert!(
         message.contains("map") && message.contains("[1, 2, 2, 16]"),
         "{message}"

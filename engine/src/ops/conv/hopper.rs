@@ -112,20 +112,29 @@ impl Arranged {
             }
         }
         let Some(candidate) = found else { return Ok(None) };
-        let weights = arrange(device, conv, candidate)?;
-        Ok(Some(Arranged { weights, candidate }))
+        let elements =
+            conv.outputs().div_ceil(candidate.columns) * candidate.pieces(conv) * candidate.columns * candidate.chunk;
+        let weights = Tensor::empty(&conv.weight.device(), [elements], DType::Bf16)?;
+        Arranged { weights, candidate }.renewed(conv).map(Some)
+    }
+
+    /// The same with the weights that `conv` has now.
+    pub fn renewed(mut self, conv: &Conv) -> Result<Self> {
+        if let Some(device) = conv.weight.cuda() {
+            arrange(device, conv, self.candidate, &mut self.weights)?;
+        }
+        Ok(self)
     }
 }
 
-fn arrange(device: &Arc<CudaDevice>, conv: &Conv, candidate: &Candidate) -> Result<Tensor> {
+fn arrange(device: &Arc<CudaDevice>, conv: &Conv, candidate: &Candidate, weights: &mut Tensor) -> Result<()> {
     const OP: &str = "conv_arrange";
     let Candidate { columns, chunk, .. } = *candidate;
-    let elements = conv.outputs().div_ceil(columns) * candidate.pieces(conv) * columns * chunk;
-    let mut weights = Tensor::empty(&conv.weight.device(), [elements], DType::Bf16)?;
+    let elements = weights.elements();
     let kernel = device.kernel(IMAGE, OP)?;
     let args = Args::new()
         .input(&conv.weight)?
-        .output(&mut weights)?
+        .output(weights)?
         .long(elements as u64)
         .int(conv.outputs())
         .int(conv.inputs())
@@ -136,8 +145,7 @@ fn arrange(device: &Arc<CudaDevice>, conv: &Conv, candidate: &Candidate) -> Resu
     let blocks = grid(OP, elements.div_ceil(kernel.info().tile[0].max(1) as usize))?;
     // SAFETY: the arguments are those of `conv_arrange`; the weights have the shape that `Conv::new` checked, the result one
     // element per thread.
-    unsafe { kernel.launch(device, [blocks, 1, 1], args)? };
-    Ok(weights)
+    unsafe { kernel.launch(device, [blocks, 1, 1], args) }
 }
 
 impl Call<'_> {
