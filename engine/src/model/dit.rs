@@ -15,7 +15,7 @@ use super::detailer::{Detailer, DetailerLayout};
 use super::limits::DeviceLimits;
 use super::params::ParamSource;
 use crate::device::{Device, MemoryTag};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::Modulation;
 use crate::ops::conv::Canvas;
 use crate::ops::layer_norm::layer_norm_modulate;
@@ -305,7 +305,8 @@ impl Dit {
     pub fn forward(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
         let _range = profile::range(c"dit");
         let x = self.image_features(image, prepared, modulations)?;
-        self.output.forward(x, image, prepared.layout.grid, modulations, &self.config)
+        self.output
+            .forward(x, image, prepared.layout.grid, modulations, &self.config)
     }
 
     /// Whether [`Dit::paint`] can do without a velocity of the picture's size, which makes it the better way to take a step.
