@@ -11,6 +11,7 @@ mod models;
 mod ops;
 mod sample;
 mod text;
+mod train;
 
 use l2p_tests::Suite;
 
@@ -26,6 +27,7 @@ fn main() -> std::process::ExitCode {
     ops::register(&mut suite);
     sample::register(&mut suite);
     text::register(&mut suite);
+    train::register(&mut suite);
     if let Err(reason) = l2p_tests::gpu() {
         eprintln!("tests that need a GPU are skipped: {reason}");
     }

@@ -15,6 +15,7 @@ use crate::device::{CudaDevice, Device, Graph, Marker};
 use crate::error::Result;
 use crate::model::dit::{Dit, Modulations, Prepared};
 use crate::ops::cast::cast;
+use crate::ops::conv::Canvas;
 use crate::ops::guidance::{Guidance, guided_euler_step};
 use crate::profile;
 use crate::tensor::{DType, Tensor};
@@ -98,6 +99,9 @@ impl State {
     /// Moves the picture by one step.
     fn step(&mut self, dit: &Dit, conditioning: &Conditioning) -> Result<()> {
         let image = cast(&self.x, dit.device().compute_dtype())?;
+        if dit.paints() {
+            return self.paint(dit, conditioning, &image);
+        }
         let velocity = dit.forward(&image, &conditioning.prompt, &self.modulations)?;
         let away = match &conditioning.negative {
             Some((negative, cfg)) => Some((dit.forward(&image, negative, &self.modulations)?, *cfg)),
@@ -106,6 +110,26 @@ impl State {
         drop(image);
         let guidance = away.as_ref().map(|(negative, cfg)| Guidance { negative, cfg: *cfg });
         guided_euler_step(&mut self.x, &velocity, guidance, &self.delta)
+    }
+
+    /// The same where each pass adds its share to the picture itself: with guidance, `cfg` times the one velocity and
+    /// `1 − cfg` times the other.
+    fn paint(&mut self, dit: &Dit, conditioning: &Conditioning, image: &Tensor) -> Result<()> {
+        let negative = conditioning.negative.as_ref();
+        let strength = negative.map_or(1.0, |(_, cfg)| *cfg);
+        let passes = [(&conditioning.prompt, strength)];
+        for (prepared, scale) in passes
+            .into_iter()
+            .chain(negative.map(|(prepared, cfg)| (prepared, 1.0 - cfg)))
+        {
+            let canvas = Canvas {
+                picture: &mut self.x,
+                scale,
+                delta: Some(&self.delta),
+            };
+            dit.paint(image, prepared, &self.modulations, canvas)?;
+        }
+        Ok(())
     }
 }
 

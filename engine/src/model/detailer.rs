@@ -14,9 +14,13 @@ use super::limits::DeviceLimits;
 use super::params::ParamSource;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::conv::{Activation, Conv, conv2d, conv2d_f32, conv3x3_silu_pool, upsample_conv3x3};
+use crate::ops::conv::{
+    Activation, Canvas, Conv, Input, conv2d, conv3x3_silu_picture, conv3x3_silu_pool, conv3x3_silu_pooled,
+    upsample_conv3x3,
+};
+use crate::ops::detail_stage::{DetailStage, DetailWeights, detail_stage};
 use crate::profile;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Tensor};
 
 pub use backward::SavedDetailer;
 
@@ -162,6 +166,8 @@ pub struct Detailer {
     stages: Vec<Stage>,
     bottleneck: Conv,
     output: Conv,
+    /// On CUDA, where its sizes suit: the outermost stage's weights for doing it in one pass.
+    outermost: Option<DetailWeights>,
 }
 
 struct Stage {
@@ -185,27 +191,56 @@ impl Detailer {
         };
         let stages = layout.stages.iter().map(|stage| {
             let name = &stage.name;
+            let joined = [stage.upsampled, stage.skip];
             Ok(Stage {
-                encoder: conv(&format!("enc{name}.0"), 3, &[stage.inputs], stage.skip)?,
-                up: conv(&format!("up{name}.1"), 3, &[stage.below], stage.upsampled)?,
-                decoder: conv(
-                    &format!("dec{name}.0"),
-                    3,
-                    &[stage.upsampled, stage.skip],
-                    stage.outputs,
-                )?,
+                encoder: conv(&format!("enc{name}.0"), 3, &[stage.inputs], stage.skip)?.arranged(Input::Same)?,
+                up: conv(&format!("up{name}.1"), 3, &[stage.below], stage.upsampled)?.arranged(Input::Upsampled)?,
+                decoder: conv(&format!("dec{name}.0"), 3, &joined, stage.outputs)?.arranged(Input::Same)?,
             })
         });
         let stages: Vec<Stage> = stages.collect::<Result<_>>()?;
         let (first, last) = (&layout.stages[0], &layout.stages[layout.stages.len() - 1]);
         let bottleneck = conv("bottleneck.0", 1, &[last.skip, layout.context], layout.bottleneck)?;
         let output = conv("out_conv", 1, &[first.outputs], IMAGE_CHANNELS)?;
-        Ok(Detailer {
+        let mut head = Detailer {
             layout,
             stages,
-            bottleneck,
+            bottleneck: bottleneck.arranged(Input::Same)?,
             output,
-        })
+            outermost: None,
+        };
+        head.outermost = match device {
+            Device::Cuda(_) if head.outermost_stage().suits() => Some(head.outermost_stage().arrange()?),
+            _ => None,
+        };
+        Ok(head)
+    }
+
+    fn outermost_stage(&self) -> DetailStage<'_> {
+        let Stage { encoder, up, decoder } = &self.stages[0];
+        DetailStage {
+            encoder,
+            up,
+            decoder,
+            output: &self.output,
+        }
+    }
+
+    /// Brings what kernels keep in forms of their own up to date, after parameters have changed.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn rearrange(&mut self) -> Result<()> {
+        for Stage { encoder, up, decoder } in &mut self.stages {
+            encoder.rearrange()?;
+            up.rearrange()?;
+            decoder.rearrange()?;
+        }
+        self.bottleneck.rearrange()?;
+        if self.outermost.is_some() {
+            self.outermost = Some(self.outermost_stage().arrange()?);
+        }
+        Ok(())
     }
 
     /// The stages and channels.
@@ -219,23 +254,57 @@ impl Detailer {
     /// # Errors
     /// When shapes do not fit or the device has no room.
     pub fn forward(&self, x: &Tensor, c: &Tensor) -> Result<Tensor> {
+        let mut velocity = Tensor::empty(&x.device(), x.shape(), DType::F32)?;
+        let canvas = Canvas {
+            picture: &mut velocity,
+            scale: 1.0,
+            delta: None,
+        };
+        self.paint(x, c, canvas)?;
+        Ok(velocity)
+    }
+
+    /// The velocity of [`Detailer::forward`], as the result that goes onto `canvas`. The canvas may be the picture that `x` was
+    /// converted from.
+    ///
+    /// # Errors
+    /// As [`Detailer::forward`].
+    pub fn paint(&self, x: &Tensor, c: &Tensor, canvas: Canvas<'_>) -> Result<()> {
         let _range = profile::range(c"detailer");
         self.expect_image(x)?;
+        // The velocity is minus what the output convolution gives.
+        let canvas = Canvas {
+            scale: -canvas.scale,
+            ..canvas
+        };
         let mut skips = Vec::with_capacity(self.stages.len());
         let mut current = x.clone();
-        for stage in &self.stages {
-            let (skip, pooled) = conv3x3_silu_pool(&current, &stage.encoder)?;
-            skips.push(skip);
-            current = pooled;
+        for (index, stage) in self.stages.iter().enumerate() {
+            current = match (index, &self.outermost) {
+                // The outermost stage encodes the image again when it decodes.
+                (0, Some(_)) => conv3x3_silu_pooled(&current, &stage.encoder)?,
+                _ => {
+                    let (skip, pooled) = conv3x3_silu_pool(&current, &stage.encoder)?;
+                    skips.push(skip);
+                    pooled
+                }
+            };
         }
         current = conv2d(&current, Some(c), &self.bottleneck, Activation::Silu, None)?;
         // Each skip is freed as soon as its stage is decoded.
-        for (stage, skip) in self.stages.iter().zip(skips).rev() {
+        for (index, stage) in self.stages.iter().enumerate().rev() {
+            if let (0, Some(weights)) = (index, &self.outermost) {
+                return detail_stage(&self.outermost_stage(), weights, &current, x, canvas);
+            }
+            let skip = skips.pop().expect("each of these stages left a skip");
             let upsampled = upsample_conv3x3(&current, &stage.up)?;
             drop(current);
+            if index == 0 {
+                return conv3x3_silu_picture(&upsampled, Some(&skip), &stage.decoder, &self.output, canvas);
+            }
             current = conv2d(&upsampled, Some(&skip), &stage.decoder, Activation::Silu, None)?;
         }
-        conv2d_f32(&current, &self.output, -1.0)
+        unreachable!("a head has a stage")
     }
 
     fn expect_image(&self, x: &Tensor) -> Result<()> {

@@ -15,8 +15,9 @@ use super::detailer::{Detailer, DetailerLayout};
 use super::limits::DeviceLimits;
 use super::params::ParamSource;
 use crate::device::{Device, MemoryTag};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::Modulation;
+use crate::ops::conv::Canvas;
 use crate::ops::layer_norm::layer_norm_modulate;
 use crate::ops::linear::{InputActivation, linear, linear_vectors};
 use crate::ops::patch_embed::patch_embed;
@@ -303,10 +304,47 @@ impl Dit {
     /// When shapes do not fit what was prepared, or the device has no room.
     pub fn forward(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
         let _range = profile::range(c"dit");
+        let x = self.image_features(image, prepared, modulations)?;
+        self.output
+            .forward(x, image, prepared.layout.grid, modulations, &self.config)
+    }
+
+    /// Whether [`Dit::paint`] can do without a velocity of the picture's size, which makes it the better way to take a step.
+    pub fn paints(&self) -> bool {
+        matches!((&self.output, &self.device), (Output::Pixel(_), Device::Cuda(_)))
+    }
+
+    /// The velocity of [`Dit::forward`], as the result that goes onto `canvas`. The canvas may be the picture that `image` was
+    /// converted from.
+    ///
+    /// # Errors
+    /// As [`Dit::forward`], and for a latent model.
+    pub fn paint(
+        &self,
+        image: &Tensor,
+        prepared: &Prepared,
+        modulations: &Modulations,
+        canvas: Canvas<'_>,
+    ) -> Result<()> {
+        let Output::Pixel(head) = &self.output else {
+            return Err(Error::invalid("dit: only a pixel model paints onto a canvas"));
+        };
+        let _range = profile::range(c"dit");
+        let features = self.image_features(image, prepared, modulations)?;
+        let _range = profile::range(c"output");
+        head.paint(image, &self.as_map(&features, prepared)?, canvas)
+    }
+
+    /// The image tokens `[batch, tokens, dim]` after the last block.
+    fn image_features(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
         let x = self.run_trunk(image, prepared, modulations)?;
-        let grid = prepared.layout.grid;
-        let x = narrow_tokens(&x, 0, grid[0] * grid[1])?;
-        self.output.forward(x, image, grid, modulations, &self.config)
+        narrow_tokens(&x, 0, prepared.layout.grid[0] * prepared.layout.grid[1])
+    }
+
+    /// Image tokens as a feature map `[batch, rows, columns, dim]`.
+    fn as_map(&self, features: &Tensor, prepared: &Prepared) -> Result<Tensor> {
+        let [rows, columns] = prepared.layout.grid;
+        features.reshape([features.dim(0), rows, columns, self.config.dim])
     }
 
     /// The first part of [`Dit::forward`]: the whole sequence `[batch, tokens, dim]` after the last block, image tokens

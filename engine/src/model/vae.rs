@@ -16,8 +16,8 @@ use super::limits::DeviceLimits;
 use super::params::ParamSource;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::conv::{Activation, Conv, conv2d, conv2d_f32, upsample_conv3x3};
-use crate::ops::group_norm::{GroupNorm, group_norm};
+use crate::ops::conv::{Activation, Conv, Input, conv2d, conv2d_f32, upsample_conv3x3};
+use crate::ops::group_norm::{GroupNorm, group_norm, group_norm_in_place};
 use crate::ops::latent::denormalize_latent;
 use crate::profile;
 use crate::tensor::Tensor;
@@ -66,7 +66,7 @@ impl VaeDecoder {
             let last = index + 1 == config.block_out_channels.len();
             let upsample = match last {
                 true => None,
-                false => Some(loader.conv(&format!("{name}.upsamplers.0.conv"), 3, width, width)?),
+                false => Some(loader.upsampling_conv(&format!("{name}.upsamplers.0.conv"), width)?),
             };
             blocks.push(UpBlock { residual, upsample });
         }
@@ -115,7 +115,7 @@ impl VaeDecoder {
                 x = upsample_conv3x3(&x, conv)?;
             }
         }
-        x = group_norm(&x, &self.norm, Activation::Silu)?;
+        group_norm_in_place(&mut x, &self.norm, Activation::Silu)?;
         conv2d_f32(&x, &self.output, 1.0)
     }
 }
@@ -129,14 +129,18 @@ struct ResidualBlock {
 
 impl ResidualBlock {
     /// Takes its input, so that each image is freed as soon as the next no longer needs it.
-    fn forward(&self, x: Tensor) -> Result<Tensor> {
-        let mut hidden = group_norm(&x, &self.norms[0], Activation::Silu)?;
-        hidden = conv2d(&hidden, None, &self.convs[0], Activation::None, None)?;
-        hidden = group_norm(&hidden, &self.norms[1], Activation::Silu)?;
-        let carried = match &self.shortcut {
-            Some(shortcut) => conv2d(&x, None, shortcut, Activation::None, None)?,
-            None => x,
+    fn forward(&self, mut x: Tensor) -> Result<Tensor> {
+        let (mut hidden, carried) = match &self.shortcut {
+            // Carried in another form, so that the input itself can be normalised in place.
+            Some(shortcut) => {
+                let carried = conv2d(&x, None, shortcut, Activation::None, None)?;
+                group_norm_in_place(&mut x, &self.norms[0], Activation::Silu)?;
+                (x, carried)
+            }
+            None => (group_norm(&x, &self.norms[0], Activation::Silu)?, x),
         };
+        hidden = conv2d(&hidden, None, &self.convs[0], Activation::None, None)?;
+        group_norm_in_place(&mut hidden, &self.norms[1], Activation::Silu)?;
         conv2d(&hidden, None, &self.convs[1], Activation::None, Some(&carried))
     }
 }
@@ -154,6 +158,14 @@ impl Loader<'_> {
     }
 
     fn conv(&self, name: &str, kernel: usize, inputs: usize, outputs: usize) -> Result<Conv> {
+        self.plain_conv(name, kernel, inputs, outputs)?.arranged(Input::Same)
+    }
+
+    fn upsampling_conv(&self, name: &str, channels: usize) -> Result<Conv> {
+        self.plain_conv(name, 3, channels, channels)?.arranged(Input::Upsampled)
+    }
+
+    fn plain_conv(&self, name: &str, kernel: usize, inputs: usize, outputs: usize) -> Result<Conv> {
         let [weight, bias] = self.conv_params(name, kernel, inputs, outputs)?;
         Conv::new(weight, bias, kernel, &[inputs])
     }

@@ -3,26 +3,35 @@
 //! With `sum = bias + Σ weight · x` over the taps of a 1×1 or 3×3 kernel (padding 1, stride 1) and all input channels:
 //!
 //! * [`conv2d`]: `activation(sum) + residual`; the input may be two images, as if concatenated along channels
-//! * [`conv3x3_silu_pool`]: `full = silu(sum)` and its 2×2 maxima (an odd last row or column is dropped)
+//! * [`conv3x3_silu_pool`]: `full = silu(sum)` and its 2×2 maxima (an odd last row or column is dropped);
+//!   [`conv3x3_silu_pooled`]: the maxima alone
 //! * [`upsample_conv3x3`]: `sum` over the input at twice its height and width, nearest; no activation
 //! * [`conv2d_f32`]: `scale · sum` in f32, for the last layer of a model
+//! * [`conv3x3_silu_picture`]: `silu(sum)` through a 1×1 convolution to three colours, onto a [`Canvas`]
 //!
 //! Shapes: images `[batch, height, width, channels]`, weight `[outputs, taps · inputs]` with taps in row-major order outermost
 //! and input channels fastest, bias `[outputs]`. A second source with another grid is nearest-resized to the first one's (see
 //! [`super::resize`]), before padding. On CUDA a source has a multiple of 8 channels, except that the last source of a 3×3
 //! convolution may be an image of at most 3 channels, in bf16 or in f32 (which is rounded to bf16). Sums are f32.
+//!
+//! On Hopper a convolution whose weights were arranged for it ([`Conv::arranged`]) runs on warpgroup products; that takes
+//! sources of multiples of 16 channels on one grid. An upsampled one then adds up weights that meet the same pixel before it
+//! multiplies, and rounds these sums to bf16.
 
 mod backward;
 mod cpu;
+mod cuda;
+mod hopper;
 
 pub use backward::{
     ConvGrads, ConvSaved, SourceGrads, conv2d_backward, conv2d_f32_backward, conv2d_silu_with_sum,
     conv3x3_silu_pool_backward, conv3x3_silu_pool_with_sum, upsample_conv3x3_backward,
 };
 
+use self::hopper::Arranged;
+use super::expect_parameter;
+use super::guidance::guided_euler_step;
 use super::resize::NearestAxis;
-use super::{expect_parameter, grid};
-use crate::device::{Args, CudaDevice};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
@@ -43,6 +52,41 @@ pub struct Conv {
     kernel: usize,
     /// Of the two sources; 0 for a second one that is not there.
     channels: [usize; 2],
+    /// The weights once more, as the Hopper kernels want them.
+    arranged: Option<Arranged>,
+}
+
+/// How a convolution sees its input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// As it is.
+    Same,
+    /// At twice its height and width ([`upsample_conv3x3`]).
+    Upsampled,
+}
+
+/// Where a picture goes: with `delta`, f32 `[1]`, `picture += scale · delta · result`; without, `picture = scale · result`.
+pub struct Canvas<'a> {
+    /// f32 `[batch, height, width, 3]`
+    pub picture: &'a mut Tensor,
+    /// The factor of the result.
+    pub scale: f32,
+    /// Read on the device, so that recorded work can be replayed with another.
+    pub delta: Option<&'a Tensor>,
+}
+
+impl Canvas<'_> {
+    pub(super) fn expect(&self, op: &'static str, shape: [usize; 4], input: &Tensor) -> Result<()> {
+        self.picture.expect_shape(op, "picture", shape)?;
+        self.picture.expect_dtype(op, "picture", DType::F32)?;
+        self.picture.expect_device(op, "picture", &input.device())?;
+        if let Some(delta) = self.delta {
+            delta.expect_shape(op, "delta", [1])?;
+            delta.expect_dtype(op, "delta", DType::F32)?;
+            delta.expect_device(op, "delta", &input.device())?;
+        }
+        Ok(())
+    }
 }
 
 impl Conv {
@@ -73,7 +117,35 @@ impl Conv {
             bias,
             kernel,
             channels,
+            arranged: None,
         })
+    }
+
+    /// The same convolution with its weights arranged for the Hopper kernels, where the device has them and one of them suits the
+    /// sizes; they take as much memory again. What is arranged is the weights of now: after they change, arrange again.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn arranged(self, input: Input) -> Result<Self> {
+        let arranged = Arranged::new(&self, input)?;
+        Ok(Conv { arranged, ..self })
+    }
+
+    /// Arranges the weights of now in the place of those that were arranged before; nothing where none were.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub fn rearrange(&mut self) -> Result<()> {
+        match self.arranged.take() {
+            Some(arranged) => self.arranged = Some(arranged.renewed(self)?),
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Whether [`Conv::arranged`] found a Hopper kernel for it.
+    pub fn is_arranged(&self) -> bool {
+        self.arranged.is_some()
     }
 
     /// `[outputs, taps · inputs]`.
@@ -84,6 +156,11 @@ impl Conv {
     /// `[outputs]`.
     pub fn bias(&self) -> &Tensor {
         &self.bias
+    }
+
+    /// The kernel's height and width: 1 or 3.
+    pub fn kernel(&self) -> usize {
+        self.kernel
     }
 
     /// Channels of the result.
@@ -147,6 +224,23 @@ pub fn conv3x3_silu_pool(x: &Tensor, conv: &Conv) -> Result<(Tensor, Tensor)> {
     Ok((full, pooled))
 }
 
+/// The 2×2 maxima of `silu(sum)`; see the module's head comment.
+///
+/// # Errors
+/// When shapes, types or devices do not fit.
+pub fn conv3x3_silu_pooled(x: &Tensor, conv: &Conv) -> Result<Tensor> {
+    let call = Call {
+        activation: Activation::Silu,
+        pool: true,
+        ..Call::new("conv3x3_silu_pooled", x, conv)
+    };
+    call.expect_3x3()?;
+    match call.launch_pooled()? {
+        Some(pooled) => Ok(pooled),
+        None => Ok(conv3x3_silu_pool(x, conv)?.1),
+    }
+}
+
 /// `sum` over `x` at twice its height and width; see the module's head comment.
 ///
 /// # Errors
@@ -170,6 +264,64 @@ pub fn conv2d_f32(x: &Tensor, conv: &Conv, scale: f32) -> Result<Tensor> {
         ..Call::new("conv2d_f32", x, conv)
     };
     Ok(call.run()?.0)
+}
+
+/// `silu(sum)` over `x` and then `second`, through the 1×1 convolution `picture` to three colours; see the module's head comment.
+///
+/// # Errors
+/// When shapes, types or devices do not fit.
+pub fn conv3x3_silu_picture(
+    x: &Tensor,
+    second: Option<&Tensor>,
+    conv: &Conv,
+    picture: &Conv,
+    canvas: Canvas<'_>,
+) -> Result<()> {
+    const OP: &str = "conv3x3_silu_picture";
+    let call = Call {
+        second,
+        activation: Activation::Silu,
+        ..Call::new(OP, x, conv)
+    };
+    call.expect_3x3()?;
+    let sizes = call.sizes()?;
+    picture.expect_picture(OP, conv.outputs())?;
+    canvas.expect(OP, [sizes.batch, sizes.height, sizes.width, PICTURE_CHANNELS], x)?;
+    if call.suits_picture(picture) {
+        return call.launch_picture_end(sizes, picture, canvas);
+    }
+    let activated = call.run()?.0;
+    paint(&conv2d_f32(&activated, picture, canvas.scale)?, canvas)
+}
+
+/// Puts a result that has been scaled onto the canvas.
+pub(super) fn paint(scaled: &Tensor, canvas: Canvas<'_>) -> Result<()> {
+    match canvas.delta {
+        Some(delta) => guided_euler_step(canvas.picture, scaled, None, delta),
+        None => canvas.picture.copy_from(scaled),
+    }
+}
+
+/// An image with at most this many channels may be the last source of a 3×3 convolution on CUDA, and may be f32.
+const MAX_IMAGE_CHANNELS: usize = 3;
+
+/// Channels of a picture.
+pub(super) const PICTURE_CHANNELS: usize = 3;
+
+impl Conv {
+    /// Checks that this is a 1×1 convolution of `inputs` channels to three colours.
+    pub(super) fn expect_picture(&self, op: &'static str, inputs: usize) -> Result<()> {
+        if self.kernel == 1 && self.channels == [inputs, 0] && self.outputs() == PICTURE_CHANNELS {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "{op}: the last convolution is {0}x{0} from {1:?} to {2} channels, expected 1x1 from {inputs} to \
+             {PICTURE_CHANNELS}",
+            self.kernel,
+            self.channels,
+            self.outputs()
+        )))
+    }
 }
 
 /// Everything that one of the functions above asks for.
@@ -298,152 +450,8 @@ impl<'a> Call<'a> {
         };
         match self.x.cuda() {
             None => cpu::convolve(self, sizes, &mut output, pooled.as_mut())?,
-            Some(device) => self.launch(device, sizes, &mut output, pooled.as_mut())?,
+            Some(device) => self.launch(device, sizes, Some(&mut output), pooled.as_mut())?,
         }
         Ok((output, pooled))
-    }
-}
-
-/// An image with at most this many channels may be the last source of a 3×3 convolution on CUDA, and may be f32.
-const MAX_IMAGE_CHANNELS: usize = 3;
-
-// Flags of the kernels, as in `cuda/common/conv_tile.cuh`.
-const SILU: u32 = 1;
-const F32_OUTPUT: u32 = 2;
-const F32_IMAGE: u32 = 4;
-
-impl Call<'_> {
-    fn launch(
-        &self,
-        device: &CudaDevice,
-        sizes: Sizes,
-        output: &mut Tensor,
-        pooled: Option<&mut Tensor>,
-    ) -> Result<()> {
-        let with_image = self.expect_kernel_sources()?;
-        if self.residual.is_some() && !sizes.outputs.is_multiple_of(8) {
-            return Err(Error::invalid(format!(
-                "{}: the CUDA kernels add a residual of a multiple of 8 channels, not of {}",
-                self.op, sizes.outputs
-            )));
-        }
-        if let Some(scale) = self.scale
-            && self.conv.kernel == 1
-            && self.launch_picture(device, scale, output)?
-        {
-            return Ok(());
-        }
-        // The kernels for images take them as the second source, alone or after another.
-        let (first, second) = match self.second {
-            None if with_image => (None, Some(self.x)),
-            second => (Some(self.x), second),
-        };
-        let channels = |source: Option<&Tensor>| source.map_or(0, |source| source.dim(3));
-        let second_extent = |axis: usize| second.map_or(0, |second| second.dim(axis));
-        let image_is_f32 = with_image && second.is_some_and(|second| second.dtype() == DType::F32);
-        let flags = [
-            (self.activation == Activation::Silu, SILU),
-            (self.scale.is_some(), F32_OUTPUT),
-            (image_is_f32, F32_IMAGE),
-        ];
-        let flags = flags.iter().filter(|(set, _)| *set).map(|(_, flag)| flag).sum();
-        let kernel = device.kernel("conv", self.kernel_name(with_image))?;
-        let args = Args::new()
-            .optional(first)?
-            .optional(second)?
-            .input(&self.conv.weight)?
-            .input(&self.conv.bias)?
-            .optional(self.residual)?
-            .output(output)?
-            .optional_output(pooled)?
-            .int(sizes.height)
-            .int(sizes.width)
-            .int(channels(first))
-            .int(channels(second))
-            .int(second_extent(1))
-            .int(second_extent(2))
-            .int(sizes.outputs)
-            .unsigned(flags)
-            .float(self.scale.unwrap_or(1.0))
-            .float(sizes.second_axes[0].ratio)
-            .float(sizes.second_axes[1].ratio);
-        let [tile_height, tile_width, tile_outputs, _] = kernel.info().tile.map(|extent| extent.max(1) as usize);
-        let tiles = sizes.batch * sizes.height.div_ceil(tile_height) * sizes.width.div_ceil(tile_width);
-        let blocks = grid(self.op, tiles * sizes.outputs.div_ceil(tile_outputs))?;
-        // SAFETY: the arguments are those of the kernels of `conv.cu`, of the shapes and types checked above; one block per
-        // tile of pixels and output channels; null pointers stand for what is absent.
-        unsafe { kernel.launch(device, [blocks, 1, 1], args) }
-    }
-
-    /// Checks what the kernels ask of the sources' channels; returns whether the last source is an image.
-    fn expect_kernel_sources(&self) -> Result<bool> {
-        let last = self.second.unwrap_or(self.x);
-        let whole_vectors = |source: &Tensor| source.dim(3).is_multiple_of(8);
-        let with_image = last.dim(3) <= MAX_IMAGE_CHANNELS && self.conv.kernel == 3 && !self.upsample;
-        if (whole_vectors(last) || with_image) && (self.second.is_none() || whole_vectors(self.x)) {
-            return Ok(with_image);
-        }
-        Err(Error::invalid(format!(
-            "{}: the CUDA kernels take sources of a multiple of 8 channels, or for 3x3 kernels a last one of at most \
-             {MAX_IMAGE_CHANNELS}; these have {:?}",
-            self.op, self.conv.channels
-        )))
-    }
-
-    /// The kernel whose tile suits the channels.
-    fn kernel_name(&self, with_image: bool) -> &'static str {
-        if self.conv.kernel == 1 {
-            return "conv1x1";
-        }
-        let outputs = match self.conv.outputs() {
-            0..=16 => 16,
-            17..=32 => 32,
-            33..=64 => 64,
-            _ => 128,
-        };
-        match (with_image, self.upsample, outputs, self.conv.inputs()) {
-            (true, _, 16, _) => "conv3x3_image_16",
-            (true, _, _, _) => "conv3x3_image_32",
-            (_, false, 16, 0..=16) => "conv3x3_16x16",
-            (_, false, 16, 17..=32) => "conv3x3_16x32",
-            (_, false, 16, _) => "conv3x3_16x32_chunked",
-            (_, false, 32, 0..=16) => "conv3x3_32x16",
-            (_, false, 32, 17..=32) => "conv3x3_32x32",
-            (_, false, 32, _) => "conv3x3_32x32_chunked",
-            (_, false, 64, _) => "conv3x3_64x32_chunked",
-            (_, false, _, _) => "conv3x3_128x32_chunked",
-            (_, true, 16, 0..=16) => "upsample_conv3x3_16x16",
-            (_, true, 16, 17..=32) => "upsample_conv3x3_16x32",
-            (_, true, 16, _) => "upsample_conv3x3_16x32_chunked",
-            (_, true, 32, 0..=16) => "upsample_conv3x3_32x16",
-            (_, true, 32, 17..=32) => "upsample_conv3x3_32x32",
-            (_, true, 32, _) => "upsample_conv3x3_32x32_chunked",
-            (_, true, 64, _) => "upsample_conv3x3_64x32_chunked",
-            (_, true, _, _) => "upsample_conv3x3_128x32_chunked",
-        }
-    }
-
-    /// Launches the kernel for 1×1 convolutions to a picture, if it can do this one.
-    fn launch_picture(&self, device: &CudaDevice, scale: f32, output: &mut Tensor) -> Result<bool> {
-        const PICTURE_CHANNELS: usize = 3;
-        let kernel = device.kernel("conv", "conv1x1_picture")?;
-        let [pixels_per_block, most_inputs, ..] = kernel.info().tile.map(|extent| extent as usize);
-        let plain = self.second.is_none() && self.residual.is_none() && self.activation == Activation::None;
-        if !plain || self.conv.outputs() != PICTURE_CHANNELS || self.conv.inputs() > most_inputs {
-            return Ok(false);
-        }
-        let pixels = self.x.shape().rows();
-        let args = Args::new()
-            .input(self.x)?
-            .input(&self.conv.weight)?
-            .input(&self.conv.bias)?
-            .output(output)?
-            .long(pixels as u64)
-            .int(self.conv.inputs())
-            .float(scale);
-        let blocks = grid(self.op, pixels.div_ceil(pixels_per_block.max(1)))?;
-        // SAFETY: the arguments are those of `conv1x1_picture`: one bf16 source of a multiple of 8 channels, three f32 outputs.
-        unsafe { kernel.launch(device, [blocks, 1, 1], args)? };
-        Ok(true)
     }
 }

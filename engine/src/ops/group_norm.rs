@@ -1,6 +1,6 @@
 //! Group normalisation of images, optionally with SiLU.
 //!
-//! [`group_norm`]: for `x` `[batch, height, width, channels]` whose channels fall into `groups` equal runs,
+//! [`group_norm`], and [`group_norm_in_place`] where memory is short: for `x` `[batch, height, width, channels]` whose channels fall into `groups` equal runs,
 //! `y = (x − mean) / sqrt(variance + ε) · weight + bias`, then `y · sigmoid(y)` where asked for. Mean and (biased) variance are
 //! those of all pixels of the run in one batch item. Weight and bias `[channels]`. Statistics are f32 or better whatever the
 //! storage; the same input gives the same bits. On CUDA `channels` is a multiple of 8 and at most 2048. Source: Wu and He,
@@ -43,6 +43,48 @@ struct Sizes {
 /// # Errors
 /// When shapes, types or devices do not fit.
 pub fn group_norm(x: &Tensor, norm: &GroupNorm, activation: Activation) -> Result<Tensor> {
+    let sizes = expect(x, norm)?;
+    let mut y = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+    if x.elements() == 0 {
+        return Ok(y);
+    }
+    match x.cuda() {
+        None => {
+            let factors = cpu_factors(x.as_slice()?, norm, sizes)?;
+            y.as_mut_slice::<f32>()?.copy_from_slice(x.as_slice()?);
+            cpu_apply(y.as_mut_slice()?, &factors, activation, sizes);
+        }
+        Some(device) => {
+            let factors = cuda_factors(device, x, norm, sizes)?;
+            cuda_apply(device, &factors, activation, sizes, Args::new().input(x)?, &mut y)?;
+        }
+    }
+    Ok(y)
+}
+
+/// The same in place of `x`, which must be the only tensor on its buffer.
+///
+/// # Errors
+/// When shapes, types or devices do not fit, or the buffer is shared.
+pub fn group_norm_in_place(x: &mut Tensor, norm: &GroupNorm, activation: Activation) -> Result<()> {
+    let sizes = expect(x, norm)?;
+    if x.elements() == 0 {
+        return Ok(());
+    }
+    match x.cuda().cloned() {
+        None => {
+            let factors = cpu_factors(x.as_slice()?, norm, sizes)?;
+            cpu_apply(x.as_mut_slice()?, &factors, activation, sizes);
+            Ok(())
+        }
+        Some(device) => {
+            let factors = cuda_factors(&device, x, norm, sizes)?;
+            cuda_apply(&device, &factors, activation, sizes, Args::new().input(x)?, x)
+        }
+    }
+}
+
+fn expect(x: &Tensor, norm: &GroupNorm) -> Result<Sizes> {
     const OP: &str = "group_norm";
     x.expect_rank(OP, "x", 4, "[batch, height, width, channels]")?;
     x.expect_dtype(OP, "x", x.device().compute_dtype())?;
@@ -60,52 +102,47 @@ pub fn group_norm(x: &Tensor, norm: &GroupNorm, activation: Activation) -> Resul
     }
     expect_parameter(OP, "weight", &norm.weight, &[sizes.channels], x)?;
     expect_parameter(OP, "bias", &norm.bias, &[sizes.channels], x)?;
-    let mut y = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
-    if x.elements() == 0 {
-        return Ok(y);
-    }
-    match x.cuda() {
-        None => cpu_group_norm(x, norm, activation, sizes, &mut y)?,
-        Some(device) => cuda_group_norm(device, x, norm, activation, sizes, &mut y)?,
-    }
-    Ok(y)
+    Ok(sizes)
 }
 
 /// Pixels whose sums one task takes on the CPU; a fixed number, so that sums do not depend on the number of threads.
 const CPU_SLAB: usize = 1024;
 
-fn cpu_group_norm(x: &Tensor, norm: &GroupNorm, activation: Activation, sizes: Sizes, y: &mut Tensor) -> Result<()> {
+/// Factor and offset of each channel of each item.
+fn cpu_factors(x: &[f32], norm: &GroupNorm, sizes: Sizes) -> Result<Vec<(f32, f32)>> {
     let (weight, bias) = (norm.weight.as_slice::<f32>()?, norm.bias.as_slice::<f32>()?);
-    let item = sizes.pixels * sizes.channels;
     let width = sizes.channels / sizes.groups;
-    let items = x.as_slice::<f32>()?.chunks(item);
-    for (x, y) in items.zip(y.as_mut_slice::<f32>()?.chunks_mut(item)) {
-        let count = (sizes.pixels * width) as f64;
+    let count = (sizes.pixels * width) as f64;
+    let mut factors = Vec::with_capacity(sizes.batch * sizes.channels);
+    for x in x.chunks(sizes.pixels * sizes.channels) {
         let mean: Vec<f64> = group_sums(x, sizes, |value, _| value)
             .iter()
             .map(|sum| sum / count)
             .collect();
         let squares = group_sums(x, sizes, |value, group| (value - mean[group]).powi(2));
-        let factors: Vec<(f32, f32)> = (0..sizes.channels)
-            .map(|channel| {
-                let group = channel / width;
-                let inverse = 1.0 / (squares[group] / count + f64::from(norm.epsilon)).sqrt();
-                let factor = inverse * f64::from(weight[channel]);
-                (factor as f32, (f64::from(bias[channel]) - mean[group] * factor) as f32)
-            })
-            .collect();
-        let pixels = y.par_chunks_mut(sizes.channels).zip(x.par_chunks(sizes.channels));
-        pixels.for_each(|(y, x)| {
-            for ((y, x), (factor, offset)) in y.iter_mut().zip(x).zip(&factors) {
-                let value = x * factor + offset;
-                *y = match activation {
+        factors.extend((0..sizes.channels).map(|channel| {
+            let group = channel / width;
+            let inverse = 1.0 / (squares[group] / count + f64::from(norm.epsilon)).sqrt();
+            let factor = inverse * f64::from(weight[channel]);
+            (factor as f32, (f64::from(bias[channel]) - mean[group] * factor) as f32)
+        }));
+    }
+    Ok(factors)
+}
+
+fn cpu_apply(x: &mut [f32], factors: &[(f32, f32)], activation: Activation, sizes: Sizes) {
+    let items = x.chunks_mut(sizes.pixels * sizes.channels);
+    for (x, factors) in items.zip(factors.chunks(sizes.channels)) {
+        x.par_chunks_mut(sizes.channels).for_each(|x| {
+            for (x, (factor, offset)) in x.iter_mut().zip(factors) {
+                let value = *x * factor + offset;
+                *x = match activation {
                     Activation::None => value,
                     Activation::Silu => silu_scalar(value),
                 };
             }
         });
     }
-    Ok(())
 }
 
 /// For each group of one item the sum of `term(value, group)`, in f64 and in a fixed order.
@@ -135,14 +172,16 @@ const MAX_BLOCKS: usize = 2048;
 /// Pixels that a thread reads at least, so that a block's own sums are worth their reduction.
 const LEAST_PIXELS: usize = 8;
 
-fn cuda_group_norm(
-    device: &CudaDevice,
-    x: &Tensor,
-    norm: &GroupNorm,
-    activation: Activation,
-    sizes: Sizes,
-    y: &mut Tensor,
-) -> Result<()> {
+/// Blocks of an item, and the pixels that each takes: the same slabs for every device, so that sums are too.
+fn slabs(device: &CudaDevice, sizes: Sizes) -> Result<(usize, usize)> {
+    let threads = device.kernel("group_norm", "group_norm_moments")?.info().threads as usize;
+    let rows = threads / (sizes.channels / 8);
+    let slab = sizes.pixels.div_ceil(MAX_BLOCKS).max(rows * LEAST_PIXELS);
+    Ok((sizes.pixels.div_ceil(slab), slab))
+}
+
+/// f32 `[batch, 2, channels]`: the factor and the offset of each channel.
+fn cuda_factors(device: &CudaDevice, x: &Tensor, norm: &GroupNorm, sizes: Sizes) -> Result<Tensor> {
     const OP: &str = "group_norm";
     let moments_kernel = device.kernel("group_norm", "group_norm_moments")?;
     let most_channels = moments_kernel.info().tile[0] as usize;
@@ -152,10 +191,7 @@ fn cuda_group_norm(
             sizes.channels
         )));
     }
-    // The same slabs for every device, so that sums are too.
-    let rows = moments_kernel.info().threads as usize / (sizes.channels / 8);
-    let slab = sizes.pixels.div_ceil(MAX_BLOCKS).max(rows * LEAST_PIXELS);
-    let blocks = sizes.pixels.div_ceil(slab);
+    let (blocks, slab) = slabs(device, sizes)?;
     let grid = [grid(OP, blocks)?, grid(OP, sizes.batch)?, 1];
 
     let mut moments = Tensor::empty(&x.device(), [sizes.batch, blocks, sizes.groups, 2], DType::F32)?;
@@ -184,16 +220,30 @@ fn cuda_group_norm(
     let factors_kernel = device.kernel("group_norm", "group_norm_factors")?;
     // SAFETY: the arguments are those of `group_norm_factors`; one block per group and item.
     unsafe { factors_kernel.launch(device, [sizes.groups as u32, grid[1], 1], args)? };
+    Ok(factors)
+}
 
-    let args = Args::new()
-        .input(x)?
-        .input(&factors)?
+/// `source` holds the address of the tensor that is read, which may be `y`.
+fn cuda_apply(
+    device: &CudaDevice,
+    factors: &Tensor,
+    activation: Activation,
+    sizes: Sizes,
+    source: Args,
+    y: &mut Tensor,
+) -> Result<()> {
+    const OP: &str = "group_norm";
+    let (blocks, slab) = slabs(device, sizes)?;
+    let grid = [grid(OP, blocks)?, grid(OP, sizes.batch)?, 1];
+    let args = source
+        .input(factors)?
         .output(y)?
         .long(sizes.pixels as u64)
         .int(sizes.channels)
         .int(slab)
         .int(usize::from(activation == Activation::Silu));
     let apply_kernel = device.kernel("group_norm", "group_norm_apply")?;
-    // SAFETY: the arguments are those of `group_norm_apply`, on the grid of `group_norm_moments`.
+    // SAFETY: the arguments are those of `group_norm_apply`, on the grid of `group_norm_moments`; a thread reads each element
+    // before it writes it, so that both may be the same.
     unsafe { apply_kernel.launch(device, grid, args) }
 }

@@ -8,6 +8,7 @@ pub mod add_rms_norm;
 pub mod attention;
 pub mod cast;
 pub mod conv;
+pub mod detail_stage;
 pub mod downsample_conv;
 mod elementwise;
 pub mod embedding;

@@ -71,10 +71,14 @@ struct Segment {
 
 /// The arrays of the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum StateArray {
+pub enum StateArray {
+    /// The f32 weights; not kept on the CPU.
     Master,
+    /// The running means of the gradients.
     FirstMoment,
+    /// The running means of their squares.
     SecondMoment,
+    /// The running averages of the weights; kept where a decay was given.
     Average,
 }
 
@@ -134,14 +138,18 @@ impl AdamW {
     }
 
     /// The part of a state array that belongs to tensor `index`, flat; `None` for an array that is not kept.
-    pub(super) fn state(&self, array: StateArray, index: usize) -> Result<Option<Tensor>> {
+    ///
+    /// # Errors
+    /// When there is no such tensor.
+    pub fn state(&self, array: StateArray, index: usize) -> Result<Option<Tensor>> {
         let array = match array {
             StateArray::Master => self.master.as_ref(),
             StateArray::FirstMoment => Some(&self.first_moment),
             StateArray::SecondMoment => Some(&self.second_moment),
             StateArray::Average => self.average.as_ref(),
         };
-        let (start, count) = self.places[index];
+        let place = self.places.get(index);
+        let &(start, count) = place.ok_or_else(|| Error::invalid(format!("adamw: there is no tensor {index}")))?;
         array.map(|array| array.narrow(start, count)).transpose()
     }
 

@@ -2,13 +2,16 @@
 //!
 //! [`TrainableDit`] owns a transformer with the gradients and the optimizer state of the tensors that its [`Policy`] trains.
 //! One optimizer step is any number of [`TrainableDit::accumulate`] and one [`TrainableDit::step`]; neither waits for the
-//! device.
+//! device. [`TrainingPlan`] tells what a run will hold and compute before anything is allocated.
 
 mod adamw;
+mod plan;
 mod policy;
 pub mod run;
 mod trainable;
 
+pub use adamw::{AdamW, StateArray};
+pub use plan::{Arithmetic, PlanInput, PlannedMemory, TrainingPlan};
 pub use policy::{DEFAULT_ENDS, Policy, Recompute};
 pub use trainable::{Batch, StatePart, StateTensor, StepNorm, TrainableDit, TrainedTensor};
 

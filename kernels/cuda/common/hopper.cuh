@@ -188,3 +188,78 @@ __device__ __forceinline__ void issue_product(Accumulators& d, const uint32_t (&
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
         : "memory");
 }
+
+// Starts copying `bytes` consecutive bytes, a multiple of 16, between addresses that are too; they count on the barrier.
+__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+        "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// ---- the same products with half as many columns ----
+
+// The accumulators of 64 rows x 64 columns.
+using HalfAccumulators = float[8][4];
+
+#define L2P_HALF_REGISTERS(d)                                                                               \
+    L2P_TILE_REGISTERS(d, 0), L2P_TILE_REGISTERS(d, 1), L2P_TILE_REGISTERS(d, 2), L2P_TILE_REGISTERS(d, 3), \
+        L2P_TILE_REGISTERS(d, 4), L2P_TILE_REGISTERS(d, 5), L2P_TILE_REGISTERS(d, 6), L2P_TILE_REGISTERS(d, 7)
+#define L2P_HALF_REGISTER_NAMES                                                                            \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+
+__device__ __forceinline__ void hold(HalfAccumulators& d) { asm volatile("" : L2P_HALF_REGISTERS(d)::"memory"); }
+
+__device__ __forceinline__ void product_fence(HalfAccumulators& d) {
+    asm volatile("wgmma.fence.sync.aligned;" : L2P_HALF_REGISTERS(d)::"memory");
+}
+
+template <int PENDING>
+__device__ __forceinline__ void product_wait(HalfAccumulators& d) {
+    asm volatile("wgmma.wait_group.sync.aligned %32;" : L2P_HALF_REGISTERS(d) : "n"(PENDING) : "memory");
+}
+
+// Before products of which none adds to registers that other instructions wrote.
+__device__ __forceinline__ void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+#define L2P_TILE_OUTPUTS(d, t) "=f"(d[t][0]), "=f"(d[t][1]), "=f"(d[t][2]), "=f"(d[t][3])
+#define L2P_HALF_OUTPUTS(d)                                                                         \
+    L2P_TILE_OUTPUTS(d, 0), L2P_TILE_OUTPUTS(d, 1), L2P_TILE_OUTPUTS(d, 2), L2P_TILE_OUTPUTS(d, 3), \
+        L2P_TILE_OUTPUTS(d, 4), L2P_TILE_OUTPUTS(d, 5), L2P_TILE_OUTPUTS(d, 6), L2P_TILE_OUTPUTS(d, 7)
+
+// d += a b for 64 x 64 and 16 summed elements; a and b by rows.
+__device__ __forceinline__ void issue_product(HalfAccumulators& d, uint64_t a, uint64_t b) {
+    asm volatile(
+        "{\n\t.reg .pred adding;\n\tsetp.ne.b32 adding, 1, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " L2P_HALF_REGISTER_NAMES
+        ", %32, %33, adding, 1, 1, 0, 0;\n\t}"
+        : L2P_HALF_REGISTERS(d)
+        : "l"(a), "l"(b)
+        : "memory");
+}
+
+// d = a b. Unlike a product that may add, it does not wait for what other instructions did with d before.
+__device__ __forceinline__ void issue_new_product(HalfAccumulators& d, uint64_t a, uint64_t b) {
+    asm volatile(
+        "{\n\t.reg .pred adding;\n\tsetp.ne.b32 adding, 0, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " L2P_HALF_REGISTER_NAMES
+        ", %32, %33, adding, 1, 1, 0, 0;\n\t}"
+        : L2P_HALF_OUTPUTS(d)
+        : "l"(a), "l"(b)
+        : "memory");
+}
+
+// The same for 64 x 128.
+__device__ __forceinline__ void issue_new_product(Accumulators& d, uint64_t a, uint64_t b) {
+    asm volatile(
+        "{\n\t.reg .pred adding;\n\tsetp.ne.b32 adding, 0, 0;\n\t"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " L2P_REGISTER_NAMES ", %64, %65, adding, 1, 1, 0, 0;\n\t}"
+        : L2P_HALF_OUTPUTS(d), L2P_TILE_OUTPUTS(d, 8), L2P_TILE_OUTPUTS(d, 9), L2P_TILE_OUTPUTS(d, 10),
+          L2P_TILE_OUTPUTS(d, 11), L2P_TILE_OUTPUTS(d, 12), L2P_TILE_OUTPUTS(d, 13), L2P_TILE_OUTPUTS(d, 14),
+          L2P_TILE_OUTPUTS(d, 15)
+        : "l"(a), "l"(b)
+        : "memory");
+}
+
+__device__ __forceinline__ void issue_product(Accumulators& d, uint64_t a, uint64_t b) { issue_product(d, a, b, true); }

@@ -1,5 +1,5 @@
 use l2p_engine::ops::conv::Activation;
-use l2p_engine::ops::group_norm::{GroupNorm, group_norm};
+use l2p_engine::ops::group_norm::{GroupNorm, group_norm, group_norm_in_place};
 use l2p_engine::{DType, Device, Result, Tensor};
 use l2p_tests::fixtures::Group;
 use l2p_tests::{BF16_TOLERANCE, Outcome, Suite, expect_like_cpu, random_bf16};
@@ -86,7 +86,11 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
             expect_like_cpu(&what, device, BF16_TOLERANCE, |device| {
                 let shape = [batch, height, width, channels];
                 let x = Tensor::from_f32(device, &random_bf16("x", shape.iter().product()), shape)?;
-                Ok(vec![group_norm(&x, &norm(device, channels, groups)?, activation)?])
+                let norm = norm(device, channels, groups)?;
+                let y = group_norm(&x, &norm, activation)?;
+                let mut in_place = x;
+                group_norm_in_place(&mut in_place, &norm, activation)?;
+                Ok(vec![y, in_place])
             })?;
         }
     }

@@ -7,6 +7,7 @@ mod backward;
 mod cast;
 mod conv;
 mod conv_backward;
+mod detail_stage;
 mod downsample_conv;
 mod embedding;
 mod from_rgb8;
@@ -38,6 +39,7 @@ pub fn register(suite: &mut Suite) {
     conv::register(suite);
     downsample_conv::register(suite);
     conv_backward::register(suite);
+    detail_stage::register(suite);
     embedding::register(suite);
     from_rgb8::register(suite);
     group_norm::register(suite);

@@ -3,7 +3,7 @@
 use super::{Detailer, DetailerLayout, IMAGE_CHANNELS, Stage, StageLayout};
 use crate::device::MemoryTag;
 use crate::error::Result;
-use crate::model::parameters::{Listed, Parameter, Slot, list_tensors};
+use crate::model::parameters::{Parameter, Slot, list_tensors};
 use crate::ops::conv::{
     Activation, Conv, ConvGrads, ConvSaved, conv2d, conv2d_backward, conv2d_f32, conv2d_f32_backward,
     conv2d_silu_with_sum, conv3x3_silu_pool, conv3x3_silu_pool_backward, conv3x3_silu_pool_with_sum, upsample_conv3x3,

@@ -234,6 +234,27 @@ enum SavedOutput {
 }
 
 impl Dit {
+    /// Every parameter's values on the host under its canonical name, in the checkpoint's order of axes: for saving small models
+    /// and for comparing them. Waits for the device.
+    ///
+    /// # Errors
+    /// When the work so far failed.
+    pub fn parameter_values(&self) -> Result<Vec<(String, Vec<f32>)>> {
+        let head = match &self.output {
+            Output::Pixel(head) => Some(head.layout()),
+            Output::Latent(_) => None,
+        };
+        let mut all = Vec::new();
+        for (parameter, tensor) in parameters(&self.config, head)?.iter().zip(self.listed()) {
+            let values = tensor.to_vec_f32()?;
+            for (index, part) in parameter.parts.iter().enumerate() {
+                let own = values[parameter.range(index)].to_vec();
+                all.push((part.name.clone(), parameter.to_published(index, own)));
+            }
+        }
+        Ok(all)
+    }
+
     /// The velocity of `image` (in the compute type) for captions and model times `t = 1 − sigma`, one of each per item, as by
     /// [`Dit::prepare`], [`Dit::modulate`] and [`Dit::forward`]; and what backward needs. With `keep_sums` a pixel model's head keeps what its
     /// activations read.

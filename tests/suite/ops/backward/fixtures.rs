@@ -153,6 +153,13 @@ fn halves(rows: &Tensor) -> Result<[Vec<f32>; 2]> {
     Ok([half(0)?, half(width / 2)?])
 }
 
+fn weight_alone(weight: &mut Tensor) -> LinearGradients<'_> {
+    LinearGradients {
+        weight: Some(weight),
+        bias: None,
+    }
+}
+
 fn feed_forward_equals_torch() -> Outcome {
     let group = Group::load("grads");
     for case in group.cases("op.swiglu") {
@@ -176,16 +183,12 @@ fn feed_forward_equals_torch() -> Outcome {
         packed(&linear(&x, &w1, None)?, &linear(&x, &w3, None)?)?.into_shape([x.dim(0), 2 * w1.dim(0)])?;
     let (dx, hidden) = swiglu_backward(&linear_backward_input(&dy, &w2)?, gate_and_up, true)?;
     let mut d_w2 = zeros(&w2.shape())?;
-    let wanted = |weight| LinearGradients {
-        weight: Some(weight),
-        bias: None,
-    };
-    linear_backward_weight(&dy, &hidden.expect("it was asked for"), wanted(&mut d_w2))?;
+    linear_backward_weight(&dy, &hidden.expect("it was asked for"), weight_alone(&mut d_w2))?;
     case.check("grad.w2.weight", d_w2.as_slice()?)?;
     let stacked = [w1.as_slice::<f32>()?, w3.as_slice()?].concat();
     let w13 = Tensor::from_slice(&CPU, &stacked, [2 * w1.dim(0), w1.dim(1)])?;
     let mut d_w13 = zeros(&w13.shape())?;
-    linear_backward_weight(&dx, &x, wanted(&mut d_w13))?;
+    linear_backward_weight(&dx, &x, weight_alone(&mut d_w13))?;
     let (d_w1, d_w3) = d_w13.as_slice::<f32>()?.split_at(w1.elements());
     case.check("grad.w1.weight", d_w1)?;
     case.check("grad.w3.weight", d_w3)?;

@@ -1,0 +1,146 @@
+use l2p_engine::ops::conv::{Canvas, Conv};
+use l2p_engine::ops::detail_stage::{DetailStage, detail_stage};
+use l2p_engine::{DType, Device, Result, Tensor};
+use l2p_tests::{Outcome, Suite, expect_like_cpu, random, random_bf16};
+
+pub fn register(suite: &mut Suite) {
+    suite.cpu("ops::detail_stage::mistakes_are_named", mistakes_are_named);
+    suite.cuda("ops::detail_stage::cuda_equals_cpu", cuda_equals_cpu);
+    suite.cuda("ops::detail_stage::cuda_repeats_its_bits", cuda_repeats_its_bits);
+}
+
+/// What is kept in bf16 on the way: upsampled, encoded and decoded channels.
+const TOLERANCE: f64 = 6e-3;
+
+fn layer(device: &Device, name: &str, kernel: usize, channels: &[usize], outputs: usize) -> Result<Conv> {
+    let inputs = kernel * kernel * channels.iter().sum::<usize>();
+    let scale = 1.0 / (inputs as f32).sqrt();
+    let rounded = |values: Vec<f32>| -> Vec<f32> {
+        let scaled = values
+            .into_iter()
+            .map(|value| half::bf16::from_f32(value * scale).to_f32());
+        scaled.collect()
+    };
+    let weight = rounded(random(&format!("{name}.weight"), outputs * inputs));
+    let bias = rounded(random(&format!("{name}.bias"), outputs));
+    Conv::new(
+        Tensor::from_f32(device, &weight, [outputs, inputs])?,
+        Tensor::from_f32(device, &bias, [outputs])?,
+        kernel,
+        channels,
+    )
+}
+
+/// Encoder, up, decoder and output.
+fn layers(device: &Device) -> Result<[Conv; 4]> {
+    Ok([
+        layer(device, "encoder", 3, &[3], 16)?,
+        layer(device, "up", 3, &[16], 16)?,
+        layer(device, "decoder", 3, &[16, 16], 16)?,
+        layer(device, "output", 1, &[16], 3)?,
+    ])
+}
+
+fn stage([encoder, up, decoder, output]: &[Conv; 4]) -> DetailStage<'_> {
+    DetailStage {
+        encoder,
+        up,
+        decoder,
+        output,
+    }
+}
+
+fn run(layers: &[Conv; 4], map: &Tensor, image: &Tensor, canvas: Canvas<'_>) -> Result<()> {
+    let stage = stage(layers);
+    detail_stage(&stage, &stage.arrange()?, map, image, canvas)
+}
+
+fn image(device: &Device, name: &str, shape: [usize; 4]) -> Result<Tensor> {
+    Tensor::from_f32(device, &random_bf16(name, shape.iter().product()), shape)
+}
+
+/// One window, a tile and less, one row and column more, several tiles with a rest, two items.
+fn cuda_equals_cpu(device: &Device) -> Outcome {
+    for [batch, height, width] in [
+        [1, 2, 2],
+        [1, 14, 62],
+        [1, 8, 34],
+        [1, 16, 64],
+        [2, 30, 130],
+        [1, 60, 6],
+        [1, 2, 190],
+        [1, 64, 256],
+    ] {
+        let what = format!("{batch}x{height}x{width}");
+        expect_like_cpu(&what, device, TOLERANCE, |device| {
+            let layers = layers(device)?;
+            let map = image(device, "map", [batch, height / 2, width / 2, 16])?;
+            let shape = [batch, height, width, 3];
+            let picture = image(device, "image", shape)?;
+            let mut written = Tensor::empty(device, shape, DType::F32)?;
+            let mut added = Tensor::from_slice(device, &random_bf16("canvas", shape.iter().product()), shape)?;
+            let delta = Tensor::from_slice(device, &[-0.75f32], [1])?;
+            for (target, delta) in [(&mut written, None), (&mut added, Some(&delta))] {
+                let canvas = Canvas {
+                    picture: target,
+                    scale: -1.5,
+                    delta,
+                };
+                run(&layers, &map, &picture, canvas)?;
+            }
+            Ok(vec![written, added])
+        })?;
+    }
+    Ok(())
+}
+
+fn cuda_repeats_its_bits(device: &Device) -> Outcome {
+    let layers = layers(device)?;
+    let (map, picture) = (
+        image(device, "map", [1, 50, 80, 16])?,
+        image(device, "image", [1, 100, 160, 3])?,
+    );
+    let draw = || {
+        let mut written = Tensor::empty(device, picture.shape(), DType::F32)?;
+        let canvas = Canvas {
+            picture: &mut written,
+            scale: 1.0,
+            delta: None,
+        };
+        run(&layers, &map, &picture, canvas)?;
+        written.to_vec::<f32>()
+    };
+    assert!(draw()? == draw()?);
+    Ok(())
+}
+
+fn mistakes_are_named() -> Outcome {
+    let cpu = &Device::Cpu;
+    let [_, up, decoder, output] = layers(cpu)?;
+    let wide = layer(cpu, "encoder", 3, &[3], 24)?;
+    let message = stage(&[wide, up, decoder, output]).arrange().unwrap_err().to_string();
+    assert!(message.contains("([3, 0], 24)"), "{message}");
+
+    let attempt = |map: [usize; 4], picture: [usize; 4]| {
+        let mut target = Tensor::empty(cpu, picture, DType::F32)?;
+        let canvas = Canvas {
+            picture: &mut target,
+            scale: 1.0,
+            delta: None,
+        };
+        run(
+            &layers(cpu)?,
+            &image(cpu, "map", map)?,
+            &image(cpu, "image", picture)?,
+            canvas,
+        )
+    };
+    let message = attempt([1, 2, 2, 16], [1, 5, 4, 3]).unwrap_err().to_string();
+    assert!(message.contains("both sides must be even"), "{message}");
+    let message = attempt([1, 2, 3, 16], [1, 4, 4, 3]).unwrap_err().to_string();
+    assert!(
+        message.contains("map") && message.contains("[1, 2, 2, 16]"),
+        "{message}"
+    );
+    Ok(())
+}
