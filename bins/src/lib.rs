@@ -1,5 +1,6 @@
 //! What the programs share: how they end, how they report progress, and how they stop when asked to.
 
+pub mod data;
 mod progress;
 pub mod report;
 pub mod sample;

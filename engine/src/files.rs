@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use tempfile::Builder;
 
@@ -42,4 +42,25 @@ pub(crate) fn sync_folder(folder: &Path) {
 pub(crate) fn folder_of(path: &Path) -> PathBuf {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     folder.unwrap_or(Path::new(".")).into()
+}
+
+/// `path` as seen from `folder`; both are whole, canonical paths.
+pub(crate) fn relative(path: &Path, folder: &Path) -> PathBuf {
+    let shared = path.components().zip(folder.components());
+    let shared = shared.take_while(|(a, b)| a == b).count();
+    let up = folder.components().skip(shared).map(|_| Component::ParentDir);
+    up.chain(path.components().skip(shared)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_seen_from_folders() {
+        let seen = |path: &str, folder: &str| relative(Path::new(path), Path::new(folder));
+        assert_eq!(seen("/a/source", "/a/pixel"), Path::new("../source"));
+        assert_eq!(seen("/a/b/c.safetensors", "/a/b"), Path::new("c.safetensors"));
+        assert_eq!(seen("/x", "/a/b"), Path::new("../../x"));
+    }
 }

@@ -39,6 +39,9 @@ const DEFAULT_SHIFT: f32 = 3.0;
 const DEFAULT_LATENT_SIZE: usize = 1024;
 const DEFAULT_GRID: usize = 64;
 
+/// Pixels that [`Pipeline::pictures`] decodes together.
+const DECODED_PIXELS: usize = 1 << 20;
+
 /// One phase of a run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Phase {
@@ -385,6 +388,29 @@ impl Pipeline {
                 .map(|item| vae.decode(&drawn.narrow(item, 1)?))
                 .collect::<Result<Vec<_>>>()?;
             stack(&images)
+        })
+    }
+
+    /// The pictures of what [`Pipeline::denoise`] returned as bytes on the host, one buffer of `height · width · 3` per item:
+    /// [`Pipeline::decode`] and [`Pipeline::to_bytes`] for many small pictures, several at a time.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn pictures(&mut self, drawn: &Tensor) -> Result<Vec<Vec<u8>>> {
+        let cell = self.vae_config().map_or(1, VaeConfig::downsampling);
+        let pixels = drawn.dim(1) * drawn.dim(2) * cell * cell;
+        let at_once = (DECODED_PIXELS / pixels.max(1)).max(1);
+        self.phase("decode", |pipeline| {
+            let mut pictures = Vec::with_capacity(drawn.dim(0));
+            for first in (0..drawn.dim(0)).step_by(at_once) {
+                let part = drawn.narrow(first, at_once.min(drawn.dim(0) - first))?;
+                let images = match &pipeline.vae {
+                    Some(vae) => vae.decode(&part)?,
+                    None => part,
+                };
+                pictures.extend(pipeline.to_bytes(&images)?);
+            }
+            Ok(pictures)
         })
     }
 

@@ -34,6 +34,8 @@ Examples:
     l2p-sample --model runs/first/checkpoints/step-00001000 --prompt \"a lighthouse\"
     l2p-convert merge --base runs/first/init.safetensors --delta runs/first/checkpoints/step-00001000/delta.safetensors \\
                       --out pixel.safetensors
+  Keep it as a model that shares the text encoder of the one it began from:
+    l2p-train package runs/first/checkpoints/step-00001000 --out models/pixel
   Two runs in one picture:
     l2p-train compare shallow=runs/first full=runs/second --out compare.svg";
 
@@ -90,6 +92,38 @@ pub struct Source {
 /// What `l2p-train` does besides training.
 #[derive(Subcommand, Clone, Debug)]
 pub enum Command {
+    /// Say what a run would train, hold in memory and compute, before anything is allocated
+    Plan {
+        /// The configuration.
+        #[command(flatten)]
+        source: Source,
+        /// Tokens of a caption; prompts of 200 to 350 characters have about 96
+        #[arg(long, value_name = "N", default_value_t = 96, value_parser = clap::value_parser!(u32).range(1..=4096))]
+        caption_tokens: u32,
+        /// Print one JSON object, with the names of the trained tensors
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a model of a checkpoint: a folder with the trained tensors and an l2p.json that names the model they lie over
+    Package {
+        /// The checkpoint's folder
+        checkpoint: PathBuf,
+        /// The model's folder
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Take the averaged weights (key ema) instead of the last ones
+        #[arg(long)]
+        average: bool,
+        /// The model that the tensors lie over, where it is no longer where the run found it
+        #[arg(long, value_name = "DIR|FILE")]
+        base: Option<PathBuf>,
+        /// Replace what is there
+        #[arg(long)]
+        force: bool,
+        /// Print the result as one JSON object
+        #[arg(long)]
+        json: bool,
+    },
     /// Draw the validation losses of several runs in one picture, and write the numbers behind it
     Compare {
         /// Folders of runs, each with a label before it if it is to have another than its name
@@ -104,6 +138,12 @@ pub enum Command {
         /// Above the picture
         #[arg(long, default_value = "Held-out loss")]
         title: String,
+        /// Also lay the runs' last samples beside each other, a row for each run
+        #[arg(long, value_name = "FILE.png|FILE.jpg")]
+        samples: Option<PathBuf>,
+        /// Samples in a row
+        #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
+        columns: u32,
         /// Print the numbers as JSON
         #[arg(long)]
         json: bool,
@@ -158,6 +198,8 @@ mod tests {
             "--config",
             "--weight-decay",
             "compare",
+            "plan",
+            "package",
             "exit code 130",
             "[default: 5e-5]",
         ] {

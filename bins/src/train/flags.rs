@@ -50,13 +50,17 @@ fn flag(key: &Key, default: &Value) -> Arg {
         Some(default) => format!("{help} [default: {default}]"),
         None => help.to_owned(),
     };
-    Arg::new(key.name)
+    let arg = Arg::new(key.name)
         .long(key.name.replace('_', "-"))
         .value_name(key.value)
         .help_heading(key.group)
         .help(help)
-        .allow_hyphen_values(true)
-        .action(ArgAction::Append)
+        .action(ArgAction::Append);
+    match default {
+        // `--profile` alone says yes.
+        Value::Bool(_) => arg.num_args(0..=1).default_missing_value("true"),
+        _ => arg.allow_hyphen_values(true),
+    }
 }
 
 /// A default that is worth saying.
@@ -88,9 +92,14 @@ mod tests {
             "a",
             "--sample-prompts",
             "b",
+            "--profile",
         ]);
         let flags = KeyFlags::from_arg_matches(&matches).unwrap();
-        let expected = [("lr", vec!["1e-3"]), ("sample_prompts", vec!["a", "b"])];
+        let expected = [
+            ("lr", vec!["1e-3"]),
+            ("sample_prompts", vec!["a", "b"]),
+            ("profile", vec!["true"]),
+        ];
         let expected = expected.map(|(name, values)| (name.to_owned(), values.into_iter().map(String::from).collect()));
         assert_eq!(flags.0, expected);
     }

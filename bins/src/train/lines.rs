@@ -3,8 +3,9 @@
 use std::fmt::Write;
 
 use l2p_engine::device::format_bytes;
-use l2p_engine::train::run::Comparison;
+use l2p_engine::profile::PartTime;
 use l2p_engine::train::run::log::{Record, StartRecord, TrainRecord};
+use l2p_engine::train::run::{Comparison, Packaged};
 
 /// A record as a line; `steps` are those of the whole run.
 pub fn of(record: &Record, steps: u64) -> Option<String> {
@@ -14,7 +15,7 @@ pub fn of(record: &Record, steps: u64) -> Option<String> {
         Record::Validation { step, loss, seconds } => {
             format!("step {step}  validation loss {loss:.5}  ({})", duration(*seconds))
         }
-        Record::Samples { step, file } => format!("step {step}  samples {file}"),
+        Record::Samples { step, file, .. } => format!("step {step}  samples {file}"),
         Record::Checkpoint {
             step,
             folder,
@@ -27,6 +28,7 @@ pub fn of(record: &Record, steps: u64) -> Option<String> {
         ),
         Record::Notice { step, text } => format!("step {step}  note: {text}"),
         Record::Damaged { what, reason, .. } => format!("damaged, skipped: {what}: {reason}"),
+        Record::Profile { parts, .. } => profile(parts),
         Record::End { .. } => return None,
     })
 }
@@ -74,6 +76,40 @@ fn interval(train: &TrainRecord, steps: u64) -> String {
         duration(train.eta_seconds)
     );
     line
+}
+
+/// Where the time went, a part a line; shares are of the outermost part.
+fn profile(parts: &[PartTime]) -> String {
+    let whole = parts.first().map_or(1.0, |part| part.seconds.max(f64::MIN_POSITIVE));
+    let mut text = format!(
+        "{:<32}  {:>8}  {:>12}  {:>12}  {:>7}",
+        "part", "calls", "each", "in all", "share"
+    );
+    for part in parts {
+        let depth = part.path.matches('/').count();
+        let name = part.path.rsplit('/').next().unwrap_or_default();
+        let _ = write!(
+            text,
+            "\n{:<32}  {:>8}  {:>9.3} ms  {:>10.3} s  {:>5.1} %",
+            format!("{}{name}", "  ".repeat(depth)),
+            part.calls,
+            part.seconds / part.calls.max(1) as f64 * 1e3,
+            part.seconds,
+            part.seconds / whole * 100.0
+        );
+    }
+    text
+}
+
+/// What was packaged.
+pub fn packaged(packaged: &Packaged) -> String {
+    format!(
+        "wrote {}: {} tensors, {}, over {}\n",
+        packaged.folder.display(),
+        packaged.tensors,
+        format_bytes(packaged.bytes),
+        packaged.base.display()
+    )
 }
 
 /// Seconds as people say them.

@@ -3,17 +3,19 @@
 mod arguments;
 mod flags;
 mod lines;
+mod plan;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
-use l2p_engine::Device;
-use l2p_engine::train::run::{self, Event, Observer, XAxis, compare, write_report};
+use l2p_engine::image_io::{WriteOptions, write_image};
+use l2p_engine::train::run::{self, Event, Forecast, Observer, PackageOptions, XAxis, compare, write_report};
+use l2p_engine::{Device, DeviceChoice};
 
 pub use arguments::Arguments;
-use arguments::{Command, Run};
+use arguments::{Command, Run, Source};
 
 /// Does what the arguments ask for.
 ///
@@ -27,8 +29,38 @@ pub fn train(arguments: Arguments) -> anyhow::Result<()> {
             out,
             over,
             title,
+            samples,
+            columns,
             json,
-        }) => compare_runs(&runs, &out, over, &title, json),
+        }) => {
+            let runs = labelled(&runs);
+            if let Some(path) = samples {
+                let folders: Vec<PathBuf> = runs.iter().map(|(_, folder)| folder.clone()).collect();
+                let image = run::sample_rows(&folders, columns as usize)?;
+                write_image(&path, &image, &WriteOptions::default())?;
+            }
+            compare_runs(&runs, &out, over, &title, json)
+        }
+        Some(Command::Plan {
+            source,
+            caption_tokens,
+            json,
+        }) => plan(&source, caption_tokens as usize, json),
+        Some(Command::Package {
+            checkpoint,
+            out,
+            average,
+            base,
+            force,
+            json,
+        }) => {
+            let options = PackageOptions { average, base, force };
+            let packaged = run::package(&checkpoint, &out, &options)?;
+            match json {
+                true => crate::print(&format!("{:#}\n", serde_json::to_value(&packaged)?)),
+                false => crate::print(&lines::packaged(&packaged)),
+            }
+        }
         Some(Command::Report { run }) => crate::print(&format!("{}\n", write_report(&run)?.display())),
     }
 }
@@ -125,15 +157,46 @@ impl Observer for Display {
     }
 }
 
-fn compare_runs(runs: &[String], out: &Path, over: XAxis, title: &str, json: bool) -> anyhow::Result<()> {
-    let runs: Vec<(Option<String>, PathBuf)> = runs
-        .iter()
-        .map(|run| match run.split_once('=') {
-            Some((label, folder)) if !Path::new(run).is_dir() => (Some(label.into()), folder.into()),
-            _ => (None, run.into()),
-        })
-        .collect();
-    let comparison = compare(&runs, over)?;
+/// What a run would hold and compute; for a device that is named, though this machine may not have it.
+fn plan(source: &Source, caption_tokens: usize, json: bool) -> anyhow::Result<()> {
+    let config = source.read()?;
+    let device = match source.device {
+        DeviceChoice::Cpu => Some(Device::Cpu),
+        choice => match Device::open(choice) {
+            Ok(device @ Device::Cuda(_)) => Some(device),
+            _ => None,
+        },
+    };
+    let cuda = !matches!(device, Some(Device::Cpu));
+    let forecast = Forecast::new(&config, caption_tokens, cuda)?;
+    let available = device.as_ref().map(Device::available_memory).transpose()?;
+    match json {
+        true => {
+            let mut value = serde_json::to_value(&forecast)?;
+            value["available_bytes"] = serde_json::to_value(available)?;
+            crate::print(&format!("{value:#}\n"))
+        }
+        false => crate::print(&plan::text(&forecast, available)),
+    }
+}
+
+/// Folders of runs with the labels that were given.
+fn labelled(runs: &[String]) -> Vec<(Option<String>, PathBuf)> {
+    let labelled = runs.iter().map(|run| match run.split_once('=') {
+        Some((label, folder)) if !Path::new(run).is_dir() => (Some(label.into()), folder.into()),
+        _ => (None, run.into()),
+    });
+    labelled.collect()
+}
+
+fn compare_runs(
+    runs: &[(Option<String>, PathBuf)],
+    out: &Path,
+    over: XAxis,
+    title: &str,
+    json: bool,
+) -> anyhow::Result<()> {
+    let comparison = compare(runs, over)?;
     let numbers = serde_json::to_string_pretty(&comparison)?;
     let write = |path: &Path, text: &str| {
         std::fs::write(path, format!("{text}\n")).with_context(|| format!("cannot write {}", path.display()))

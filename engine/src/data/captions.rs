@@ -20,6 +20,8 @@ pub struct CaptionReport {
     pub cut: usize,
     /// Captions that cannot be used, and why.
     pub refused: Vec<(String, String)>,
+    /// Tokens of the longest caption.
+    pub longest: usize,
 }
 
 /// Brings the features of all `texts` into `store`. The text encoder is loaded when some are missing, and freed before this
@@ -36,12 +38,18 @@ pub fn encode_captions(
     progress: &mut dyn FnMut(usize, usize) -> Result<()>,
 ) -> Result<CaptionReport> {
     let all: Vec<&str> = texts.iter().copied().collect();
-    let missing: Vec<&str> = all
-        .into_par_iter()
-        .filter(|text| store.read(&store.key(&[text.as_bytes()])).is_none())
+    let known: Vec<Option<usize>> = all
+        .par_iter()
+        .map(|text| Some(tokens(&store.read(&store.key(&[text.as_bytes()]))?)))
+        .collect();
+    let pairs = all.into_iter().zip(&known);
+    let missing: Vec<&str> = pairs
+        .filter(|(_, known)| known.is_none())
+        .map(|(text, _)| text)
         .collect();
     let mut report = CaptionReport {
         found: texts.len() - missing.len(),
+        longest: known.into_iter().flatten().max().unwrap_or(0),
         ..CaptionReport::default()
     };
     if missing.is_empty() {
@@ -53,7 +61,10 @@ pub fn encode_captions(
             Ok(encoded) => {
                 let features = Features::from_tensor(&encoded.features)?;
                 match features.is_finite() {
-                    true => store.write(&store.key(&[text.as_bytes()]), &features)?,
+                    true => {
+                        store.write(&store.key(&[text.as_bytes()]), &features)?;
+                        report.longest = report.longest.max(tokens(&features));
+                    }
                     false => report.refuse(text, "its features are not finite"),
                 }
                 report.cut += usize::from(encoded.dropped_tokens > 0);
@@ -66,6 +77,11 @@ pub fn encode_captions(
     }
     report.encoded = missing.len() - report.refused.len();
     Ok(report)
+}
+
+/// Tokens of a caption with features `[1, tokens, width]`.
+fn tokens(features: &Features) -> usize {
+    features.shape().get(1).copied().unwrap_or(0)
 }
 
 impl CaptionReport {

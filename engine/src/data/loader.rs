@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::features::{FeatureStore, Features, StoreKey};
+use super::kept::{Kept, Room};
 use super::order::{BatchOrder, PlannedBatch, Position};
 use super::random::{Draws, Purpose};
 use super::set::{DataSet, damage_of};
@@ -35,62 +36,112 @@ pub enum Content {
     Latent(Features),
 }
 
+impl Content {
+    fn bytes(&self) -> usize {
+        match self {
+            Content::Rgb { bytes, .. } => bytes.len(),
+            Content::Latent(latent) => latent.bytes().len(),
+        }
+    }
+}
+
+/// The features of a caption, and under which name they are in the store.
+#[derive(Clone, Debug)]
+pub struct Caption {
+    /// The name.
+    pub key: StoreKey,
+    /// The features.
+    pub features: Arc<Features>,
+}
+
 /// A picture, ready for a batch.
 #[derive(Clone, Debug)]
 pub struct Item {
     /// Its index in the set.
     pub picture: usize,
     /// The picture.
-    pub content: Content,
-    /// The features of its caption, or of an empty one.
-    pub caption: Features,
+    pub content: Arc<Content>,
+    /// Its caption, or an empty one.
+    pub caption: Caption,
     /// The noise of its seed, of the content's shape, where it is made on the host.
     pub noise: Option<Features>,
 }
 
-/// Where items come from.
+/// The store of the latents of a set's pictures, and the key of each.
+pub type Latents = (FeatureStore, Vec<StoreKey>);
+
+/// Where the items of one set come from; clones share what is kept in memory.
 #[derive(Clone, Debug)]
 pub struct ItemSource {
-    /// Where the features of captions are, all of them.
-    pub captions: FeatureStore,
-    /// Where the latents of pictures are, all of them, for a latent model; keys by picture.
-    pub latents: Option<(FeatureStore, Vec<StoreKey>)>,
-    /// Make PyTorch's noise of each picture's seed.
-    pub torch_noise: bool,
+    captions: FeatureStore,
+    latents: Option<Arc<Latents>>,
+    torch_noise: bool,
+    kept_contents: Arc<Kept<usize, Content>>,
+    kept_captions: Arc<Kept<StoreKey, Features>>,
 }
 
 impl ItemSource {
+    /// A source of the items of a set. `captions` holds the features of all captions, `latents` the latents of all pictures, for
+    /// a latent model. With `torch_noise` it makes PyTorch's noise of each picture's seed. What it loads stays in memory as
+    /// far as `room` goes.
+    pub fn new(captions: FeatureStore, latents: Option<Latents>, torch_noise: bool, room: &Arc<Room>) -> Self {
+        ItemSource {
+            captions,
+            latents: latents.map(Arc::new),
+            torch_noise,
+            kept_contents: Arc::new(Kept::new(room.clone())),
+            kept_captions: Arc::new(Kept::new(room.clone())),
+        }
+    }
+
     /// A picture of `set` with the features of `caption`.
     ///
     /// # Errors
     /// When the picture, or what the stores hold of it, is damaged.
     pub fn load(&self, set: &DataSet, picture: usize, caption: &str) -> Result<Item> {
-        let record = &set.records()[picture];
-        let (content, shape) = match &self.latents {
-            Some((store, keys)) => {
-                let latent = store.read(&keys[picture]);
-                let latent = latent.ok_or_else(|| Error::invalid("its latent in the cache is damaged"))?;
-                let shape = [latent.shape()[1], latent.shape()[2], latent.shape()[3]];
-                (Content::Latent(latent), shape)
-            }
-            None => {
-                let size = set.sizes()[picture];
-                let image = cover(&read_image(&record.path)?, size.width, size.height, Filter::default())?;
-                let bytes = image.into_pixels();
-                (Content::Rgb { bytes, size }, [size.height, size.width, 3])
-            }
+        let content = self
+            .kept_contents
+            .get(&picture, Content::bytes, || self.content(set, picture))?;
+        let shape = match &*content {
+            Content::Rgb { size, .. } => [size.height, size.width, 3],
+            Content::Latent(latent) => [latent.shape()[1], latent.shape()[2], latent.shape()[3]],
         };
-        let features = self.captions.read(&self.captions.key(&[caption.as_bytes()]));
-        let noise = match (self.torch_noise, record.seed) {
+        let noise = match (self.torch_noise, set.records()[picture].seed) {
             (true, Some(seed)) => Some(NoiseSource::Torch.noise(&Device::Cpu, &[seed], shape)?),
             _ => None,
         };
         Ok(Item {
             picture,
             content,
-            caption: features.ok_or_else(|| Error::invalid("the features of its caption in the cache are damaged"))?,
+            caption: self.caption(caption)?,
             noise: noise.as_ref().map(Features::from_tensor).transpose()?,
         })
+    }
+
+    /// The features of a caption.
+    ///
+    /// # Errors
+    /// When the store does not hold them.
+    pub fn caption(&self, text: &str) -> Result<Caption> {
+        let key = self.captions.key(&[text.as_bytes()]);
+        let read = || {
+            let features = self.captions.read(&key);
+            features.ok_or_else(|| Error::invalid("the features of its caption in the cache are damaged"))
+        };
+        let features = self.kept_captions.get(&key, |features| features.bytes().len(), read)?;
+        Ok(Caption { key, features })
+    }
+
+    fn content(&self, set: &DataSet, picture: usize) -> Result<Content> {
+        if let Some((store, keys)) = self.latents.as_deref() {
+            let latent = store.read(&keys[picture]);
+            let latent = latent.ok_or_else(|| Error::invalid("its latent in the cache is damaged"))?;
+            return Ok(Content::Latent(latent));
+        }
+        let (record, size) = (&set.records()[picture], set.sizes()[picture]);
+        let image = cover(&read_image(&record.path)?, size.width, size.height, Filter::default())?;
+        let bytes = image.into_pixels();
+        Ok(Content::Rgb { bytes, size })
     }
 }
 

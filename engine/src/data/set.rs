@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -20,7 +21,8 @@ const CHUNK: usize = 4096;
 pub struct DataSet {
     records: Vec<Record>,
     sizes: Vec<PictureSize>,
-    damages: DamageLog,
+    /// Of a set that was split, of both parts.
+    damages: Arc<DamageLog>,
 }
 
 impl DataSet {
@@ -38,7 +40,7 @@ impl DataSet {
     ) -> Result<Self> {
         sizing.check(multiple)?;
         let metadata = Metadata::read(path)?;
-        let damages = DamageLog::new(metadata.entries(), tolerance);
+        let damages = Arc::new(DamageLog::new(metadata.entries(), tolerance));
         metadata.damaged.iter().for_each(|damage| damages.note(damage.clone()));
         let mut set = DataSet {
             records: Vec::with_capacity(metadata.records.len()),
@@ -113,7 +115,7 @@ impl DataSet {
         let mut held_out = DataSet {
             records: Vec::with_capacity(count),
             sizes: Vec::with_capacity(count),
-            damages: DamageLog::new(count, 0.0),
+            damages: self.damages.clone(),
         };
         let all = std::mem::take(&mut self.records)
             .into_iter()
@@ -147,7 +149,7 @@ impl DataSet {
 }
 
 /// A picture's damage, without its path said twice.
-pub(super) fn damage_of(record: &Record, error: &Error) -> Damage {
+pub(crate) fn damage_of(record: &Record, error: &Error) -> Damage {
     let reason = match error {
         Error::File { reason, .. } => reason.clone(),
         Error::Io { source, .. } => source.to_string(),

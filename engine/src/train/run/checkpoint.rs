@@ -228,11 +228,18 @@ pub fn remove_leftovers(run: &Path) {
     }
 }
 
-/// Writes a checkpoint of `model` into the run's folder `run`. One of the same step is replaced.
+/// Writes a checkpoint of `model` into the run's folder `run`. One of the same step is replaced. `complete` adds files of its
+/// own to the folder it is given, which is renamed afterwards.
 ///
 /// # Errors
 /// When the disk does not take it; then nothing has changed.
-pub fn save(run: &Path, model: &TrainableDit, state: &RunState, options: SaveOptions) -> Result<Saved> {
+pub fn save(
+    run: &Path,
+    model: &TrainableDit,
+    state: &RunState,
+    options: SaveOptions,
+    complete: &dyn Fn(&Path) -> Result<()>,
+) -> Result<Saved> {
     let folder = run.join(CHECKPOINTS);
     let failed = |error: std::io::Error| Error::io(&folder, error);
     fs::create_dir_all(&folder).map_err(failed)?;
@@ -259,6 +266,7 @@ pub fn save(run: &Path, model: &TrainableDit, state: &RunState, options: SaveOpt
     });
     let output = OutputFile::new(output.collect(), [(METADATA.to_owned(), json)].into());
     write(STATE, &output).map_err(|error| at(&folder, &name, error))?;
+    complete(temporary.path()).map_err(|error| at(&folder, &name, error))?;
     sync_folder(temporary.path());
     let target = folder.join(&name);
     let replaced = match target.exists() {

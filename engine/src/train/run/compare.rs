@@ -8,7 +8,9 @@ use serde_json::Value;
 
 use super::chart::{Chart, Series};
 use super::report::History;
+use super::samples::{table, tile};
 use crate::error::{Error, Result};
+use crate::image_io::{RgbImage, read_image};
 
 /// What runs are compared over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -182,6 +184,36 @@ fn compared(name: String, folder: &Path, history: &History, keys: &[String], x: 
         folder: folder.into(),
         name,
     }
+}
+
+/// The last sheets of samples of several runs as one picture: a row for each run, in the order given, with its first `columns`
+/// samples.
+///
+/// # Errors
+/// When a run has no sheet, or another size of samples than the first.
+pub fn sample_rows(runs: &[PathBuf], columns: usize) -> Result<RgbImage> {
+    let mut rows: Vec<Vec<Vec<u8>>> = Vec::with_capacity(runs.len());
+    let mut shared: Option<[usize; 2]> = None;
+    for folder in runs {
+        let history = history(folder)?;
+        let sheet = history.samples.last();
+        let sheet = sheet.ok_or_else(|| Error::file(folder, "has drawn no samples (sample_every, sample_prompts)"))?;
+        let size = *shared.get_or_insert(sheet.size);
+        if size != sheet.size {
+            let [width, height] = size;
+            return Err(Error::file(
+                folder,
+                format!("drew samples of another size than {width}x{height}"),
+            ));
+        }
+        let image = read_image(&folder.join(&sheet.file))?;
+        let tiles = (0..sheet.count.min(columns)).map(|index| tile(&image, index, sheet.count, size));
+        rows.push(tiles.collect::<Result<_>>()?);
+    }
+    let [width, height] = shared.ok_or_else(|| Error::invalid("no runs to compare"))?;
+    let widest = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let rows: Vec<&[Vec<u8>]> = rows.iter().map(Vec::as_slice).collect();
+    table(&rows, widest, width, height)
 }
 
 impl Comparison {

@@ -2,13 +2,13 @@
 //!
 //! Paths in a file are relative to the file's folder. A flag wins over the file.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use toml::{Table, Value};
 
+use super::choices::{
+    Init, Noise, SaveType, ScheduleKind, parsed, parsed_list, parsed_option, shown, shown_list, shown_option,
+};
 use super::keys::{Key, configuration};
 use crate::data::{PictureSize, Sizing};
 use crate::error::{Error, Result};
@@ -69,12 +69,18 @@ configuration! {
         cache: Option<PathBuf> = None => "DIR",
         /// Threads that decode pictures; by default one for each processor but one, at most 16.
         workers: Option<usize> = None => "N",
+        /// Gigabytes of decoded pictures and caption features that stay in host memory, so that later epochs read nothing from
+        /// disk; by default a quarter of what is free.
+        host_cache_gb: Option<f64> = None => "GB",
         /// The share of pictures and captions that may be damaged before the run stops.
         max_damaged: f64 = 0.01 => "SHARE",
     }
     "Training" {
         /// Optimizer steps.
         steps: u64 = 1000 => "N",
+        /// Minutes of training after which the run ends as it does after its last step; validation, samples and checkpoints do
+        /// not count.
+        max_minutes: Option<f64> = None => "MINUTES",
         /// Pictures in a batch.
         batch: usize = 1 => "N",
         /// Batches whose gradients make one step.
@@ -145,80 +151,8 @@ configuration! {
         sample_steps: Option<usize> = None => "N",
         /// Guidance of a sample; by default the model's.
         sample_cfg: Option<f32> = None => "SCALE",
-    }
-}
-
-/// A choice between names.
-macro_rules! choice {
-    ($(#[$doc:meta])* $choice:ident, $what:literal { $($(#[$variant_doc:meta])* $variant:ident = $name:literal,)+ }) => {
-        $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum $choice {
-            $($(#[$variant_doc])* $variant,)+
-        }
-
-        impl FromStr for $choice {
-            type Err = Error;
-
-            fn from_str(text: &str) -> Result<Self> {
-                match text {
-                    $($name => Ok($choice::$variant),)+
-                    _ => Err(Error::invalid(format!(
-                        concat!("`{}` is no ", $what, "; use {}"), text, [$($name),+].join(" or ")
-                    ))),
-                }
-            }
-        }
-
-        impl fmt::Display for $choice {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(match self {
-                    $($choice::$variant => $name,)+
-                })
-            }
-        }
-    };
-}
-
-choice! {
-    /// Where weights come from.
-    Init, "way to begin" {
-        /// From the model.
-        Source = "source",
-        /// From random numbers.
-        Scratch = "scratch",
-    }
-}
-
-choice! {
-    /// The noise of training pictures.
-    Noise, "kind of noise" {
-        /// By seed where every picture has one, else fresh.
-        Auto = "auto",
-        /// That of the picture's seed.
-        Seed = "seed",
-        /// Another every time.
-        Fresh = "fresh",
-    }
-}
-
-choice! {
-    /// The course of the learning rate.
-    ScheduleKind, "schedule" {
-        /// The same after the warm-up.
-        Constant = "constant",
-        /// Falls along half a cosine.
-        Cosine = "cosine",
-    }
-}
-
-choice! {
-    /// Element types of saved tensors.
-    SaveType, "element type to save" {
-        /// bfloat16, as published models have it.
-        Bf16 = "bf16",
-        /// f32, for further arithmetic.
-        F32 = "f32",
+        /// Time the parts of every step, and say at the end where the time went.
+        profile: bool = false => "true|false",
     }
 }
 
@@ -294,16 +228,24 @@ impl TrainConfig {
         (self.batch * self.accumulate) as u64
     }
 
+    /// Refuses a configuration that does not say where the model is and, unless it is for planning alone, where the data are.
+    ///
+    /// # Errors
+    /// Naming the key.
+    pub fn expect_named(&self, data_too: bool) -> Result<()> {
+        let named = [("model", &self.model), ("data", &self.data)];
+        let wanted = if data_too { &named[..] } else { &named[..1] };
+        match wanted.iter().find(|(_, path)| path.as_os_str().is_empty()) {
+            None => Ok(()),
+            Some((name, _)) => Err(Error::invalid(format!(
+                "no {name}: say {name} = \"…\" in the configuration, or --{name}"
+            ))),
+        }
+    }
+
     /// Refuses values that make no sense, alone or together.
     fn check(&self) -> Result<()> {
         let refuse = |reason: String| Err(Error::invalid(reason));
-        for (name, path) in [("model", &self.model), ("data", &self.data)] {
-            if path.as_os_str().is_empty() {
-                return refuse(format!(
-                    "no {name}: say {name} = \"…\" in the configuration, or --{name}"
-                ));
-            }
-        }
         let sizings = [self.max_pixels.is_some(), self.size.is_some(), !self.buckets.is_empty()];
         if sizings.iter().filter(|given| **given).count() > 1 {
             return refuse("max_pixels, size and buckets exclude each other: give one of them".into());
@@ -349,6 +291,7 @@ impl TrainConfig {
             ("epsilon", f64::from(self.epsilon)),
             ("shift", self.shift),
             ("clip_norm", f64::from(self.clip_norm.unwrap_or(1.0))),
+            ("max_minutes", self.max_minutes.unwrap_or(1.0)),
         ];
         if let Some((name, value)) = positive
             .into_iter()
@@ -360,6 +303,7 @@ impl TrainConfig {
             ("lr_end", self.lr_end, 0.0),
             ("weight_decay", f64::from(self.weight_decay), 0.0),
             ("spike_factor", self.spike_factor, 1.0),
+            ("host_cache_gb", self.host_cache_gb.unwrap_or(0.0), 0.0),
             ("sample_cfg", f64::from(self.sample_cfg.unwrap_or(1.0)), 0.0),
         ];
         match others
@@ -427,48 +371,6 @@ fn flag_value(key: &Key, values: &[String]) -> Value {
 /// Whether a key's value is text even where it looks like a number.
 fn key_is_text(key: &Key) -> bool {
     PATHS.contains(&key.name) || key.name == "sample_prompts"
-}
-
-fn parsed<'de, D: Deserializer<'de>, T: FromStr<Err = Error>>(deserializer: D) -> std::result::Result<T, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    text.parse().map_err(serde::de::Error::custom)
-}
-
-fn parsed_option<'de, D: Deserializer<'de>, T: FromStr<Err = Error>>(
-    deserializer: D,
-) -> std::result::Result<Option<T>, D::Error> {
-    let text = Option::<String>::deserialize(deserializer)?;
-    text.map(|text| text.parse().map_err(serde::de::Error::custom))
-        .transpose()
-}
-
-fn parsed_list<'de, D: Deserializer<'de>, T: FromStr<Err = Error>>(
-    deserializer: D,
-) -> std::result::Result<Vec<T>, D::Error> {
-    let texts = Vec::<String>::deserialize(deserializer)?;
-    texts
-        .iter()
-        .map(|text| text.parse().map_err(serde::de::Error::custom))
-        .collect()
-}
-
-fn shown<S: Serializer, T: fmt::Display>(value: &T, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-    serializer.collect_str(value)
-}
-
-fn shown_option<S: Serializer, T: fmt::Display>(
-    value: &Option<T>,
-    serializer: S,
-) -> std::result::Result<S::Ok, S::Error> {
-    value.as_ref().map(ToString::to_string).serialize(serializer)
-}
-
-fn shown_list<S: Serializer, T: fmt::Display>(values: &[T], serializer: S) -> std::result::Result<S::Ok, S::Error> {
-    values
-        .iter()
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .serialize(serializer)
 }
 
 #[cfg(test)]
@@ -547,9 +449,9 @@ mod tests {
             assert!(message.contains(word), "{pairs:?}: {message}");
         }
         assert!(message(&[("size", "64x64"), ("max_pixels", "9")]).contains("exclude each other"));
-        let missing = TrainConfig::read(None, &flags(&[("model", "m")]))
-            .unwrap_err()
-            .to_string();
+        let modest = TrainConfig::read(None, &flags(&[("model", "m"), ("profile", "true")])).unwrap();
+        modest.expect_named(false).unwrap();
+        let missing = modest.expect_named(true).unwrap_err().to_string();
         assert_eq!(missing, "no data: say data = \"…\" in the configuration, or --data");
         let message = from_file("model = \"m\"\ndata = \"d\"\nweight_deacy = 1", &[])
             .unwrap_err()

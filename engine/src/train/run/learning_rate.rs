@@ -8,7 +8,8 @@
 //! cosine:    end + (lr − end) · (1 + cos(π · (k − w) / (n − w))) / 2
 //! ```
 
-use super::config::{ScheduleKind, TrainConfig};
+use super::choices::ScheduleKind;
+use super::config::TrainConfig;
 
 /// A course of the learning rate; see the module's head comment.
 #[derive(Clone, Copy, Debug)]

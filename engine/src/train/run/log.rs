@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::files;
+use crate::profile::PartTime;
 
 /// The log's name in the run's folder.
 pub const LOG: &str = "log.jsonl";
@@ -39,6 +40,10 @@ pub enum Record {
         step: u64,
         /// The picture, relative to the run's folder.
         file: String,
+        /// Width and height of each sample in it.
+        size: [usize; 2],
+        /// Samples in it.
+        count: usize,
     },
     /// A checkpoint.
     Checkpoint {
@@ -66,6 +71,13 @@ pub enum Record {
         what: String,
         /// Why.
         reason: String,
+    },
+    /// Where the time of this part of the run's steps went.
+    Profile {
+        /// Steps done.
+        step: u64,
+        /// The parts of a step.
+        parts: Vec<PartTime>,
     },
     /// The end of a run, or of a part of one.
     End {
@@ -143,6 +155,7 @@ impl Record {
             | Record::Checkpoint { step, .. }
             | Record::Notice { step, .. }
             | Record::Damaged { step, .. }
+            | Record::Profile { step, .. }
             | Record::End { step, .. } => *step,
         }
     }
@@ -155,7 +168,7 @@ pub struct RunLog {
 }
 
 impl RunLog {
-    /// Opens the log in `folder` for a run that continues after `step`, 0 for a new one.
+    /// Opens the log in `folder` for a run that continues after `step`, 0 for a new one; begins one where there is none.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -164,6 +177,7 @@ impl RunLog {
         let failed = |error| Error::io(&path, error);
         let kept = match step {
             0 => Vec::new(),
+            _ if !path.exists() => Vec::new(),
             _ => read(folder)?,
         };
         let mut text = Vec::new();

@@ -14,15 +14,20 @@
 
 mod chart;
 pub mod checkpoint;
+mod choices;
 mod compare;
 mod config;
 mod feeder;
+mod forecast;
 mod guard;
+mod journal;
 mod keys;
 mod learning_rate;
 pub mod log;
 mod manifest;
+mod package;
 mod report;
+mod resume;
 mod samples;
 mod setup;
 mod speed;
@@ -34,14 +39,18 @@ mod validation;
 use std::path::PathBuf;
 
 pub use chart::{Chart, Series};
-pub use compare::{Comparison, XAxis, compare};
-pub use config::{Init, KEYS, Noise, SaveType, ScheduleKind, TrainConfig};
+pub use choices::{Init, Noise, SaveType, ScheduleKind};
+pub use compare::{Comparison, XAxis, compare, sample_rows};
+pub use config::{KEYS, TrainConfig};
+pub use forecast::{Choice, Forecast, Work};
 pub use guard::{Guard, StepOutcome, Verdict};
 pub use keys::Key;
 pub use learning_rate::LearningRate;
+pub use package::{PackageOptions, Packaged, package};
 pub use report::write_report;
+pub use resume::Resume;
 pub use tensorboard::{EventFile, Shown};
-pub use trainer::{Resume, Summary, train};
+pub use trainer::{Summary, train};
 
 use self::log::Record;
 

@@ -8,6 +8,7 @@ use super::log::{Record, StartRecord, TrainRecord, read};
 use crate::device::format_bytes;
 use crate::error::Result;
 use crate::files;
+use crate::profile::PartTime;
 
 /// The report's name in the run's folder.
 const REPORT: &str = "report.html";
@@ -20,6 +21,17 @@ const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:780px;mar
     td:first-child{color:#666}svg,img{max-width:100%;height:auto}figure{margin:1em 0}figcaption{color:#666}\
     details{margin:1em 0}.sheet img{image-rendering:auto;width:100%}";
 
+/// A sheet of samples.
+pub(super) struct SheetRecord {
+    pub step: u64,
+    /// The picture, relative to the run's folder.
+    pub file: String,
+    /// Width and height of each sample.
+    pub size: [usize; 2],
+    /// Samples in it.
+    pub count: usize,
+}
+
 /// What a log says, sorted.
 #[derive(Default)]
 pub(super) struct History {
@@ -27,10 +39,11 @@ pub(super) struct History {
     pub intervals: Vec<TrainRecord>,
     /// Step and loss.
     pub validation: Vec<(u64, f64)>,
-    /// Step and file.
-    pub samples: Vec<(u64, String)>,
+    pub samples: Vec<SheetRecord>,
     /// Step and text.
     pub notices: Vec<(u64, String)>,
+    /// Where the time of the last part's steps went, if that was asked for.
+    pub profile: Vec<PartTime>,
     /// How the run ended, if it did.
     pub end: Option<(u64, String)>,
 }
@@ -47,7 +60,18 @@ impl History {
                 Record::Start(start) => history.starts.push(*start),
                 Record::Train(interval) => history.intervals.push(interval),
                 Record::Validation { step, loss, .. } => history.validation.push((step, loss)),
-                Record::Samples { step, file } => history.samples.push((step, file)),
+                Record::Samples {
+                    step,
+                    file,
+                    size,
+                    count,
+                } => history.samples.push(SheetRecord {
+                    step,
+                    file,
+                    size,
+                    count,
+                }),
+                Record::Profile { parts, .. } => history.profile = parts,
                 Record::Notice { step, text } => history.notices.push((step, text)),
                 Record::Damaged { step, what, reason } => history.notices.push((step, format!("{what}: {reason}"))),
                 Record::End { step, outcome } => history.end = Some((step, outcome)),
@@ -98,6 +122,7 @@ fn html(run: &Path, history: &History) -> String {
     for chart in charts(history) {
         let _ = writeln!(html, "<figure>{chart}</figure>");
     }
+    html.push_str(&profile(&history.profile));
     html.push_str(&sheets(run, history));
     html.push_str(&notices(history));
     if let Some(start) = history.start() {
@@ -225,13 +250,35 @@ fn charts(history: &History) -> Vec<String> {
     charts.into_iter().flatten().collect()
 }
 
+fn profile(parts: &[PartTime]) -> String {
+    // Parts of the outermost range are what the shares are of.
+    let Some(whole) = parts.first() else {
+        return String::new();
+    };
+    let rows = parts.iter().map(|part| {
+        let names: Vec<&str> = part.path.split('/').collect();
+        format!(
+            "<tr><td>{}{}</td><td>{}</td><td>{}</td><td>{:.1} %</td></tr>",
+            "&emsp;".repeat(names.len() - 1),
+            escaped(names.last().unwrap_or(&"")),
+            part.calls,
+            duration(part.seconds),
+            part.seconds / whole.seconds.max(f64::MIN_POSITIVE) * 100.0
+        )
+    });
+    format!(
+        "<h2>Where the time went</h2><table>{}</table>\n",
+        rows.collect::<String>()
+    )
+}
+
 fn sheets(run: &Path, history: &History) -> String {
     let count = history.samples.len();
     let shown = count.min(MOST_SHEETS);
     let mut html = String::new();
     for index in 0..shown {
         // The last of each of `shown` equal parts.
-        let (step, file) = &history.samples[(index + 1) * count / shown - 1];
+        let SheetRecord { step, file, .. } = &history.samples[(index + 1) * count / shown - 1];
         // A sheet that was deleted is left out.
         if let Ok(png) = std::fs::read(run.join(file)) {
             let _ = writeln!(

@@ -3,7 +3,7 @@
 use crate::checkpoint::Checkpoint;
 use crate::data::Features;
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
 use crate::flow::sampler::{Conditioning, sample};
 use crate::flow::schedule::Schedule;
@@ -104,19 +104,54 @@ impl Sheet {
 
 /// Pictures of one size in rows, about as many rows as columns, on white.
 fn tiled(pictures: &[Vec<u8>], width: usize, height: usize) -> Result<RgbImage> {
-    let columns = (pictures.len() as f64).sqrt().ceil().max(1.0) as usize;
-    let rows = pictures.len().div_ceil(columns).max(1);
-    let extent = |count: usize, side: usize| count * side + (count - 1) * GAP;
-    let (sheet_width, sheet_height) = (extent(columns, width), extent(rows, height));
+    let columns = columns(pictures.len());
+    let rows: Vec<&[Vec<u8>]> = pictures.chunks(columns).collect();
+    table(&rows, columns, width, height)
+}
+
+/// Columns of a sheet of so many samples.
+fn columns(count: usize) -> usize {
+    (count as f64).sqrt().ceil().max(1.0) as usize
+}
+
+/// Rows of pictures of one size, on white.
+///
+/// # Errors
+/// When there are none.
+pub(super) fn table(rows: &[&[Vec<u8>]], columns: usize, width: usize, height: usize) -> Result<RgbImage> {
+    let extent = |count: usize, side: usize| count.max(1) * (side + GAP) - GAP;
+    let (sheet_width, sheet_height) = (extent(columns, width), extent(rows.len(), height));
     let mut sheet = vec![u8::MAX; sheet_width * sheet_height * 3];
-    for (index, picture) in pictures.iter().enumerate() {
-        let (left, top) = (index % columns * (width + GAP), index / columns * (height + GAP));
-        for (row, line) in picture.chunks(width * 3).enumerate() {
-            let start = ((top + row) * sheet_width + left) * 3;
-            sheet[start..start + line.len()].copy_from_slice(line);
+    for (row, pictures) in rows.iter().enumerate() {
+        for (column, picture) in pictures.iter().enumerate() {
+            let (left, top) = (column * (width + GAP), row * (height + GAP));
+            for (line, pixels) in picture.chunks(width * 3).enumerate() {
+                let start = ((top + line) * sheet_width + left) * 3;
+                sheet[start..start + pixels.len()].copy_from_slice(pixels);
+            }
         }
     }
     RgbImage::new(sheet_width, sheet_height, sheet)
+}
+
+/// Sample `index` of a sheet of `count` samples of one size.
+///
+/// # Errors
+/// When the sheet is smaller than that.
+pub(super) fn tile(sheet: &RgbImage, index: usize, count: usize, [width, height]: [usize; 2]) -> Result<Vec<u8>> {
+    let columns = columns(count);
+    let (left, top) = (index % columns * (width + GAP), index / columns * (height + GAP));
+    if left + width > sheet.width() || top + height > sheet.height() {
+        return Err(Error::invalid(format!(
+            "a sheet of {}x{} pixels does not hold {count} samples of {width}x{height}",
+            sheet.width(),
+            sheet.height()
+        )));
+    }
+    let lines = (top..top + height).map(|line| (line * sheet.width() + left) * 3);
+    Ok(lines
+        .flat_map(|start| sheet.pixels()[start..start + width * 3].iter().copied())
+        .collect())
 }
 
 #[cfg(test)]
@@ -130,5 +165,9 @@ mod tests {
         assert_eq!((sheet.width(), sheet.height()), (2 * 2 + GAP, 2 + GAP));
         let red = |x: usize, y: usize| sheet.pixels()[(y * sheet.width() + x) * 3];
         assert_eq!([red(0, 0), red(2, 0), red(2 + GAP, 0), red(1, 1 + GAP)], [0, 255, 1, 2]);
+        for (index, picture) in pictures.iter().enumerate() {
+            assert_eq!(&tile(&sheet, index, 3, [2, 1]).unwrap(), picture);
+        }
+        assert!(tile(&sheet, 0, 3, [9, 9]).is_err());
     }
 }

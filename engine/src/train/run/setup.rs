@@ -6,13 +6,17 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use super::config::{Noise, TrainConfig};
+use super::choices::Noise;
+use super::config::TrainConfig;
+use super::forecast::{ModelSizes, Work, expect_room};
 use super::samples::Sheet;
 use super::start::starting_model;
 use super::validation::Validation;
 use super::{Event, Observer};
 use crate::checkpoint::{ModelPaths, Transformer, WriteObserver};
-use crate::data::{DataSet, FeatureStore, ItemSource, PictureSize, StoreKey, encode_captions, encode_latents, hex};
+use crate::data::{
+    DataSet, FeatureStore, ItemSource, Latents, PictureSize, Room, encode_captions, encode_latents, hex,
+};
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
@@ -21,6 +25,9 @@ use crate::pipeline::{Pipeline, PromptFiles, Settings};
 
 /// The most decoding threads where the configuration does not say.
 const MOST_WORKERS: usize = 16;
+
+/// The share of free host memory that keeps what was loaded, where the configuration does not say.
+const HOST_CACHE_SHARE: f64 = 0.25;
 
 /// The caption of a picture whose own is left out, and what guidance moves away from.
 const EMPTY: &str = "";
@@ -37,14 +44,16 @@ pub struct Setup {
     pub workers: usize,
     /// Whether a picture's noise is that of its own seed.
     pub seeded: bool,
-    /// The pictures that are held out, and how many.
-    pub validation: Option<(Validation, usize)>,
+    /// The pictures that are held out.
+    pub validation: Option<Validation>,
     /// The sheet of samples.
     pub sheet: Option<Sheet>,
     /// A hash of all that decides which pictures are in which batch.
     pub data_identity: String,
     /// A hash of the model that training begins from.
     pub model_identity: String,
+    /// The model's sizes.
+    pub(super) sizes: ModelSizes,
 }
 
 /// Passes the progress of work on, and ends it when the user asks for that.
@@ -118,22 +127,17 @@ impl Setup {
             held_out,
         };
         let guided = settings.cfg != 1.0;
-        let captions = data.encode_captions(guided, progress)?;
+        let (captions, longest) = data.encode_captions(guided, progress)?;
+        let sizes = ModelSizes::of(pipeline.transformer(), pipeline.paths().vae.as_deref())?;
+        expect_room(&sizes, config, &data.largest_batch(longest), device)?;
         let [latents, held_out_latents] = data.encode_latents(progress)?;
         let Data { train, held_out, .. } = data;
-        let source = ItemSource {
-            captions: captions.clone(),
-            latents,
-            torch_noise: seeded && config.rng == NoiseSource::Torch,
-        };
+        let room = Room::new(host_cache(config)?);
+        let torch_noise = seeded && config.rng == NoiseSource::Torch;
+        let source = ItemSource::new(captions.clone(), latents, torch_noise, &room);
         let held_out = held_out.map(|set| {
-            let pictures = set.records().len();
-            let source = ItemSource {
-                captions: captions.clone(),
-                latents: held_out_latents,
-                torch_noise: false,
-            };
-            (Validation::new(set, source, config.batch), pictures)
+            let source = ItemSource::new(captions.clone(), held_out_latents, false, &room);
+            Validation::new(set, source, config.batch)
         });
         let feature = |text: &str| {
             let features = captions.read(&captions.key(&[text.as_bytes()]));
@@ -163,8 +167,9 @@ impl Setup {
             source,
             workers: config.workers.unwrap_or_else(default_workers),
             seeded,
-            validation: held_out,
+            validation: held_out.transpose()?,
             sheet,
+            sizes,
             pipeline,
         })
     }
@@ -178,6 +183,15 @@ impl Setup {
     pub fn paths(&self) -> &ModelPaths {
         self.pipeline.paths()
     }
+}
+
+/// Bytes of host memory for what was loaded.
+fn host_cache(config: &TrainConfig) -> Result<usize> {
+    let bytes = match config.host_cache_gb {
+        Some(gigabytes) => gigabytes * 1e9,
+        None => Device::Cpu.available_memory()? as f64 * HOST_CACHE_SHARE,
+    };
+    Ok(bytes as usize)
 }
 
 /// All processors but the one that drives the device.
@@ -227,7 +241,7 @@ fn open_data(
     };
     let all = open(&config.data, config.max_damaged)?;
     match &config.validation {
-        Some(path) => Ok((all, Some(open(path, 0.0)?))),
+        Some(path) => Ok((all, Some(open(path, config.max_damaged)?))),
         None if config.held_out > 0 => {
             let (train, held_out) = all.hold_out(config.held_out, config.seed)?;
             Ok((train, Some(held_out)))
@@ -259,12 +273,9 @@ struct Data<'a> {
     held_out: Option<DataSet>,
 }
 
-/// A store of latents with the keys of a set's pictures.
-type Latents = Option<(FeatureStore, Vec<StoreKey>)>;
-
 impl Data<'_> {
-    /// The store of all captions that the run will need.
-    fn encode_captions(&mut self, guided: bool, progress: &mut Progress<'_>) -> Result<FeatureStore> {
+    /// The store of all captions that the run will need, and the tokens of the longest.
+    fn encode_captions(&mut self, guided: bool, progress: &mut Progress<'_>) -> Result<(FeatureStore, usize)> {
         let files = PromptFiles::open(self.pipeline.paths(), self.device, self.pipeline.config().caption_width)?;
         let store = FeatureStore::open(&self.cache.join("captions"), &files.identity(self.device)?)?;
         let sets = [Some(&self.train), self.held_out.as_ref()];
@@ -290,11 +301,27 @@ impl Data<'_> {
         if let Some(held_out) = &mut self.held_out {
             held_out.refuse_captions(&report.refused)?;
         }
-        Ok(store)
+        Ok((store, report.longest))
+    }
+
+    /// The micro-batch that takes most memory.
+    fn largest_batch(&self, caption_tokens: usize) -> Work {
+        let sizes = [Some(&self.train), self.held_out.as_ref()];
+        let sizes = sizes.into_iter().flatten().flat_map(DataSet::sizes).copied();
+        let multiple = self.pipeline.size_multiple();
+        Work {
+            size: sizes.max_by_key(|size| size.pixels()).unwrap_or(PictureSize {
+                width: multiple,
+                height: multiple,
+            }),
+            caption_tokens,
+            batch: self.config.batch,
+            cuda: matches!(self.device, Device::Cuda(_)),
+        }
     }
 
     /// The latents of both sets, for a latent model.
-    fn encode_latents(&self, progress: &mut Progress<'_>) -> Result<[Latents; 2]> {
+    fn encode_latents(&self, progress: &mut Progress<'_>) -> Result<[Option<Latents>; 2]> {
         let Some((vae, checkpoint)) = self.pipeline.vae_files() else {
             return Ok([None, None]);
         };

@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::config::{Init, TrainConfig};
+use super::choices::Init;
+use super::config::TrainConfig;
 use crate::checkpoint::{
-    Container, InitOptions, ModelPaths, OutputFile, PathOverrides, SafetensorsFile, Transformer, WriteObserver, init,
-    scratch, write_file,
+    Container, HeadLayout, InitOptions, ModelPaths, OutputFile, PathOverrides, SafetensorsFile, Transformer,
+    WriteObserver, init, scratch, write_file,
 };
 use crate::data::hex;
 use crate::error::{Error, Result};
-use crate::model::config::ModelKind;
+use crate::model::config::{DitConfig, ModelKind};
 
 /// The new model's name in the run's folder.
 pub const INIT: &str = "init.safetensors";
@@ -80,17 +81,36 @@ pub fn needs_init(config: &TrainConfig, source: &Transformer) -> Result<bool> {
 /// # Errors
 /// When no head is known for the patch size, or the widths do not fit it.
 pub fn new_model<'a>(config: &TrainConfig, source: &'a Transformer) -> Result<OutputFile<'a>> {
-    let options = config.patch.map(|patch| InitOptions {
-        patch,
-        seed: config.init_seed,
-        head_widths: config.head_widths.clone(),
-        head_bottleneck: config.head_bottleneck,
-    });
-    match (config.init, options) {
+    match (config.init, init_options(config)) {
         (Init::Source, Some(options)) => Ok(init(source, &options)?.output),
         (Init::Source, None) => Err(Error::invalid("no patch is given for a new pixel model")),
         (Init::Scratch, options) => scratch(source, options.as_ref(), config.init_seed),
     }
+}
+
+/// The sizes of the model that would be made, its head's among them, where it has others than the one that the configuration
+/// names.
+///
+/// # Errors
+/// As for [`new_model`].
+pub fn made_sizes(config: &TrainConfig, source: &Transformer) -> Result<Option<(DitConfig, HeadLayout)>> {
+    match (needs_init(config, source)?, init_options(config)) {
+        (true, Some(options)) => {
+            let plan = init(source, &options)?;
+            Ok(Some((plan.config, plan.head)))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// The pixel model to make.
+pub fn init_options(config: &TrainConfig) -> Option<InitOptions> {
+    config.patch.map(|patch| InitOptions {
+        patch,
+        seed: config.init_seed,
+        head_widths: config.head_widths.clone(),
+        head_bottleneck: config.head_bottleneck,
+    })
 }
 
 /// What decides the tensors of a model that is made.

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use super::feeder::Feeder;
-use crate::data::{DataSet, Item, ItemSource, PictureSize};
+use crate::data::{DamageLog, DataSet, Item, ItemSource, PictureSize, damage_of};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 use crate::train::TrainableDit;
@@ -17,23 +17,52 @@ pub struct Validation {
     source: ItemSource,
     /// Pictures of one size each, as many as a training batch has at most.
     batches: Vec<Vec<usize>>,
+    /// All of them.
+    pictures: usize,
 }
 
 impl Validation {
-    /// Held-out pictures in batches of at most `batch`.
-    pub fn new(set: DataSet, source: ItemSource, batch: usize) -> Self {
+    /// Held-out pictures in batches of at most `batch`. Every one is loaded once: those that cannot be are noted as damaged and
+    /// left out.
+    ///
+    /// # Errors
+    /// When too many are, or none is left.
+    pub fn new(set: DataSet, source: ItemSource, batch: usize) -> Result<Self> {
+        let sound = |picture: &usize| {
+            let record = &set.records()[*picture];
+            let outcome = source.load(&set, *picture, &record.caption);
+            outcome
+                .map_err(|error| set.damages().note(damage_of(record, &error)))
+                .is_ok()
+        };
+        let sound: Vec<usize> = (0..set.records().len()).into_par_iter().filter(sound).collect();
+        set.damages().check()?;
+        if sound.is_empty() {
+            return Err(Error::invalid("no picture for the validation loss can be used"));
+        }
         let mut by_size: BTreeMap<PictureSize, Vec<usize>> = BTreeMap::new();
-        for (picture, size) in set.sizes().iter().enumerate() {
-            by_size.entry(*size).or_default().push(picture);
+        for &picture in &sound {
+            by_size.entry(set.sizes()[picture]).or_default().push(picture);
         }
         let batches = by_size
             .values()
             .flat_map(|pictures| pictures.chunks(batch.max(1)).map(<[usize]>::to_vec));
-        Validation {
+        Ok(Validation {
             batches: batches.collect(),
+            pictures: sound.len(),
             set,
             source,
-        }
+        })
+    }
+
+    /// The number of pictures.
+    pub fn pictures(&self) -> usize {
+        self.pictures
+    }
+
+    /// The pictures that cannot be used.
+    pub fn damages(&self) -> &DamageLog {
+        self.set.damages()
     }
 
     /// The mean loss. `go_on` is asked between batches; an error from it ends the work.
@@ -43,10 +72,10 @@ impl Validation {
     pub fn loss(
         &self,
         model: &TrainableDit,
-        feeder: &Feeder<'_>,
+        feeder: &mut Feeder<'_>,
         go_on: &mut dyn FnMut() -> Result<()>,
     ) -> Result<f64> {
-        let total = self.set.records().len();
+        let total = self.pictures;
         let mut losses: Vec<(Tensor, usize)> = Vec::with_capacity(self.batches.len());
         let mut first = 0;
         for pictures in &self.batches {
