@@ -4,11 +4,13 @@
 
 mod checkpoint;
 mod convert;
+mod data;
 mod flow;
 mod graph;
 mod image_io;
 mod models;
 mod ops;
+mod runs;
 mod sample;
 mod text;
 mod train;
@@ -20,11 +22,13 @@ fn main() -> std::process::ExitCode {
     let mut suite = Suite::default();
     checkpoint::register(&mut suite);
     convert::register(&mut suite);
+    data::register(&mut suite);
     flow::register(&mut suite);
     graph::register(&mut suite);
     image_io::register(&mut suite);
     models::register(&mut suite);
     ops::register(&mut suite);
+    runs::register(&mut suite);
     sample::register(&mut suite);
     text::register(&mut suite);
     train::register(&mut suite);

@@ -104,6 +104,15 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Say the flow-matching loss of a model on a data set, as a run's validation computes it
+    Evaluate {
+        /// The configuration; of its keys --model and --data matter most.
+        #[command(flatten)]
+        source: Source,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
     /// Make a model of a checkpoint: a folder with the trained tensors and an l2p.json that names the model they lie over
     Package {
         /// The checkpoint's folder

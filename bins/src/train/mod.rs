@@ -46,6 +46,7 @@ pub fn train(arguments: Arguments) -> anyhow::Result<()> {
             caption_tokens,
             json,
         }) => plan(&source, caption_tokens as usize, json),
+        Some(Command::Evaluate { source, json }) => evaluate(&source, json),
         Some(Command::Package {
             checkpoint,
             out,
@@ -177,6 +178,22 @@ fn plan(source: &Source, caption_tokens: usize, json: bool) -> anyhow::Result<()
             crate::print(&format!("{value:#}\n"))
         }
         false => crate::print(&plan::text(&forecast, available)),
+    }
+}
+
+/// The loss of a model on a data set.
+fn evaluate(source: &Source, json: bool) -> anyhow::Result<()> {
+    let config = source.read()?;
+    let device = Device::open(source.device)?;
+    let mut display = Display::new(false, config.steps);
+    // Features of captions go to the cache that the configuration names; without one they are not kept.
+    let scratch = tempfile::tempdir().context("cannot make a temporary folder")?;
+    let outcome = run::evaluate(&config, scratch.path(), &device, &mut display);
+    display.bar.finish_and_clear();
+    let evaluation = outcome?;
+    match json {
+        true => crate::print(&format!("{:#}\n", serde_json::to_value(evaluation)?)),
+        false => crate::print(&format!("{:.5} on {} pictures\n", evaluation.loss, evaluation.pictures)),
     }
 }
 

@@ -64,7 +64,8 @@ pub struct Comparison {
 pub struct ComparedRun {
     /// Its label.
     pub name: String,
-    /// Its folder.
+    /// Its folder; not written with the rest, for it means nothing elsewhere.
+    #[serde(skip)]
     pub folder: PathBuf,
     /// The keys in whose values the runs differ, but for places and names.
     pub differing: serde_json::Map<String, Value>,
