@@ -1,10 +1,12 @@
 //! What the programs share: how they end, how they report progress, and how they stop when asked to.
 
+pub mod data;
 pub mod profile;
 mod progress;
 pub mod report;
 pub mod sample;
 mod size;
+pub mod train;
 
 use std::io::{ErrorKind, Write};
 use std::process::ExitCode;

@@ -4,11 +4,13 @@
 //! (VAE, latent models only). Device memory therefore peaks at the larger of the text encoder and the transformer with one
 //! step's activations.
 
+mod prompts;
 mod settings;
 
 use std::collections::HashMap;
 use std::time::Instant;
 
+pub use prompts::{Encoded, PromptEncoder, PromptFiles};
 pub use settings::Settings;
 
 use serde::Serialize;
@@ -20,14 +22,12 @@ use crate::flow::noise_source::NoiseSource;
 use crate::flow::sampler::{Conditioning, StepReport, sample};
 use crate::flow::schedule::Schedule;
 use crate::model::DeviceLimits;
-use crate::model::config::{DitConfig, ModelKind, TextConfig, VaeConfig};
+use crate::model::config::{DitConfig, ModelKind, VaeConfig};
 use crate::model::dit::Dit;
-use crate::model::text::TextEncoder;
 use crate::model::vae::VaeDecoder;
 use crate::ops::to_rgb8::to_rgb8;
 use crate::profile;
 use crate::tensor::Tensor;
-use crate::text::PromptTokenizer;
 
 /// Steps where neither user nor model says: enough for a model that was not distilled.
 const DEFAULT_STEPS: usize = 28;
@@ -38,6 +38,9 @@ const DEFAULT_SHIFT: f32 = 3.0;
 /// Latent models draw this size where nobody says; pixel models, a grid of `DEFAULT_GRID` patches.
 const DEFAULT_LATENT_SIZE: usize = 1024;
 const DEFAULT_GRID: usize = 64;
+
+/// Pixels that [`Pipeline::pictures`] decodes together.
+const DECODED_PIXELS: usize = 1 << 20;
 
 /// One phase of a run.
 #[derive(Clone, Debug, Serialize)]
@@ -78,7 +81,7 @@ pub struct Pipeline {
     vae_files: Option<(VaeConfig, Checkpoint)>,
     dit: Option<Dit>,
     vae: Option<VaeDecoder>,
-    text: Option<(PromptTokenizer, TextEncoder)>,
+    text: Option<PromptEncoder>,
     /// Keep the text encoder on the device after its phase.
     keep_text_encoder: bool,
     phases: Vec<Phase>,
@@ -137,6 +140,21 @@ impl Pipeline {
     /// The transformer's sizes.
     pub fn config(&self) -> &DitConfig {
         &self.transformer.config
+    }
+
+    /// The transformer's files.
+    pub fn transformer(&self) -> &Transformer {
+        &self.transformer
+    }
+
+    /// Where the model's parts are.
+    pub fn paths(&self) -> &ModelPaths {
+        &self.paths
+    }
+
+    /// The VAE's files, of a latent model.
+    pub fn vae_files(&self) -> Option<(&VaeConfig, &Checkpoint)> {
+        self.vae_files.as_ref().map(|(config, checkpoint)| (config, checkpoint))
     }
 
     fn vae_config(&self) -> Option<&VaeConfig> {
@@ -241,17 +259,17 @@ impl Pipeline {
     ) -> Result<Captions> {
         self.phase("text", |pipeline| {
             if pipeline.text.is_none() {
-                pipeline.text = Some(pipeline.load_text_encoder()?);
+                pipeline.text = Some(pipeline.prompt_files()?.load(&pipeline.device)?);
             }
-            let (tokenizer, encoder) = pipeline.text.as_ref().expect("loaded above");
+            let encoder = pipeline.text.as_ref().expect("loaded above");
             let mut known: HashMap<&str, Tensor> = HashMap::new();
             for text in prompts.iter().chain(negatives) {
                 if !known.contains_key(text.as_str()) {
-                    let tokens = tokenizer.encode(text)?;
-                    known.insert(text, encoder.encode(&tokens.ids)?);
+                    let prompt = encoder.encode(text)?;
+                    known.insert(text, prompt.features);
                     encoded(EncodeReport {
                         text,
-                        dropped_tokens: tokens.dropped,
+                        dropped_tokens: prompt.dropped_tokens,
                     })?;
                 }
             }
@@ -272,33 +290,11 @@ impl Pipeline {
     /// # Errors
     /// Saying how to name a part that is missing, or what is damaged or does not fit.
     pub fn expect_text_encoder(&self) -> Result<()> {
-        self.open_text_encoder().map(|_| ())
+        self.prompt_files().map(|_| ())
     }
 
-    fn open_text_encoder(&self) -> Result<(TextConfig, Checkpoint)> {
-        let folder = self.paths.text_encoder()?;
-        self.paths.tokenizer()?;
-        let config = TextConfig::read(folder)?;
-        if config.dim != self.config().caption_width {
-            return Err(Error::file(
-                folder,
-                format!(
-                    "makes features of width {}, the transformer takes {}",
-                    config.dim,
-                    self.config().caption_width
-                ),
-            ));
-        }
-        config.expect_runs_on(&self.device)?;
-        Ok((config, Checkpoint::open_text_encoder(folder)?))
-    }
-
-    fn load_text_encoder(&self) -> Result<(PromptTokenizer, TextEncoder)> {
-        let (config, checkpoint) = self.open_text_encoder()?;
-        let tokenizer = PromptTokenizer::open(self.paths.tokenizer()?)?;
-        let _tag = MemoryTag::Weights.scope();
-        let encoder = TextEncoder::load(&checkpoint, &self.device, &config);
-        Ok((tokenizer, encoder.map_err(|error| of_file(&checkpoint, error))?))
+    fn prompt_files(&self) -> Result<PromptFiles<'_>> {
+        PromptFiles::open(&self.paths, &self.device, self.config().caption_width)
     }
 
     /// Brings the transformer (and a latent model's VAE decoder) onto the device; nothing when they are there.
@@ -392,6 +388,29 @@ impl Pipeline {
                 .map(|item| vae.decode(&drawn.narrow(item, 1)?))
                 .collect::<Result<Vec<_>>>()?;
             stack(&images)
+        })
+    }
+
+    /// The pictures of what [`Pipeline::denoise`] returned as bytes on the host, one buffer of `height · width · 3` per item:
+    /// [`Pipeline::decode`] and [`Pipeline::to_bytes`] for many small pictures, several at a time.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn pictures(&mut self, drawn: &Tensor) -> Result<Vec<Vec<u8>>> {
+        let cell = self.vae_config().map_or(1, VaeConfig::downsampling);
+        let pixels = drawn.dim(1) * drawn.dim(2) * cell * cell;
+        let at_once = (DECODED_PIXELS / pixels.max(1)).max(1);
+        self.phase("decode", |pipeline| {
+            let mut pictures = Vec::with_capacity(drawn.dim(0));
+            for first in (0..drawn.dim(0)).step_by(at_once) {
+                let part = drawn.narrow(first, at_once.min(drawn.dim(0) - first))?;
+                let images = match &pipeline.vae {
+                    Some(vae) => vae.decode(&part)?,
+                    None => part,
+                };
+                pictures.extend(pipeline.to_bytes(&images)?);
+            }
+            Ok(pictures)
         })
     }
 

@@ -327,6 +327,19 @@ impl Tensor {
         })
     }
 
+    /// This tensor if nobody shares its buffer, so that it can be written; otherwise a copy of it.
+    ///
+    /// # Errors
+    /// When the device has no room for a copy.
+    pub fn into_unshared(mut self) -> Result<Self> {
+        if Arc::get_mut(&mut self.storage).is_some() {
+            return Ok(self);
+        }
+        let mut copy = Self::empty(&self.device(), self.shape, self.dtype)?;
+        copy.copy_from(&self)?;
+        Ok(copy)
+    }
+
     /// A view of `count` entries of the outermost dimension from `start` on.
     ///
     /// # Errors
@@ -433,12 +446,11 @@ impl Tensor {
         }
     }
 
-    /// Overwrites the elements with values from the host, keeping the tensor's address.
+    /// Overwrites the elements with values from the host, keeping the tensor's address; on CUDA without waiting for earlier work.
     ///
     /// # Errors
-    /// When type or count differ, or the buffer is shared.
+    /// When the number or type of values differs, or the buffer is shared.
     pub fn copy_from_slice<T: Element>(&mut self, values: &[T]) -> Result<()> {
-        self.expect_dtype("copy from host", "tensor", T::DTYPE)?;
         if values.len() != self.elements() {
             return Err(Error::invalid(format!(
                 "{} values do not fill a tensor of shape {}",
@@ -446,7 +458,17 @@ impl Tensor {
                 self.shape
             )));
         }
-        let offset = self.offset * self.dtype.size();
+        self.copy_elements_from_slice(0, values)
+    }
+
+    /// Overwrites the elements from `first` on (row-major) with values from the host; see [`Tensor::copy_from_slice`].
+    ///
+    /// # Errors
+    /// When they reach past the end or are of another type, or the buffer is shared.
+    pub fn copy_elements_from_slice<T: Element>(&mut self, first: usize, values: &[T]) -> Result<()> {
+        self.expect_dtype("copy from host", "tensor", T::DTYPE)?;
+        self.expect_elements("copy from host", first, values.len())?;
+        let offset = (self.offset + first) * self.dtype.size();
         match Arc::get_mut(&mut self.storage).ok_or_else(shared_buffer)? {
             Storage::Cpu(buffer) => {
                 let bytes: &[u8] = bytemuck::cast_slice(values);
@@ -463,10 +485,20 @@ impl Tensor {
     /// When shape, type or device differ, or the buffer is shared.
     pub fn copy_from(&mut self, source: &Tensor) -> Result<()> {
         source.expect_shape("copy", "source", self.shape)?;
+        self.copy_elements_from(0, source)
+    }
+
+    /// Overwrites the elements from `first` on (row-major) with those of `source`; see [`Tensor::copy_from`].
+    ///
+    /// # Errors
+    /// When they reach past the end, type or device differ, or the buffer is shared.
+    pub fn copy_elements_from(&mut self, first: usize, source: &Tensor) -> Result<()> {
         source.expect_dtype("copy", "source", self.dtype)?;
         source.expect_device("copy", "source", &self.device())?;
-        let (from, to) = (source.offset * self.dtype.size(), self.offset * self.dtype.size());
-        let bytes = self.bytes();
+        self.expect_elements("copy", first, source.elements())?;
+        let size = self.dtype.size();
+        let (from, to) = (source.offset * size, (self.offset + first) * size);
+        let bytes = source.bytes();
         match (
             Arc::get_mut(&mut self.storage).ok_or_else(shared_buffer)?,
             &*source.storage,
@@ -477,6 +509,18 @@ impl Tensor {
             }
             (Storage::Cuda(target), Storage::Cuda(source)) => target.copy_from_device(to, source, from, bytes),
             _ => unreachable!("the devices were compared"),
+        }
+    }
+
+    fn expect_elements(&self, op: &'static str, first: usize, count: usize) -> Result<()> {
+        match first.checked_add(count) {
+            Some(end) if end <= self.elements() => Ok(()),
+            _ => Err(Error::Shape {
+                op,
+                tensor: "target".into(),
+                expected: format!("at least {} elements", first.saturating_add(count)),
+                found: self.shape,
+            }),
         }
     }
 

@@ -69,23 +69,55 @@ __device__ __forceinline__ float2 normal_pair(uint32_t radius_word, uint32_t ang
     return make_float2(__fmul_rn(radius, direction.x), __fmul_rn(radius, direction.y));
 }
 
+// Elements 4 * index to 4 * index + 3 of a stream.
+__device__ __forceinline__ float4 four_normals(size_t index, uint2 key, uint2 stream) {
+    const uint4 counter =
+        make_uint4(static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), stream.x, stream.y);
+    const uint4 random = philox4x32(counter, key);
+    const float2 a = normal_pair(random.x, random.y), b = normal_pair(random.z, random.w);
+    return make_float4(a.x, a.y, b.x, b.y);
+}
+
+// Writes the first `count` of four values one by one.
+__device__ __forceinline__ void store_some(float* output, float4 values, size_t count) {
+    output[0] = values.x;
+    if (count > 1) output[1] = values.y;
+    if (count > 2) output[2] = values.z;
+    if (count > 3) output[3] = values.w;
+}
+
 // output [elements], 16-byte aligned.
 extern "C" __global__ __launch_bounds__(THREADS) void normal_noise(
     float* output, size_t elements, unsigned long long seed, unsigned long long stream) {
     const size_t index = static_cast<size_t>(blockIdx.x) * THREADS + threadIdx.x;
     const size_t first = index * 4;
     if (first >= elements) return;
-    const uint4 counter = make_uint4(
-        static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), static_cast<uint32_t>(stream),
-        static_cast<uint32_t>(stream >> 32));
-    const uint4 random = philox4x32(counter, make_uint2(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)));
-    const float2 a = normal_pair(random.x, random.y), b = normal_pair(random.z, random.w);
+    const float4 values = four_normals(
+        index, make_uint2(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)),
+        make_uint2(static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32)));
     if (first + 4 <= elements) {
-        *reinterpret_cast<float4*>(output + first) = make_float4(a.x, a.y, b.x, b.y);
-        return;
+        *reinterpret_cast<float4*>(output + first) = values;
+    } else {
+        store_some(output + first, values, elements - first);
     }
-    output[first] = a.x;
-    if (first + 1 < elements) output[first + 1] = a.y;
-    if (first + 2 < elements) output[first + 2] = b.x;
 }
 L2P_LAUNCH(normal_noise, THREADS, 0, ELEMENTS_PER_BLOCK)
+
+// output [items, elements]; origins [items]: low and high word of each item's seed and stream. Grid: (blocks of an item,
+// items).
+extern "C" __global__ __launch_bounds__(THREADS) void normal_noise_items(
+    float* output, const uint4* origins, size_t elements) {
+    const size_t index = static_cast<size_t>(blockIdx.x) * THREADS + threadIdx.x;
+    const size_t first = index * 4;
+    if (first >= elements) return;
+    const uint4 origin = origins[blockIdx.y];
+    const float4 values = four_normals(index, make_uint2(origin.x, origin.y), make_uint2(origin.z, origin.w));
+    float* target = output + blockIdx.y * elements + first;
+    // An item of other than a multiple of four elements leaves those after it unaligned.
+    if (elements % 4 == 0) {
+        *reinterpret_cast<float4*>(target) = values;
+    } else {
+        store_some(target, values, elements - first);
+    }
+}
+L2P_LAUNCH(normal_noise_items, THREADS, 0, ELEMENTS_PER_BLOCK)

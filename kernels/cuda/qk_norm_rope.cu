@@ -1,6 +1,6 @@
-// Normalisation and rotation of query and key heads, in place; engine/src/ops/qk_norm_rope.rs holds the contract.
+// Normalisation and rotation of query and key heads, and the gradient; engine/src/ops/qk_norm_rope.rs holds the contract.
 //
-// One block per token. Sixteen lanes share a head row, eight elements (four pairs) each; a lane handles the same pairs of
+// Forward: one block per token. Sixteen lanes share a head row, eight elements (four pairs) each; a lane handles the same pairs of
 // every head, so it reads its cosines, sines and weights once. Bound by memory: q and k are read and written once.
 #include "common/launch.cuh"
 #include "common/types.cuh"
@@ -83,12 +83,14 @@ __device__ __forceinline__ float row_lanes_sum(float value) {
 
 template <bool HALF_SPLIT>
 __device__ __forceinline__ void normalise_and_rotate(
-    bf16* qkv, const bf16* q_weight, const bf16* k_weight, const float* table, int heads, int kv_heads, int table_rows,
-    float epsilon) {
+    const bf16* qkv, bf16* result, const bf16* q_weight, const bf16* k_weight, const float* table, int heads, int kv_heads,
+    int table_rows, float epsilon) {
     const int lane = threadIdx.x % LANES;
     const int group = threadIdx.x / LANES;
     const int rows = heads + kv_heads;
-    bf16* token = qkv + static_cast<size_t>(blockIdx.x) * (heads + 2 * kv_heads) * HEAD_DIM;
+    const size_t start = static_cast<size_t>(blockIdx.x) * (heads + 2 * kv_heads) * HEAD_DIM;
+    const bf16* token = qkv + start;
+    bf16* target = result + start;
     const PackedPairs q_factors = load_pairs<HALF_SPLIT>(q_weight, lane);
     const PackedPairs k_factors = load_pairs<HALF_SPLIT>(k_weight, lane);
     float angles[8];  // cosine and sine of this lane's four pairs
@@ -118,22 +120,119 @@ __device__ __forceinline__ void normalise_and_rotate(
                 pairs.a[j] = a * cos - b * sin;
                 pairs.b[j] = a * sin + b * cos;
             }
-            if (row < rows) store_pairs<HALF_SPLIT>(token + row * HEAD_DIM, lane, pairs);
+            if (row < rows) store_pairs<HALF_SPLIT>(target + row * HEAD_DIM, lane, pairs);
         }
+    }
+    if (qkv == result) return;
+    for (int row = rows + group; row < rows + kv_heads; row += GROUPS) {
+        const uint4* values = reinterpret_cast<const uint4*>(token + row * HEAD_DIM);
+        reinterpret_cast<uint4*>(target + row * HEAD_DIM)[lane] = values[lane];
     }
 }
 
-// qkv [tokens, (heads + 2 * kv_heads) * HEAD_DIM]; table [table_rows, HEAD_DIM / 2, 2], token t uses row t % table_rows.
+// qkv, result [tokens, (heads + 2 * kv_heads) * HEAD_DIM], which may be the same; table [table_rows, HEAD_DIM / 2, 2], token t uses row t % table_rows.
 extern "C" __global__ __launch_bounds__(THREADS) void qk_norm_rope_interleaved(
-    bf16* qkv, const bf16* q_weight, const bf16* k_weight, const float* table, int heads, int kv_heads, int table_rows,
-    float epsilon) {
-    normalise_and_rotate<false>(qkv, q_weight, k_weight, table, heads, kv_heads, table_rows, epsilon);
+    const bf16* qkv, bf16* result, const bf16* q_weight, const bf16* k_weight, const float* table, int heads, int kv_heads,
+    int table_rows, float epsilon) {
+    normalise_and_rotate<false>(qkv, result, q_weight, k_weight, table, heads, kv_heads, table_rows, epsilon);
 }
 L2P_LAUNCH(qk_norm_rope_interleaved, THREADS, 0, HEAD_DIM)
 
 extern "C" __global__ __launch_bounds__(THREADS) void qk_norm_rope_half_split(
-    bf16* qkv, const bf16* q_weight, const bf16* k_weight, const float* table, int heads, int kv_heads, int table_rows,
-    float epsilon) {
-    normalise_and_rotate<true>(qkv, q_weight, k_weight, table, heads, kv_heads, table_rows, epsilon);
+    const bf16* qkv, bf16* result, const bf16* q_weight, const bf16* k_weight, const float* table, int heads, int kv_heads,
+    int table_rows, float epsilon) {
+    normalise_and_rotate<true>(qkv, result, q_weight, k_weight, table, heads, kv_heads, table_rows, epsilon);
 }
 L2P_LAUNCH(qk_norm_rope_half_split, THREADS, 0, HEAD_DIM)
+
+// The gradient, in place. A block takes every gridDim.x-th token; what its threads find for the weights of q and k stays in
+// registers and is added up once per block, group by group.
+template <bool HALF_SPLIT>
+__device__ __forceinline__ void rotate_back_and_differentiate(
+    bf16* gradient, const bf16* qkv, const bf16* q_weight, const bf16* k_weight, const float* table, float* partial, int tokens,
+    int heads, int kv_heads, int table_rows, float epsilon) {
+    __shared__ alignas(16) float sums[GROUPS][HEAD_DIM];
+    const int lane = threadIdx.x % LANES;
+    const int group = threadIdx.x / LANES;
+    const int rows = heads + kv_heads;
+    const PackedPairs q_factors = load_pairs<HALF_SPLIT>(q_weight, lane);
+    const PackedPairs k_factors = load_pairs<HALF_SPLIT>(k_weight, lane);
+    Pairs q_total = {}, k_total = {};
+    for (int token = blockIdx.x; token < tokens; token += gridDim.x) {
+        const size_t start = static_cast<size_t>(token) * (heads + 2 * kv_heads) * HEAD_DIM;
+        float angles[8];
+        load8(angles, table + static_cast<size_t>(token % table_rows) * HEAD_DIM + 8 * lane);
+        // Every thread runs every step, so that the shuffles see whole warps; rows past the end are zeros and are not stored.
+        for (int first = group; first - group < rows; first += GROUPS) {
+            const bool valid = first < rows;
+            PackedPairs packed_input = {}, packed_gradient = {};
+            if (valid) {
+                packed_input = load_pairs<HALF_SPLIT>(qkv + start + first * HEAD_DIM, lane);
+                packed_gradient = load_pairs<HALF_SPLIT>(gradient + start + first * HEAD_DIM, lane);
+            }
+            Pairs input = unpack<HALF_SPLIT>(packed_input), turned = unpack<HALF_SPLIT>(packed_gradient);
+            const bool is_query = first < heads;
+            const Pairs factors = unpack<HALF_SPLIT>(is_query ? q_factors : k_factors);
+            float squares = 0.0f, along = 0.0f;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const float cos = angles[2 * j], sin = angles[2 * j + 1];
+                const float a = turned.a[j] * cos + turned.b[j] * sin, b = turned.b[j] * cos - turned.a[j] * sin;
+                turned.a[j] = a;
+                turned.b[j] = b;
+                squares += input.a[j] * input.a[j] + input.b[j] * input.b[j];
+                along += a * factors.a[j] * input.a[j] + b * factors.b[j] * input.b[j];
+            }
+            const float inverse = rsqrtf(row_lanes_sum(squares) / HEAD_DIM + epsilon);
+            const float share = row_lanes_sum(along) * inverse / HEAD_DIM;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const float a = input.a[j] * inverse, b = input.b[j] * inverse;  // normalised
+                const float to_a = turned.a[j] * a, to_b = turned.b[j] * b;
+                q_total.a[j] += is_query ? to_a : 0.0f;
+                q_total.b[j] += is_query ? to_b : 0.0f;
+                k_total.a[j] += is_query ? 0.0f : to_a;
+                k_total.b[j] += is_query ? 0.0f : to_b;
+                input.a[j] = inverse * (turned.a[j] * factors.a[j] - a * share);
+                input.b[j] = inverse * (turned.b[j] * factors.b[j] - b * share);
+            }
+            if (valid) store_pairs<HALF_SPLIT>(gradient + start + first * HEAD_DIM, lane, input);
+        }
+    }
+    if (partial == nullptr) return;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+        const Pairs& total = which == 0 ? q_total : k_total;
+        __syncthreads();  // the sums of the other weight have been read
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            sums[group][HALF_SPLIT ? 4 * lane + j : 8 * lane + 2 * j] = total.a[j];
+            sums[group][HALF_SPLIT ? HEAD_DIM / 2 + 4 * lane + j : 8 * lane + 2 * j + 1] = total.b[j];
+        }
+        __syncthreads();  // every group's sums are written before they are added up
+        if (threadIdx.x < HEAD_DIM) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int i = 0; i < GROUPS; ++i) sum += sums[i][threadIdx.x];
+            partial[(static_cast<size_t>(which) * gridDim.x + blockIdx.x) * HEAD_DIM + threadIdx.x] = sum;
+        }
+    }
+}
+
+// gradient, qkv [tokens, (heads + 2 * kv_heads) * HEAD_DIM], qkv as it was before normalisation; partial [2, blocks, HEAD_DIM]
+// for the weights of q and k, or null.
+extern "C" __global__ __launch_bounds__(THREADS) void qk_norm_rope_backward_interleaved(
+    bf16* gradient, const bf16* qkv, const bf16* q_weight, const bf16* k_weight, const float* table, float* partial, int tokens,
+    int heads, int kv_heads, int table_rows, float epsilon) {
+    rotate_back_and_differentiate<false>(
+        gradient, qkv, q_weight, k_weight, table, partial, tokens, heads, kv_heads, table_rows, epsilon);
+}
+L2P_LAUNCH(qk_norm_rope_backward_interleaved, THREADS, 0, HEAD_DIM)
+
+extern "C" __global__ __launch_bounds__(THREADS) void qk_norm_rope_backward_half_split(
+    bf16* gradient, const bf16* qkv, const bf16* q_weight, const bf16* k_weight, const float* table, float* partial, int tokens,
+    int heads, int kv_heads, int table_rows, float epsilon) {
+    rotate_back_and_differentiate<true>(
+        gradient, qkv, q_weight, k_weight, table, partial, tokens, heads, kv_heads, table_rows, epsilon);
+}
+L2P_LAUNCH(qk_norm_rope_backward_half_split, THREADS, 0, HEAD_DIM)

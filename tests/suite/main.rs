@@ -4,13 +4,16 @@
 
 mod checkpoint;
 mod convert;
+mod data;
 mod flow;
 mod graph;
 mod image_io;
 mod models;
 mod ops;
+mod runs;
 mod sample;
 mod text;
+mod train;
 
 use l2p_tests::Suite;
 
@@ -19,13 +22,16 @@ fn main() -> std::process::ExitCode {
     let mut suite = Suite::default();
     checkpoint::register(&mut suite);
     convert::register(&mut suite);
+    data::register(&mut suite);
     flow::register(&mut suite);
     graph::register(&mut suite);
     image_io::register(&mut suite);
     models::register(&mut suite);
     ops::register(&mut suite);
+    runs::register(&mut suite);
     sample::register(&mut suite);
     text::register(&mut suite);
+    train::register(&mut suite);
     if let Err(reason) = l2p_tests::gpu() {
         eprintln!("tests that need a GPU are skipped: {reason}");
     }

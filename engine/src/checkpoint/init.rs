@@ -17,7 +17,7 @@ use super::audit::Transformer;
 use super::elements::{Float, encode};
 use super::head::HeadLayout;
 use super::set::Checkpoint;
-use super::write::{Content, OutputFile, OutputTensor};
+use super::write::{Content, Fetch, OutputFile, OutputTensor};
 use crate::error::{Error, Result};
 use crate::model::config::{DitConfig, ModelKind};
 
@@ -108,18 +108,7 @@ pub struct InitPlan<'a> {
 /// # Errors
 /// When no head is known for the patch size, or the widths do not fit it.
 pub fn init<'a>(source: &'a Transformer, options: &InitOptions) -> Result<InitPlan<'a>> {
-    let config = DitConfig {
-        kind: ModelKind::Pixel,
-        patch: options.patch,
-        in_channels: 3,
-        ..source.config.clone()
-    };
-    let head = HeadLayout::for_patch(
-        options.patch,
-        options.head_widths.as_deref(),
-        options.head_bottleneck,
-        config.dim,
-    )?;
+    let (config, head) = sizes(source, options)?;
     let wanted: Vec<_> = config.tensors().into_iter().chain(head.tensors()).collect();
     let shapes: BTreeMap<String, Vec<usize>> = wanted.iter().cloned().collect();
     let float = most_common_type(&source.checkpoint);
@@ -160,6 +149,60 @@ pub fn init<'a>(source: &'a Transformer, options: &InitOptions) -> Result<InitPl
         head,
         random,
     })
+}
+
+/// The sizes of a pixel model of `options` from `source`.
+fn sizes(source: &Transformer, options: &InitOptions) -> Result<(DitConfig, HeadLayout)> {
+    let config = DitConfig {
+        kind: ModelKind::Pixel,
+        patch: options.patch,
+        in_channels: 3,
+        ..source.config.clone()
+    };
+    let head = HeadLayout::for_patch(
+        options.patch,
+        options.head_widths.as_deref(),
+        options.head_bottleneck,
+        config.dim,
+    )?;
+    Ok((config, head))
+}
+
+/// Plans a model of the sizes of `source`, or of a pixel model from it, of which every tensor starts random: as the new parts
+/// in [`init`], and the factors of normalisations at 1.
+///
+/// # Errors
+/// When no head is known for the patch size, or the widths do not fit it.
+pub fn scratch<'a>(source: &'a Transformer, options: Option<&InitOptions>, seed: u64) -> Result<OutputFile<'a>> {
+    let mut wanted = match options {
+        Some(options) => {
+            let (config, head) = sizes(source, options)?;
+            [config.tensors(), head.tensors()].concat()
+        }
+        None => source.config.tensors(),
+    };
+    if let (None, Some(head)) = (options, &source.head) {
+        wanted.extend(head.tensors());
+    }
+    let shapes: BTreeMap<String, Vec<usize>> = wanted.iter().cloned().collect();
+    let float = most_common_type(&source.checkpoint);
+    let tensors = wanted.into_iter().map(|(name, shape)| {
+        let content = match shape[..] {
+            [size] if name.ends_with(".weight") => Content::Fetched(Fetch::new(move || Ok(vec![1.0; size])), float),
+            _ => Content::Random(UniformInit::new(seed, &name, fan_in(&name, &shapes)), float),
+        };
+        OutputTensor {
+            dtype: float.dtype(),
+            content,
+            name,
+            shape,
+        }
+    });
+    let tensors = tensors.collect();
+    Ok(OutputFile::new(
+        tensors,
+        [("l2p.init_seed".into(), seed.to_string())].into(),
+    ))
 }
 
 /// Inputs of one output: those of the weight, also for the bias that goes with it.

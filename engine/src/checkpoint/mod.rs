@@ -28,12 +28,13 @@ pub use estimate::{EstimateInput, MemoryEstimate, SamplingMemory, TrainingMemory
 pub use export::{ExportOptions, export};
 pub use file::{SafetensorsFile, StoredTensor};
 pub use head::{HeadLayout, HeadStage, HeadVariant};
-pub use init::{InitOptions, InitPlan, UniformInit, init};
+pub use init::{InitOptions, InitPlan, UniformInit, init, scratch};
 pub use inspect::{Inspection, PartReport, Resolution, TypeCount, inspect};
 pub use manifest::{Defaults, MANIFEST, MANIFEST_FORMAT, Manifest, OneOrMany};
 pub use paths::{Container, ModelPaths, PathOverrides};
 pub use set::{Checkpoint, CheckpointTensor, Layout};
 pub use values::{Values, read_values, write_values};
 pub use write::{
-    Content, OutputFile, OutputTensor, WriteObserver, Written, expect_free, expect_writable, write_file, write_folder,
+    Content, Fetch, OutputFile, OutputTensor, WriteObserver, Written, expect_free, expect_writable, write_file,
+    write_folder,
 };

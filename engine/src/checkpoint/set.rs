@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use safetensors::Dtype;
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
 use super::elements::Float;
 use super::file::{SafetensorsFile, StoredTensor};
@@ -318,6 +319,20 @@ impl Checkpoint {
         self.tensors
             .get(name)
             .ok_or_else(|| Error::file(&self.path, format!("tensor `{name}` is missing")))
+    }
+
+    /// A SHA-256 of every tensor's name, shape, type and of the first and last bytes of its data: copies of one model share
+    /// it, models of which one was trained further do not. Reads little of the files.
+    pub fn identity(&self) -> [u8; 32] {
+        const ENDS: usize = 4096;
+        let mut hash = Sha256::new();
+        for (name, tensor) in &self.tensors {
+            let bytes = tensor.bytes();
+            hash.update(format!("{name} {:?} {:?};", tensor.shape(), tensor.dtype()));
+            hash.update(&bytes[..bytes.len().min(ENDS)]);
+            hash.update(&bytes[bytes.len().saturating_sub(ENDS)..]);
+        }
+        hash.finalize().into()
     }
 
     /// The same tensors without those for which `keep` says no.

@@ -2,20 +2,23 @@
 //! only when everything is on the disk. Whatever goes wrong before, what was there stays and nothing half-written is left.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 use tempfile::{Builder, NamedTempFile, TempDir};
 
-use super::elements::{Float, convert, first_overflow};
+use super::elements::{Float, convert, encode, first_overflow};
 use super::init::UniformInit;
 use super::set::CheckpointTensor;
 use super::shards::INDEX_SUFFIX;
 use crate::device::format_bytes;
 use crate::error::{Error, Result};
+use crate::files::sync_folder;
 
 /// Bytes between two reports of progress, and of the buffer for converted elements.
 const CHUNK_BYTES: usize = 8 << 20;
@@ -51,6 +54,25 @@ pub enum Content<'a> {
     Random(UniformInit, Float),
     /// These f32 numbers.
     Values(&'a [f32]),
+    /// f32 numbers that are fetched when their turn comes, converted to another type.
+    Fetched(Fetch<'a>, Float),
+}
+
+/// Gets numbers from somewhere, such as a device.
+#[derive(Clone)]
+pub struct Fetch<'a>(Rc<dyn Fn() -> Result<Vec<f32>> + 'a>);
+
+impl<'a> Fetch<'a> {
+    /// Numbers that `get` returns.
+    pub fn new(get: impl Fn() -> Result<Vec<f32>> + 'a) -> Self {
+        Fetch(Rc::new(get))
+    }
+}
+
+impl fmt::Debug for Fetch<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Fetch")
+    }
 }
 
 /// A tensor to be written.
@@ -105,6 +127,23 @@ impl OutputTensor<'_> {
                     put(&bytes)?;
                 }
             }
+            Content::Fetched(fetch, to) => {
+                let values = (fetch.0)()?;
+                let expected: usize = self.shape.iter().product();
+                if values.len() != expected {
+                    return Err(Error::invalid(format!(
+                        "tensor `{}` has {} elements, expected {expected}",
+                        self.name,
+                        values.len()
+                    )));
+                }
+                let mut buffer = Vec::new();
+                for piece in values.chunks(CHUNK_BYTES / Float::F32.size()) {
+                    buffer.resize(piece.len() * to.size(), 0);
+                    encode(piece, &mut buffer, *to);
+                    put(&buffer)?;
+                }
+            }
             Content::Random(init, to) => {
                 let elements: usize = self.shape.iter().product();
                 let per_chunk = CHUNK_BYTES / to.size();
@@ -154,6 +193,11 @@ impl<'a> OutputFile<'a> {
         // Without it, transformers refuses the file.
         metadata.insert("format".into(), "pt".into());
         OutputFile { tensors, metadata }
+    }
+
+    /// Adds an entry to the metadata, or replaces it.
+    pub fn set_metadata(&mut self, key: &str, value: &str) {
+        self.metadata.insert(key.into(), value.into());
     }
 
     /// The number of tensors.
@@ -390,11 +434,6 @@ fn for_all<'a, 'b, 'c>(builder: &'a mut Builder<'b, 'c>, mode: u32) -> &'a mut B
 fn not_created(path: &Path, error: &std::io::Error) -> Error {
     let text = error.to_string();
     Error::file(path, text.split(" at path ").next().unwrap_or_default())
-}
-
-/// A rename is on the disk when its folder is; a system that cannot tell does it in its own time.
-fn sync_folder(folder: &Path) {
-    let _ = File::open(folder).and_then(|folder| folder.sync_all());
 }
 
 /// Checks before any work that the target can be a new file.

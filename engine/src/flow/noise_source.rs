@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::TorchNormal;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::noise::normal_noise;
+use crate::ops::noise::{NoiseOrigin, normal_noise, normal_noise_items};
 use crate::tensor::Tensor;
 
 /// A generator of unit normal noise.
@@ -33,11 +33,8 @@ impl NoiseSource {
         match (self, seeds) {
             (NoiseSource::Philox, [seed]) => normal_noise(device, shape, *seed, 0),
             (NoiseSource::Philox, _) => {
-                let mut values = Vec::with_capacity(seeds.len() * item);
-                for &seed in seeds {
-                    values.extend(normal_noise(&Device::Cpu, [item], seed, 0)?.to_vec::<f32>()?);
-                }
-                Tensor::from_slice(device, &values, shape)
+                let origins: Vec<_> = seeds.iter().map(|&seed| NoiseOrigin { seed, stream: 0 }).collect();
+                normal_noise_items(device, &origins, &shape[1..])
             }
             (NoiseSource::Torch, _) => {
                 let mut values = vec![0.0; seeds.len() * item];

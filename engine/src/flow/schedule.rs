@@ -10,6 +10,11 @@ pub fn shifted_sigma(u: f64, shift: f64) -> f64 {
     shift * u / (1.0 + (shift - 1.0) * u)
 }
 
+/// The noise level at `index` of the table of `entries` levels that training draws from: s(1 − index / entries).
+pub fn training_sigma(index: usize, entries: usize, shift: f64) -> f32 {
+    shifted_sigma(1.0 - index as f64 / entries as f64, shift) as f32
+}
+
 /// More steps than this are taken for a slip.
 const MOST_STEPS: usize = 1 << 16;
 

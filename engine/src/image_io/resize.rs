@@ -94,6 +94,14 @@ pub fn fitted_size(width: usize, height: usize, max_pixels: usize, multiple: usi
 /// When a side would be 0.
 pub fn fit_to_multiple(image: &RgbImage, max_pixels: usize, multiple: usize, filter: Filter) -> Result<RgbImage> {
     let (width, height) = fitted_size(image.width, image.height, max_pixels, multiple)?;
+    cover(image, width, height, filter)
+}
+
+/// Resizes a picture, keeping its proportions, until it covers `width`x`height` pixels, and crops it around its centre.
+///
+/// # Errors
+/// When an extent is 0 or too large.
+pub fn cover(image: &RgbImage, width: usize, height: usize, filter: Filter) -> Result<RgbImage> {
     let scale = (width as f64 / image.width as f64).max(height as f64 / image.height as f64);
     let covering = |extent: usize, least: usize| ((extent as f64 * scale).round() as usize).max(least);
     let resized = resize(

@@ -8,6 +8,8 @@
 //! Blocks without modulation are the same without scale and gate. Each residual addition is fused with the normalisation
 //! that follows it, which for the second one is the next block's: blocks are therefore run through [`run_blocks`].
 
+mod backward;
+
 use super::config::DitConfig;
 use super::params::ParamSource;
 use crate::device::Device;
@@ -21,6 +23,9 @@ use crate::ops::qk_norm_rope::{QkNormRope, Rotation};
 use crate::ops::rms_norm::{GatedResidual, RmsNorm, gated_residual_rms_norm, rms_norm_modulate};
 use crate::profile;
 use crate::tensor::Tensor;
+
+pub(super) use backward::parameter_count;
+pub use backward::{Condition, Keep, SavedBlock, backward_blocks, forward_blocks, parameters};
 
 /// Vectors of a modulation table, in the order in which `adaLN_modulation` gives them.
 const SCALE_MSA: usize = 0;
@@ -143,6 +148,19 @@ impl Block {
         })
     }
 
+    /// The normalisation and rotation of queries and keys.
+    fn qk_norm_rope(&self) -> QkNormRope<'_> {
+        QkNormRope {
+            heads: self.attention.heads,
+            kv_heads: self.attention.kv_heads,
+            head_dim: self.attention.head_dim,
+            q_weight: &self.q_norm,
+            k_weight: &self.k_norm,
+            epsilon: self.epsilon,
+            rotation: Rotation::Interleaved,
+        }
+    }
+
     /// Runs the block on the residual stream `x` and its normalised form; returns the new stream, and its form normalised
     /// by `next` where there is one.
     fn forward(
@@ -178,16 +196,7 @@ impl Block {
     }
 
     fn attend(&self, normalised: Tensor, sequence: &Sequence<'_>) -> Result<Tensor> {
-        let spec = QkNormRope {
-            heads: self.attention.heads,
-            kv_heads: self.attention.kv_heads,
-            head_dim: self.attention.head_dim,
-            q_weight: &self.q_norm,
-            k_weight: &self.k_norm,
-            epsilon: self.epsilon,
-            rotation: Rotation::Interleaved,
-        };
-        let qkv = linear_qk_norm_rope(&normalised, &self.qkv, &spec, sequence.rope)?;
+        let qkv = linear_qk_norm_rope(&normalised, &self.qkv, &self.qk_norm_rope(), sequence.rope)?;
         drop(normalised);
         let attended = attention(&qkv, &self.attention, sequence.key_lengths)?;
         drop(qkv);

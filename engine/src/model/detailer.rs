@@ -8,6 +8,8 @@
 //! Which stages there are and how wide they are is read off the parameters' names and shapes, so that the published heads for
 //! 1K, 4K, 8K and 10K and any smaller ones are all the same code.
 
+mod backward;
+
 use super::limits::DeviceLimits;
 use super::params::ParamSource;
 use crate::device::Device;
@@ -19,6 +21,8 @@ use crate::ops::conv::{
 use crate::ops::detail_stage::{DetailStage, DetailWeights, detail_stage};
 use crate::profile;
 use crate::tensor::{DType, Tensor};
+
+pub use backward::SavedDetailer;
 
 /// Channels of the image.
 const IMAGE_CHANNELS: usize = 3;

@@ -6,12 +6,14 @@
 //! * [`Dit::modulate`]: the modulation tables of all blocks for a list of times. Once per schedule.
 //! * [`Dit::forward`]: image to velocity. Once per step.
 
+mod backward;
+mod layout;
+
 use super::block::{Block, Sequence, VECTORS, run_blocks};
 use super::config::{DitConfig, ModelKind};
 use super::detailer::{Detailer, DetailerLayout};
 use super::limits::DeviceLimits;
 use super::params::ParamSource;
-use super::rope::{Position, RopeAxes, caption_positions, image_positions};
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
 use crate::ops::Modulation;
@@ -21,10 +23,15 @@ use crate::ops::linear::{InputActivation, linear, linear_vectors};
 use crate::ops::patch_embed::patch_embed;
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::timestep::timestep_embedding;
-use crate::ops::tokens::{concat_all, concat_tokens, fill_pad_tokens, narrow_tokens, pad_tokens};
+use crate::ops::tokens::{concat_all, concat_tokens, fill_pad_tokens, narrow_tokens, pad_tokens, stack_tokens};
 use crate::ops::unpatchify::unpatchify;
 use crate::profile;
 use crate::tensor::Tensor;
+
+pub(crate) use backward::Reach;
+pub use backward::parameters;
+use layout::Layout;
+pub(crate) use layout::RopeTables;
 
 /// Image and caption tokens are padded to multiples of this many.
 pub const TOKEN_MULTIPLE: usize = 32;
@@ -80,15 +87,7 @@ struct FinalLayer {
 pub struct Prepared {
     /// Caption tokens `[batch, padded, dim]`.
     captions: Tensor,
-    /// Rotary tables of the image tokens alone and of the whole sequence.
-    image_rope: Tensor,
-    rope: Tensor,
-    /// Valid tokens per item, when the items' captions have different padded lengths.
-    key_lengths: Option<Tensor>,
-    /// Image tokens per item, i32 `[batch]`, when they have to be padded.
-    image_lengths: Option<Tensor>,
-    /// Height and width of the token grid.
-    grid: [usize; 2],
+    layout: Layout,
 }
 
 impl Prepared {
@@ -99,12 +98,12 @@ impl Prepared {
 
     /// The number of items in the batch.
     pub fn batch(&self) -> usize {
-        self.captions.dim(0)
+        self.layout.batch()
     }
 
     /// Tokens of the main sequence, pads included.
     pub fn tokens(&self) -> usize {
-        self.rope.dim(1)
+        self.layout.image_tokens + self.layout.caption_tokens
     }
 }
 
@@ -224,89 +223,48 @@ impl Dit {
     ///
     /// # Errors
     /// When the size is not a multiple of the patch, a caption is empty or has another width, or the device has no room.
-    pub fn prepare(&self, captions: &[&Tensor], [height, width]: [usize; 2]) -> Result<Prepared> {
+    pub fn prepare(&self, captions: &[&Tensor], size: [usize; 2]) -> Result<Prepared> {
+        let mut tables = RopeTables::new(&self.config, &self.device, usize::MAX);
+        self.prepare_with(captions, size, &mut tables)
+    }
+
+    /// As [`Dit::prepare`], with rotary tables that may be known.
+    pub(crate) fn prepare_with(
+        &self,
+        captions: &[&Tensor],
+        size: [usize; 2],
+        tables: &mut RopeTables,
+    ) -> Result<Prepared> {
         let _range = profile::range(c"prepare");
-        let patch = self.config.patch;
-        if height == 0 || width == 0 || height % patch != 0 || width % patch != 0 {
-            return Err(Error::invalid(format!(
-                "an image of {width}x{height} cannot be cut into patches of {patch}"
-            )));
-        }
-        let grid = [height / patch, width / patch];
-        let tokens = grid[0] * grid[1];
-        let image_tokens = tokens.next_multiple_of(TOKEN_MULTIPLE);
+        let layout = self.layout(captions, size, tables)?;
+        let embedded = self.embed_captions(&self.normalise_captions(captions, &layout)?.1, &layout)?;
+        Ok(Prepared {
+            captions: run_blocks(&self.context_refiner, None, embedded, &layout.caption_sequence())?,
+            layout,
+        })
+    }
+
+    fn layout(&self, captions: &[&Tensor], size: [usize; 2], tables: &mut RopeTables) -> Result<Layout> {
         for caption in captions {
             caption.expect_rank("dit", "caption", 3, "[1, tokens, width]")?;
             caption.expect_shape("dit", "caption", [1, caption.dim(1), self.config.caption_width])?;
         }
-        let padded: Vec<usize> = captions
-            .iter()
-            .map(|caption| caption.dim(1).next_multiple_of(TOKEN_MULTIPLE))
-            .collect();
-        let longest = padded.iter().copied().max().unwrap_or(0);
-        if captions.iter().any(|caption| caption.dim(1) == 0) || longest == 0 {
-            return Err(Error::invalid("a caption has no tokens"));
-        }
-        let unequal = padded.iter().any(|&length| length != longest);
-        let on_device = |lengths: Vec<i32>| Tensor::from_slice(&self.device, &lengths, [lengths.len()]);
-        let lengths = |base: usize| {
-            let lengths = padded.iter().map(|&length| (base + length) as i32).collect();
-            unequal.then(|| on_device(lengths)).transpose()
-        };
-
-        let image: Vec<Vec<Position>> = padded
-            .iter()
-            .map(|&length| image_positions(length, grid, image_tokens).collect())
-            .collect();
-        let caption: Vec<Vec<Position>> = padded.iter().map(|_| caption_positions(longest).collect()).collect();
-        let whole: Vec<Vec<Position>> = image
-            .iter()
-            .zip(&caption)
-            .map(|(image, caption)| [image.as_slice(), caption].concat())
-            .collect();
-        let axes = RopeAxes {
-            theta: self.config.rope_theta,
-            dims: self.config.axes_dims,
-        };
-        let caption_rope = axes.table(&self.device, &caption)?;
-        let embedded = self.embed_captions(captions, longest)?;
-        let caption_lengths = lengths(0)?;
-        let sequence = Sequence {
-            rope: &caption_rope,
-            key_lengths: caption_lengths.as_ref(),
-        };
-        Ok(Prepared {
-            captions: run_blocks(&self.context_refiner, None, embedded, &sequence)?,
-            image_rope: axes.table(&self.device, &image)?,
-            rope: axes.table(&self.device, &whole)?,
-            key_lengths: lengths(image_tokens)?,
-            image_lengths: match image_tokens == tokens {
-                true => None,
-                false => Some(on_device(vec![tokens as i32; captions.len()])?),
-            },
-            grid,
-        })
+        let lengths: Vec<usize> = captions.iter().map(|caption| caption.dim(1)).collect();
+        Layout::new(&self.config, &self.device, &lengths, size, tables)
     }
 
-    /// Captions through their norm and projection, padded to `longest` tokens: `[batch, longest, dim]`.
-    fn embed_captions(&self, captions: &[&Tensor], longest: usize) -> Result<Tensor> {
-        let mut batch: Option<Tensor> = None;
-        for caption in captions {
-            let normalised = rms_norm(caption, &self.caption_norm, self.config.norm_eps)?;
-            let embedded = linear(&normalised, &self.caption_weight, Some(&self.caption_bias))?;
-            let padded = pad_tokens(&embedded, longest)?;
-            batch = Some(match batch {
-                None => padded,
-                // Items of equal length, one behind the other, are one long item until they are reshaped.
-                Some(batch) => concat_tokens(&batch, &padded)?,
-            });
-        }
-        let batch = batch.ok_or_else(|| Error::invalid("a batch needs at least one caption"))?;
-        let mut batch = batch.into_shape([captions.len(), longest, self.config.dim])?;
-        let lengths: Vec<i32> = captions.iter().map(|caption| caption.dim(1) as i32).collect();
-        let lengths = Tensor::from_slice(&self.device, &lengths, [lengths.len()])?;
-        fill_pad_tokens(&mut batch, &lengths, &self.caption_pad)?;
-        Ok(batch)
+    /// The captions' features side by side, padded with zeros to `[batch, tokens, caption_width]`, and the same normalised.
+    fn normalise_captions(&self, captions: &[&Tensor], layout: &Layout) -> Result<(Tensor, Tensor)> {
+        let features = stack_tokens(captions, layout.caption_tokens)?;
+        let normalised = rms_norm(&features, &self.caption_norm, self.config.norm_eps)?;
+        Ok((features, normalised))
+    }
+
+    /// The projection of normalised captions `[batch, tokens, caption_width]`, pads filled in: `[batch, tokens, dim]`.
+    fn embed_captions(&self, normalised: &Tensor, layout: &Layout) -> Result<Tensor> {
+        let mut embedded = linear(normalised, &self.caption_weight, Some(&self.caption_bias))?;
+        fill_pad_tokens(&mut embedded, &layout.caption_lengths, &self.caption_pad)?;
+        Ok(embedded)
     }
 
     /// The embeddings `[times, adaln_width]` (f32) of model times `t = 1 − sigma`.
@@ -323,13 +281,17 @@ impl Dit {
     /// When the device has no room.
     pub fn modulate(&self, times: &[f32]) -> Result<Modulations> {
         let _range = profile::range(c"modulate");
-        let c = self.embed_times(times)?;
+        self.modulate_by(&self.embed_times(times)?)
+    }
+
+    /// The modulation tables for embedded times.
+    fn modulate_by(&self, c: &Tensor) -> Result<Modulations> {
         let mut tables = Vec::new();
         for block in self.noise_refiner.iter().chain(&self.layers) {
-            tables.extend(block.modulation_table(&c)?);
+            tables.extend(block.modulation_table(c)?);
         }
         if let Output::Latent(last) = &self.output {
-            tables.push(last.modulation_table(&c)?);
+            tables.push(last.modulation_table(c)?);
         }
         let table = concat_all(&tables.iter().collect::<Vec<_>>())?;
         Ok(Modulations { table })
@@ -343,7 +305,8 @@ impl Dit {
     pub fn forward(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
         let _range = profile::range(c"dit");
         let x = self.image_features(image, prepared, modulations)?;
-        self.output.forward(x, image, prepared.grid, modulations, &self.config)
+        self.output
+            .forward(x, image, prepared.layout.grid, modulations, &self.config)
     }
 
     /// Whether [`Dit::paint`] can do without a velocity of the picture's size, which makes it the better way to take a step.
@@ -375,12 +338,12 @@ impl Dit {
     /// The image tokens `[batch, tokens, dim]` after the last block.
     fn image_features(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
         let x = self.run_trunk(image, prepared, modulations)?;
-        narrow_tokens(&x, 0, prepared.grid[0] * prepared.grid[1])
+        narrow_tokens(&x, 0, prepared.layout.grid[0] * prepared.layout.grid[1])
     }
 
     /// Image tokens as a feature map `[batch, rows, columns, dim]`.
     fn as_map(&self, features: &Tensor, prepared: &Prepared) -> Result<Tensor> {
-        let [rows, columns] = prepared.grid;
+        let [rows, columns] = prepared.layout.grid;
         features.reshape([features.dim(0), rows, columns, self.config.dim])
     }
 
@@ -393,10 +356,7 @@ impl Dit {
         let refined = self.refine_image(image, prepared, modulations)?;
         let x = concat_tokens(&refined, &prepared.captions)?;
         drop(refined);
-        let sequence = Sequence {
-            rope: &prepared.rope,
-            key_lengths: prepared.key_lengths.as_ref(),
-        };
+        let sequence = prepared.layout.sequence();
         let main_blocks = VECTORS * self.noise_refiner.len();
         run_blocks(&self.layers, Some((&modulations.table, main_blocks)), x, &sequence)
     }
@@ -406,25 +366,51 @@ impl Dit {
     /// # Errors
     /// As [`Dit::forward`].
     pub fn refine_image(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
-        let [height, width] = prepared.grid.map(|extent| extent * self.config.patch);
-        image.expect_shape(
-            "dit",
-            "image",
-            [prepared.batch(), height, width, self.config.in_channels],
-        )?;
-        let mut embedded = {
-            let _range = profile::range(c"patch_embed");
-            patch_embed(image, self.config.patch, &self.patch_weight, &self.patch_bias)?
-        };
-        if let Some(lengths) = &prepared.image_lengths {
-            embedded = pad_tokens(&embedded, prepared.image_rope.dim(1))?;
+        let embedded = self.embed_image(image, &prepared.layout)?;
+        let modulation = Some((&modulations.table, 0));
+        run_blocks(
+            &self.noise_refiner,
+            modulation,
+            embedded,
+            &prepared.layout.image_sequence(),
+        )
+    }
+
+    /// The image's patches as tokens, pads filled in: `[batch, tokens, dim]`.
+    fn embed_image(&self, image: &Tensor, layout: &Layout) -> Result<Tensor> {
+        let _range = profile::range(c"patch_embed");
+        let [height, width] = layout.grid.map(|extent| extent * self.config.patch);
+        image.expect_shape("dit", "image", [layout.batch(), height, width, self.config.in_channels])?;
+        let mut embedded = patch_embed(image, self.config.patch, &self.patch_weight, &self.patch_bias)?;
+        if let Some(lengths) = &layout.image_lengths {
+            embedded = pad_tokens(&embedded, layout.image_tokens)?;
             fill_pad_tokens(&mut embedded, lengths, &self.image_pad)?;
         }
-        let sequence = Sequence {
-            rope: &prepared.image_rope,
+        Ok(embedded)
+    }
+}
+
+impl Layout {
+    fn image_sequence(&self) -> Sequence<'_> {
+        Sequence {
+            rope: &self.image_rope,
             key_lengths: None,
-        };
-        run_blocks(&self.noise_refiner, Some((&modulations.table, 0)), embedded, &sequence)
+        }
+    }
+
+    fn caption_sequence(&self) -> Sequence<'_> {
+        Sequence {
+            rope: &self.caption_rope,
+            key_lengths: self.caption_key_lengths.as_ref(),
+        }
+    }
+
+    /// Image tokens, then caption tokens.
+    fn sequence(&self) -> Sequence<'_> {
+        Sequence {
+            rope: &self.rope,
+            key_lengths: self.key_lengths.as_ref(),
+        }
     }
 }
 
@@ -448,12 +434,24 @@ impl TimeEmbedder {
 
     /// Embeddings `[times, adaln_width]` in f32.
     fn embed(&self, device: &Device, times: &[f32]) -> Result<Tensor> {
+        let [.., embeddings] = self.layers(device, times)?;
+        Ok(embeddings)
+    }
+
+    /// The sinusoids of the times, what the first layer makes of them, and the embeddings; f32.
+    fn layers(&self, device: &Device, times: &[f32]) -> Result<[Tensor; 3]> {
         const MAX_PERIOD: f32 = 10_000.0;
         let scaled: Vec<f32> = times.iter().map(|time| time * self.scale).collect();
         let sinusoids = timestep_embedding(&scaled, self.frequencies, MAX_PERIOD);
-        let x = Tensor::from_slice(device, &sinusoids, [times.len(), self.frequencies])?;
-        let hidden = linear_vectors(&x, InputActivation::None, &self.weights[0], Some(&self.biases[0]))?;
-        linear_vectors(&hidden, InputActivation::Silu, &self.weights[1], Some(&self.biases[1]))
+        let sinusoids = Tensor::from_slice(device, &sinusoids, [times.len(), self.frequencies])?;
+        let hidden = linear_vectors(
+            &sinusoids,
+            InputActivation::None,
+            &self.weights[0],
+            Some(&self.biases[0]),
+        )?;
+        let embeddings = linear_vectors(&hidden, InputActivation::Silu, &self.weights[1], Some(&self.biases[1]))?;
+        Ok([sinusoids, hidden, embeddings])
     }
 }
 

@@ -5,6 +5,7 @@ pub mod config;
 pub mod detailer;
 pub mod dit;
 pub mod limits;
+pub mod parameters;
 pub mod params;
 pub mod rope;
 pub mod text;

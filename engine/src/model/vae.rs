@@ -1,4 +1,4 @@
-//! The decoder of a latent autoencoder (`AutoencoderKL`): from latents to images.
+//! A latent autoencoder (`AutoencoderKL`). This file holds its decoder, from latents to images; [`VaeEncoder`] goes the other way.
 //!
 //! A 3×3 convolution, a middle of two residual blocks with self-attention between them, then per resolution, deepest first,
 //! residual blocks and, but for the last, nearest 2× upsampling with a 3×3 convolution; group normalisation, SiLU and a 3×3
@@ -6,9 +6,11 @@
 //! convolution where the channels change. Parameters have the names of the diffusers library.
 
 mod attention;
+mod encoder;
 
 use self::attention::MidAttention;
 pub(super) use self::attention::WIDEST as WIDEST_ATTENTION;
+pub use self::encoder::VaeEncoder;
 use super::config::VaeConfig;
 use super::limits::DeviceLimits;
 use super::params::ParamSource;
@@ -164,6 +166,12 @@ impl Loader<'_> {
     }
 
     fn plain_conv(&self, name: &str, kernel: usize, inputs: usize, outputs: usize) -> Result<Conv> {
+        let [weight, bias] = self.conv_params(name, kernel, inputs, outputs)?;
+        Conv::new(weight, bias, kernel, &[inputs])
+    }
+
+    /// Weight and bias of a convolution.
+    fn conv_params(&self, name: &str, kernel: usize, inputs: usize, outputs: usize) -> Result<[Tensor; 2]> {
         let weight = format!("{name}.weight");
         let expected = [outputs, inputs, kernel, kernel];
         match self.params.shape(&weight) {
@@ -176,7 +184,7 @@ impl Loader<'_> {
             None => return Err(Error::invalid(format!("autoencoder: there is no parameter `{weight}`"))),
         }
         let bias = self.vector(&format!("{name}.bias"), outputs)?;
-        Conv::new(self.params.load_conv(self.device, &weight)?, bias, kernel, &[inputs])
+        Ok([self.params.load_conv(self.device, &weight)?, bias])
     }
 
     fn norm(&self, name: &str, channels: usize) -> Result<GroupNorm> {

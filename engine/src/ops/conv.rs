@@ -178,6 +178,16 @@ impl Conv {
         self.channels
     }
 
+    /// Weight and bias.
+    pub fn parameters(&self) -> [&Tensor; 2] {
+        [&self.weight, &self.bias]
+    }
+
+    /// Weight and bias, to be changed.
+    pub fn parameters_mut(&mut self) -> [&mut Tensor; 2] {
+        [&mut self.weight, &mut self.bias]
+    }
+
     fn inputs(&self) -> usize {
         self.channels[0] + self.channels[1]
     }

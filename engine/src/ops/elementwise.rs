@@ -25,3 +25,9 @@ pub(crate) fn silu(x: &Tensor) -> Result<Tensor> {
 pub(crate) fn silu_scalar(x: f32) -> f32 {
     x / (1.0 + (-x).exp())
 }
+
+/// The derivative of `x · sigmoid(x)`.
+pub(crate) fn silu_slope(x: f32) -> f32 {
+    let sigmoid = 1.0 / (1.0 + (-x).exp());
+    sigmoid * (1.0 + x * (1.0 - sigmoid))
+}

@@ -3,6 +3,11 @@
 //! [`linear`] is the layer of a transformer: `x` `[.., in]`, `weight` `[out, in]`, `bias` `[out]`, result `[.., out]`, all in
 //! the device's compute type; on CUDA through cuBLASLt. [`linear_vectors`] is the same for a handful of f32 vectors (timestep
 //! embeddings and modulation tables): reading the weights once is all it costs, so it has a kernel of its own and stays in f32.
+//!
+//! Backward: `dx = dy · weight` ([`linear_backward_input`]), `d weight += dyᵀ · x` and `d bias += Σ rows of dy`
+//! ([`linear_backward_weight`]); [`linear_vectors_backward`] does both for vectors.
+
+mod backward;
 
 use gemm::Parallelism;
 
@@ -10,6 +15,8 @@ use super::{expect_parameter, grid};
 use crate::device::{Args, Matmul, MatmulOperands};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Shape, Tensor};
+
+pub use backward::{LinearGradients, linear_backward_input, linear_backward_weight, linear_vectors_backward};
 
 /// `x · weightᵀ + bias`; see the module's head comment.
 ///

@@ -9,8 +9,11 @@ pub mod attention;
 pub mod cast;
 pub mod conv;
 pub mod detail_stage;
+pub mod downsample_conv;
 mod elementwise;
 pub mod embedding;
+pub mod flow_loss;
+pub mod from_rgb8;
 pub mod group_norm;
 pub mod guidance;
 pub mod latent;
@@ -25,13 +28,14 @@ pub mod patch_embed;
 pub mod qk_norm_rope;
 pub mod resize;
 pub mod rms_norm;
+pub mod sum_rows;
 pub mod swiglu;
 pub mod timestep;
 pub mod to_rgb8;
 pub mod tokens;
 pub mod unpatchify;
 
-pub use modulation::Modulation;
+pub use modulation::{Modulation, VectorGradient};
 
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;

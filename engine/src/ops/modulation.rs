@@ -49,6 +49,11 @@ impl<'a> Modulation<'a> {
         }
     }
 
+    /// Items that have a vector of their own.
+    pub(crate) fn items(&self) -> usize {
+        self.table.dim(0)
+    }
+
     /// The vector of batch item `item`, on the CPU.
     pub(crate) fn row(&self, item: usize) -> Result<&'a [f32]> {
         let dim = self.table.dim(2);
@@ -66,5 +71,36 @@ impl<'a> Modulation<'a> {
     /// The address of the first item's vector in GPU memory; null without vectors.
     pub(crate) fn address_or_null(vectors: Option<&Self>) -> Result<u64> {
         vectors.map_or(Ok(0), |vectors| vectors.device_ptr())
+    }
+}
+
+/// Where the gradients of one vector per batch item go: `table[.., index, ..]` of f32 `[batch, vectors, dim]`, which an operation's
+/// backward overwrites.
+#[derive(Debug)]
+pub struct VectorGradient<'a> {
+    /// The gradients of a whole table of vectors.
+    pub table: &'a mut Tensor,
+    /// The vector.
+    pub index: usize,
+}
+
+/// Checks a table of gradients for vectors `indices` of a modulation that has one vector of `dim` elements per item.
+pub(crate) fn expect_gradient_table(
+    op: &'static str,
+    table: &Tensor,
+    indices: &[usize],
+    [batch, dim]: [usize; 2],
+    input: &Tensor,
+) -> Result<()> {
+    table.expect_rank(op, "vector gradients", 3, "[batch, vectors, dim]")?;
+    table.expect_shape(op, "vector gradients", [batch, table.dim(1), dim])?;
+    table.expect_dtype(op, "vector gradients", DType::F32)?;
+    table.expect_device(op, "vector gradients", &input.device())?;
+    match indices.iter().find(|&&index| index >= table.dim(1)) {
+        None => Ok(()),
+        Some(index) => Err(Error::invalid(format!(
+            "{op}: there is no vector {index} in a table of {} gradients",
+            table.dim(1)
+        ))),
     }
 }

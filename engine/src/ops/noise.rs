@@ -47,6 +47,46 @@ pub fn normal_noise(device: &Device, shape: impl Into<Shape>, seed: u64, stream:
     Ok(output)
 }
 
+/// Where an item's noise comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoiseOrigin {
+    /// The seed.
+    pub seed: u64,
+    /// The stream of the seed.
+    pub stream: u64,
+}
+
+/// A batch whose items are each what [`normal_noise`] gives for its own origin: `[origins, item …]` in f32.
+///
+/// # Errors
+/// When the device has no room.
+pub fn normal_noise_items(device: &Device, origins: &[NoiseOrigin], item: &[usize]) -> Result<Tensor> {
+    const OP: &str = "normal_noise_items";
+    let elements: usize = item.iter().product();
+    let shape = Shape::from([&[origins.len()], item].concat().as_slice());
+    let mut output = Tensor::empty(device, shape, DType::F32)?;
+    let Some(cuda) = output.cuda().cloned() else {
+        let items = output.as_mut_slice::<f32>()?.chunks_mut(elements.max(1));
+        for (output, origin) in items.zip(origins) {
+            cpu_normal_noise(output, origin.seed, origin.stream);
+        }
+        return Ok(output);
+    };
+    let words: Vec<i32> = origins
+        .iter()
+        .flat_map(|origin| [words(origin.seed), words(origin.stream)].concat())
+        .map(u32::cast_signed)
+        .collect();
+    let origins = Tensor::from_slice(device, &words, [words.len()])?;
+    let kernel = cuda.kernel("noise", OP)?;
+    let blocks = grid(OP, elements.div_ceil(kernel.info().tile[0] as usize))?;
+    let args = Args::new().output(&mut output)?.input(&origins)?.long(elements as u64);
+    // SAFETY: the arguments are those of `normal_noise_items`: an output of `elements` values and four words for each item;
+    // the blocks cover every value of one item, and there is one row of them for each.
+    unsafe { kernel.launch(&cuda, [blocks, grid(OP, words.len() / 4)?, 1], args)? };
+    Ok(output)
+}
+
 fn cpu_normal_noise(output: &mut [f32], seed: u64, stream: u64) {
     let key = words(seed);
     let [stream_low, stream_high] = words(stream);

@@ -4,9 +4,11 @@
 //! order of the patches: `token = weight · patch + bias`, `weight` `[dim, patch·patch·channels]`, `bias` `[dim]`, all in the device's
 //! compute type. Inside a patch the order is (row, column, channel), channel fastest, so that a row of a patch is contiguous in
 //! the image; both backends read the patches in place, row by row. On CUDA `patch·channels` and `dim` are multiples of 8.
+//! [`patch_embed_backward`]: `d weight += dyᵀ · patches`, `d bias += Σ rows of dy`; the image needs no gradient.
 //! Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2020).
 
-use super::linear::{Matrix, cpu_matmul};
+use super::linear::{LinearGradients, Matrix, cpu_matmul, linear_backward_weight};
+use super::unpatchify::patchify;
 use super::{expect_parameter, grid, linear_hopper};
 use crate::device::{Args, CudaDevice, TensorMap, TensorMapSpec};
 use crate::error::{Error, Result};
@@ -98,6 +100,19 @@ pub fn patch_embed(image: &Tensor, patch: usize, weight: &Tensor, bias: &Tensor)
         },
     }
     Ok(output)
+}
+
+/// Adds the gradients of weight and bias for the gradient `dy` `[batch, tokens, dim]` of the tokens to `gradients`.
+///
+/// # Errors
+/// When shapes, types or devices do not fit, or a gradient shares its buffer.
+pub fn patch_embed_backward(dy: &Tensor, image: &Tensor, patch: usize, gradients: LinearGradients<'_>) -> Result<()> {
+    if gradients.weight.is_none() && gradients.bias.is_none() {
+        return Ok(());
+    }
+    dy.expect_rank("patch_embed_backward", "dy", 3, "[batch, tokens, dim]")?;
+    let patches = patchify(image, patch, dy.dim(1), 1.0)?;
+    linear_backward_weight(dy, &patches, gradients)
 }
 
 /// One product for every row of patches and row inside them: the rows of patches side by side are a matrix in the image.

@@ -7,9 +7,18 @@
 //! * [`gated_residual_rms_norm`]: `sum = x + tanh(gate) · rms_norm(y)`, and at once the next sublayer's
 //!   `rms_norm_modulate(sum)`
 //!
+//! Backward, with x̂ = x / rms(x), f what multiplies x̂ per channel, g = f · dy:
+//!
+//! * `dx = (g − x̂ · mean(g · x̂)) / rms(x)`, and with S = Σ dy · x̂ over an item's rows: `d weight = Σ items (1 + scale) · S` or
+//!   `tanh(gate) · S`, `d scale = weight · S`, `d gate = weight · (1 − tanh²(gate)) · S`
+//! * [`gated_residual_rms_norm_backward`] sends the gradients of both results through the second normalisation, then through
+//!   the branch, and makes the sum again from `x` and `y`
+//!
 //! Shapes: activations `[batch, tokens, dim]`, weights `[dim]`, scale and gate as [`Modulation`] in f32. On CUDA `dim` is a
-//! multiple of 8 and at most 8192. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); the gating
+//! multiple of 8 and at most 8192, in the backward pass 4096. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); the gating
 //! and modulation are those of the Z-Image transformer block.
+
+mod backward;
 
 use std::sync::Arc;
 
@@ -19,6 +28,12 @@ use super::{Modulation, TokenSizes, expect_parameter, grid};
 use crate::device::{Args, CudaDevice, Kernel};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
+
+pub(in crate::ops) use backward::finish_sums;
+pub use backward::{
+    NormGradients, ResidualNormGradients, gated_residual_backward, gated_residual_rms_norm_backward,
+    rms_norm_modulate_backward,
+};
 
 /// Elements that a CUDA thread moves at once, threads of a warp, and the most threads that a row may have.
 const VECTOR: usize = 8;
@@ -207,7 +222,7 @@ fn cuda_rms_norm_modulate(
         "rms_norm_modulate_3",
         "rms_norm_modulate_4",
     ];
-    let launch = RowLaunch::new(OP, device, &KERNELS, sizes)?;
+    let launch = RowLaunch::new(OP, device, "rms_norm", &KERNELS, sizes)?;
     let args = Args::new()
         .input(x)?
         .input(norm.weight)?
@@ -238,7 +253,7 @@ fn cuda_gated_residual_rms_norm(
         "gated_residual_rms_norm_3",
         "gated_residual_rms_norm_4",
     ];
-    let launch = RowLaunch::new(OP, device, &KERNELS, sizes)?;
+    let launch = RowLaunch::new(OP, device, "rms_norm", &KERNELS, sizes)?;
     let next_scale = next.and_then(|next| next.scale);
     let args = Args::new()
         .input(x)?
@@ -260,16 +275,22 @@ fn cuda_gated_residual_rms_norm(
 }
 
 /// How a kernel that takes rows one after the other is launched.
-struct RowLaunch {
-    kernel: Arc<Kernel>,
-    threads: u32,
-    grid: [u32; 3],
+pub(in crate::ops) struct RowLaunch {
+    pub kernel: Arc<Kernel>,
+    pub threads: u32,
+    pub grid: [u32; 3],
 }
 
 impl RowLaunch {
     /// Of `kernels`, which hold 1, 2, … vectors per thread, the one whose threads fit the row best; as many blocks as run at
     /// once, with equally many rows each.
-    fn new(op: &'static str, device: &CudaDevice, kernels: &[&'static str], sizes: TokenSizes) -> Result<Self> {
+    pub(in crate::ops) fn new(
+        op: &'static str,
+        device: &CudaDevice,
+        image: &'static str,
+        kernels: &[&'static str],
+        sizes: TokenSizes,
+    ) -> Result<Self> {
         sizes.expect_vectors(op)?;
         let vectors = sizes.dim / VECTOR;
         let threads = |per_thread: usize| vectors.div_ceil(per_thread).next_multiple_of(WARP);
@@ -284,7 +305,7 @@ impl RowLaunch {
                 sizes.dim
             ))
         })?;
-        let kernel = device.kernel("rms_norm", kernels[per_thread - 1])?;
+        let kernel = device.kernel(image, kernels[per_thread - 1])?;
         let threads = threads(per_thread) as u32;
         let resident = (kernel.resident_blocks(threads)? * device.multiprocessors()) as usize;
         let rows_per_block = sizes.rows().div_ceil(resident.max(1)).max(1);

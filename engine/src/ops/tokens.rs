@@ -4,7 +4,11 @@
 //! * [`concat_tokens`], [`concat_all`]: one sequence after the other, item by item
 //! * [`narrow_tokens`]: some consecutive tokens of every item
 //! * [`pad_tokens`]: zero tokens at the end, up to a given length
+//! * [`stack_tokens`]: sequences of one item each and of different lengths, one item after the other, zeros at the end
 //! * [`fill_pad_tokens`]: overwrites every token at or past its item's length with a learned pad token
+//!
+//! Backward: putting together and taking apart are each other's; the pad token's gradient is
+//! [`super::sum_rows::add_pad_row_sum`].
 
 use rayon::prelude::*;
 
@@ -109,6 +113,33 @@ pub fn pad_tokens(x: &Tensor, to_length: usize) -> Result<Tensor> {
     ];
     copy_spans(OP, &spans, &mut output)?;
     Ok(output)
+}
+
+/// `[parts, to_length, dim]`: each of the parts, `[1, tokens, dim]`, as an item of its own, with zero tokens up to `to_length`.
+///
+/// # Errors
+/// When a part is longer, or shapes, types or devices do not fit.
+pub fn stack_tokens(parts: &[&Tensor], to_length: usize) -> Result<Tensor> {
+    const OP: &str = "stack_tokens";
+    let first = parts
+        .first()
+        .ok_or_else(|| Error::invalid(format!("{OP}: nothing to put together")))?;
+    let dim = TokenSizes::of(OP, "part 0", first)?.dim;
+    let mut spans = Vec::with_capacity(2 * parts.len());
+    for (index, part) in parts.iter().enumerate() {
+        let name = format!("part {index}");
+        let tokens = TokenSizes::of(OP, &name, part)?.tokens.min(to_length);
+        part.expect_shape(OP, &name, [1, tokens, dim])?;
+        part.expect_device(OP, &name, &first.device())?;
+        spans.push(Span::of_tokens(Some(part), 0, index * to_length, tokens));
+        if tokens < to_length {
+            spans.push(Span::of_tokens(None, 0, index * to_length + tokens, to_length - tokens));
+        }
+    }
+    // Items of equal length, one behind the other, are one long item until they are reshaped.
+    let mut output = Tensor::empty(&first.device(), [1, parts.len() * to_length, dim], first.dtype())?;
+    copy_spans(OP, &spans, &mut output)?;
+    output.into_shape([parts.len(), to_length, dim])
 }
 
 /// Overwrites the tokens of `x` `[batch, tokens, dim]` whose index is at least their item's entry of `lengths` (i32 `[batch]`)

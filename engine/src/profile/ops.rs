@@ -4,11 +4,11 @@
 //! [`measure`] that is an NVTX range and nothing else.
 
 use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Range, range_of};
 use crate::device::{Device, Event};
 use crate::error::Result;
 use crate::tensor::{Shape, Tensor};
@@ -101,14 +101,12 @@ impl Profile {
 
 /// An operation that runs; it ends when this is dropped.
 #[must_use = "an operation lasts as long as this value"]
-pub struct Op {
-    _range: Range,
-}
+pub struct Op(PhantomData<*const ()>);
 
 /// Opens the operation `name` on `input`, which does `flops` floating point operations in products and must move `bytes`
 /// bytes (see [`Work`]). An operation inside another is part of it.
 pub fn op(name: &'static str, input: &Tensor, flops: usize, bytes: usize) -> Op {
-    let range = range_of(name);
+    crate::nvtx::push_str(name);
     RECORDER.with_borrow_mut(|recorder| {
         if let Some(recorder) = recorder {
             recorder.open(|| OpTime {
@@ -122,7 +120,7 @@ pub fn op(name: &'static str, input: &Tensor, flops: usize, bytes: usize) -> Op 
             });
         }
     });
-    Op { _range: range }
+    Op(PhantomData)
 }
 
 impl Drop for Op {
@@ -132,6 +130,7 @@ impl Drop for Op {
                 recorder.close();
             }
         });
+        crate::nvtx::pop();
     }
 }
 

@@ -35,6 +35,9 @@ impl PromptTokenizer {
     /// The most tokens kept of a prompt, template included, unless [`PromptTokenizer::set_max_tokens`] says otherwise.
     pub const DEFAULT_MAX_TOKENS: usize = 512;
 
+    /// The names of its files, the last of which need not be there.
+    pub const FILES: [&str; 3] = [TOKENIZER, CONFIG, TEMPLATE];
+
     /// Reads `tokenizer.json`, `tokenizer_config.json` and, where it stands beside them, `chat_template.jinja`, which takes
     /// precedence over the template inside the configuration.
     ///

@@ -71,13 +71,13 @@ pub fn params(case: &Case<'_>) -> MemoryParams {
 }
 
 /// The same, rounded to what bf16 can hold, so that CPU and CUDA start from the same numbers.
-fn rounded_params(case: &Case<'_>) -> MemoryParams {
+pub fn rounded_params(case: &Case<'_>) -> MemoryParams {
     let mut params = params(case);
     params.0.values_mut().for_each(|(_, values)| *values = rounded(values));
     params
 }
 
-fn rounded(values: &[f32]) -> Vec<f32> {
+pub fn rounded(values: &[f32]) -> Vec<f32> {
     values.iter().map(|&value| bf16::from_f32(value).to_f32()).collect()
 }
 

@@ -1,6 +1,6 @@
 use l2p_engine::model::config::VaeConfig;
 use l2p_engine::model::params::MemoryParams;
-use l2p_engine::model::vae::VaeDecoder;
+use l2p_engine::model::vae::{VaeDecoder, VaeEncoder};
 use l2p_engine::{Device, Tensor};
 use l2p_tests::fixtures::{Case, Group};
 use l2p_tests::{Outcome, Suite, expect_like_cpu};
@@ -11,7 +11,9 @@ pub fn register(suite: &mut Suite) {
     suite.cpu("models::vae::cpu_equals_diffusers", cpu_equals_diffusers);
     suite.cpu("models::vae::configurations_are_checked", configurations_are_checked);
     suite.cpu("models::vae::mistakes_are_named", mistakes_are_named);
+    suite.cpu("models::vae::encoder_equals_diffusers", encoder_equals_diffusers);
     suite.cuda("models::vae::cuda_equals_cpu", cuda_equals_cpu);
+    suite.cuda("models::vae::encoder_on_cuda_equals_cpu", encoder_on_cuda_equals_cpu);
 }
 
 /// Some forty layers, each rounded to bf16.
@@ -27,6 +29,48 @@ fn cpu_equals_diffusers() -> Outcome {
         let decoder = VaeDecoder::load(&params(&case), &Device::Cpu, &config(&case)?)?;
         let image = decoder.decode(&input_image(&case, "latent")?)?;
         case.check("image", &channels_first(&image)?)?;
+    }
+    Ok(())
+}
+
+fn encoder_equals_diffusers() -> Outcome {
+    let group = Group::load("vae");
+    for case in group.cases("encode.") {
+        let config = config(&case)?;
+        let encoder = VaeEncoder::load(&params(&case), &Device::Cpu, &config)?;
+        let image = input_image(&case, "image")?;
+        let (latent, shape) = encoder.latent(&image)?;
+        let latent = Tensor::from_slice(&Device::Cpu, &latent, shape)?;
+        case.check("latent", &channels_first(&latent)?)?;
+        let moments = encoder.encode(&image)?.to_vec::<f32>()?;
+        let channels = config.latent_channels;
+        let means: Vec<f32> = moments
+            .chunks(2 * channels)
+            .flat_map(|cell| cell[..channels].to_vec())
+            .collect();
+        case.check(
+            "mean",
+            &channels_first(&Tensor::from_slice(&Device::Cpu, &means, shape)?)?,
+        )?;
+        let odd = Tensor::from_slice(&Device::Cpu, &[0.0f32; 8 * 12 * 3], [1, 8, 12, 3])?;
+        assert_eq!(
+            encoder.encode(&odd).unwrap_err().to_string(),
+            "vae: an image of 12x8 has no latent: its sides must be multiples of 8"
+        );
+    }
+    Ok(())
+}
+
+fn encoder_on_cuda_equals_cpu(device: &Device) -> Outcome {
+    let group = Group::load("vae");
+    for case in group.cases("encode.") {
+        let (params, config) = (rounded_params(&case), config(&case)?);
+        let image = input_image(&case, "image")?;
+        expect_like_cpu(case.name(), device, BF16_VAE_TOLERANCE, |device| {
+            let encoder = VaeEncoder::load(&params, device, &config)?;
+            let image = Tensor::from_slice(device, image.as_slice::<f32>()?, image.shape())?;
+            Ok(vec![encoder.encode(&image)?])
+        })?;
     }
     Ok(())
 }

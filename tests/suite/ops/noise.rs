@@ -1,6 +1,6 @@
 use std::f64::consts::{PI, TAU};
 
-use l2p_engine::ops::noise::{normal_noise, philox4x32};
+use l2p_engine::ops::noise::{NoiseOrigin, normal_noise, normal_noise_items, philox4x32};
 use l2p_engine::{DType, Device, Tensor};
 use l2p_tests::{Outcome, Suite};
 
@@ -13,7 +13,12 @@ pub fn register(suite: &mut Suite) {
     suite.cpu("ops::noise::values_are_normal", values_are_normal);
     suite.cpu("ops::noise::values_are_independent", values_are_independent);
     suite.cpu("ops::noise::bits_never_change", bits_never_change);
+    suite.cpu("ops::noise::items_have_their_own_noise", items_have_their_own_noise);
     suite.cuda("ops::noise::cuda_equals_cpu_in_every_bit", cuda_equals_cpu_in_every_bit);
+    suite.cuda(
+        "ops::noise::items_on_cuda_equal_cpu_in_every_bit",
+        items_on_cuda_equal_cpu_in_every_bit,
+    );
 }
 
 /// The known-answer tests of Random123 for ten rounds.
@@ -194,6 +199,34 @@ fn cuda_equals_cpu_in_every_bit(device: &Device) -> Outcome {
             .zip(&expected)
             .position(|(found, expected)| found != expected);
         assert_eq!(first, None, "{count} values of seed {seed}, stream {stream}");
+    }
+    Ok(())
+}
+
+const ORIGINS: [NoiseOrigin; 3] = [
+    NoiseOrigin { seed: 5, stream: 0 },
+    NoiseOrigin {
+        seed: 0x0123_4567_89ab_cdef,
+        stream: 0xfedc_ba98_7654_3210,
+    },
+    NoiseOrigin { seed: 5, stream: 1 },
+];
+
+fn items_have_their_own_noise() -> Outcome {
+    let item = [3, 5, 3];
+    let batch = normal_noise_items(&Device::Cpu, &ORIGINS, &item)?;
+    assert_eq!(batch.shape().to_vec(), [3, 3, 5, 3]);
+    for (found, origin) in batch.to_vec::<f32>()?.chunks(45).zip(ORIGINS) {
+        assert_eq!(found, noise(45, origin.seed, origin.stream)?);
+    }
+    Ok(())
+}
+
+fn items_on_cuda_equal_cpu_in_every_bit(device: &Device) -> Outcome {
+    for item in [[1, 1, 1], [3, 5, 3], [16, 16, 16], [37, 41, 3], [128, 128, 3]] {
+        l2p_tests::expect_like_cpu(&format!("{item:?}"), device, 0.0, |device| {
+            Ok(vec![normal_noise_items(device, &ORIGINS, &item)?])
+        })?;
     }
     Ok(())
 }

@@ -19,7 +19,7 @@ pub fn register(suite: &mut Suite) {
 }
 
 /// Cosines and sines of three-axis positions, theta 256: frequency and angle in f64, the angle rounded to f32.
-fn axes_table(ids: &[f32]) -> Vec<f32> {
+pub fn axes_table(ids: &[f32]) -> Vec<f32> {
     ids.chunks(3)
         .flat_map(|ids| [32, 48, 48].into_iter().zip(ids))
         .flat_map(|(axis_dim, &position)| {

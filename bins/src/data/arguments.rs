@@ -1,0 +1,158 @@
+//! The command line of `l2p-data`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use l2p_engine::DeviceChoice;
+use l2p_engine::checkpoint::PathOverrides;
+use l2p_engine::flow::noise_source::NoiseSource;
+
+/// Makes data sets for training.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "l2p-data", version)]
+pub struct Arguments {
+    /// What to make.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What `l2p-data` makes.
+#[derive(Subcommand, Clone, Debug)]
+pub enum Command {
+    /// Have a model draw many prompts, into a folder that l2p-train reads
+    Synthesize(Box<Synthesize>),
+}
+
+const LONG_ABOUT: &str = "\
+Has a model draw many prompts, into a folder that l2p-train reads: pictures, and metadata.jsonl with file_name, prompt and \
+seed of each. The features of the prompts go to a cache, so that training does not encode them again.
+
+A run that was interrupted goes on where it stopped when the same command is given again. Given a larger --count, the \
+same folder grows.";
+
+const EXAMPLES: &str = "\
+Example:
+  l2p-data synthesize --model models/demo/source --prompts prompts.jsonl --count 2 --out synthetic
+  l2p-train --config models/demo/train.toml --data synthetic --cache synthetic/cache --out runs/first
+
+A line of --prompts is a JSON object: {\"prompt\": \"...\", \"seed\": 1}, the seed optional; other keys are ignored.";
+
+/// Drawing a data set.
+#[derive(Args, Clone, Debug)]
+#[command(long_about = LONG_ABOUT, after_help = EXAMPLES)]
+pub struct Synthesize {
+    /// The model that draws: a diffusers folder, a folder with l2p.json, a transformer's folder, or a safetensors file
+    #[arg(long, value_name = "DIR|FILE")]
+    pub model: PathBuf,
+    /// A file with one JSON object per line
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub prompts: PathBuf,
+    /// Pictures per prompt, each with a seed of its own
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub count: u32,
+    /// Use only the first so many prompts
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub limit: Option<u32>,
+    /// The folder
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Where the features of the prompts are kept [default: cache in --out]
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    /// Seed of the first picture's noise; each further picture takes the next
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+    /// Format of the pictures
+    #[arg(long, value_enum, default_value_t = Format::Png)]
+    pub format: Format,
+    /// Guidance: 1 is none [default: the model's]
+    #[arg(long, value_name = "SCALE")]
+    pub cfg: Option<f32>,
+    /// Denoising steps [default: the model's, or 28]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub steps: Option<u32>,
+    /// How far the schedule is shifted towards noise [default: the model's, or 3]
+    #[arg(long, value_name = "SHIFT")]
+    pub shift: Option<f32>,
+    /// Pixels [default: the model's]
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub width: Option<u32>,
+    /// Pixels [default: the model's]
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub height: Option<u32>,
+    /// Pictures drawn at once [default: as many as fill the device]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch: Option<u32>,
+    /// Noise generator: philox (same bits on CPU and GPU) or torch (PyTorch's CPU generator)
+    #[arg(long, value_name = "NAME", default_value = "philox", value_parser = noise_source)]
+    pub rng: NoiseSource,
+    /// Where to run: auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device_choice)]
+    pub device: DeviceChoice,
+    /// Folder of the text encoder, where the model names none
+    #[arg(long, value_name = "DIR")]
+    pub text_encoder: Option<PathBuf>,
+    /// Folder of the tokenizer, where the model names none
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<PathBuf>,
+    /// Folder of the VAE, where a latent model names none
+    #[arg(long, value_name = "DIR")]
+    pub vae: Option<PathBuf>,
+    /// The model that a delta file was trained over
+    #[arg(long, value_name = "DIR|FILE")]
+    pub base: Option<PathBuf>,
+    /// Print the result as one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A format of pictures.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Lossless
+    Png,
+    /// Lossless, smaller and slower
+    Webp,
+    /// Lossy, of quality 92
+    Jpg,
+}
+
+impl Synthesize {
+    /// The parts of the model that were named.
+    pub fn path_overrides(&self) -> PathOverrides {
+        PathOverrides {
+            base: self.base.clone(),
+            text_encoder: self.text_encoder.clone(),
+            tokenizer: self.tokenizer.clone(),
+            vae: self.vae.clone(),
+        }
+    }
+
+    /// The extension of the pictures' names.
+    pub fn extension(&self) -> &'static str {
+        match self.format {
+            Format::Png => "png",
+            Format::Webp => "webp",
+            Format::Jpg => "jpg",
+        }
+    }
+}
+
+fn device_choice(text: &str) -> Result<DeviceChoice, String> {
+    text.parse().map_err(|error: l2p_engine::Error| error.to_string())
+}
+
+fn noise_source(text: &str) -> Result<NoiseSource, String> {
+    text.parse().map_err(|error: l2p_engine::Error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+}

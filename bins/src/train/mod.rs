@@ -1,0 +1,227 @@
+//! `l2p-train`: arguments, progress and lines for people. The work itself is `l2p_engine::train::run`.
+
+mod arguments;
+mod flags;
+mod lines;
+mod plan;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
+use l2p_engine::image_io::{WriteOptions, write_image};
+use l2p_engine::train::run::{self, Event, Forecast, Observer, PackageOptions, XAxis, compare, write_report};
+use l2p_engine::{Device, DeviceChoice};
+
+pub use arguments::Arguments;
+use arguments::{Command, Run, Source};
+
+/// Does what the arguments ask for.
+///
+/// # Errors
+/// Whatever the user needs to know, as one sentence.
+pub fn train(arguments: Arguments) -> anyhow::Result<()> {
+    match arguments.command {
+        None => train_run(&arguments.run),
+        Some(Command::Compare {
+            runs,
+            out,
+            over,
+            title,
+            samples,
+            columns,
+            json,
+        }) => {
+            let runs = labelled(&runs);
+            if let Some(path) = samples {
+                let folders: Vec<PathBuf> = runs.iter().map(|(_, folder)| folder.clone()).collect();
+                let image = run::sample_rows(&folders, columns as usize)?;
+                write_image(&path, &image, &WriteOptions::default())?;
+            }
+            compare_runs(&runs, &out, over, &title, json)
+        }
+        Some(Command::Plan {
+            source,
+            caption_tokens,
+            json,
+        }) => plan(&source, caption_tokens as usize, json),
+        Some(Command::Evaluate { source, json }) => evaluate(&source, json),
+        Some(Command::Package {
+            checkpoint,
+            out,
+            average,
+            base,
+            force,
+            json,
+        }) => {
+            let options = PackageOptions { average, base, force };
+            let packaged = run::package(&checkpoint, &out, &options)?;
+            match json {
+                true => crate::print(&format!("{:#}\n", serde_json::to_value(&packaged)?)),
+                false => crate::print(&lines::packaged(&packaged)),
+            }
+        }
+        Some(Command::Report { run }) => crate::print(&format!("{}\n", write_report(&run)?.display())),
+    }
+}
+
+fn train_run(arguments: &Run) -> anyhow::Result<()> {
+    let config = arguments.source.read()?;
+    let device = Device::open(arguments.source.device)?;
+    let mut display = Display::new(arguments.json, config.steps);
+    let outcome = run::train(&config, &arguments.out, &device, &arguments.resume, &mut display);
+    display.bar.finish_and_clear();
+    let summary = outcome?;
+    eprintln!("checkpoint {}", summary.checkpoint.display());
+    eprintln!("report     {}", summary.report.display());
+    eprintln!(
+        "draw with it: l2p-sample --model {} --prompt \"…\"",
+        summary.checkpoint.display()
+    );
+    Ok(())
+}
+
+/// Shows what happens: a bar where there is a terminal, a line for each record, and JSON where it is asked for.
+struct Display {
+    bar: ProgressBar,
+    /// What the bar shows.
+    shown: &'static str,
+    json: bool,
+    steps: u64,
+}
+
+/// What the bar shows while steps are taken.
+const STEPS: &str = "training";
+
+impl Display {
+    fn new(json: bool, steps: u64) -> Self {
+        Display {
+            bar: ProgressBar::hidden(),
+            shown: "",
+            json,
+            steps,
+        }
+    }
+
+    /// A new bar when something else begins.
+    fn show(&mut self, what: &'static str, done: u64, total: u64) {
+        if self.shown != what {
+            self.bar.finish_and_clear();
+            let style = ProgressStyle::with_template("{msg} [{bar:32}] {pos}/{len}  {eta} left");
+            self.bar = ProgressBar::new(total).with_message(what);
+            self.bar
+                .set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            self.bar.enable_steady_tick(Duration::from_millis(200));
+            // Steps that an earlier part of the run did say nothing about the speed of this one.
+            self.bar.set_position(done);
+            self.bar.reset_eta();
+            self.shown = what;
+        }
+        self.bar.set_length(total);
+        self.bar.set_position(done);
+    }
+
+    fn line(&self, text: &str) {
+        self.bar.suspend(|| eprintln!("{text}"));
+    }
+}
+
+impl Observer for Display {
+    fn event(&mut self, event: &Event<'_>) {
+        match event {
+            Event::Progress { what, done, total } => self.show(what, *done as u64, *total as u64),
+            Event::Begins { step, steps, resumed } => {
+                if let Some(folder) = resumed {
+                    self.line(&format!("continuing from {}", folder.display()));
+                }
+                self.show(STEPS, *step, *steps);
+            }
+            Event::Step { step } => self.show(STEPS, *step, self.steps),
+            Event::Notice(text) => self.line(&format!("note: {text}")),
+            Event::Record(record) => {
+                if let Some(line) = lines::of(record, self.steps) {
+                    self.line(&line);
+                }
+                if self.json
+                    && let Ok(json) = serde_json::to_string(record)
+                {
+                    // That nobody reads it any more is no reason to stop training.
+                    let _ = self.bar.suspend(|| crate::print(&format!("{json}\n")));
+                }
+            }
+        }
+    }
+
+    fn stop_requested(&self) -> bool {
+        crate::stop_requested()
+    }
+}
+
+/// What a run would hold and compute; for a device that is named, though this machine may not have it.
+fn plan(source: &Source, caption_tokens: usize, json: bool) -> anyhow::Result<()> {
+    let config = source.read()?;
+    let device = match source.device {
+        DeviceChoice::Cpu => Some(Device::Cpu),
+        choice => match Device::open(choice) {
+            Ok(device @ Device::Cuda(_)) => Some(device),
+            _ => None,
+        },
+    };
+    let cuda = !matches!(device, Some(Device::Cpu));
+    let forecast = Forecast::new(&config, caption_tokens, cuda)?;
+    let available = device.as_ref().map(Device::available_memory).transpose()?;
+    match json {
+        true => {
+            let mut value = serde_json::to_value(&forecast)?;
+            value["available_bytes"] = serde_json::to_value(available)?;
+            crate::print(&format!("{value:#}\n"))
+        }
+        false => crate::print(&plan::text(&forecast, available)),
+    }
+}
+
+/// The loss of a model on a data set.
+fn evaluate(source: &Source, json: bool) -> anyhow::Result<()> {
+    let config = source.read()?;
+    let device = Device::open(source.device)?;
+    let mut display = Display::new(false, config.steps);
+    // Features of captions go to the cache that the configuration names; without one they are not kept.
+    let scratch = tempfile::tempdir().context("cannot make a temporary folder")?;
+    let outcome = run::evaluate(&config, scratch.path(), &device, &mut display);
+    display.bar.finish_and_clear();
+    let evaluation = outcome?;
+    match json {
+        true => crate::print(&format!("{:#}\n", serde_json::to_value(evaluation)?)),
+        false => crate::print(&format!("{:.5} on {} pictures\n", evaluation.loss, evaluation.pictures)),
+    }
+}
+
+/// Folders of runs with the labels that were given.
+fn labelled(runs: &[String]) -> Vec<(Option<String>, PathBuf)> {
+    let labelled = runs.iter().map(|run| match run.split_once('=') {
+        Some((label, folder)) if !Path::new(run).is_dir() => (Some(label.into()), folder.into()),
+        _ => (None, run.into()),
+    });
+    labelled.collect()
+}
+
+fn compare_runs(
+    runs: &[(Option<String>, PathBuf)],
+    out: &Path,
+    over: XAxis,
+    title: &str,
+    json: bool,
+) -> anyhow::Result<()> {
+    let comparison = compare(runs, over)?;
+    let numbers = serde_json::to_string_pretty(&comparison)?;
+    let write = |path: &Path, text: &str| {
+        std::fs::write(path, format!("{text}\n")).with_context(|| format!("cannot write {}", path.display()))
+    };
+    write(out, &comparison.svg(title))?;
+    write(&out.with_extension("json"), &numbers)?;
+    match json {
+        true => crate::print(&format!("{numbers}\n")),
+        false => crate::print(&lines::table(&comparison)),
+    }
+}

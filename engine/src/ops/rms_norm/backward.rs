@@ -1,0 +1,483 @@
+//! Gradients of the RMS normalisations; the formulas are in the parent's head comment.
+
+use super::{GatedResidual, RmsNorm, RowLaunch, cpu_gated_residual, inverse_rms};
+use crate::device::{Args, CudaDevice};
+use crate::error::{Error, Result};
+use crate::ops::modulation::{VectorGradient, expect_gradient_table};
+use crate::ops::sum_rows::{cpu_add, cpu_row_sums, cuda_add_partial_sums};
+use crate::ops::{Modulation, TokenSizes, grid};
+use crate::tensor::{DType, Tensor};
+
+use rayon::prelude::*;
+
+/// Where the gradients of a normalisation's parameters go.
+#[derive(Debug, Default)]
+pub struct NormGradients<'a> {
+    /// `[dim]`, added to; `None` for a frozen weight.
+    pub weight: Option<&'a mut Tensor>,
+    /// Of the scale or gate, overwritten; `None` where nobody needs them.
+    pub vector: Option<VectorGradient<'a>>,
+}
+
+/// Where the gradients of [`gated_residual_rms_norm_backward`]'s parameters go.
+#[derive(Debug, Default)]
+pub struct ResidualNormGradients<'a> {
+    /// Of the branch's weight, `[dim]`, added to.
+    pub weight: Option<&'a mut Tensor>,
+    /// Of the next normalisation's weight, `[dim]`, added to.
+    pub next_weight: Option<&'a mut Tensor>,
+    /// A table f32 `[batch, vectors, dim]` and the indices of gate and next scale in it, which are overwritten.
+    pub vectors: Option<(&'a mut Tensor, [usize; 2])>,
+}
+
+/// The gradient of `x` in [`super::rms_norm_modulate`] for the gradient `dy` of its result, plus `residual`, the gradient that
+/// reaches `x` past the normalisation.
+///
+/// # Errors
+/// When shapes, types or devices do not fit; on CUDA also for rows of more than 4096 elements.
+pub fn rms_norm_modulate_backward(
+    dy: &Tensor,
+    x: &Tensor,
+    norm: &RmsNorm<'_>,
+    residual: Option<&Tensor>,
+    gradients: NormGradients<'_>,
+) -> Result<Tensor> {
+    let branch = Branch {
+        op: "rms_norm_modulate_backward",
+        weight: norm.weight,
+        vectors: norm.scale.as_ref(),
+        gated: false,
+        epsilon: norm.epsilon,
+    };
+    branch.backward(dy, x, residual, gradients)
+}
+
+/// The gradient of `y` in [`super::gated_residual_rms_norm`] without a next normalisation, for the gradient `d_sum` of the sum,
+/// which is also that of `x`.
+///
+/// # Errors
+/// As for [`rms_norm_modulate_backward`].
+pub fn gated_residual_backward(
+    d_sum: &Tensor,
+    y: &Tensor,
+    residual: &GatedResidual<'_>,
+    gradients: NormGradients<'_>,
+) -> Result<Tensor> {
+    Branch::of("gated_residual_backward", residual).backward(d_sum, y, None, gradients)
+}
+
+/// The gradients of `x` and `y` in [`super::gated_residual_rms_norm`] for those of its results, `d_sum` and `d_normalised`.
+///
+/// # Errors
+/// As for [`rms_norm_modulate_backward`].
+pub fn gated_residual_rms_norm_backward(
+    d_sum: &Tensor,
+    d_normalised: &Tensor,
+    [x, y]: [&Tensor; 2],
+    residual: &GatedResidual<'_>,
+    next: &RmsNorm<'_>,
+    gradients: ResidualNormGradients<'_>,
+) -> Result<(Tensor, Tensor)> {
+    const OP: &str = "gated_residual_rms_norm_backward";
+    let (branch, after) = (
+        Branch::of(OP, residual),
+        Branch {
+            op: OP,
+            weight: next.weight,
+            vectors: next.scale.as_ref(),
+            gated: false,
+            epsilon: next.epsilon,
+        },
+    );
+    let sizes = TokenSizes::of(OP, "x", x)?;
+    for (name, tensor) in [("y", y), ("d_sum", d_sum), ("d_normalised", d_normalised)] {
+        expect_like(OP, name, tensor, x)?;
+    }
+    branch.expect_parameters(x, sizes)?;
+    after.expect_parameters(x, sizes)?;
+    if next.epsilon != residual.epsilon {
+        return Err(Error::invalid(format!(
+            "{OP}: both normalisations must have the same epsilon"
+        )));
+    }
+    let ResidualNormGradients {
+        mut weight,
+        mut next_weight,
+        mut vectors,
+    } = gradients;
+    branch.expect_weight_gradient(weight.as_deref(), sizes, x)?;
+    after.expect_weight_gradient(next_weight.as_deref(), sizes, x)?;
+    if let Some((table, indices)) = &vectors {
+        expect_gradient_table(OP, table, indices, [sizes.batch, sizes.dim], x)?;
+        branch.expect_vectors(sizes)?;
+        after.expect_vectors(sizes)?;
+    }
+    let vector =
+        |vectors: &Option<(&mut Tensor, [usize; 2])>, which: usize| vectors.as_ref().map(|(_, indices)| indices[which]);
+    let (gate, scale) = (vector(&vectors, 0), vector(&vectors, 1));
+    let mut dx = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+    let mut dy = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+    let Some(device) = x.cuda() else {
+        let mut sum = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+        cpu_gated_residual(x, y, residual, sizes, &mut sum)?;
+        after.cpu_input(d_normalised, &sum, Some(d_sum), sizes, &mut dx)?;
+        branch.cpu_input(&dx, y, None, sizes, &mut dy)?;
+        let mut parameters =
+            |branch: &Branch<'_>, dy: &Tensor, x: &Tensor, weight: Option<&mut Tensor>, index: Option<usize>| {
+                let vector = vectors
+                    .as_mut()
+                    .zip(index)
+                    .map(|((table, _), index)| VectorGradient { table, index });
+                branch.cpu_parameters(dy, x, sizes, NormGradients { weight, vector })
+            };
+        parameters(&after, d_normalised, &sum, next_weight, scale)?;
+        parameters(&branch, &dx, y, weight, gate)?;
+        return Ok((dx, dy));
+    };
+    const KERNELS: [&str; 2] = [
+        "gated_residual_rms_norm_backward_1",
+        "gated_residual_rms_norm_backward_2",
+    ];
+    let launch = RowLaunch::new(OP, device, IMAGE, &KERNELS, sizes)?;
+    let partial = |needed: bool| {
+        needed
+            .then(|| {
+                Tensor::empty(
+                    &x.device(),
+                    [sizes.batch, launch.grid[0] as usize, sizes.dim],
+                    DType::F32,
+                )
+            })
+            .transpose()
+    };
+    let mut sums = partial(weight.is_some() || vectors.is_some())?;
+    let mut next_sums = partial(next_weight.is_some() || vectors.is_some())?;
+    let args = Args::new()
+        .input(d_sum)?
+        .input(d_normalised)?
+        .input(x)?
+        .input(y)?
+        .input(residual.weight)?
+        .long(Modulation::address_or_null(residual.gate.as_ref())?)
+        .input(next.weight)?
+        .long(Modulation::address_or_null(next.scale.as_ref())?)
+        .output(&mut dx)?
+        .output(&mut dy)?
+        .optional_output(sums.as_mut())?
+        .optional_output(next_sums.as_mut())?
+        .int(sizes.dim)
+        .int(sizes.tokens)
+        .int(branch.stride())
+        .int(after.stride())
+        .float(residual.epsilon);
+    // SAFETY: the arguments are those of `gated_residual_rms_norm_backward_N`, of the shapes and types checked at the door;
+    // the threads hold a whole row, there are at most as many blocks as tokens, and null pointers stand for what is absent.
+    unsafe { launch.kernel.launch_with(device, launch.grid, launch.threads, args)? };
+    for (branch, sums, weight, index) in [
+        (&branch, sums, weight.take(), gate),
+        (&after, next_sums, next_weight.take(), scale),
+    ] {
+        let vector = vectors
+            .as_mut()
+            .zip(index)
+            .map(|((table, _), index)| VectorGradient { table, index });
+        if let Some(sums) = sums {
+            finish_sums(
+                branch.op,
+                device,
+                &sums,
+                Some(branch.weight),
+                branch.vectors,
+                branch.gated,
+                NormGradients { weight, vector },
+            )?;
+        }
+    }
+    Ok((dx, dy))
+}
+
+const IMAGE: &str = "rms_norm_backward";
+
+/// A normalisation and what multiplies its result: `weight · (1 + vector)`, or `weight · tanh(vector)` when gated.
+struct Branch<'a> {
+    op: &'static str,
+    weight: &'a Tensor,
+    vectors: Option<&'a Modulation<'a>>,
+    gated: bool,
+    epsilon: f32,
+}
+
+impl<'a> Branch<'a> {
+    fn of(op: &'static str, residual: &'a GatedResidual<'a>) -> Self {
+        Branch {
+            op,
+            weight: residual.weight,
+            vectors: residual.gate.as_ref(),
+            gated: true,
+            epsilon: residual.epsilon,
+        }
+    }
+
+    fn stride(&self) -> usize {
+        self.vectors.map_or(0, Modulation::stride)
+    }
+
+    fn expect_parameters(&self, x: &Tensor, sizes: TokenSizes) -> Result<()> {
+        crate::ops::expect_parameter(self.op, "weight", self.weight, &[sizes.dim], x)?;
+        match self.vectors {
+            Some(vectors) => vectors.expect(self.op, "vectors", sizes.batch, sizes.dim, x),
+            None => Ok(()),
+        }
+    }
+
+    fn expect_weight_gradient(&self, gradient: Option<&Tensor>, sizes: TokenSizes, x: &Tensor) -> Result<()> {
+        match gradient {
+            Some(gradient) => crate::ops::expect_parameter(self.op, "weight gradient", gradient, &[sizes.dim], x),
+            None => Ok(()),
+        }
+    }
+
+    /// Gradients of vectors are per item, so there must be vectors, one per item.
+    fn expect_vectors(&self, sizes: TokenSizes) -> Result<()> {
+        match self.vectors {
+            Some(vectors) if vectors.items() == sizes.batch => Ok(()),
+            Some(vectors) => Err(Error::invalid(format!(
+                "{}: gradients of vectors are per item, but {} vectors serve {} items",
+                self.op,
+                vectors.items(),
+                sizes.batch
+            ))),
+            None => Err(Error::invalid(format!(
+                "{}: there are no vectors to differentiate",
+                self.op
+            ))),
+        }
+    }
+
+    fn backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        gradients: NormGradients<'_>,
+    ) -> Result<Tensor> {
+        let sizes = TokenSizes::of(self.op, "x", x)?;
+        expect_like(self.op, "dy", dy, x)?;
+        if let Some(residual) = residual {
+            expect_like(self.op, "residual", residual, x)?;
+        }
+        self.expect_parameters(x, sizes)?;
+        self.expect_weight_gradient(gradients.weight.as_deref(), sizes, x)?;
+        if let Some(vector) = &gradients.vector {
+            expect_gradient_table(self.op, vector.table, &[vector.index], [sizes.batch, sizes.dim], x)?;
+            self.expect_vectors(sizes)?;
+        }
+        let mut dx = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+        match x.cuda() {
+            None => {
+                self.cpu_input(dy, x, residual, sizes, &mut dx)?;
+                self.cpu_parameters(dy, x, sizes, gradients)?;
+            }
+            Some(device) => self.cuda_backward(device, [dy, x], residual, sizes, &mut dx, gradients)?,
+        }
+        Ok(dx)
+    }
+
+    /// What multiplies the normalised rows of one item.
+    fn factor(&self, item: usize) -> Result<Vec<f32>> {
+        let weight = self.weight.as_slice::<f32>()?;
+        let Some(vectors) = self.vectors else {
+            return Ok(weight.to_vec());
+        };
+        let products = weight.iter().zip(vectors.row(item)?);
+        Ok(products.map(|(weight, vector)| weight * self.opened(*vector)).collect())
+    }
+
+    fn opened(&self, vector: f32) -> f32 {
+        if self.gated { vector.tanh() } else { 1.0 + vector }
+    }
+
+    fn cpu_input(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        sizes: TokenSizes,
+        dx: &mut Tensor,
+    ) -> Result<()> {
+        if sizes.dim == 0 {
+            return Ok(());
+        }
+        let factors: Vec<Vec<f32>> = (0..sizes.batch).map(|item| self.factor(item)).collect::<Result<_>>()?;
+        let residual = residual.map(Tensor::as_slice::<f32>).transpose()?;
+        let (dy, x) = (dy.as_slice::<f32>()?, x.as_slice::<f32>()?);
+        let rows = dx.as_mut_slice::<f32>()?.par_chunks_mut(sizes.dim).enumerate();
+        rows.for_each(|(row, dx)| {
+            let range = row * sizes.dim..(row + 1) * sizes.dim;
+            let (dy, x, factor) = (&dy[range.clone()], &x[range.clone()], &factors[row / sizes.tokens]);
+            let inverse = inverse_rms(x, self.epsilon);
+            let along: f32 = dy
+                .iter()
+                .zip(factor)
+                .zip(x)
+                .map(|((dy, factor), x)| dy * factor * x)
+                .sum();
+            let share = along * inverse * inverse / sizes.dim as f32;
+            for (((dx, dy), factor), x) in dx.iter_mut().zip(dy).zip(factor).zip(x) {
+                *dx = inverse * (dy * factor - x * share);
+            }
+            if let Some(residual) = residual {
+                dx.iter_mut()
+                    .zip(&residual[range])
+                    .for_each(|(dx, passing)| *dx += passing);
+            }
+        });
+        Ok(())
+    }
+
+    fn cpu_parameters(&self, dy: &Tensor, x: &Tensor, sizes: TokenSizes, gradients: NormGradients<'_>) -> Result<()> {
+        let NormGradients { mut weight, mut vector } = gradients;
+        if weight.is_none() && vector.is_none() {
+            return Ok(());
+        }
+        let (dy, x) = (dy.as_slice::<f32>()?, x.as_slice::<f32>()?);
+        for item in 0..sizes.batch {
+            let sums = cpu_row_sums(
+                item * sizes.tokens..(item + 1) * sizes.tokens,
+                sizes.dim,
+                |row, sums| {
+                    let range = row * sizes.dim..(row + 1) * sizes.dim;
+                    let (dy, x) = (&dy[range.clone()], &x[range]);
+                    let inverse = inverse_rms(x, self.epsilon);
+                    for ((sum, dy), x) in sums.iter_mut().zip(dy).zip(x) {
+                        *sum += dy * (x * inverse);
+                    }
+                },
+            );
+            let vectors = self.vectors.map(|vectors| vectors.row(item)).transpose()?;
+            if let Some(VectorGradient { table, index }) = &mut vector {
+                let own = self.weight.as_slice::<f32>()?;
+                let start = (item * table.dim(1) + *index) * sizes.dim;
+                let target = &mut table.as_mut_slice::<f32>()?[start..start + sizes.dim];
+                for (channel, target) in target.iter_mut().enumerate() {
+                    let slope = match (self.gated, vectors) {
+                        (true, Some(vectors)) => 1.0 - vectors[channel].tanh().powi(2),
+                        _ => 1.0,
+                    };
+                    *target = own[channel] * slope * sums[channel];
+                }
+            }
+            if let Some(weight) = &mut weight {
+                let opened = |channel: usize| vectors.map_or(1.0, |vectors| self.opened(vectors[channel]));
+                let sums: Vec<f32> = sums
+                    .iter()
+                    .enumerate()
+                    .map(|(channel, sum)| opened(channel) * sum)
+                    .collect();
+                cpu_add(weight, &sums)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn cuda_backward(
+        &self,
+        device: &CudaDevice,
+        [dy, x]: [&Tensor; 2],
+        residual: Option<&Tensor>,
+        sizes: TokenSizes,
+        dx: &mut Tensor,
+        gradients: NormGradients<'_>,
+    ) -> Result<()> {
+        const KERNELS: [&str; 2] = ["rms_norm_backward_1", "rms_norm_backward_2"];
+        let launch = RowLaunch::new(self.op, device, IMAGE, &KERNELS, sizes)?;
+        let needed = gradients.weight.is_some() || gradients.vector.is_some();
+        let partial = [sizes.batch, launch.grid[0] as usize, sizes.dim];
+        let mut partial = needed
+            .then(|| Tensor::empty(&x.device(), partial, DType::F32))
+            .transpose()?;
+        let args = Args::new()
+            .input(dy)?
+            .input(x)?
+            .input(self.weight)?
+            .long(Modulation::address_or_null(self.vectors)?)
+            .optional(residual)?
+            .output(dx)?
+            .optional_output(partial.as_mut())?
+            .int(sizes.dim)
+            .int(sizes.tokens)
+            .int(self.stride())
+            .int(usize::from(self.gated))
+            .float(self.epsilon);
+        // SAFETY: the arguments are those of `rms_norm_backward_N`, of the shapes and types checked at the door; the threads
+        // hold a whole row, there are at most as many blocks as tokens, and null pointers stand for what is absent.
+        unsafe { launch.kernel.launch_with(device, launch.grid, launch.threads, args)? };
+        match partial {
+            Some(partial) => finish_sums(
+                self.op,
+                device,
+                &partial,
+                Some(self.weight),
+                self.vectors,
+                self.gated,
+                gradients,
+            ),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Makes the parameters' gradients of a norm from its sums `partial` f32 `[batch, blocks, dim]`, as `norm_item_sums` of
+/// `kernels/cuda/rms_norm_backward.cu` says; the caller has checked what `gradients` hold.
+pub(in crate::ops) fn finish_sums(
+    op: &'static str,
+    device: &CudaDevice,
+    partial: &Tensor,
+    weight: Option<&Tensor>,
+    vectors: Option<&Modulation<'_>>,
+    gated: bool,
+    gradients: NormGradients<'_>,
+) -> Result<()> {
+    let [batch, blocks, dim] = [partial.dim(0), partial.dim(1), partial.dim(2)];
+    let kernel = device.kernel(IMAGE, "norm_item_sums")?;
+    let NormGradients {
+        weight: weight_gradient,
+        vector,
+    } = gradients;
+    let mut weight_sums = weight_gradient
+        .is_some()
+        .then(|| Tensor::empty(&partial.device(), [batch, dim], DType::F32))
+        .transpose()?;
+    let (address, stride) = match vector {
+        Some(VectorGradient { table, index }) => {
+            let start = table.device_ptr_mut()? + (index * dim * DType::F32.size()) as u64;
+            (start, table.dim(1) * dim)
+        }
+        None => (0, 0),
+    };
+    let args = Args::new()
+        .input(partial)?
+        .optional(weight)?
+        .long(Modulation::address_or_null(vectors)?)
+        .long(address)
+        .optional_output(weight_sums.as_mut())?
+        .int(blocks)
+        .int(dim)
+        .int(vectors.map_or(0, Modulation::stride))
+        .int(stride)
+        .int(usize::from(gated));
+    let tiles = dim.div_ceil(kernel.info().tile[0] as usize);
+    // SAFETY: the arguments are those of `norm_item_sums`; the caller has checked weight, vectors and gradient table against
+    // the batch and width of the sums; null pointers stand for what is absent.
+    unsafe { kernel.launch(device, [grid(op, tiles)?, grid(op, batch)?, 1], args)? };
+    match (weight_gradient, weight_sums) {
+        (Some(gradient), Some(sums)) => cuda_add_partial_sums(op, device, &sums, gradient),
+        _ => Ok(()),
+    }
+}
+
+fn expect_like(op: &'static str, name: &str, tensor: &Tensor, x: &Tensor) -> Result<()> {
+    tensor.expect_shape(op, name, x.shape())?;
+    tensor.expect_dtype(op, name, x.dtype())?;
+    tensor.expect_device(op, name, &x.device())
+}

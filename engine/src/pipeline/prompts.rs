@@ -1,0 +1,118 @@
+//! From a prompt to the features that the transformer takes: tokenizer and text encoder as one.
+
+use std::fs;
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+use super::of_file;
+use crate::checkpoint::{Checkpoint, ModelPaths};
+use crate::device::{Device, MemoryTag};
+use crate::error::{Error, Result};
+use crate::model::DeviceLimits;
+use crate::model::config::TextConfig;
+use crate::model::text::TextEncoder;
+use crate::tensor::Tensor;
+use crate::text::PromptTokenizer;
+
+/// A text encoder's files, opened and checked; its weights are not loaded.
+#[derive(Debug)]
+pub struct PromptFiles<'a> {
+    paths: &'a ModelPaths,
+    config: TextConfig,
+    checkpoint: Checkpoint,
+}
+
+/// A tokenizer, and a text encoder on its device.
+pub struct PromptEncoder {
+    tokenizer: PromptTokenizer,
+    encoder: TextEncoder,
+}
+
+/// A prompt's features.
+pub struct Encoded {
+    /// `[1, tokens, width]` in the device's compute type.
+    pub features: Tensor,
+    /// Tokens at the prompt's end that the tokenizer's limit cut off.
+    pub dropped_tokens: usize,
+}
+
+impl<'a> PromptFiles<'a> {
+    /// Finds the text encoder and tokenizer of a model whose transformer takes features of the given width.
+    ///
+    /// # Errors
+    /// Saying how to name a part that is missing, or what is damaged, does not fit or cannot run on the device.
+    pub fn open(paths: &'a ModelPaths, device: &Device, width: usize) -> Result<Self> {
+        let folder = paths.text_encoder()?;
+        paths.tokenizer()?;
+        let config = TextConfig::read(folder)?;
+        if config.dim != width {
+            return Err(Error::file(
+                folder,
+                format!("makes features of width {}, the transformer takes {width}", config.dim),
+            ));
+        }
+        config.expect_runs_on(device)?;
+        let checkpoint = Checkpoint::open_text_encoder(folder)?;
+        Ok(PromptFiles {
+            paths,
+            config,
+            checkpoint,
+        })
+    }
+
+    /// Brings the encoder onto the device.
+    ///
+    /// # Errors
+    /// When a file is damaged, or the device has no room.
+    pub fn load(&self, device: &Device) -> Result<PromptEncoder> {
+        let tokenizer = PromptTokenizer::open(self.paths.tokenizer()?)?;
+        let _tag = MemoryTag::Weights.scope();
+        let encoder = TextEncoder::load(&self.checkpoint, device, &self.config);
+        Ok(PromptEncoder {
+            tokenizer,
+            encoder: encoder.map_err(|error| of_file(&self.checkpoint, error))?,
+        })
+    }
+
+    /// A SHA-256 that two encoders share only if they give the same features on devices of one kind: of their sizes, the
+    /// tokenizer's files and [`Checkpoint::identity`]. Copies of one encoder share it.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn identity(&self, device: &Device) -> Result<Vec<u8>> {
+        let mut hash = Sha256::new();
+        let mut add = |part: &[u8]| {
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part);
+        };
+        add(format!("{:?} {}", self.config, device.compute_dtype()).as_bytes());
+        let tokenizer = self.paths.tokenizer()?;
+        for name in PromptTokenizer::FILES {
+            add(&read_if_there(&tokenizer.join(name))?);
+        }
+        add(&self.checkpoint.identity());
+        Ok(hash.finalize().to_vec())
+    }
+}
+
+impl PromptEncoder {
+    /// The features of a prompt.
+    ///
+    /// # Errors
+    /// When the tokenizer or its template refuses it, or the device has no room.
+    pub fn encode(&self, prompt: &str) -> Result<Encoded> {
+        let tokens = self.tokenizer.encode(prompt)?;
+        Ok(Encoded {
+            features: self.encoder.encode(&tokens.ids)?,
+            dropped_tokens: tokens.dropped,
+        })
+    }
+}
+
+fn read_if_there(path: &Path) -> Result<Vec<u8>> {
+    match fs::read(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        outcome => outcome.map_err(|error| Error::io(path, error)),
+    }
+}

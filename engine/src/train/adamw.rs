@@ -1,0 +1,366 @@
+//! AdamW over all trained tensors together.
+//!
+//! With g the gradients gathered since the last step, N their norm over all tensors, and c the norm to clip to:
+//!
+//! ```text
+//! g ← g · c / (N + 1e-6)   where N > c
+//! w ← w · (1 − lr · weight_decay)
+//! m ← β₁ · m + (1 − β₁) · g;    v ← β₂ · v + (1 − β₂) · g²
+//! w ← w − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
+//! average ← d · average + (1 − d) · w
+//! ```
+//!
+//! t counts steps from 1, skipped ones included. A step whose N is not finite is skipped: nothing changes but that the
+//! gradients are zero afterwards, as after every step. On CUDA w is a master copy in f32, which the bf16 weight follows, and all
+//! decisions are taken on the device; on the CPU w is the weight itself. Sums have a fixed order. Sources: Loshchilov and Hutter,
+//! "Decoupled Weight Decay Regularization" (2019); clipping as in PyTorch's `clip_grad_norm_`.
+
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::AdamWOptions;
+use crate::device::{Args, CudaDevice, Device, MemoryTag};
+use crate::error::{Error, Result};
+use crate::ops::cast::cast;
+use crate::ops::sum_rows::cpu_row_sums;
+use crate::tensor::{DType, Tensor};
+
+/// Added to a norm before it is divided by, when gradients are clipped.
+const CLIP_EPSILON: f32 = 1e-6;
+
+/// Elements to whose multiples a tensor's place in the state is aligned; kernels move eight at a time.
+const ALIGNMENT: usize = 8;
+
+/// The state of AdamW for a list of tensors, in arrays in which the tensors lie one behind the other.
+pub struct AdamW {
+    options: AdamWOptions,
+    clip_norm: Option<f32>,
+    ema_decay: Option<f32>,
+    /// Where each tensor begins, and its elements.
+    places: Vec<(usize, usize)>,
+    /// f32; `None` on the CPU.
+    master: Option<Tensor>,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    average: Option<Tensor>,
+    /// The kernels' tables; `None` on the CPU.
+    table: Option<Table>,
+    steps: u64,
+}
+
+/// What the kernels know of the tensors.
+struct Table {
+    /// One `Segment` of `adamw.cu` per tensor.
+    segments: Tensor,
+    /// i32, the tensor of each chunk.
+    segment_of_chunk: Tensor,
+    chunks: usize,
+}
+
+/// As in `adamw.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Segment {
+    weight: u64,
+    gradient: u64,
+    offset: u64,
+    elements: u64,
+    first_chunk: u64,
+}
+
+/// The arrays of the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateArray {
+    /// The f32 weights; not kept on the CPU.
+    Master,
+    /// The running means of the gradients.
+    FirstMoment,
+    /// The running means of their squares.
+    SecondMoment,
+    /// The running averages of the weights; kept where a decay was given.
+    Average,
+}
+
+impl AdamW {
+    /// The state before the first step of these weights; `gradients` are where their gradients will be found at every step.
+    ///
+    /// # Errors
+    /// When the device has no room, a decay is out of range, or a tensor shares its buffer.
+    pub fn new(
+        device: &Device,
+        weights: &mut [&mut Tensor],
+        gradients: &mut [&mut Tensor],
+        options: &super::TrainOptions,
+    ) -> Result<Self> {
+        check(options)?;
+        let _tag = MemoryTag::Optimizer.scope();
+        let mut places = Vec::with_capacity(weights.len());
+        let mut end = 0;
+        for weight in weights.iter() {
+            places.push((end, weight.elements()));
+            end = (end + weight.elements()).next_multiple_of(ALIGNMENT);
+        }
+        let zeros = || Tensor::zeros(device, [end], DType::F32);
+        let copy = || -> Result<Tensor> {
+            let mut copy = zeros()?;
+            for (weight, &(start, _)) in weights.iter().zip(&places) {
+                copy.copy_elements_from(start, &cast(weight, DType::F32)?)?;
+            }
+            Ok(copy)
+        };
+        let on_gpu = matches!(device, Device::Cuda(_));
+        Ok(AdamW {
+            options: options.adamw,
+            clip_norm: options.clip_norm,
+            ema_decay: options.ema_decay,
+            master: on_gpu.then(copy).transpose()?,
+            first_moment: zeros()?,
+            second_moment: zeros()?,
+            average: options.ema_decay.map(|_| copy()).transpose()?,
+            table: match device {
+                Device::Cpu => None,
+                Device::Cuda(cuda) => Some(Table::new(device, cuda, weights, gradients, &places)?),
+            },
+            places,
+            steps: 0,
+        })
+    }
+
+    /// Steps so far.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Sets the number of steps that the state was made by.
+    pub(super) fn set_steps(&mut self, steps: u64) {
+        self.steps = steps;
+    }
+
+    /// The part of a state array that belongs to tensor `index`, flat; `None` for an array that is not kept.
+    ///
+    /// # Errors
+    /// When there is no such tensor.
+    pub fn state(&self, array: StateArray, index: usize) -> Result<Option<Tensor>> {
+        let array = match array {
+            StateArray::Master => self.master.as_ref(),
+            StateArray::FirstMoment => Some(&self.first_moment),
+            StateArray::SecondMoment => Some(&self.second_moment),
+            StateArray::Average => self.average.as_ref(),
+        };
+        let place = self.places.get(index);
+        let &(start, count) = place.ok_or_else(|| Error::invalid(format!("adamw: there is no tensor {index}")))?;
+        array.map(|array| array.narrow(start, count)).transpose()
+    }
+
+    /// Overwrites part of a state array: the values of tensor `index` from its element `first` on.
+    pub(super) fn set_state(&mut self, array: StateArray, index: usize, first: usize, values: &[f32]) -> Result<()> {
+        let start = self.places[index].0 + first;
+        let array = match array {
+            StateArray::Master => self.master.as_mut(),
+            StateArray::FirstMoment => Some(&mut self.first_moment),
+            StateArray::SecondMoment => Some(&mut self.second_moment),
+            StateArray::Average => self.average.as_mut(),
+        };
+        match array {
+            Some(array) => array.copy_elements_from_slice(start, values),
+            None => Ok(()),
+        }
+    }
+
+    /// One step with the learning rate `rate`. Returns f32 `[2]` on the device: the norm of the gradients before clipping, and 1
+    /// where it is not finite and the step was skipped.
+    ///
+    /// # Errors
+    /// When the learning rate is not a number, or the device refuses the work.
+    pub fn step(&mut self, weights: &mut [&mut Tensor], gradients: &mut [&mut Tensor], rate: f32) -> Result<Tensor> {
+        if !rate.is_finite() || rate < 0.0 {
+            return Err(Error::invalid(format!("a learning rate of {rate} makes no sense")));
+        }
+        self.steps += 1;
+        let AdamWOptions { beta1, beta2, .. } = self.options;
+        let correction = |beta: f32| 1.0 - f64::from(beta).powf(self.steps as f64);
+        let scalars = Scalars {
+            keep: 1.0 - rate * self.options.weight_decay,
+            rate: (f64::from(rate) / correction(beta1)) as f32,
+            second_scale: (1.0 / correction(beta2).sqrt()) as f32,
+        };
+        let device = self.first_moment.cuda().cloned();
+        match device {
+            None => self.cpu_step(weights, gradients, &scalars),
+            Some(device) => self.cuda_step(&device, &scalars),
+        }
+    }
+
+    fn cpu_step(
+        &mut self,
+        weights: &mut [&mut Tensor],
+        gradients: &mut [&mut Tensor],
+        scalars: &Scalars,
+    ) -> Result<Tensor> {
+        /// Elements that one task handles.
+        const RUN: usize = 4096;
+        let mut squares = 0.0;
+        for gradient in gradients.iter() {
+            let values = gradient.as_slice::<f32>()?;
+            let sum = cpu_row_sums(0..values.len().div_ceil(RUN), 1, |run, sum| {
+                let run = &values[run * RUN..values.len().min((run + 1) * RUN)];
+                sum[0] += run.iter().map(|value| value * value).sum::<f32>();
+            });
+            squares += f64::from(sum[0]);
+        }
+        let norm = squares.sqrt() as f32;
+        let factor = match self.clip_norm {
+            Some(largest) if norm > largest => largest / (norm + CLIP_EPSILON),
+            _ => 1.0,
+        };
+        let skip = !norm.is_finite();
+        let AdamWOptions {
+            beta1, beta2, epsilon, ..
+        } = self.options;
+        let tensors = weights.iter_mut().zip(gradients.iter_mut()).zip(&self.places);
+        for ((weight, gradient), &(start, count)) in tensors {
+            let gradient = gradient.as_mut_slice::<f32>()?;
+            if !skip {
+                let range = start..start + count;
+                let moments = self.first_moment.as_mut_slice::<f32>()?[range.clone()]
+                    .par_iter_mut()
+                    .zip(&mut self.second_moment.as_mut_slice::<f32>()?[range.clone()]);
+                let weights = weight.as_mut_slice::<f32>()?.par_iter_mut().zip(&*gradient);
+                weights.zip(moments).for_each(|((weight, gradient), (first, second))| {
+                    let gradient = gradient * factor;
+                    *weight *= scalars.keep;
+                    *first = beta1 * *first + (1.0 - beta1) * gradient;
+                    *second = beta2 * *second + (1.0 - beta2) * gradient * gradient;
+                    *weight -= scalars.rate * *first / (second.sqrt() * scalars.second_scale + epsilon);
+                });
+                if let (Some(average), Some(decay)) = (&mut self.average, self.ema_decay) {
+                    let average = average.as_mut_slice::<f32>()?[range].par_iter_mut();
+                    average
+                        .zip(weight.as_slice::<f32>()?)
+                        .for_each(|(average, weight)| *average = decay * *average + (1.0 - decay) * weight);
+                }
+            }
+            gradient.fill(0.0);
+        }
+        Tensor::from_slice(&Device::Cpu, &[norm, f32::from(u8::from(skip))], [2])
+    }
+
+    fn cuda_step(&mut self, device: &Arc<CudaDevice>, scalars: &Scalars) -> Result<Tensor> {
+        let (Some(table), Some(master)) = (&self.table, &mut self.master) else {
+            return Err(Error::invalid("the optimizer was made for the CPU"));
+        };
+        let owner = Device::Cuda(device.clone());
+        let chunks = crate::ops::grid("adamw", table.chunks)?;
+        let mut partial = Tensor::empty(&owner, [table.chunks], DType::F32)?;
+        let args = Args::new()
+            .input(&table.segments)?
+            .input(&table.segment_of_chunk)?
+            .output(&mut partial)?;
+        let kernel = device.kernel("adamw", "gradient_squares")?;
+        // SAFETY: the arguments are those of `gradient_squares`; the table was made of tensors that its owner keeps, at the same
+        // addresses; one block per chunk.
+        unsafe { kernel.launch(device, [chunks, 1, 1], args)? };
+        let mut control = Tensor::empty(&owner, [3], DType::F32)?;
+        let args = Args::new()
+            .input(&partial)?
+            .output(&mut control)?
+            .int(table.chunks)
+            .float(self.clip_norm.unwrap_or(f32::INFINITY));
+        let kernel = device.kernel("adamw", "gradient_norm")?;
+        // SAFETY: the arguments are those of `gradient_norm`; one block.
+        unsafe { kernel.launch(device, [1, 1, 1], args)? };
+        let args = Args::new()
+            .input(&table.segments)?
+            .input(&table.segment_of_chunk)?
+            .input(&control)?
+            .output(master)?
+            .output(&mut self.first_moment)?
+            .output(&mut self.second_moment)?
+            .optional_output(self.average.as_mut())?
+            .float(scalars.keep)
+            .float(self.options.beta1)
+            .float(self.options.beta2)
+            .float(scalars.rate)
+            .float(scalars.second_scale)
+            .float(self.options.epsilon)
+            .float(self.ema_decay.unwrap_or(0.0));
+        let kernel = device.kernel("adamw", "adamw_step")?;
+        // SAFETY: the arguments are those of `adamw_step`; the state holds every segment at its offset, and the weights and
+        // gradients of the table belong to the caller, who has them to itself while it steps.
+        unsafe { kernel.launch(device, [chunks, 1, 1], args)? };
+        control.narrow(0, 2)
+    }
+}
+
+/// What of a step's formulas depends on its number and learning rate.
+struct Scalars {
+    keep: f32,
+    rate: f32,
+    second_scale: f32,
+}
+
+impl Table {
+    fn new(
+        device: &Device,
+        cuda: &Arc<CudaDevice>,
+        weights: &mut [&mut Tensor],
+        gradients: &mut [&mut Tensor],
+        places: &[(usize, usize)],
+    ) -> Result<Self> {
+        let chunk = cuda.kernel("adamw", "adamw_step")?.info().tile[0] as usize;
+        let mut segments = Vec::with_capacity(places.len());
+        let mut segment_of_chunk = Vec::new();
+        let tensors = weights.iter_mut().zip(gradients.iter_mut()).zip(places);
+        for (index, ((weight, gradient), &(offset, elements))) in tensors.enumerate() {
+            gradient.expect_shape("adamw", "gradient", weight.shape())?;
+            for tensor in [&**weight, &**gradient] {
+                tensor.expect_dtype("adamw", "weight or gradient", DType::Bf16)?;
+            }
+            segments.push(Segment {
+                weight: weight.device_ptr_mut()?,
+                gradient: gradient.device_ptr_mut()?,
+                offset: offset as u64,
+                elements: elements as u64,
+                first_chunk: segment_of_chunk.len() as u64,
+            });
+            segment_of_chunk.extend(std::iter::repeat_n(index as i32, elements.div_ceil(chunk)));
+        }
+        let bytes: &[u8] = bytemuck::cast_slice(&segments);
+        Ok(Table {
+            segments: Tensor::from_slice(device, bytes, [bytes.len()])?,
+            chunks: segment_of_chunk.len(),
+            segment_of_chunk: Tensor::from_slice(device, &segment_of_chunk, [segment_of_chunk.len()])?,
+        })
+    }
+}
+
+fn check(options: &super::TrainOptions) -> Result<()> {
+    let AdamWOptions {
+        beta1,
+        beta2,
+        epsilon,
+        weight_decay,
+    } = options.adamw;
+    let decays = [
+        ("beta1", Some(beta1)),
+        ("beta2", Some(beta2)),
+        ("ema_decay", options.ema_decay),
+    ];
+    for (name, decay) in decays {
+        if decay.is_some_and(|decay| !(0.0..1.0).contains(&decay)) {
+            return Err(Error::invalid(format!("{name} must be at least 0 and less than 1")));
+        }
+    }
+    let amounts = [
+        ("epsilon", Some(epsilon)),
+        ("weight_decay", Some(weight_decay)),
+        ("clip_norm", options.clip_norm),
+    ];
+    for (name, amount) in amounts {
+        if amount.is_some_and(|amount| !amount.is_finite() || amount < 0.0) {
+            return Err(Error::invalid(format!("{name} must be a number that is not negative")));
+        }
+    }
+    Ok(())
+}

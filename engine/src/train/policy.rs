@@ -1,0 +1,250 @@
+//! Which tensors a training run changes, and what is computed twice to save memory: data, not code.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+
+/// Main blocks that the published recipe trains at either end.
+pub const DEFAULT_ENDS: usize = 5;
+
+/// What names of the input projection and of the output side start with.
+const INPUT_AND_HEAD: [&str; 3] = ["all_x_embedder.", "local_decoder.", "all_final_layer."];
+
+/// What names of refiners, embedders and pad tokens start with.
+const CONDITIONING: [&str; 6] = [
+    "noise_refiner.",
+    "context_refiner.",
+    "t_embedder.",
+    "cap_embedder.",
+    "x_pad_token",
+    "cap_pad_token",
+];
+
+/// A freeze policy: says of every tensor, by its canonical name, whether it is trained. In a latent model the final layer
+/// stands in the head's place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Policy {
+    /// Input projection, the first and the last `ends` main blocks, head (the paper's recipe).
+    Paper {
+        /// Main blocks at either end.
+        ends: usize,
+    },
+    /// That, the refiners, the embedders and the pad tokens (the released code).
+    Released {
+        /// Main blocks at either end.
+        ends: usize,
+    },
+    /// Everything.
+    Full,
+    /// The head alone.
+    HeadOnly,
+    /// Every tensor whose name fits one of these patterns: `*` stands for any characters, `?` for any one.
+    Patterns(Vec<String>),
+}
+
+impl Policy {
+    /// Whether the policy trains the tensor `name` of a model with `layers` main blocks.
+    pub fn trains(&self, name: &str, layers: usize) -> bool {
+        let starts = |starts: &[&str]| starts.iter().any(|start| name.starts_with(start));
+        let at_an_end = |ends: usize| {
+            let index = name.strip_prefix("layers.").and_then(|rest| rest.split('.').next());
+            let index = index.and_then(|index| index.parse::<usize>().ok());
+            index.is_some_and(|index| index < ends || index + ends >= layers)
+        };
+        match self {
+            Policy::Paper { ends } => starts(&INPUT_AND_HEAD) || at_an_end(*ends),
+            Policy::Released { ends } => starts(&INPUT_AND_HEAD) || starts(&CONDITIONING) || at_an_end(*ends),
+            Policy::Full => true,
+            Policy::HeadOnly => starts(&INPUT_AND_HEAD[1..]),
+            Policy::Patterns(patterns) => patterns.iter().any(|pattern| fits(pattern, name)),
+        }
+    }
+
+    /// The patterns that fit none of `names`.
+    pub fn unused_patterns<'a>(&'a self, names: &[&str]) -> Vec<&'a str> {
+        let Policy::Patterns(patterns) = self else {
+            return Vec::new();
+        };
+        let unused = patterns
+            .iter()
+            .filter(|pattern| !names.iter().any(|name| fits(pattern, name)));
+        unused.map(String::as_str).collect()
+    }
+}
+
+/// Whether `name` fits a pattern of literal characters, `*` and `?`.
+fn fits(pattern: &str, name: &str) -> bool {
+    let (pattern, name) = (pattern.as_bytes(), name.as_bytes());
+    let (mut at, mut here) = (0, 0);
+    // The last star met, and where in the name what it stands for ends so far.
+    let mut star: Option<(usize, usize)> = None;
+    while here < name.len() {
+        match pattern.get(at) {
+            Some(b'*') => {
+                star = Some((at, here));
+                at += 1;
+            }
+            Some(&byte) if byte == b'?' || byte == name[here] => {
+                at += 1;
+                here += 1;
+            }
+            _ => {
+                let Some((back, taken)) = star else { return false };
+                star = Some((back, taken + 1));
+                (at, here) = (back + 1, taken + 1);
+            }
+        }
+    }
+    pattern[at..].iter().all(|&byte| byte == b'*')
+}
+
+impl FromStr for Policy {
+    type Err = Error;
+
+    /// `paper`, `released` (each with `:N` for the number of end blocks), `full`, `head-only`, or patterns separated by commas.
+    fn from_str(text: &str) -> Result<Self> {
+        let (name, count) = text.split_once(':').unwrap_or((text, ""));
+        let ends = || match (count, text.contains(':')) {
+            (_, false) => Ok(DEFAULT_ENDS),
+            (count, true) => count
+                .parse()
+                .map_err(|_| Error::invalid(format!("freeze policy `{text}`: `{count}` is no number of main blocks"))),
+        };
+        match (name, text) {
+            ("paper", _) => Ok(Policy::Paper { ends: ends()? }),
+            ("released", _) => Ok(Policy::Released { ends: ends()? }),
+            (_, "full") => Ok(Policy::Full),
+            (_, "head-only") => Ok(Policy::HeadOnly),
+            _ if text.contains(['.', '*', '_']) => {
+                let patterns = text.split(',').map(str::trim).filter(|pattern| !pattern.is_empty());
+                Ok(Policy::Patterns(patterns.map(String::from).collect()))
+            }
+            _ => Err(Error::invalid(format!(
+                "`{text}` is no freeze policy; use paper, released (paper:N, released:N for N end blocks), full, head-only, \
+                 or patterns of tensor names such as layers.0.*,local_decoder.*"
+            ))),
+        }
+    }
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Policy::Paper { ends: DEFAULT_ENDS } => f.write_str("paper"),
+            Policy::Paper { ends } => write!(f, "paper:{ends}"),
+            Policy::Released { ends: DEFAULT_ENDS } => f.write_str("released"),
+            Policy::Released { ends } => write!(f, "released:{ends}"),
+            Policy::Full => f.write_str("full"),
+            Policy::HeadOnly => f.write_str("head-only"),
+            Policy::Patterns(patterns) => f.write_str(&patterns.join(",")),
+        }
+    }
+}
+
+/// Which blocks keep only their input during the forward pass and compute the rest again in the backward pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// No block.
+    #[default]
+    None,
+    /// Blocks without a trained tensor.
+    Frozen,
+    /// Every block.
+    All,
+}
+
+impl Recompute {
+    /// All choices, from the fastest to the smallest.
+    pub const ALL: [Recompute; 3] = [Recompute::None, Recompute::Frozen, Recompute::All];
+
+    /// Whether a block is computed twice.
+    pub fn applies_to(self, trained: bool) -> bool {
+        match self {
+            Recompute::None => false,
+            Recompute::Frozen => !trained,
+            Recompute::All => true,
+        }
+    }
+}
+
+impl FromStr for Recompute {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let found = Recompute::ALL.into_iter().find(|choice| choice.to_string() == text);
+        found.ok_or_else(|| {
+            Error::invalid(format!(
+                "`{text}` says nothing about recomputing; use none, frozen or all"
+            ))
+        })
+    }
+}
+
+impl fmt::Display for Recompute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Recompute::None => "none",
+            Recompute::Frozen => "frozen",
+            Recompute::All => "all",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trained(policy: &str, name: &str) -> bool {
+        policy.parse::<Policy>().unwrap().trains(name, 30)
+    }
+
+    #[test]
+    fn policies_choose_by_name() {
+        for (name, paper, released, head) in [
+            ("all_x_embedder.16-1.weight", true, true, false),
+            ("local_decoder.enc1.0.bias", true, true, true),
+            ("all_final_layer.2-1.linear.weight", true, true, true),
+            ("layers.4.ffn_norm1.weight", true, true, false),
+            ("layers.5.ffn_norm1.weight", false, false, false),
+            ("layers.24.attention.to_q.weight", false, false, false),
+            ("layers.25.attention.to_q.weight", true, true, false),
+            ("noise_refiner.0.attention_norm1.weight", false, true, false),
+            ("t_embedder.mlp.0.weight", false, true, false),
+            ("x_pad_token", false, true, false),
+        ] {
+            let found = ["paper", "released", "head-only"].map(|policy| trained(policy, name));
+            assert_eq!(found, [paper, released, head], "{name}");
+            assert!(trained("full", name));
+        }
+        assert!(!trained("paper:1", "layers.1.ffn_norm1.weight"));
+        assert!(trained("released:0", "cap_pad_token"));
+        assert!(!trained("released:0", "layers.0.ffn_norm1.weight"));
+    }
+
+    #[test]
+    fn patterns_have_stars_and_question_marks() {
+        assert!(trained("layers.?.*norm*, cap_*", "layers.3.ffn_norm1.weight"));
+        assert!(trained("layers.?.*norm*, cap_*", "cap_pad_token"));
+        assert!(!trained("layers.?.*norm*, cap_*", "layers.13.ffn_norm1.weight"));
+        assert!(!trained("layers.?.*norm*, cap_*", "layers.3.feed_forward.w1.weight"));
+        let policy: Policy = "layers.*,lazers.*".parse().unwrap();
+        assert_eq!(policy.unused_patterns(&["layers.0.x"]), ["lazers.*"]);
+    }
+
+    #[test]
+    fn names_of_policies_are_read_and_shown() {
+        for text in ["paper", "released:2", "full", "head-only", "layers.*,x_pad_token"] {
+            assert_eq!(text.parse::<Policy>().unwrap().to_string(), text);
+        }
+        for text in ["papers", "paper:x", "full:2", ""] {
+            assert!(text.parse::<Policy>().is_err(), "{text}");
+        }
+        assert_eq!("frozen".parse::<Recompute>().unwrap(), Recompute::Frozen);
+        assert!("some".parse::<Recompute>().is_err());
+    }
+}

@@ -1,0 +1,342 @@
+//! Checkpoints of a run: `checkpoints/step-00000100/` in its folder, with
+//!
+//! * `delta.safetensors`: the trained tensors under their canonical names, to be laid over the model that training began from
+//! * `ema.safetensors`: the same of the averaged weights, where an average is kept
+//! * `state.safetensors`: the optimizer's state in f32 and, in its metadata, everything else that a run continues from
+//!
+//! A checkpoint is written under another name, brought onto the disk and renamed; it is whole or it is not there. Old ones
+//! are renamed before they are deleted, so that what has a checkpoint's name always is one.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+
+use super::guard::{Guard, StepOutcome};
+use crate::checkpoint::{Content, Fetch, Float, OutputFile, OutputTensor, SafetensorsFile, write_file};
+use crate::data::Position;
+use crate::error::{Error, Result};
+use crate::files::sync_folder;
+use crate::train::{StatePart, TrainableDit};
+
+/// The folder of checkpoints in a run's folder.
+pub const CHECKPOINTS: &str = "checkpoints";
+
+/// The trained tensors in a checkpoint's folder.
+pub const DELTA: &str = "delta.safetensors";
+/// Their averages.
+pub const EMA: &str = "ema.safetensors";
+const STATE: &str = "state.safetensors";
+
+/// The key of [`RunState`] in the state's metadata.
+const METADATA: &str = "l2p.run";
+
+/// The version of [`RunState`] that this build reads and writes.
+const FORMAT: u32 = 1;
+
+const PREFIX: &str = "step-";
+
+/// What folders under construction or deletion begin with.
+const HIDDEN: &str = ".step-";
+
+/// What a run continues from, beside the optimizer's state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunState {
+    /// The version of this structure.
+    pub format: u32,
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Pictures seen; noise levels and fresh noise are drawn by this number.
+    pub pictures: u64,
+    /// The next batch.
+    pub position: Position,
+    /// A hash of all that decides which pictures are in which batch.
+    pub data: String,
+    /// A hash of the model that training began from.
+    pub model: String,
+    /// What the guard knows of the loss.
+    pub guard: Guard,
+    /// The steps since the last line of the log.
+    pub outcomes: Vec<StepOutcome>,
+    /// Seconds of training.
+    pub elapsed_seconds: f64,
+    /// The configuration of the run that wrote it.
+    pub config: serde_json::Value,
+}
+
+impl RunState {
+    /// The state of a run that begins.
+    pub fn new(data: String, model: String, config: serde_json::Value) -> Self {
+        RunState {
+            format: FORMAT,
+            step: 0,
+            pictures: 0,
+            position: Position::default(),
+            data,
+            model,
+            guard: Guard::default(),
+            outcomes: Vec::new(),
+            elapsed_seconds: 0.0,
+            config,
+        }
+    }
+}
+
+/// A checkpoint on disk, its state's header checked.
+#[derive(Debug)]
+pub struct Checkpoint {
+    folder: PathBuf,
+    file: SafetensorsFile,
+    /// What the run continues from.
+    pub state: RunState,
+}
+
+/// How a checkpoint is written.
+#[derive(Clone, Copy, Debug)]
+pub struct SaveOptions {
+    /// The element type of the trained tensors; the state is in f32 in any case.
+    pub dtype: Float,
+    /// Whether an average is kept.
+    pub average: bool,
+}
+
+/// A checkpoint that was written.
+#[derive(Clone, Debug)]
+pub struct Saved {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// Bytes of its files.
+    pub bytes: u64,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint in `folder`.
+    ///
+    /// # Errors
+    /// When it is not whole, or of another version.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join(STATE);
+        let file = SafetensorsFile::open(&path)?;
+        let text = file.metadata().get(METADATA);
+        let text = text.ok_or_else(|| Error::file(&path, "is no state of a training run"))?;
+        let state: RunState = serde_json::from_str(text)
+            .map_err(|error| Error::file(&path, format!("holds a state that cannot be read: {error}")))?;
+        if state.format != FORMAT {
+            return Err(Error::file(
+                path,
+                format!("is of format {}; this program continues format {FORMAT}", state.format),
+            ));
+        }
+        Ok(Checkpoint {
+            folder: folder.into(),
+            file,
+            state,
+        })
+    }
+
+    /// The newest checkpoint of the run in `run`; of those that are newer and cannot be read, why.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn newest(run: &Path) -> Result<(Option<Self>, Vec<String>)> {
+        let mut refused = Vec::new();
+        for (_, folder) in list(run)?.into_iter().rev() {
+            match Self::open(&folder) {
+                Ok(checkpoint) => return Ok((Some(checkpoint), refused)),
+                Err(error) => refused.push(error.to_string()),
+            }
+        }
+        Ok((None, refused))
+    }
+
+    /// Its folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Puts the optimizer's state, and with it the trained weights, into `model`.
+    ///
+    /// # Errors
+    /// When the state is that of other tensors.
+    pub fn restore(&self, model: &mut TrainableDit) -> Result<()> {
+        let path = self.file.path();
+        let expected = model.state_tensors().len();
+        let found = self.file.tensors().len();
+        if found != expected {
+            return Err(Error::file(
+                path,
+                format!(
+                    "holds {found} tensors, this configuration keeps {expected}: it was written with another policy or \
+                     with another choice about ema"
+                ),
+            ));
+        }
+        model.restore_state(self.state.step, &mut |name, shape| {
+            let tensor = self.file.tensors().get(name);
+            let tensor = tensor.ok_or_else(|| {
+                Error::file(
+                    path,
+                    format!("lacks tensor `{name}`: it was written with another policy"),
+                )
+            })?;
+            if tensor.dtype != Dtype::F32 || tensor.shape != shape {
+                return Err(Error::file(
+                    path,
+                    format!(
+                        "tensor `{name}` is {:?} {:?}, expected F32 {shape:?}",
+                        tensor.dtype, tensor.shape
+                    ),
+                ));
+            }
+            let values = self.file.bytes(tensor).chunks_exact(4);
+            Ok(values.map(|bytes| Float::F32.read(bytes)).collect())
+        })
+    }
+}
+
+/// The checkpoints of the run in `run`, oldest first.
+///
+/// # Errors
+/// When the folder is there and cannot be read.
+pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let folder = run.join(CHECKPOINTS);
+    let entries = match fs::read_dir(&folder) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(|error| Error::io(&folder, error))?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|error| Error::io(&folder, error))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if let Some(step) = name.strip_prefix(PREFIX).and_then(|step| step.parse().ok()) {
+            found.push((step, path));
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// Deletes what a run that was killed left half-written or half-deleted.
+pub fn remove_leftovers(run: &Path) {
+    let entries = fs::read_dir(run.join(CHECKPOINTS)).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(HIDDEN)) {
+        // What cannot be deleted does no harm.
+        let _ = fs::remove_dir_all(entry.path());
+    }
+}
+
+/// Writes a checkpoint of `model` into the run's folder `run`. One of the same step is replaced. `complete` adds files of its
+/// own to the folder it is given, which is renamed afterwards.
+///
+/// # Errors
+/// When the disk does not take it; then nothing has changed.
+pub fn save(
+    run: &Path,
+    model: &TrainableDit,
+    state: &RunState,
+    options: SaveOptions,
+    complete: &dyn Fn(&Path) -> Result<()>,
+) -> Result<Saved> {
+    let folder = run.join(CHECKPOINTS);
+    let failed = |error: std::io::Error| Error::io(&folder, error);
+    fs::create_dir_all(&folder).map_err(failed)?;
+    let temporary = hidden(&folder)?;
+    let mut bytes = 0;
+    let mut write = |name: &str, output: &OutputFile<'_>| -> Result<()> {
+        bytes += write_file(&temporary.path().join(name), output, false, &mut ())?.bytes;
+        Ok(())
+    };
+    let name = format!("{PREFIX}{:08}", state.step);
+    let facts = [("l2p.step".to_owned(), state.step.to_string())];
+    let parts = [(DELTA, StatePart::Weight), (EMA, StatePart::Ema)];
+    for (file, part) in parts.into_iter().take(if options.average { 2 } else { 1 }) {
+        let output = trained(model, part, options.dtype, facts.clone().into());
+        write(file, &output).map_err(|error| at(&folder, &name, error))?;
+    }
+    let json = serde_json::to_string(state).map_err(|error| Error::invalid(error.to_string()))?;
+    let tensors = model.state_tensors();
+    let output = tensors.iter().map(|tensor| OutputTensor {
+        name: tensor.name.clone(),
+        dtype: Dtype::F32,
+        shape: tensor.shape.clone(),
+        content: Content::Fetched(Fetch::new(|| tensor.read()), Float::F32),
+    });
+    let output = OutputFile::new(output.collect(), [(METADATA.to_owned(), json)].into());
+    write(STATE, &output).map_err(|error| at(&folder, &name, error))?;
+    complete(temporary.path()).map_err(|error| at(&folder, &name, error))?;
+    sync_folder(temporary.path());
+    let target = folder.join(&name);
+    let replaced = match target.exists() {
+        true => Some(set_aside(&folder, &target)?),
+        false => None,
+    };
+    fs::rename(temporary.path(), &target).map_err(failed)?;
+    // It has another name now, so there is nothing left to delete.
+    let _ = temporary.keep();
+    sync_folder(&folder);
+    drop(replaced);
+    Ok(Saved { folder: target, bytes })
+}
+
+/// Deletes the checkpoints that are neither among the newest `last` nor at a multiple of `every` steps (0: no such).
+///
+/// # Errors
+/// When one cannot be deleted.
+pub fn prune(run: &Path, last: usize, every: u64) -> Result<()> {
+    let all = list(run)?;
+    let old = all.len().saturating_sub(last.max(1));
+    for (step, folder) in all.into_iter().take(old) {
+        if every == 0 || step % every != 0 {
+            let aside = set_aside(&run.join(CHECKPOINTS), &folder)?;
+            aside.close().map_err(|error| Error::io(&folder, error))?;
+        }
+    }
+    Ok(())
+}
+
+/// A new folder that nobody takes for a checkpoint.
+fn hidden(folder: &Path) -> Result<TempDir> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(HIDDEN).suffix(".tmp");
+    // As any new folder; the default for temporary ones is readable by their owner alone.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+    builder.tempdir_in(folder).map_err(|error| Error::io(folder, error))
+}
+
+/// Moves a checkpoint into a folder that is deleted when dropped.
+fn set_aside(folder: &Path, checkpoint: &Path) -> Result<TempDir> {
+    let aside = hidden(folder)?;
+    fs::rename(checkpoint, aside.path().join("old")).map_err(|error| Error::io(checkpoint, error))?;
+    Ok(aside)
+}
+
+/// An error about a file under construction, told of the checkpoint that it was to be part of.
+fn at(folder: &Path, name: &str, error: Error) -> Error {
+    let path = |file: &Path| folder.join(name).join(file.file_name().unwrap_or_default());
+    match error {
+        Error::File { path: file, reason } => Error::file(path(&file), reason),
+        Error::Io { path: file, source } => Error::io(path(&file), source),
+        other => other,
+    }
+}
+
+/// The trained tensors as a file; `part` is one that is kept of each.
+fn trained(model: &TrainableDit, part: StatePart, dtype: Float, metadata: BTreeMap<String, String>) -> OutputFile<'_> {
+    let tensors = model.trained().into_iter().map(|tensor| OutputTensor {
+        name: tensor.name.clone(),
+        dtype: dtype.dtype(),
+        shape: tensor.shape.clone(),
+        content: Content::Fetched(
+            Fetch::new(move || {
+                let values = tensor.read(part)?;
+                values.ok_or_else(|| Error::invalid(format!("no average of `{}` is kept", tensor.name)))
+            }),
+            dtype,
+        ),
+    });
+    OutputFile::new(tensors.collect(), metadata)
+}

@@ -1,0 +1,258 @@
+//! The run's log for programs, `log.jsonl`: one JSON object a line, told apart by `kind`. `step` counts the optimizer steps done.
+//!
+//! A run that is continued drops what was logged after the checkpoint that it continues from, so that every step stands in
+//! the file once.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::files;
+use crate::profile::PartTime;
+
+/// The log's name in the run's folder.
+pub const LOG: &str = "log.jsonl";
+
+/// A line of the log.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Record {
+    /// A run, or a part of one, begins.
+    Start(Box<StartRecord>),
+    /// An interval of training.
+    Train(TrainRecord),
+    /// The loss on held-out pictures.
+    Validation {
+        /// Steps done.
+        step: u64,
+        /// The mean loss.
+        loss: f64,
+        /// What it took.
+        seconds: f64,
+    },
+    /// A sheet of samples.
+    Samples {
+        /// Steps done.
+        step: u64,
+        /// The picture, relative to the run's folder.
+        file: String,
+        /// Width and height of each sample in it.
+        size: [usize; 2],
+        /// Samples in it.
+        count: usize,
+    },
+    /// A checkpoint.
+    Checkpoint {
+        /// Steps done.
+        step: u64,
+        /// The folder, relative to the run's.
+        folder: String,
+        /// Bytes written.
+        bytes: u64,
+        /// What it took.
+        seconds: f64,
+    },
+    /// Something that the user may not expect.
+    Notice {
+        /// Steps done.
+        step: u64,
+        /// What.
+        text: String,
+    },
+    /// A picture or caption that cannot be used.
+    Damaged {
+        /// Steps done.
+        step: u64,
+        /// The picture, or the line of the metadata.
+        what: String,
+        /// Why.
+        reason: String,
+    },
+    /// Where the time of this part of the run's steps went.
+    Profile {
+        /// Steps done.
+        step: u64,
+        /// The parts of a step.
+        parts: Vec<PartTime>,
+    },
+    /// The end of a run, or of a part of one.
+    End {
+        /// Steps done.
+        step: u64,
+        /// `done`, `stopped`, or what went wrong.
+        outcome: String,
+    },
+}
+
+/// What a run begins with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StartRecord {
+    /// Steps done.
+    pub step: u64,
+    /// Seconds since 1970.
+    pub time: f64,
+    /// The device.
+    pub device: String,
+    /// Every key of the configuration.
+    pub config: Value,
+    /// Pictures to train on.
+    pub pictures: usize,
+    /// Pictures held out.
+    pub held_out: usize,
+    /// Where a picture's noise comes from: `seed` or `fresh`.
+    pub noise: String,
+    /// Parameters that are trained.
+    pub trained_parameters: u64,
+    /// All parameters of the transformer.
+    pub parameters: u64,
+}
+
+/// An interval of training.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainRecord {
+    /// Steps done.
+    pub step: u64,
+    /// Pictures seen since the run began.
+    pub pictures: u64,
+    /// Epochs done.
+    pub epoch: u32,
+    /// The mean loss of the interval's steps that were not skipped.
+    pub loss: Option<f64>,
+    /// The gradients' norm, the mean of the same steps.
+    pub grad_norm: Option<f64>,
+    /// The last step's learning rate.
+    pub lr: f64,
+    /// Steps skipped since the run began.
+    pub skipped: u64,
+    /// Wall time of a step.
+    pub seconds_per_step: f64,
+    /// Pictures trained on in a second.
+    pub pictures_per_second: f64,
+    /// The share of the GPU's peak rate that the model's arithmetic reached.
+    pub mfu: Option<f64>,
+    /// The most memory at once since the last interval.
+    pub peak_memory_bytes: u64,
+    /// The share of the interval that was spent waiting for pictures.
+    pub data_wait: f64,
+    /// Seconds of training since the run began, time out between its parts not counted.
+    pub elapsed_seconds: f64,
+    /// Seconds to the last step at this speed.
+    pub eta_seconds: f64,
+}
+
+impl Record {
+    /// Steps done when it was written.
+    pub fn step(&self) -> u64 {
+        match self {
+            Record::Start(start) => start.step,
+            Record::Train(train) => train.step,
+            Record::Validation { step, .. }
+            | Record::Samples { step, .. }
+            | Record::Checkpoint { step, .. }
+            | Record::Notice { step, .. }
+            | Record::Damaged { step, .. }
+            | Record::Profile { step, .. }
+            | Record::End { step, .. } => *step,
+        }
+    }
+}
+
+/// A log that grows.
+pub struct RunLog {
+    path: PathBuf,
+    file: File,
+}
+
+impl RunLog {
+    /// Opens the log in `folder` for a run that continues after `step`, 0 for a new one; begins one where there is none.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn open(folder: &Path, step: u64) -> Result<Self> {
+        let path = folder.join(LOG);
+        let failed = |error| Error::io(&path, error);
+        let kept = match step {
+            0 => Vec::new(),
+            _ if !path.exists() => Vec::new(),
+            _ => read(folder)?,
+        };
+        let mut text = Vec::new();
+        // The end of an earlier part is no end of the run.
+        let belongs = |record: &&Record| record.step() <= step && !matches!(record, Record::End { .. });
+        for record in kept.iter().filter(belongs) {
+            text.extend(line(record));
+        }
+        files::replace(&path, &text)?;
+        let file = OpenOptions::new().append(true).open(&path).map_err(failed)?;
+        Ok(RunLog { path, file })
+    }
+
+    /// Adds a line.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn add(&mut self, record: &Record) -> Result<()> {
+        self.file
+            .write_all(&line(record))
+            .map_err(|error| Error::io(&self.path, error))
+    }
+}
+
+fn line(record: &Record) -> Vec<u8> {
+    let mut line = serde_json::to_vec(record).expect("a record has only names as keys");
+    line.push(b'\n');
+    line
+}
+
+/// The lines of the log in `folder`. One that a crash or a full disk left incomplete is left out.
+///
+/// # Errors
+/// When there is no log.
+pub fn read(folder: &Path) -> Result<Vec<Record>> {
+    let path = folder.join(LOG);
+    let bytes = std::fs::read(&path).map_err(|error| Error::io(&path, error))?;
+    let lines = bytes.split(|&byte| byte == b'\n');
+    Ok(lines.filter_map(|line| serde_json::from_slice(line).ok()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn validation(step: u64) -> Record {
+        Record::Validation {
+            step,
+            loss: 0.5,
+            seconds: 1.0,
+        }
+    }
+
+    fn end(step: u64) -> Record {
+        Record::End {
+            step,
+            outcome: "stopped".into(),
+        }
+    }
+
+    #[test]
+    fn continued_logs_hold_every_step_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut log = RunLog::open(folder.path(), 0).unwrap();
+        for record in [validation(10), validation(20), end(20), validation(30)] {
+            log.add(&record).unwrap();
+        }
+        log.file.write_all(b"{\"kind\":\"valid").unwrap();
+        let mut log = RunLog::open(folder.path(), 20).unwrap();
+        log.add(&validation(30)).unwrap();
+        assert_eq!(
+            read(folder.path()).unwrap(),
+            [validation(10), validation(20), validation(30)]
+        );
+        RunLog::open(folder.path(), 0).unwrap();
+        assert!(read(folder.path()).unwrap().is_empty());
+    }
+}

@@ -1,0 +1,334 @@
+//! The loop.
+
+mod between;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::checkpoint::{Checkpoint, RunState};
+use super::config::TrainConfig;
+use super::feeder::{DeviceBatch, Feeder};
+use super::forecast::Work;
+use super::journal::Journal;
+use super::learning_rate::LearningRate;
+use super::log::{Record, StartRecord};
+use super::resume::{Resume, continued, find_checkpoint};
+use super::setup::{Progress, Setup};
+use super::speed::Interval;
+use super::{Event, Observer, write_report};
+use crate::data::{Loader, LoaderOptions, PictureSize};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::profile::{self, PartTimes};
+use crate::tensor::Tensor;
+use crate::train::{StepNorm, TrainableDit};
+
+/// Bytes of decoded pictures that may wait for the device.
+const PREFETCH: usize = 2 << 30;
+
+/// What came of a run.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Summary {
+    /// Steps done.
+    pub steps: u64,
+    /// The mean loss of the last interval.
+    pub loss: Option<f64>,
+    /// The last validation loss.
+    pub validation_loss: Option<f64>,
+    /// The newest checkpoint.
+    pub checkpoint: PathBuf,
+    /// The report.
+    pub report: PathBuf,
+    /// The model over which the checkpoint's delta is merged.
+    pub base: PathBuf,
+}
+
+/// A step that was submitted.
+struct Submitted {
+    losses: Vec<Tensor>,
+    norm: StepNorm,
+}
+
+struct Trainer<'a> {
+    config: &'a TrainConfig,
+    run: &'a Path,
+    device: &'a Device,
+    observer: &'a mut dyn Observer,
+    setup: &'a Setup,
+    model: TrainableDit,
+    loader: Loader,
+    /// As of the last whole step.
+    state: RunState,
+    submitted: Vec<Submitted>,
+    interval: Interval,
+    rate: LearningRate,
+    feeder: Feeder<'a>,
+    journal: Journal,
+    /// Times of the parts of steps, where they are asked for.
+    profile: Option<PartTimes>,
+    /// Operations of the model for a micro-batch, by height, width and longest caption.
+    operations: HashMap<([usize; 2], usize), f64>,
+    /// The step of the newest checkpoint.
+    saved: Option<(u64, PathBuf)>,
+    loss: Option<f64>,
+    validation_loss: Option<f64>,
+}
+
+/// Trains by `config` in the folder `run` until its last step.
+///
+/// # Errors
+/// When something is missing, damaged or does not fit, before the first step; when the loss diverges or too much data is
+/// damaged; [`Error::Interrupted`] when the observer asks to stop, after saving.
+pub fn train(
+    config: &TrainConfig,
+    run: &Path,
+    device: &Device,
+    resume: &Resume,
+    observer: &mut dyn Observer,
+) -> Result<Summary> {
+    let _range = profile::range(c"run");
+    config.expect_named(true)?;
+    std::fs::create_dir_all(run).map_err(|error| Error::io(run, error))?;
+    let mut progress = Progress { observer };
+    let resumed = find_checkpoint(run, resume, &mut progress)?;
+    let setup = Setup::new(config, run, device, &mut progress)?;
+    let mut trainer = Trainer::new(config, run, device, &setup, resumed, progress.observer)?;
+    let outcome = trainer.run();
+    trainer.finish(outcome)
+}
+
+impl<'a> Trainer<'a> {
+    /// Brings the model onto the device and everything to where it was.
+    fn new(
+        config: &'a TrainConfig,
+        run: &'a Path,
+        device: &'a Device,
+        setup: &'a Setup,
+        resumed: Option<Checkpoint>,
+        observer: &'a mut dyn Observer,
+    ) -> Result<Self> {
+        let mut progress = Progress { observer };
+        let transformer = setup.transformer();
+        let mut model = TrainableDit::load(
+            &transformer.checkpoint,
+            device,
+            &transformer.config,
+            &config.train_options(),
+            &mut |done, total| progress.report("loading the model", done, total),
+        )?;
+        let json = serde_json::to_value(config).map_err(|error| Error::invalid(error.to_string()))?;
+        let mut state = RunState::new(setup.data_identity.clone(), setup.model_identity.clone(), json.clone());
+        if let Some(resumed) = &resumed {
+            resumed.restore(&mut model)?;
+            state = continued(resumed, state, &mut progress)?;
+        }
+        let options = LoaderOptions {
+            workers: setup.workers,
+            memory: PREFETCH,
+            batch: config.batch,
+            seed: config.seed,
+            caption_dropout: config.caption_dropout,
+            source: setup.source.clone(),
+        };
+        let trained = model.trained().iter().map(|tensor| elements(&tensor.shape)).sum();
+        let mut trainer = Trainer {
+            loader: Loader::start(setup.set.clone(), options, state.position),
+            rate: LearningRate::new(config),
+            feeder: Feeder::new(config, device, setup.seeded),
+            journal: Journal::open(run, state.step)?,
+            profile: config.profile.then(|| PartTimes::new(device)),
+            operations: HashMap::new(),
+            saved: resumed
+                .as_ref()
+                .map(|resumed| (state.step, resumed.folder().to_owned())),
+            interval: Interval::begin(),
+            submitted: Vec::new(),
+            loss: None,
+            validation_loss: None,
+            observer: progress.observer,
+            config,
+            run,
+            device,
+            setup,
+            model,
+            state,
+        };
+        trainer.observer.event(&Event::Begins {
+            step: trainer.state.step,
+            steps: config.steps,
+            resumed: resumed.map(|resumed| resumed.folder().to_owned()),
+        });
+        trainer.record(Record::Start(Box::new(StartRecord {
+            step: trainer.state.step,
+            time: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default()
+                .as_secs_f64(),
+            device: match device {
+                Device::Cpu => "cpu".into(),
+                Device::Cuda(cuda) => format!("{device} {}", cuda.name()),
+            },
+            config: json,
+            pictures: setup.set.records().len(),
+            held_out: setup.validation.as_ref().map_or(0, |validation| validation.pictures()),
+            noise: if setup.seeded { "seed" } else { "fresh" }.into(),
+            trained_parameters: trained,
+            parameters: transformer
+                .checkpoint
+                .tensors()
+                .values()
+                .map(|tensor| tensor.elements() as u64)
+                .sum(),
+        })));
+        Ok(trainer)
+    }
+
+    /// Steps, with everything between them that is due.
+    fn run(&mut self) -> Result<()> {
+        let due = |step: u64, every: u64| every > 0 && step.is_multiple_of(every);
+        if self.state.step == 0 {
+            self.validate()?;
+            self.interval = Interval::begin();
+        }
+        while self.state.step < self.config.steps && !self.out_of_time() {
+            if self.observer.stop_requested() {
+                return Err(Error::Interrupted);
+            }
+            let mut profile = self.profile.take();
+            let outcome = match &mut profile {
+                Some(profile) => profile.record(|| self.step()),
+                None => self.step(),
+            };
+            self.profile = profile;
+            outcome?;
+            let step = self.state.step;
+            let last = step == self.config.steps || self.out_of_time();
+            if due(step, self.config.log_every) || last {
+                self.report_interval()?;
+            }
+            if due(step, self.config.validate_every) || last {
+                self.paused(Self::validate)?;
+            }
+            if due(step, self.config.sample_every) || last {
+                self.paused(Self::draw_samples)?;
+            }
+            if due(step, self.config.save_every) && !last {
+                self.paused(Self::save_or_say)?;
+            }
+        }
+        if self.state.step < self.config.steps {
+            let text = format!("the time is up (max_minutes) after {} steps", self.state.step);
+            let step = self.state.step;
+            self.record(Record::Notice { step, text });
+        }
+        Ok(())
+    }
+
+    /// Whether training has taken as long as it may.
+    fn out_of_time(&self) -> bool {
+        let taken = self.state.elapsed_seconds + self.interval.seconds();
+        self.config.max_minutes.is_some_and(|minutes| taken >= minutes * 60.0)
+    }
+
+    /// One optimizer step: batches forward and backward, then the update.
+    fn step(&mut self) -> Result<()> {
+        let _range = profile::range(c"step");
+        let mut pictures = self.state.pictures;
+        let mut losses = Vec::with_capacity(self.config.accumulate);
+        for _ in 0..self.config.accumulate {
+            let items = {
+                let _range = profile::range(c"data");
+                self.loader.next_batch()
+            };
+            let items = match items {
+                Ok(items) => items,
+                // The data are at fault, not what was trained so far.
+                Err(error) => {
+                    self.report_damages();
+                    self.save_or_say()?;
+                    return Err(error);
+                }
+            };
+            let batch = {
+                let _range = profile::range(c"feed");
+                self.feeder.training(&self.setup.set, &items, pictures)?
+            };
+            pictures += items.len() as u64;
+            self.interval.operations += self.operations_of(&batch)?;
+            let weight = 1.0 / self.config.accumulate as f32;
+            losses.push(batch.with(|batch| self.model.accumulate(batch, weight))?);
+        }
+        let norm = {
+            let _range = profile::range(c"optimizer");
+            self.model.step(self.rate.at(self.state.step) as f32)?
+        };
+        self.submitted.push(Submitted { losses, norm });
+        self.interval.steps += 1;
+        self.interval.pictures += pictures - self.state.pictures;
+        self.state.step += 1;
+        self.state.pictures = pictures;
+        self.state.position = self.loader.position();
+        self.observer.event(&Event::Step { step: self.state.step });
+        Ok(())
+    }
+
+    /// Operations that the model needs for a micro-batch, those that recomputing repeats not counted.
+    fn operations_of(&mut self, batch: &DeviceBatch) -> Result<f64> {
+        let (size, caption_tokens) = batch.extent();
+        if let Some(known) = self.operations.get(&(size, caption_tokens)) {
+            return Ok(*known);
+        }
+        let cell = self.setup.sizes.cell();
+        let work = Work {
+            size: PictureSize {
+                width: size[1] * cell,
+                height: size[0] * cell,
+            },
+            caption_tokens,
+            batch: self.config.batch,
+            cuda: matches!(self.device, Device::Cuda(_)),
+        };
+        let plan = self.setup.sizes.plan(&self.config.train_options(), &work)?;
+        let parts = plan.arithmetic.iter();
+        let operations = parts.map(|part| part.forward + part.inputs + part.weights).sum();
+        self.operations.insert((size, caption_tokens), operations);
+        Ok(operations)
+    }
+
+    /// Saves what should be saved, writes the report, and says how the run ended.
+    fn finish(mut self, outcome: Result<()>) -> Result<Summary> {
+        self.report_damages();
+        let step = self.state.step;
+        let outcome = match outcome {
+            Ok(()) => self.save(),
+            // What is on the device is good.
+            Err(error @ Error::Interrupted) => self.save().and(Err(error)),
+            Err(error) => Err(error),
+        };
+        let outcome = match outcome {
+            Ok(()) | Err(Error::Interrupted) => self.record_profile().and(outcome),
+            Err(error) => Err(error),
+        };
+        let text = match &outcome {
+            Ok(()) => "done".to_owned(),
+            Err(Error::Interrupted) => "stopped".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        self.record(Record::End { step, outcome: text });
+        let report = write_report(self.run);
+        outcome?;
+        Ok(Summary {
+            steps: step,
+            loss: self.loss,
+            validation_loss: self.validation_loss,
+            checkpoint: self.saved.map(|(_, folder)| folder).unwrap_or_default(),
+            report: report?,
+            base: self.setup.paths().path.clone(),
+        })
+    }
+}
+
+fn elements(shape: &[usize]) -> u64 {
+    shape.iter().product::<usize>() as u64
+}

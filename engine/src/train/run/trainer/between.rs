@@ -1,0 +1,239 @@
+//! What happens between steps: lines of the log, validation, samples, checkpoints.
+
+use std::path::Path;
+use std::time::Instant;
+
+use super::Trainer;
+use crate::checkpoint::Float;
+use crate::error::{Error, Result};
+use crate::image_io::{WriteOptions, write_image};
+use crate::profile;
+use crate::train::run::checkpoint::{self, SaveOptions, Saved};
+use crate::train::run::choices::SaveType;
+use crate::train::run::guard::{StepOutcome, Verdict};
+use crate::train::run::log::{Record, TrainRecord};
+use crate::train::run::manifest;
+use crate::train::run::setup::{Progress, sample_settings};
+use crate::train::run::speed::{Interval, peak_rate};
+
+/// The folder of sheets in the run's folder.
+const SAMPLES: &str = "samples";
+
+impl Trainer<'_> {
+    /// Waits for the submitted steps and notes what came of them.
+    pub(super) fn collect(&mut self) -> Result<()> {
+        for step in std::mem::take(&mut self.submitted) {
+            let mut loss = 0.0;
+            for part in &step.losses {
+                loss += part.to_vec::<f32>()?[0] / step.losses.len() as f32;
+            }
+            let (norm, skipped) = step.norm.read()?;
+            self.state.outcomes.push(StepOutcome { loss, norm, skipped });
+        }
+        Ok(())
+    }
+
+    /// A line of the log, and the guard's look at it.
+    pub(super) fn report_interval(&mut self) -> Result<()> {
+        self.collect()?;
+        let seconds = self.interval.seconds();
+        let interval = std::mem::replace(&mut self.interval, Interval::begin());
+        let outcomes = std::mem::take(&mut self.state.outcomes);
+        let step = self.state.step;
+        self.state.elapsed_seconds += seconds;
+        if let Some(profile) = &mut self.profile {
+            profile.settle()?;
+        }
+        let verdict = self.state.guard.look(self.config, step, &outcomes);
+        let good = || outcomes.iter().filter(|outcome| !outcome.skipped);
+        let mean = |value: fn(&StepOutcome) -> f32| match good().count() {
+            0 => None,
+            count => Some(good().map(|outcome| f64::from(value(outcome))).sum::<f64>() / count as f64),
+        };
+        let steps = interval.steps.max(1) as f64;
+        let peak = peak_rate(self.device);
+        let record = TrainRecord {
+            step,
+            pictures: self.state.pictures,
+            epoch: self.state.position.epoch,
+            loss: mean(|outcome| outcome.loss),
+            grad_norm: mean(|outcome| outcome.norm),
+            lr: self.rate.at(step - 1),
+            skipped: self.state.guard.skipped(),
+            seconds_per_step: seconds / steps,
+            pictures_per_second: interval.pictures as f64 / seconds,
+            mfu: peak.map(|peak| interval.operations / seconds / peak),
+            peak_memory_bytes: self.device.memory_report().total.peak,
+            data_wait: self.loader.take_waited().as_secs_f64() / seconds,
+            elapsed_seconds: self.state.elapsed_seconds,
+            eta_seconds: self.seconds_left(seconds / steps),
+        };
+        self.device.reset_memory_peaks();
+        self.loss = record.loss;
+        self.report_damages();
+        self.record(Record::Train(record));
+        match verdict {
+            Verdict::Fine => Ok(()),
+            Verdict::Notice(text) => {
+                self.record(Record::Notice { step, text });
+                Ok(())
+            }
+            Verdict::Stop { reason, sound } => {
+                if sound {
+                    self.save_or_say()?;
+                }
+                Err(Error::invalid(reason))
+            }
+        }
+    }
+
+    /// Seconds to the last step where each takes so many, or to the end of the time that there is.
+    pub(super) fn seconds_left(&self, seconds_per_step: f64) -> f64 {
+        let steps = (self.config.steps - self.state.step) as f64 * seconds_per_step;
+        let time = self
+            .config
+            .max_minutes
+            .map(|minutes| minutes * 60.0 - self.state.elapsed_seconds);
+        steps.min(time.unwrap_or(f64::INFINITY)).max(0.0)
+    }
+
+    pub(super) fn report_damages(&mut self) {
+        let mut fresh = self.setup.set.damages().take_fresh();
+        let validation = self.setup.validation.as_ref();
+        fresh.extend(
+            validation
+                .into_iter()
+                .flat_map(|validation| validation.damages().take_fresh()),
+        );
+        for damage in fresh {
+            self.record(Record::Damaged {
+                step: self.state.step,
+                what: damage.what,
+                reason: damage.reason,
+            });
+        }
+    }
+
+    pub(super) fn validate(&mut self) -> Result<()> {
+        let Some(validation) = &self.setup.validation else {
+            return Ok(());
+        };
+        if self.config.validate_every == 0 {
+            return Ok(());
+        }
+        let _range = profile::range(c"validation");
+        let started = Instant::now();
+        let mut progress = Progress {
+            observer: &mut *self.observer,
+        };
+        let loss = validation.loss(&self.model, &mut self.feeder, &mut || progress.go_on())?;
+        self.validation_loss = Some(loss);
+        self.record(Record::Validation {
+            step: self.state.step,
+            loss,
+            seconds: started.elapsed().as_secs_f64(),
+        });
+        Ok(())
+    }
+
+    pub(super) fn draw_samples(&mut self) -> Result<()> {
+        let Some(sheet) = self.setup.sheet.as_ref().filter(|_| self.config.sample_every > 0) else {
+            return Ok(());
+        };
+        let _range = profile::range(c"samples");
+        let mut progress = Progress {
+            observer: &mut *self.observer,
+        };
+        let image = sheet.draw(self.model.dit(), &mut || progress.go_on())?;
+        let folder = self.run.join(SAMPLES);
+        std::fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
+        let step = self.state.step;
+        let file = format!("{SAMPLES}/step-{step:08}.png");
+        let path = self.run.join(&file);
+        // What cannot be written now stops nothing; the next sheet may find room.
+        if let Err(error) = write_image(&path, &image, &WriteOptions::default()) {
+            let text = format!("no sheet of samples: {error}");
+            self.record(Record::Notice { step, text });
+            return Ok(());
+        }
+        let png = std::fs::read(&path).map_err(|error| Error::io(&path, error))?;
+        self.journal.picture(step, "samples", &image, &png, self.observer);
+        self.record(Record::Samples {
+            step,
+            file,
+            size: [sheet.settings.width, sheet.settings.height],
+            count: sheet.captions.len(),
+        });
+        Ok(())
+    }
+
+    /// Saves; a disk that does not take it is reported, and the run goes on: the last checkpoint stays, and the next one may
+    /// find room.
+    pub(super) fn save_or_say(&mut self) -> Result<()> {
+        match self.save() {
+            Err(error @ (Error::Io { .. } | Error::File { .. })) => {
+                let text = format!("no checkpoint: {error}");
+                let step = self.state.step;
+                self.record(Record::Notice { step, text });
+                Ok(())
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// Saves, unless nothing was trained or the newest checkpoint is of this step, and deletes old checkpoints.
+    pub(super) fn save(&mut self) -> Result<()> {
+        let step = self.state.step;
+        if step == 0 || self.saved.as_ref().is_some_and(|(saved, _)| *saved == step) {
+            return Ok(());
+        }
+        let _range = profile::range(c"save");
+        self.collect()?;
+        let started = Instant::now();
+        let options = SaveOptions {
+            dtype: match self.config.save_dtype {
+                SaveType::Bf16 => Float::Bf16,
+                SaveType::F32 => Float::F32,
+            },
+            average: self.config.ema.is_some(),
+        };
+        let kind = self.model.dit().config().kind;
+        let settings = sample_settings(self.config, &self.setup.pipeline)?;
+        let complete = |folder: &Path| manifest::write(folder, self.run, self.setup.paths(), kind, &settings);
+        let Saved { folder, bytes } = checkpoint::save(self.run, &self.model, &self.state, options, &complete)?;
+        self.saved = Some((step, folder.clone()));
+        checkpoint::prune(self.run, self.config.keep_last, self.config.keep_every)?;
+        let name = folder.strip_prefix(self.run).unwrap_or(&folder);
+        self.record(Record::Checkpoint {
+            step,
+            folder: name.display().to_string(),
+            bytes,
+            seconds: started.elapsed().as_secs_f64(),
+        });
+        Ok(())
+    }
+
+    /// Does work whose time is not training's.
+    pub(super) fn paused(&mut self, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        // The steps submitted so far are training's.
+        self.device.synchronize()?;
+        let started = Instant::now();
+        let outcome = work(self);
+        self.interval.exclude(started.elapsed());
+        outcome
+    }
+
+    pub(super) fn record(&mut self, record: Record) {
+        self.journal.record(&record, self.observer);
+    }
+
+    /// Where the time of the steps went.
+    pub(super) fn record_profile(&mut self) -> Result<()> {
+        if let Some(profile) = &mut self.profile {
+            profile.settle()?;
+            let (step, parts) = (self.state.step, profile.parts());
+            self.record(Record::Profile { step, parts });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,408 @@
+//! A transformer with what training adds to it.
+
+use std::sync::Mutex;
+
+use super::adamw::{AdamW, StateArray};
+use super::{Policy, Recompute, TrainOptions};
+use crate::device::{Device, MemoryTag};
+use crate::error::{Error, Result};
+use crate::model::ParamSource;
+use crate::model::config::{DitConfig, ModelKind};
+use crate::model::detailer::DetailerLayout;
+use crate::model::dit::{Dit, HEAD_PREFIX, Reach, RopeTables, parameters};
+use crate::model::parameters::{Listed, Parameter, Slot};
+use crate::ops::cast::cast;
+use crate::ops::flow_loss::{flow_loss, noisy_image};
+use crate::tensor::Tensor;
+
+/// Bytes of rotary tables that are kept for sequences met again.
+const ROPE_TABLE_BYTES: usize = 256 << 20;
+
+/// One micro-batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// Pictures in [−1, 1], or normalised latents: f32 `[batch, height, width, channels]` on the model's device.
+    pub images: &'a Tensor,
+    /// Standard normal noise, f32, of the same shape.
+    pub noise: &'a Tensor,
+    /// The noise level of each item, 0 (image) to 1 (noise).
+    pub sigmas: &'a [f32],
+    /// The caption features of each item, `[1, tokens, width]` in the device's compute type, real tokens only.
+    pub captions: &'a [&'a Tensor],
+}
+
+impl Batch<'_> {
+    /// The noisy images, and the model times `t = 1 − sigma`.
+    fn noisy(&self) -> Result<(Tensor, Vec<f32>)> {
+        if let Some(sigma) = self.sigmas.iter().find(|sigma| !(0.0..=1.0).contains(*sigma)) {
+            return Err(Error::invalid(format!(
+                "a noise level of {sigma} is not between 0 and 1"
+            )));
+        }
+        let sigmas = Tensor::from_slice(&self.images.device(), self.sigmas, [self.sigmas.len()])?;
+        let noisy = noisy_image(self.images, self.noise, &sigmas)?;
+        Ok((noisy, self.sigmas.iter().map(|sigma| 1.0 - sigma).collect()))
+    }
+}
+
+/// What [`TrainableDit::step`] did, still on the device.
+#[derive(Clone, Debug)]
+pub struct StepNorm {
+    /// f32 `[2]`: the norm of all gradients before clipping, and 1 where the step was skipped because it is not finite.
+    pub values: Tensor,
+}
+
+impl StepNorm {
+    /// The norm, and whether the step was skipped. Waits for the device.
+    ///
+    /// # Errors
+    /// When the work so far failed.
+    pub fn read(&self) -> Result<(f32, bool)> {
+        let values = self.values.to_vec::<f32>()?;
+        Ok((values[0], values[1] != 0.0))
+    }
+}
+
+/// What is kept of a trained tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StatePart {
+    /// The weight that the model computes with.
+    Weight,
+    /// The f32 weight that the optimizer changes; on the CPU the weight itself.
+    Master,
+    /// The running mean of the gradient.
+    FirstMoment,
+    /// The running mean of the gradient's square.
+    SecondMoment,
+    /// The running average of the weight.
+    Ema,
+    /// The gradient gathered since the last step.
+    Gradient,
+}
+
+/// The parts that [`TrainableDit::state_tensors`] gives, and what their names begin with.
+const STATE: [(StatePart, &str); 4] = [
+    (StatePart::Master, "master"),
+    (StatePart::FirstMoment, "first_moment"),
+    (StatePart::SecondMoment, "second_moment"),
+    (StatePart::Ema, "ema"),
+];
+
+/// A trained tensor as it stands in checkpoints: stacked projections are taken apart.
+pub struct TrainedTensor<'a> {
+    /// The canonical name.
+    pub name: String,
+    /// The shape in checkpoints.
+    pub shape: Vec<usize>,
+    owner: &'a TrainableDit,
+    /// Its place in the list of trained parameters, and which part of that parameter it is.
+    trained: usize,
+    part: usize,
+}
+
+impl TrainedTensor<'_> {
+    /// The values on the host, in the checkpoint's order of axes; `None` for an average that is not kept. Waits for the
+    /// device.
+    ///
+    /// # Errors
+    /// When the work so far failed.
+    pub fn read(&self, part: StatePart) -> Result<Option<Vec<f32>>> {
+        let owner = self.owner;
+        let index = owner.trained[self.trained];
+        let weight = || owner.dit.listed()[index].clone();
+        let whole = match part {
+            StatePart::Weight => Some(weight()),
+            StatePart::Gradient => owner.slots[index].clone(),
+            StatePart::Master => owner
+                .optimizer
+                .state(StateArray::Master, self.trained)?
+                .or_else(|| Some(weight())),
+            StatePart::FirstMoment => owner.optimizer.state(StateArray::FirstMoment, self.trained)?,
+            StatePart::SecondMoment => owner.optimizer.state(StateArray::SecondMoment, self.trained)?,
+            StatePart::Ema => owner.optimizer.state(StateArray::Average, self.trained)?,
+        };
+        let Some(whole) = whole else { return Ok(None) };
+        let parameter = &owner.parameters[index];
+        let range = parameter.range(self.part);
+        let values = whole
+            .reshape([whole.elements()])?
+            .narrow(range.start, range.len())?
+            .to_vec_f32()?;
+        Ok(Some(parameter.to_published(self.part, values)))
+    }
+}
+
+/// One tensor of the optimizer's state: `master.…`, `first_moment.…`, `second_moment.…`, `ema.…` of a canonical name.
+pub struct StateTensor<'a> {
+    /// The name in the state.
+    pub name: String,
+    /// The shape.
+    pub shape: Vec<usize>,
+    tensor: TrainedTensor<'a>,
+    part: StatePart,
+}
+
+impl StateTensor<'_> {
+    /// The values on the host. Waits for the device.
+    ///
+    /// # Errors
+    /// When the work so far failed.
+    pub fn read(&self) -> Result<Vec<f32>> {
+        let values = self.tensor.read(self.part)?;
+        values.ok_or_else(|| Error::invalid(format!("`{}` is not kept", self.name)))
+    }
+}
+
+/// A transformer, the gradients of its trained tensors, and the optimizer's state.
+pub struct TrainableDit {
+    dit: Dit,
+    recompute: Recompute,
+    parameters: Vec<Parameter>,
+    /// The trained ones among the parameters.
+    trained: Vec<usize>,
+    /// A place for the gradient of each trained parameter.
+    slots: Vec<Slot>,
+    optimizer: AdamW,
+    reach: Reach,
+    tables: Mutex<RopeTables>,
+    keeps_ema: bool,
+}
+
+impl TrainableDit {
+    /// Reads a model's parameters as [`Dit::load`] does, and makes room for gradients and state.
+    ///
+    /// # Errors
+    /// As for [`Dit::load`]; when the policy trains nothing, or only a part of projections that are stacked.
+    pub fn load(
+        params: &dyn ParamSource,
+        device: &Device,
+        config: &DitConfig,
+        options: &TrainOptions,
+        loaded: &mut dyn FnMut(usize, usize) -> Result<()>,
+    ) -> Result<Self> {
+        let head = match config.kind {
+            ModelKind::Pixel => Some(DetailerLayout::read(params, HEAD_PREFIX)?),
+            ModelKind::Latent => None,
+        };
+        let parameters = parameters(config, head.as_ref())?;
+        let chosen = choose(&parameters, &options.policy, config.layers)?;
+        let mut dit = Dit::load(params, device, config, loaded)?;
+        let trained: Vec<usize> = (0..parameters.len()).filter(|&index| chosen[index]).collect();
+        let mut slots: Vec<Slot> = {
+            let _tag = MemoryTag::Gradients.scope();
+            let weights = dit.listed().into_iter().zip(&chosen);
+            let slots = weights.map(|(weight, chosen)| {
+                let zeros = || Tensor::zeros(device, weight.shape(), weight.dtype());
+                chosen.then(zeros).transpose()
+            });
+            slots.collect::<Result<_>>()?
+        };
+        let optimizer = AdamW::new(
+            device,
+            &mut pick(&mut dit, &chosen),
+            &mut slots.iter_mut().flatten().collect::<Vec<_>>(),
+            options,
+        )?;
+        let recompute = options.recompute;
+        Ok(TrainableDit {
+            reach: Reach::new(&dit, &chosen, &|trained| recompute.applies_to(trained)),
+            tables: Mutex::new(RopeTables::new(config, device, ROPE_TABLE_BYTES)),
+            keeps_ema: options.ema_decay.is_some(),
+            recompute,
+            dit,
+            parameters,
+            trained,
+            slots,
+            optimizer,
+        })
+    }
+
+    /// Adds the gradients of `weight` · loss of a micro-batch; `weight` is 1 / micro-batches of a step. Returns the loss
+    /// itself, f32 `[1]` on the device.
+    ///
+    /// # Errors
+    /// When shapes do not fit or the device has no room.
+    pub fn accumulate(&mut self, batch: &Batch<'_>, weight: f32) -> Result<Tensor> {
+        let (noisy, times) = batch.noisy()?;
+        let keep_sums = self.recompute != Recompute::All;
+        let tables = self.tables.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let (velocity, kept) =
+            self.dit
+                .forward_keeping(&noisy, batch.captions, &times, &self.reach, keep_sums, tables)?;
+        drop(noisy);
+        let (loss, gradient) = flow_loss(&velocity, batch.images, batch.noise, Some(weight))?;
+        drop(velocity);
+        let gradient = gradient.expect("a gradient was asked for");
+        self.dit.backward(&gradient, kept, &mut self.slots, &self.reach)?;
+        Ok(loss)
+    }
+
+    /// The loss of a batch, f32 `[1]` on the device, without gradients.
+    ///
+    /// # Errors
+    /// As for [`TrainableDit::accumulate`].
+    pub fn evaluate(&self, batch: &Batch<'_>) -> Result<Tensor> {
+        let (noisy, times) = batch.noisy()?;
+        let size = [noisy.dim(1), noisy.dim(2)];
+        let prepared = {
+            let mut tables = self.tables.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            self.dit.prepare_with(batch.captions, size, &mut tables)?
+        };
+        let velocity = self.dit.forward(&noisy, &prepared, &self.dit.modulate(&times)?)?;
+        Ok(flow_loss(&velocity, batch.images, batch.noise, None)?.0)
+    }
+
+    /// Changes the trained weights by the gradients gathered since the last step, and sets the gradients to zero.
+    ///
+    /// # Errors
+    /// When the learning rate is not a number, or the device refuses the work.
+    pub fn step(&mut self, learning_rate: f32) -> Result<StepNorm> {
+        let chosen: Vec<bool> = self.slots.iter().map(Option::is_some).collect();
+        let values = self.optimizer.step(
+            &mut pick(&mut self.dit, &chosen),
+            &mut self.slots.iter_mut().flatten().collect::<Vec<_>>(),
+            learning_rate,
+        )?;
+        Ok(StepNorm { values })
+    }
+
+    /// The model, for sampling.
+    pub fn dit(&self) -> &Dit {
+        &self.dit
+    }
+
+    /// The trained tensors under their canonical names, in the model's order.
+    pub fn trained(&self) -> Vec<TrainedTensor<'_>> {
+        let parameters = self.trained.iter().enumerate();
+        let tensors = parameters.flat_map(|(trained, &index)| {
+            let parts = self.parameters[index].parts.iter().enumerate();
+            parts.map(move |(part, published)| TrainedTensor {
+                name: published.name.clone(),
+                shape: published.shape.clone(),
+                owner: self,
+                trained,
+                part,
+            })
+        });
+        tensors.collect()
+    }
+
+    /// The elements of all trained tensors.
+    pub fn trained_parameters(&self) -> u64 {
+        self.trained
+            .iter()
+            .map(|&index| self.parameters[index].elements() as u64)
+            .sum()
+    }
+
+    /// All that [`TrainableDit::restore_state`] needs but the number of steps; gradients not yet used by a step are no part of it.
+    pub fn state_tensors(&self) -> Vec<StateTensor<'_>> {
+        let kept = STATE
+            .into_iter()
+            .filter(|(part, _)| *part != StatePart::Ema || self.keeps_ema);
+        let tensors = kept.flat_map(|(part, prefix)| {
+            self.trained().into_iter().map(move |tensor| StateTensor {
+                name: format!("{prefix}.{}", tensor.name),
+                shape: tensor.shape.clone(),
+                tensor,
+                part,
+            })
+        });
+        tensors.collect()
+    }
+
+    /// Puts back what [`TrainableDit::state_tensors`] gave: `read(name, shape)` gives the values of each, and `steps` is the
+    /// number of steps they were made by. Weights follow from their masters. Continues bit for bit.
+    ///
+    /// # Errors
+    /// Those of `read`, and when it gives another number of values.
+    pub fn restore_state(
+        &mut self,
+        steps: u64,
+        read: &mut dyn FnMut(&str, &[usize]) -> Result<Vec<f32>>,
+    ) -> Result<()> {
+        let arrays = [
+            StateArray::Master,
+            StateArray::FirstMoment,
+            StateArray::SecondMoment,
+            StateArray::Average,
+        ];
+        for ((part, prefix), array) in STATE.into_iter().zip(arrays) {
+            if part == StatePart::Ema && !self.keeps_ema {
+                continue;
+            }
+            for trained in 0..self.trained.len() {
+                let index = self.trained[trained];
+                for part in 0..self.parameters[index].parts.len() {
+                    let published = &self.parameters[index].parts[part];
+                    let name = format!("{prefix}.{}", published.name);
+                    let values = read(&name, &published.shape)?;
+                    if values.len() != published.elements() {
+                        return Err(Error::invalid(format!(
+                            "`{name}` has {} values, expected {:?}",
+                            values.len(),
+                            published.shape
+                        )));
+                    }
+                    let values = self.parameters[index].to_engine(part, values);
+                    let first = self.parameters[index].range(part).start;
+                    self.optimizer.set_state(array, trained, first, &values)?;
+                    if array == StateArray::Master {
+                        self.set_weight(index, first, &values)?;
+                    }
+                }
+            }
+        }
+        self.optimizer.set_steps(steps);
+        Ok(())
+    }
+
+    /// Overwrites elements of a parameter, rounded to the compute type.
+    fn set_weight(&mut self, index: usize, first: usize, values: &[f32]) -> Result<()> {
+        let device = self.dit.device().clone();
+        let values = Tensor::from_slice(&device, values, [values.len()])?;
+        let weight = <&mut Dit as Listed>::listed(&mut self.dit).swap_remove(index);
+        let values = cast(&values, weight.dtype())?;
+        weight.copy_elements_from(first, &values)
+    }
+
+    /// Calls of [`TrainableDit::step`] so far, skipped steps included.
+    pub fn steps(&self) -> u64 {
+        self.optimizer.steps()
+    }
+}
+
+/// Which of the parameters a policy trains.
+///
+/// # Errors
+/// When it trains none, only a part of some, or a pattern fits no tensor.
+pub(super) fn choose(parameters: &[Parameter], policy: &Policy, layers: usize) -> Result<Vec<bool>> {
+    let names: Vec<&str> = parameters
+        .iter()
+        .flat_map(|parameter| parameter.parts.iter().map(|part| part.name.as_str()))
+        .collect();
+    if let Some(unused) = policy.unused_patterns(&names).first() {
+        return Err(Error::invalid(format!(
+            "the pattern `{unused}` of the freeze policy fits no tensor of this model; its tensors have names such as `{}`",
+            names[0]
+        )));
+    }
+    let trains = |name: &str| policy.trains(name, layers);
+    let chosen: Vec<bool> = parameters
+        .iter()
+        .map(|parameter| parameter.trained(&trains))
+        .collect::<Result<_>>()?;
+    match chosen.contains(&true) {
+        true => Ok(chosen),
+        false => Err(Error::invalid(format!(
+            "the freeze policy `{policy}` trains nothing of this model"
+        ))),
+    }
+}
+
+/// The chosen ones of a model's parameters.
+fn pick<'a>(dit: &'a mut Dit, chosen: &[bool]) -> Vec<&'a mut Tensor> {
+    // By value: the list for changing, not the one for reading.
+    let all = <&mut Dit as Listed>::listed(dit).into_iter().zip(chosen);
+    all.filter_map(|(weight, chosen)| chosen.then_some(weight)).collect()
+}

@@ -1,0 +1,141 @@
+// AdamW over all trained tensors at once; engine/src/train/adamw.rs holds the contract.
+//
+// Every tensor is cut into chunks, one per block; a table says which tensor a chunk is of. Master weights, moments and averages
+// of all tensors lie one behind the other in one array each. Bound by memory: 2 bytes read per element for the norm; 14 read
+// and 16 written for the step, 4 and 4 more with an average.
+#include "common/launch.cuh"
+#include "common/reduce.cuh"
+
+constexpr int THREADS = 256;
+constexpr int CHUNK = THREADS * 32;  // elements
+
+// As in adamw.rs: where a tensor's weight and gradient are, its place in the state, its size, and the number of its first chunk.
+struct Segment {
+    bf16* weight;
+    bf16* gradient;
+    unsigned long long offset, elements, first_chunk;
+};
+
+// Squares of one chunk's gradients: partial[chunk].
+extern "C" __global__ __launch_bounds__(THREADS) void gradient_squares(
+    const Segment* segments, const int* segment_of_chunk, float* partial) {
+    __shared__ float scratch[THREADS / WARP];
+    const Segment segment = segments[segment_of_chunk[blockIdx.x]];
+    const unsigned long long first = (blockIdx.x - segment.first_chunk) * CHUNK;
+    float squares = 0.0f;
+#pragma unroll
+    for (int step = 0; step < CHUNK / (THREADS * 8); ++step) {
+        const unsigned long long index = first + (step * THREADS + threadIdx.x) * 8;
+        if (index + 8 <= segment.elements) {
+            float values[8];
+            load8(values, segment.gradient + index);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) squares += values[i] * values[i];
+        } else {
+            for (unsigned long long single = index; single < segment.elements; ++single) {
+                const float value = to_float(segment.gradient[single]);
+                squares += value * value;
+            }
+        }
+    }
+    squares = block_sum<THREADS>(squares, scratch);
+    if (threadIdx.x == 0) partial[blockIdx.x] = squares;
+}
+L2P_LAUNCH(gradient_squares, THREADS, 0, CHUNK)
+
+constexpr int FINISH_THREADS = 1024;
+
+// control = {norm, 1 if it is not finite, what gradients are multiplied by}, from the chunks' sums in an order that their number
+// alone decides; `largest` is the norm to clip to, or infinity. One block.
+extern "C" __global__ __launch_bounds__(FINISH_THREADS) void gradient_norm(
+    const float* partial, float* control, int chunks, float largest) {
+    __shared__ double scratch[FINISH_THREADS];
+    double sums[4] = {};
+    for (int first = threadIdx.x; first < chunks; first += 4 * FINISH_THREADS) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int chunk = first + i * FINISH_THREADS;
+            if (chunk < chunks) sums[i] += partial[chunk];
+        }
+    }
+    scratch[threadIdx.x] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int half = FINISH_THREADS / 2; half > 0; half /= 2) {
+        __syncthreads();  // the sums so far are written before they are read
+        if (threadIdx.x < half) scratch[threadIdx.x] += scratch[threadIdx.x + half];
+    }
+    if (threadIdx.x > 0) return;
+    const float norm = static_cast<float>(sqrt(scratch[0]));
+    control[0] = norm;
+    control[1] = isfinite(norm) ? 0.0f : 1.0f;
+    control[2] = norm > largest ? largest / (norm + 1e-6f) : 1.0f;
+}
+L2P_LAUNCH(gradient_norm, FINISH_THREADS, 0, FINISH_THREADS)
+
+// The scalars of a step.
+struct Step {
+    float keep;                        // 1 - learning rate * weight decay
+    float beta1, beta2;
+    float rate, second_scale, epsilon;  // learning rate / (1 - beta1^t); 1 / sqrt(1 - beta2^t)
+    float average_decay;
+};
+
+__device__ __forceinline__ void update(float& weight, float& first, float& second, float gradient, const Step& step) {
+    weight *= step.keep;
+    first = step.beta1 * first + (1.0f - step.beta1) * gradient;
+    second = step.beta2 * second + (1.0f - step.beta2) * gradient * gradient;
+    weight -= step.rate * first / (sqrtf(second) * step.second_scale + step.epsilon);
+}
+
+// One step for a chunk, unless control says that the norm is not finite; the gradients become zero either way. `average` may
+// be null.
+extern "C" __global__ __launch_bounds__(THREADS) void adamw_step(
+    const Segment* segments, const int* segment_of_chunk, const float* control, float* master, float* first_moment,
+    float* second_moment, float* average, float keep, float beta1, float beta2, float rate, float second_scale, float epsilon,
+    float average_decay) {
+    const Step step{keep, beta1, beta2, rate, second_scale, epsilon, average_decay};
+    const Segment segment = segments[segment_of_chunk[blockIdx.x]];
+    const unsigned long long chunk_start = (blockIdx.x - segment.first_chunk) * CHUNK;
+    const bool skip = control[1] != 0.0f;
+    const float factor = control[2];
+#pragma unroll 1
+    for (int part = 0; part < CHUNK / (THREADS * 8); ++part) {
+        const unsigned long long index = chunk_start + (part * THREADS + threadIdx.x) * 8;
+        if (index >= segment.elements) return;
+        const unsigned long long at = segment.offset + index;
+        if (index + 8 <= segment.elements) {
+            constexpr float ZEROS[8] = {};
+            float gradient[8];
+            load8(gradient, segment.gradient + index);
+            store8(segment.gradient + index, ZEROS);
+            if (skip) continue;
+            float weight[8], first[8], second[8];
+            load8(weight, master + at);
+            load8(first, first_moment + at);
+            load8(second, second_moment + at);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) update(weight[i], first[i], second[i], gradient[i] * factor, step);
+            store8(master + at, weight);
+            store8(first_moment + at, first);
+            store8(second_moment + at, second);
+            store8(segment.weight + index, weight);
+            if (average == nullptr) continue;
+            float mean[8];
+            load8(mean, average + at);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) mean[i] = step.average_decay * mean[i] + (1.0f - step.average_decay) * weight[i];
+            store8(average + at, mean);
+        } else {
+            for (unsigned long long single = index; single < segment.elements; ++single) {
+                const unsigned long long place = segment.offset + single;
+                const float gradient = to_float(segment.gradient[single]) * factor;
+                segment.gradient[single] = from_float<bf16>(0.0f);
+                if (skip) continue;
+                update(master[place], first_moment[place], second_moment[place], gradient, step);
+                segment.weight[single] = from_float<bf16>(master[place]);
+                if (average == nullptr) continue;
+                average[place] = step.average_decay * average[place] + (1.0f - step.average_decay) * master[place];
+            }
+        }
+    }
+}
+L2P_LAUNCH(adamw_step, THREADS, 0, CHUNK)

@@ -1,0 +1,111 @@
+// The part of a row that a thread holds, for normalisations whose blocks take rows one after the other.
+#pragma once
+#include "common/reduce.cuh"
+
+constexpr int MAX_THREADS = 256;
+constexpr int MAX_WARPS = MAX_THREADS / WARP;
+
+// The part of a row that one thread holds: vector i is vector threadIdx.x + i * blockDim.x of the row.
+template <int VECTORS>
+struct Part {
+    float value[VECTORS][8];
+};
+template <int VECTORS>
+struct Packed {
+    uint4 vector[VECTORS];
+};
+
+template <int VECTORS>
+__device__ __forceinline__ void read(Packed<VECTORS>& packed, const bf16* row, int vectors) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+        const int vector = threadIdx.x + i * blockDim.x;
+        packed.vector[i] = vector < vectors ? reinterpret_cast<const uint4*>(row)[vector] : make_uint4(0, 0, 0, 0);
+    }
+}
+
+template <int VECTORS>
+__device__ __forceinline__ void unpack(Part<VECTORS>& part, const Packed<VECTORS>& packed) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) load8(part.value[i], reinterpret_cast<const bf16*>(&packed.vector[i]));
+}
+
+template <int VECTORS>
+__device__ __forceinline__ void write(bf16* row, const Part<VECTORS>& part, int vectors) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+        const int vector = threadIdx.x + i * blockDim.x;
+        if (vector < vectors) store8(row + vector * 8, part.value[i]);
+    }
+}
+
+// weight * (1 + scale), or the weight alone where there is no scale.
+template <int VECTORS>
+__device__ __forceinline__ void load_scaled(Part<VECTORS>& factor, const bf16* weight, const float* scale, int vectors) {
+    Packed<VECTORS> packed;
+    read(packed, weight, vectors);
+    unpack(factor, packed);
+    if (scale == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+        const int vector = threadIdx.x + i * blockDim.x;
+        if (vector >= vectors) continue;
+        float added[8];
+        load8(added, scale + vector * 8);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) factor.value[i][j] *= 1.0f + added[j];
+    }
+}
+
+// weight * tanh(gate), or the weight alone where there is no gate.
+template <int VECTORS>
+__device__ __forceinline__ void load_gated(Part<VECTORS>& factor, const bf16* weight, const float* gate, int vectors) {
+    Packed<VECTORS> packed;
+    read(packed, weight, vectors);
+    unpack(factor, packed);
+    if (gate == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+        const int vector = threadIdx.x + i * blockDim.x;
+        if (vector >= vectors) continue;
+        float opened[8];
+        load8(opened, gate + vector * 8);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) factor.value[i][j] *= tanhf(opened[j]);
+    }
+}
+
+// Sums over the block, two in flight: the scratch of one is free again once every thread has passed the barrier of the next.
+struct RowSums {
+    float (*scratch)[MAX_WARPS];
+    int turn = 0;
+
+    __device__ __forceinline__ float operator()(float value) {
+        float* sums = scratch[turn];
+        turn ^= 1;
+        value = warp_sum(value);
+        if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = value;
+        __syncthreads();  // all warps' sums are written before they are read
+        float total = 0.0f;
+        for (int warp = 0; warp < blockDim.x / WARP; ++warp) total += sums[warp];
+        return total;
+    }
+};
+
+// The same for two sums at once.
+struct RowSumPairs {
+    float2 (*scratch)[MAX_WARPS];
+    int turn = 0;
+
+    __device__ __forceinline__ float2 operator()(float first, float second) {
+        float2* sums = scratch[turn];
+        turn ^= 1;
+        first = warp_sum(first);
+        second = warp_sum(second);
+        if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = make_float2(first, second);
+        __syncthreads();  // all warps' sums are written before they are read
+        float2 total = make_float2(0.0f, 0.0f);
+        for (int warp = 0; warp < blockDim.x / WARP; ++warp) total.x += sums[warp].x, total.y += sums[warp].y;
+        return total;
+    }
+};

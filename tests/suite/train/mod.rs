@@ -1,0 +1,86 @@
+//! Training: gradients of blocks, heads and whole models, the optimizer, and what a trainable transformer promises.
+
+mod adamw;
+mod models;
+mod modules;
+mod plan;
+mod promises;
+
+use l2p_engine::model::config::DitConfig;
+use l2p_engine::model::params::MemoryParams;
+use l2p_engine::train::{AdamWOptions, Batch, Policy, Recompute, TrainOptions, TrainableDit};
+use l2p_engine::{Device, Result, Tensor};
+use l2p_tests::{Suite, random_bf16};
+
+pub fn register(suite: &mut Suite) {
+    adamw::register(suite);
+    modules::register(suite);
+    models::register(suite);
+    plan::register(suite);
+    promises::register(suite);
+}
+
+fn options(policy: &str, recompute: Recompute) -> TrainOptions {
+    TrainOptions {
+        policy: policy.parse().expect("a freeze policy"),
+        recompute,
+        adamw: AdamWOptions::default(),
+        clip_norm: None,
+        ema_decay: None,
+    }
+}
+
+fn load(params: &MemoryParams, device: &Device, config: &DitConfig, options: &TrainOptions) -> Result<TrainableDit> {
+    TrainableDit::load(params, device, config, options, &mut |_, _| Ok(()))
+}
+
+/// The names that a policy trains of a model, sorted.
+fn trained_names(params: &MemoryParams, policy: &Policy, layers: usize) -> Vec<String> {
+    let mut names: Vec<String> = params
+        .0
+        .keys()
+        .filter(|name| policy.trains(name, layers))
+        .cloned()
+        .collect();
+    names.sort();
+    names
+}
+
+/// Pictures, noise, levels and captions in numbers that bf16 holds.
+struct Inputs {
+    images: Tensor,
+    noise: Tensor,
+    sigmas: Vec<f32>,
+    captions: Vec<Tensor>,
+}
+
+impl Inputs {
+    fn new(device: &Device, name: &str, config: &DitConfig, size: [usize; 2], lengths: &[usize]) -> Result<Self> {
+        let shape = [lengths.len(), size[0], size[1], config.in_channels];
+        let image = |kind: &str| {
+            let values = random_bf16(&format!("{kind}.{name}"), shape.iter().product());
+            Tensor::from_slice(device, &values, shape)
+        };
+        let captions = lengths.iter().enumerate().map(|(index, &tokens)| {
+            let values = random_bf16(&format!("cap.{index}.{name}"), tokens * config.caption_width);
+            Tensor::from_f32(device, &values, [1, tokens, config.caption_width])
+        });
+        Ok(Inputs {
+            images: image("images")?,
+            noise: image("noise")?,
+            sigmas: (0..lengths.len()).map(|item| 0.875 - 0.25 * item as f32).collect(),
+            captions: captions.collect::<Result<_>>()?,
+        })
+    }
+
+    /// Runs `with` on the batch.
+    fn batch<T>(&self, with: impl FnOnce(&Batch<'_>) -> T) -> T {
+        let captions: Vec<&Tensor> = self.captions.iter().collect();
+        with(&Batch {
+            images: &self.images,
+            noise: &self.noise,
+            sigmas: &self.sigmas,
+            captions: &captions,
+        })
+    }
+}
