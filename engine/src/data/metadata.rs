@@ -138,7 +138,7 @@ impl<'a> Reader<'a> {
                 continue;
             }
             let value = serde_json::from_slice(line).map_err(|error| format!("is not JSON: {error}"));
-            let outcome = value.and_then(|value| self.from_json(&value));
+            let outcome = value.and_then(|value| self.record_of_json(&value));
             self.add(&format!("line {}", index + 1), outcome);
         }
     }
@@ -147,7 +147,7 @@ impl<'a> Reader<'a> {
         let values: Vec<Value> = serde_json::from_slice(bytes)
             .map_err(|error| Error::file(self.path, format!("is not a list of JSON objects: {error}")))?;
         for (index, value) in values.iter().enumerate() {
-            let outcome = self.from_json(value);
+            let outcome = self.record_of_json(value);
             self.add(&format!("entry {}", index + 1), outcome);
         }
         Ok(())
@@ -195,7 +195,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    fn from_json(&self, value: &Value) -> std::result::Result<Record, String> {
+    fn record_of_json(&self, value: &Value) -> std::result::Result<Record, String> {
         let first_of = |names: &[&str]| {
             names
                 .iter()

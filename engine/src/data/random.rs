@@ -52,7 +52,7 @@ impl Draws {
 
     /// The whole number at `index`, uniform below `bound` (at least 1) but for a bias of at most bound · 2⁻⁶⁴.
     pub fn below(&self, index: u64, bound: usize) -> usize {
-        (u128::from(self.word(index)) * bound.max(1) as u128 >> 64) as usize
+        ((u128::from(self.word(index)) * bound.max(1) as u128) >> 64) as usize
     }
 
     /// Brings `items` into an order of this sequence (Fisher and Yates).

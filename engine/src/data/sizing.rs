@@ -77,7 +77,7 @@ impl Sizing {
             Sizing::Buckets(sizes) if sizes.is_empty() => return Err(Error::invalid("buckets names no size")),
             Sizing::Buckets(sizes) => sizes.as_slice(),
         };
-        let fits = |size: &&PictureSize| size.width % multiple == 0 && size.height % multiple == 0;
+        let fits = |size: &&PictureSize| size.width.is_multiple_of(multiple) && size.height.is_multiple_of(multiple);
         match sizes.iter().find(|size| !fits(size)) {
             None => Ok(()),
             Some(size) => Err(Error::invalid(format!(

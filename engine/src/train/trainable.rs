@@ -18,6 +18,9 @@ use crate::tensor::Tensor;
 /// Bytes of rotary tables that are kept for sequences met again.
 const ROPE_TABLE_BYTES: usize = 256 << 20;
 
+/// Reads a named array of a checkpoint's state of the given shape.
+pub type ReadState<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>> + 'a;
+
 /// One micro-batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
@@ -316,11 +319,7 @@ impl TrainableDit {
     ///
     /// # Errors
     /// Those of `read`, and when it gives another number of values.
-    pub fn restore_state(
-        &mut self,
-        steps: u64,
-        read: &mut dyn FnMut(&str, &[usize]) -> Result<Vec<f32>>,
-    ) -> Result<()> {
+    pub fn restore_state(&mut self, steps: u64, read: &mut ReadState<'_>) -> Result<()> {
         let arrays = [
             StateArray::Master,
             StateArray::FirstMoment,

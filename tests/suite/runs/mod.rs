@@ -173,8 +173,11 @@ fn intervals(out: &Path) -> Result<Vec<TrainRecord>, Failed> {
         .collect())
 }
 
+/// Steps, losses and gradient norms.
+type Curve = Vec<(u64, Option<f64>, Option<f64>)>;
+
 /// Steps, losses and norms of a run, each number's bits as they are.
-fn curve(out: &Path) -> Result<Vec<(u64, Option<f64>, Option<f64>)>, Failed> {
+fn curve(out: &Path) -> Result<Curve, Failed> {
     let intervals = intervals(out)?.into_iter();
     Ok(intervals
         .map(|interval| (interval.step, interval.loss, interval.grad_norm))

@@ -15,6 +15,9 @@ pub fn register(suite: &mut Suite) {
     suite.cuda("train::models::cuda_gradients_equal_cpu", cuda_gradients_equal_cpu);
 }
 
+/// Gradients by name.
+type Gradients = Vec<(String, Vec<f32>)>;
+
 const POLICIES: [&str; 7] = [
     "full",
     "paper:1",
@@ -93,7 +96,7 @@ fn cuda_gradients_equal_cpu(device: &Device) -> Outcome {
         let config = small_config(kind, 384, patch);
         let params = random_model(&config, head);
         for recompute in Recompute::ALL {
-            let run = |device: &Device| -> Result<(f32, Vec<(String, Vec<f32>)>)> {
+            let run = |device: &Device| -> Result<(f32, Gradients)> {
                 let inputs = Inputs::new(device, "a", &config, size, lengths)?;
                 let mut model = load(&params, device, &config, &options("full", recompute))?;
                 let loss = inputs.batch(|batch| model.accumulate(batch, 1.0))?.to_vec_f32()?[0];
