@@ -8,6 +8,7 @@ are a graph of their own (the same code for all blocks), with cuDNN's attention.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -81,72 +82,106 @@ class Toggle:
             module._compiled_call_impl = implementation if compiled else None
 
 
-def step_ways(case: dict, context: Context) -> dict[str, Way]:
+@dataclass
+class Drawing:
+    """A transformer and what it draws on."""
+
+    model: nn.Module
+    #: f32, what Euler's rule moves.
+    image: Tensor
+    #: Of the image in the model's type and of the time, f32 [1].
+    velocity: Callable[[Tensor, Tensor], Tensor]
+    #: Whether its modules run compiled; None without compilation.
+    toggle: Toggle | None
+    #: Kinds of attention, and what enters one of them.
+    backends: list[str]
+    attention: Callable
+
+    def ways(self, call: Callable[[int], object]) -> dict[str, Way]:
+        """The call with each kind of attention and, where asked for, compiled. Not recorded: the published pipelines launch
+        every step."""
+
+        def using(compiled: bool) -> Callable[[int], object]:
+            def run(index: int) -> object:
+                if self.toggle:
+                    self.toggle.use(compiled)
+                return call(index)
+
+            return run
+
+        around = {name: partial(self.attention, name) for name in self.backends}
+        ways = {f"eager, {name}": Way(using(False), around=entered, recorded=False) for name, entered in around.items()}
+        if self.toggle:
+            ways["compiled, cudnn"] = Way(using(True), around=around["cudnn"], recorded=False)
+        return ways
+
+
+def drawing(case: dict, context: Context) -> Drawing:
+    """The model of a case with random weights, and noise."""
     latent = case["model"].startswith("latent")
     if latent:
         model = build(lambda: ZImageTransformer2DModel(**latent_config(case["tiny"])), context)
-        side, channels = case["side"] // DOWNSAMPLING, 16
+        side, channels, patch = case["side"] // DOWNSAMPLING, 16, 2
         width = latent_config(case["tiny"])["cap_feat_dim"]
     else:
         config = pixel_config(case)
         model = build(lambda: L2PPixelModel(config), context)
         model.local_decoder.to(memory_format=torch.channels_last)
-        side, channels, width = case["side"], 3, config.cap_feat_dim
+        side, channels, patch, width = case["side"], 3, config.patch, config.cap_feat_dim
     image = context.normal(1, channels, side, side, dtype=torch.float32)
     if not latent:
         image = image.contiguous(memory_format=torch.channels_last)
     caption = context.normal(case["caption"], width)
-    time = torch.tensor([1 - SIGMA], device=context.device)
 
-    def velocity(x: Tensor) -> Tensor:
+    def velocity(x: Tensor, time: Tensor) -> Tensor:
         if latent:
             return -model([x[0].unsqueeze(1)], time, [caption], return_dict=False)[0][0].squeeze(1).unsqueeze(0)
         return model(x, time, [caption])
-
-    def step(_: int) -> None:
-        image.add_(velocity(image.to(context.dtype)).float(), alpha=DELTA)
-
-    def eager(_: int) -> None:
-        if toggle:
-            toggle.use(False)
-        step(_)
-
-    def compiled(_: int) -> None:
-        toggle.use(True)
-        step(_)
 
     toggle = None
     if context.compile:
         modules = [*model.layers, *model.noise_refiner, *model.context_refiner]
         toggle = Toggle(modules + ([] if latent else [model.local_decoder]), context)
+    tokens = (side // patch) ** 2
+    backends = ["cudnn", "flash"] if tokens <= MANY_TOKENS else ["cudnn"]
+    return Drawing(model, image, velocity, toggle, backends, context.attention)
+
+
+def step_ways(case: dict, context: Context) -> dict[str, Way]:
+    drawn = drawing(case, context)
+    image, time = drawn.image, torch.tensor([1 - SIGMA], device=context.device)
+
+    def step(_: int) -> None:
+        image.add_(drawn.velocity(image.to(context.dtype), time).float(), alpha=DELTA)
+
     step(0)
     if not torch.isfinite(image).all():
         raise ValueError("the step's result is not finite")
+    return drawn.ways(step)
 
-    # Not recorded: the published pipelines launch every step.
-    tokens = (side // (2 if latent else pixel_config(case).patch)) ** 2
-    ways = {"eager, cudnn": Way(eager, around=partial(context.attention, "cudnn"), recorded=False)}
-    if tokens <= MANY_TOKENS:
-        ways["eager, flash"] = Way(eager, around=partial(context.attention, "flash"), recorded=False)
-    if toggle:
-        ways["compiled, cudnn"] = Way(compiled, around=partial(context.attention, "cudnn"), recorded=False)
-    return ways
+
+class Decoder:
+    """The published decoder with random weights."""
+
+    def __init__(self, case: dict, context: Context):
+        self.config = {**VAE, **VAE_SIZES[case["tiny"]]}
+        self.vae = build(lambda: AutoencoderKL(**self.config), context)
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        latent = latent / self.config["scaling_factor"] + self.config["shift_factor"]
+        return self.vae.decode(latent, return_dict=False)[0]
 
 
 def decode_ways(case: dict, context: Context) -> dict[str, Way]:
-    config = {**VAE, **VAE_SIZES[case["tiny"]]}
-    vae = build(lambda: AutoencoderKL(**config), context)
+    decoder = Decoder(case, context)
     side = case["side"] // DOWNSAMPLING
-    latent = context.normal(1, config["latent_channels"], side, side)
-
-    def decode(_: int) -> Tensor:
-        return vae.decode(latent / config["scaling_factor"] + config["shift_factor"], return_dict=False)[0]
+    latent = context.normal(1, decoder.config["latent_channels"], side, side)
 
     # The transformer stays resident while a pipeline decodes; its bytes are counted without being held.
     with torch.device("meta"):
         transformer = ZImageTransformer2DModel(**latent_config(case["tiny"]))
     beside = sum(parameter.numel() for parameter in transformer.parameters()) * context.dtype.itemsize
-    return {"eager": Way(decode, around=partial(context.attention, "cudnn"), beside=beside, recorded=False)}
+    return {"eager": Way(lambda _: decoder(latent), around=partial(context.attention, "cudnn"), beside=beside, recorded=False)}
 
 
 def make(case: dict, context: Context) -> dict[str, Way]:

@@ -3,6 +3,7 @@
 pub mod arguments;
 pub mod attention;
 pub mod check;
+mod children;
 pub mod elementwise;
 pub mod environment;
 pub mod gemm;
@@ -14,5 +15,6 @@ pub mod peer;
 pub mod published;
 pub mod record;
 pub mod runner;
+pub mod sample;
 pub mod step;
 pub mod timing;

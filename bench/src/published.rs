@@ -27,7 +27,8 @@ impl ModelName {
         ModelName::new(ModelKind::Latent, 4),
     ];
 
-    const fn new(kind: ModelKind, thousands: usize) -> Self {
+    /// The model that draws 1024 times `thousands` pixels along a side.
+    pub const fn new(kind: ModelKind, thousands: usize) -> Self {
         ModelName { kind, thousands }
     }
 

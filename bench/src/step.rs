@@ -1,6 +1,5 @@
 //! `bench-step`: whole denoising steps, from the image to the image moved by Euler's rule, and the decoding of latents.
 
-mod children;
 mod trace;
 mod twin;
 
@@ -20,6 +19,7 @@ use serde_json::{Map, Value, json};
 
 use crate::arguments::{COLUMNS, Common};
 use crate::check::{relative_error, worse};
+use crate::children;
 use crate::inputs::{random, random_f32};
 use crate::params::RandomParams;
 use crate::published::{Model, ModelName};
@@ -43,6 +43,9 @@ host is the time in which a step is submitted; idle the share of a step in which
 
 /// Steps before the timed ones: the first runs call by call, the second is recorded, the third replayed.
 const WARM_STEPS: usize = 3;
+
+/// Longer steps are not traced: nothing between kernels counts beside such kernels.
+const TRACED_BELOW_MS: f64 = 1000.0;
 
 /// The shift of the schedule; it changes no time.
 const SHIFT: f64 = 3.0;
@@ -86,7 +89,17 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     match names[..] {
         [name] => run_model(name, arguments),
         // What the driver sees of one model's memory must not be another's.
-        _ => children::run(&names, arguments),
+        _ => children::run(
+            &names.iter().map(ModelName::to_string).collect::<Vec<_>>(),
+            &arguments.common,
+            |name| {
+                let mut passed = vec![format!("--model={name}"), format!("--caption={}", arguments.caption)];
+                passed.extend(arguments.side.map(|side| format!("--side={side}")));
+                let flags = [(arguments.tiny, "--tiny"), (arguments.kernels, "--kernels")];
+                passed.extend(flags.iter().filter(|(set, _)| *set).map(|(_, flag)| (*flag).to_owned()));
+                passed
+            },
+        ),
     }
 }
 
@@ -168,21 +181,23 @@ impl Setup {
     }
 
     /// What `steps` steps give.
-    fn drawn(&self, steps: usize, recorded: bool) -> Result<Tensor> {
-        let walk = self.walk(steps)?;
-        let mut walk = if recorded { walk } else { walk.unrecorded() };
+    fn drawn(&self, steps: usize) -> Result<Tensor> {
+        let mut walk = self.walk(steps)?;
         for _ in 0..steps {
             walk.advance()?;
         }
         Ok(walk.finish())
     }
 
-    /// A step's operations one by one; the step before keeps the device busy while it is submitted.
-    fn profile(&self) -> Result<Profile> {
-        let mut walk = self.walk(3)?.unrecorded();
-        walk.advance()?;
-        walk.advance()?;
-        Ok(measure(self.dit.device(), || walk.advance())?.1)
+    /// As [`Setup::drawn`] call by call, with the operations of the last step one by one; the step before keeps the device
+    /// busy while it is submitted.
+    fn profiled(&self) -> Result<(Tensor, Profile)> {
+        let mut walk = self.walk(WARM_STEPS)?.unrecorded();
+        for _ in 1..WARM_STEPS {
+            walk.advance()?;
+        }
+        let ((), profile) = measure(self.dit.device(), || walk.advance())?;
+        Ok((walk.finish(), profile))
     }
 }
 
@@ -193,17 +208,20 @@ fn run_step(bench: &mut Bench, name: &str, model: &Model, arguments: &Arguments)
     let setup = Setup::new(&device, model, caption, seed)?;
     device.synchronize()?;
     let load_seconds = start.elapsed().as_secs_f64();
-    let once = &mut || setup.drawn(1, false).map(drop);
+    let once = &mut || setup.drawn(1).map(drop);
     if bench.wants(name, once)? {
-        let error = worse(replay_error(&setup)?, twin::step_error(&device, model, seed)?);
+        let (called, profile) = setup.profiled()?;
+        let called = called.to_vec::<f32>()?;
+        let twin = twin::step_error(&device, model, seed)?;
         device.synchronize()?;
         device.reset_memory_peaks();
         let resident = device.memory_report().total.current;
-        drop(setup.drawn(WARM_STEPS, true)?);
+        let replayed = setup.drawn(WARM_STEPS)?;
         device.synchronize()?;
         let memory = device.memory_report();
         let driver = driver_bytes(&device)?;
-        let profile = setup.profile()?;
+        let error = worse(replay_error(&replayed.to_vec::<f32>()?, &called), twin);
+        drop(replayed);
 
         let sizes = json!({
             "model": name, "side": model.side, "tokens": setup.conditioning.prompt.tokens(), "caption": caption, "tiny": arguments.tiny,
@@ -238,7 +256,10 @@ fn run_step(bench: &mut Bench, name: &str, model: &Model, arguments: &Arguments)
         details.insert("operations".into(), l2p_bins::profile::json(&profile, bench.ceilings()));
         let host = matches!(device, Device::Cuda(_)).then(|| median(&host_ms));
         details.insert("host_ms".into(), json!(host));
-        let trace = trace::of_steps(&setup);
+        let trace = match row.timing.milliseconds < TRACED_BELOW_MS {
+            true => trace::of_steps(&setup),
+            false => Ok(None),
+        };
         let (idle, kernels, reason) = match trace {
             Ok(Some(trace)) => (Some(trace.idle), trace.kernels, None),
             Ok(None) => (None, Vec::new(), None),
@@ -271,7 +292,7 @@ fn say_details(
     let idle = match (idle, reason) {
         (Some(idle), _) => percent(idle),
         (None, Some(reason)) => format!("not known: {reason}"),
-        (None, None) => return Ok(()),
+        (None, None) => "not traced".to_owned(),
     };
     let host = host.map_or_else(String::new, |host| format!("host {host:.3} ms, "));
     let driver = driver.map_or_else(String::new, |bytes| format!("driver {}, ", format_bytes(bytes)));
@@ -279,7 +300,10 @@ fn say_details(
 }
 
 /// Bytes of the GPU in use as its driver counts them.
-fn driver_bytes(device: &Device) -> Result<Option<u64>> {
+///
+/// # Errors
+/// When the driver cannot be asked.
+pub fn driver_bytes(device: &Device) -> Result<Option<u64>> {
     match device {
         Device::Cpu => Ok(None),
         Device::Cuda(device) => Ok(Some(device.driver_memory_in_use()?)),
@@ -287,12 +311,10 @@ fn driver_bytes(device: &Device) -> Result<Option<u64>> {
 }
 
 /// How far replayed steps are from steps run call by call: 0, or the result is wrong.
-fn replay_error(setup: &Setup) -> Result<f64> {
-    let (replayed, called) = (setup.drawn(4, true)?, setup.drawn(4, false)?);
-    let (replayed, called) = (replayed.to_vec::<f32>()?, called.to_vec::<f32>()?);
-    match replayed.iter().zip(&called).all(|(a, b)| a.to_bits() == b.to_bits()) {
-        true => Ok(0.0),
-        false => Ok(relative_error(&replayed, &called).max(1.0)),
+fn replay_error(replayed: &[f32], called: &[f32]) -> f64 {
+    match replayed.iter().zip(called).all(|(a, b)| a.to_bits() == b.to_bits()) {
+        true => 0.0,
+        false => relative_error(replayed, called).max(1.0),
     }
 }
 

@@ -19,14 +19,14 @@ use crate::checkpoint::{Checkpoint, EstimateInput, MemoryEstimate, ModelPaths, T
 use crate::device::{Device, MemoryReport, MemoryTag, format_bytes};
 use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
-use crate::flow::sampler::{Conditioning, StepReport, sample};
+use crate::flow::sampler::{Conditioning, StepReport, Walk, sample};
 use crate::flow::schedule::Schedule;
 use crate::model::DeviceLimits;
 use crate::model::config::{DitConfig, ModelKind, VaeConfig};
 use crate::model::dit::Dit;
 use crate::model::vae::VaeDecoder;
 use crate::ops::to_rgb8::to_rgb8;
-use crate::profile;
+use crate::profile::{self, Profile};
 use crate::tensor::Tensor;
 
 /// Steps where neither user nor model says: enough for a model that was not distilled.
@@ -354,19 +354,33 @@ impl Pipeline {
         let schedule = Schedule::new(settings.steps, f64::from(settings.shift))?;
         let size = [noise.dim(1), noise.dim(2)];
         self.phase("denoise", |pipeline| {
-            let dit = pipeline
-                .dit
-                .as_ref()
-                .ok_or_else(|| Error::invalid("the transformer is not loaded"))?;
-            let prepare = |captions: &[Tensor]| dit.prepare(&captions.iter().collect::<Vec<_>>(), size);
-            let prompt = prepare(&captions.prompts)?;
-            let negative = match captions.negatives.is_empty() {
-                true => None,
-                false => Some((prepare(&captions.negatives)?, settings.cfg)),
-            };
-            let conditioning = Conditioning { prompt, negative };
+            let dit = pipeline.loaded()?;
+            let conditioning = conditioning(dit, captions, settings, size)?;
             sample(dit, &conditioning, &schedule, noise, progress)
         })
+    }
+
+    /// Times the operations of one step of [`Pipeline::denoise`] one by one. The step runs call by call, so that there is time
+    /// between its operations that a recorded step does not have; on CUDA one more runs before it, which keeps the device busy
+    /// while this one is submitted.
+    ///
+    /// # Errors
+    /// When shapes do not fit, or the device has no room.
+    pub fn profile_step(&self, captions: &Captions, noise: Tensor, settings: &Settings) -> Result<Profile> {
+        let dit = self.loaded()?;
+        let conditioning = conditioning(dit, captions, settings, [noise.dim(1), noise.dim(2)])?;
+        let before = usize::from(matches!(self.device, Device::Cuda(_)));
+        let schedule = Schedule::new(before + 1, f64::from(settings.shift))?;
+        let mut walk = Walk::new(dit, &conditioning, &schedule, noise)?.unrecorded();
+        for _ in 0..before {
+            walk.advance()?;
+        }
+        Ok(profile::measure(&self.device, || walk.advance())?.1)
+    }
+
+    fn loaded(&self) -> Result<&Dit> {
+        let dit = self.dit.as_ref();
+        dit.ok_or_else(|| Error::invalid("the transformer is not loaded"))
     }
 
     /// The images of what [`Pipeline::denoise`] returned: latents through the VAE decoder, images as they are. f32
@@ -451,6 +465,18 @@ impl Pipeline {
         });
         Ok(outcome)
     }
+}
+
+/// What pictures of this height and width follow.
+fn conditioning(dit: &Dit, captions: &Captions, settings: &Settings, size: [usize; 2]) -> Result<Conditioning> {
+    let prepare = |captions: &[Tensor]| dit.prepare(&captions.iter().collect::<Vec<_>>(), size);
+    Ok(Conditioning {
+        prompt: prepare(&captions.prompts)?,
+        negative: match captions.negatives.is_empty() {
+            true => None,
+            false => Some((prepare(&captions.negatives)?, settings.cfg)),
+        },
+    })
 }
 
 /// The error with the file that it is about.

@@ -25,7 +25,7 @@ pub(super) fn step_error(device: &Device, model: &Model, seed: u64) -> Result<f6
     let cell = model.vae.as_ref().map_or(1, VaeConfig::downsampling);
     small.side = GRID * small.config.patch * cell;
     let drawn = |device: &Device| {
-        let drawn = Setup::new(device, &small, CAPTION, seed)?.drawn(1, false)?;
+        let drawn = Setup::new(device, &small, CAPTION, seed)?.drawn(1)?;
         drawn.to_vec::<f32>()
     };
     Ok(relative_error(&drawn(device)?, &drawn(&Device::Cpu)?))

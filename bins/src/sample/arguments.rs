@@ -15,6 +15,7 @@ Examples:
              --prompt \"A lighthouse in a storm\" --steps 8 --shift 4 --out lighthouse.png --report text
   l2p-sample --model Z-Image-Turbo --prompts prompts.jsonl --count 4 --out pictures/
   l2p-sample --model models/demo/source --like pizza.png --seed 7 --out another.png
+  l2p-sample --model models/demo/source --prompt fox --report --profile
   l2p-sample devices
 
 A line of --prompts is a JSON object: {\"prompt\": \"...\", \"negative\": \"...\", \"seed\": 1, \"out\": \"name.png\"}, all but the
@@ -100,6 +101,10 @@ pub struct Arguments {
     /// Print time and peak memory by phase and tag to standard output
     #[arg(long, value_enum, value_name = "FORMAT", num_args = 0..=1, default_missing_value = "text")]
     pub report: Option<ReportFormat>,
+    /// Time the operations of one more step, run call by call after the pictures, and print each kind's share of the step,
+    /// rate and share of what this device's copies or products reach; with `--report json` as part of the report
+    #[arg(long)]
+    pub profile: bool,
     /// Also write all images as f32 (tensor `image`, [pictures, channels, height, width], and `latent` of a latent model) to a
     /// safetensors file
     #[arg(long, value_name = "FILE")]

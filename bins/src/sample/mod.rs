@@ -10,10 +10,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
+use l2p_engine::ceilings::Ceilings;
 use l2p_engine::checkpoint::ModelPaths;
 use l2p_engine::device::probe;
 use l2p_engine::flow::sampler::StepReport;
 use l2p_engine::pipeline::{Captions, EncodeReport, Pipeline, Settings};
+use l2p_engine::profile::Profile;
 use l2p_engine::{Device, DeviceChoice, Error, Tensor};
 
 pub use arguments::Arguments;
@@ -98,10 +100,24 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
         batch,
     };
     draw(&arguments, &mut pipeline, &work, raw, &mut report)?;
-    if let Some(format) = arguments.report {
-        crate::print(&report.finish(&pipeline, start.elapsed(), format)?)?;
+    report.total(start.elapsed());
+    if arguments.profile {
+        report.profiled(
+            profile(&arguments, &pipeline, &work)?,
+            Ceilings::measure(pipeline.device())?,
+        );
     }
-    Ok(())
+    crate::print(&report.finish(&pipeline, arguments.report)?)
+}
+
+/// The operations of a step of the first batch.
+fn profile(arguments: &Arguments, pipeline: &Pipeline, work: &Work<'_>) -> anyhow::Result<Profile> {
+    let spinner = spinner("timing the operations of a step");
+    let first = 0..work.batch.min(work.jobs.len());
+    let noise = work.noise_of(arguments, pipeline, &work.jobs[first.clone()])?;
+    let profile = pipeline.profile_step(&work.captions.select(first)?, noise, work.settings)?;
+    spinner.finish_and_clear();
+    Ok(profile)
 }
 
 fn list_devices(as_json: bool) -> anyhow::Result<()> {
@@ -233,6 +249,17 @@ struct Work<'a> {
     batch: usize,
 }
 
+impl Work<'_> {
+    /// The noise that these pictures start from.
+    fn noise_of(&self, arguments: &Arguments, pipeline: &Pipeline, jobs: &[Job]) -> anyhow::Result<Tensor> {
+        let seeds: Vec<u64> = jobs.iter().map(|job| job.seed).collect();
+        match self.noise {
+            Some(noise) => Ok(inputs::repeat(noise, jobs.len())?),
+            None => Ok(pipeline.noise(arguments.rng.unwrap_or_default(), &seeds, self.settings)?),
+        }
+    }
+}
+
 fn draw(
     arguments: &Arguments,
     pipeline: &mut Pipeline,
@@ -252,11 +279,7 @@ fn draw(
     for (index, part) in jobs.chunks(batch).enumerate() {
         bar.set_message(jobs::title(&part[0].prompt));
         let captions = work.captions.select(index * batch..index * batch + part.len())?;
-        let seeds: Vec<u64> = part.iter().map(|job| job.seed).collect();
-        let noise = match work.noise {
-            Some(noise) => inputs::repeat(noise, part.len())?,
-            None => pipeline.noise(rng, &seeds, settings)?,
-        };
+        let noise = work.noise_of(arguments, pipeline, part)?;
         let mut progress = |step: StepReport| {
             bar.set_position((index * settings.steps + step.done) as u64);
             go_on()

@@ -1,10 +1,12 @@
-//! What a run took: time and memory by phase and tag.
+//! What a run took: time and memory by phase and tag, and time by operation.
 
 use std::fmt::Write;
 use std::time::Duration;
 
+use l2p_engine::ceilings::Ceilings;
 use l2p_engine::device::{Device, MemoryTag, format_bytes};
 use l2p_engine::pipeline::{Phase, Pipeline, Settings};
+use l2p_engine::profile::Profile;
 use serde_json::{Value, json};
 
 use super::arguments::{Arguments, ReportFormat};
@@ -17,6 +19,8 @@ pub struct Report {
     settings: Settings,
     batch: usize,
     pictures: Vec<Value>,
+    total: Duration,
+    profile: Option<(Profile, Ceilings)>,
 }
 
 impl Report {
@@ -37,7 +41,19 @@ impl Report {
             settings: *settings,
             batch,
             pictures: Vec::new(),
+            total: Duration::ZERO,
+            profile: None,
         }
+    }
+
+    /// Sets the time from the program's start to the last picture's end.
+    pub fn total(&mut self, total: Duration) {
+        self.total = total;
+    }
+
+    /// Adds the operations of a step.
+    pub fn profiled(&mut self, profile: Profile, ceilings: Ceilings) {
+        self.profile = Some((profile, ceilings));
     }
 
     /// Adds a picture.
@@ -46,33 +62,41 @@ impl Report {
             .push(json!({ "file": job.out, "prompt": job.prompt, "negative": job.negative, "seed": job.seed }));
     }
 
-    /// The whole report.
+    /// The whole report: phases when a format is given, the operations of a step when they were timed.
     ///
     /// # Errors
     /// When it cannot be formatted.
-    pub fn finish(&self, pipeline: &Pipeline, total: Duration, format: ReportFormat) -> anyhow::Result<String> {
+    pub fn finish(&self, pipeline: &Pipeline, format: Option<ReportFormat>) -> anyhow::Result<String> {
         let phases = merged(pipeline.phases());
+        let operations = || match &self.profile {
+            Some((profile, ceilings)) => format!("{}\n", crate::profile::table(profile, ceilings)),
+            None => String::new(),
+        };
         Ok(match format {
-            ReportFormat::Json => {
-                let report = json!({
+            Some(ReportFormat::Json) => {
+                let mut report = json!({
                     "model": self.model,
                     "device": self.device,
                     "settings": self.settings,
                     "batch": self.batch,
                     "pictures": self.pictures,
                     "phases": phases.iter().map(phase_json).collect::<Vec<_>>(),
-                    "total_seconds": total.as_secs_f64(),
+                    "total_seconds": self.total.as_secs_f64(),
                     "estimated_bytes": pipeline.estimate(&self.settings, self.batch),
                     "peak_bytes": phases.iter().map(|phase| phase.memory.total.peak).max(),
                     "driver_peak_bytes": phases.iter().filter_map(|phase| phase.driver_bytes).max(),
                 });
+                if let Some((profile, ceilings)) = &self.profile {
+                    report["profile"] = crate::profile::json(profile, ceilings);
+                }
                 format!("{}\n", serde_json::to_string_pretty(&report)?)
             }
-            ReportFormat::Text => self.table(&phases, total),
+            Some(ReportFormat::Text) => format!("{}{}", self.table(&phases), operations()),
+            None => operations(),
         })
     }
 
-    fn table(&self, phases: &[Phase], total: Duration) -> String {
+    fn table(&self, phases: &[Phase]) -> String {
         let mut text = format!(
             "{} on {}, {} at {}x{}\n",
             self.model,
@@ -104,7 +128,7 @@ impl Report {
             }
             let _ = writeln!(text, "{:>13}", phase.driver_bytes.map_or("-".into(), format_bytes));
         }
-        let _ = writeln!(text, "{:<10}{:>8.3} s", "all", total.as_secs_f64());
+        let _ = writeln!(text, "{:<10}{:>8.3} s", "all", self.total.as_secs_f64());
         text
     }
 }

@@ -19,6 +19,7 @@ pub fn register(suite: &mut Suite) {
     suite.cpu("sample::draw::sizes_are_rounded_up", sizes_are_rounded_up);
     suite.cpu("sample::draw::formats", formats);
     suite.cpu("sample::draw::reports", reports);
+    suite.cpu("sample::draw::a_profile_adds_up", a_profile_adds_up);
     suite.cpu("sample::draw::devices", devices);
     suite.cpu(
         "sample::draw::long_prompts_are_cut_with_a_notice",
@@ -386,6 +387,44 @@ fn reports() -> Outcome {
     ] {
         assert!(table.contains(word), "{word} is missing from\n{table}");
     }
+    Ok(())
+}
+
+/// A step's operations take no longer than the step, and every line says how near it is to what the device can do.
+fn a_profile_adds_up() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let arguments = ["--prompt", "fox", "--steps", "1", "--out", "a.png", "--profile"];
+    let finished = draw(folder.path(), &[&arguments[..], &["--report", "json"]].concat())?;
+    let report: Value = serde_json::from_str(&finished.stdout)?;
+    let profile = &report["profile"];
+    let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+    let operations = profile["operations"].as_array().ok_or("no operations")?;
+    let sum = |key: &str| operations.iter().map(|op| number(&op[key])).sum::<f64>();
+    let whole = number(&profile["milliseconds"]);
+    assert!(whole > 0.0 && sum("milliseconds") <= whole * 1.001, "{profile:#}");
+    assert!((sum("share") - sum("milliseconds") / whole).abs() < 1e-6, "{profile:#}");
+    assert!(number(&profile["ceilings"]["bytes_per_second"]) > 0.0, "{profile:#}");
+    let named = |name: &str| operations.iter().find(|op| op["name"] == name);
+    for name in ["linear", "attention", "guided_euler_step"] {
+        let op = named(name).ok_or_else(|| format!("no {name} in {profile:#}"))?;
+        assert!(
+            number(&op["calls"]) >= 1.0 && number(&op["share_of_ceiling"]) > 0.0,
+            "{op}"
+        );
+    }
+    // Without a report, the table alone.
+    let finished = draw(folder.path(), &arguments)?;
+    let mut lines = finished.stdout.lines();
+    assert!(
+        lines.next().is_some_and(|line| line.starts_with("operation")),
+        "{}",
+        finished.stdout
+    );
+    assert!(
+        lines.next_back().is_some_and(|line| line.starts_with("whole")),
+        "{}",
+        finished.stdout
+    );
     Ok(())
 }
 

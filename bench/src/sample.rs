@@ -1,0 +1,523 @@
+//! `bench-sample`: whole pictures, from the prompt to the PNG on disk.
+
+mod source;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::{Parser, ValueEnum};
+use l2p_engine::checkpoint::{ModelPaths, PathOverrides};
+use l2p_engine::device::{MemoryReport, MemoryTag, format_bytes};
+use l2p_engine::flow::sampler::{Conditioning, Walk, sample};
+use l2p_engine::flow::schedule::Schedule;
+use l2p_engine::image_io::{RgbImage, WriteOptions, read_image, write_image};
+use l2p_engine::model::config::{ModelKind, VaeConfig};
+use l2p_engine::model::dit::Dit;
+use l2p_engine::model::text::TextEncoder;
+use l2p_engine::model::vae::VaeDecoder;
+use l2p_engine::ops::noise::normal_noise;
+use l2p_engine::ops::to_rgb8::to_rgb8;
+use l2p_engine::profile::{Work, measure};
+use l2p_engine::text::PromptTokenizer;
+use l2p_engine::{Device, Result, Tensor};
+use serde_json::{Map, Value, json};
+
+use crate::arguments::Common;
+use crate::check::relative_error;
+use crate::children;
+use crate::published::ModelName;
+use crate::record::{Row, Timing, milliseconds};
+use crate::runner::Bench;
+use crate::step::driver_bytes;
+use crate::timing::median;
+use source::Source;
+
+const HELP: &str = "\
+Examples:
+  bench-sample                                   8 steps of 4096 x 4096, random weights of the published sizes
+  bench-sample --sizes 1k,2k,4k,8k               each size in a process of its own
+  bench-sample --latent --sizes 1k --peer        the latent model with its decoder, beside diffusers' classes
+  bench-sample --latent --sizes 4k --steps 1 --repeats 3 --peer
+  bench-sample --model l2p_4k_sft.safetensors --text-encoder Z-Image/text_encoder --tokenizer Z-Image/tokenizer
+  bench-sample --tiny --device cpu
+
+The first picture is drawn as l2p-sample draws it: the text encoder is loaded, used and freed before the transformer comes. Its
+memory is what the record calls peak: by the pool's own count, and by the driver's, which counts all of the GPU, so that nothing
+else should run there. For the timed pictures everything is resident, the text encoder too. Their parts:
+
+  text     prompt to tokens to features
+  noise    the start
+  steps    all of them
+  decode   the VAE's, of a latent model
+  rgb      to bytes, and those to the host
+  png      encoded, written, flushed to disk
+
+The time is wall time of all parts together. The peer does steps, decode and rgb, and its ratio is to our time for these.
+Checked: the PNG, read again, holds the bytes that the CPU makes of the picture.
+
+Exit code: 0 when all results are right, 1 when one is not or on an error.";
+
+/// Times whole pictures, prompt to PNG on disk, and measures the memory that they take.
+#[derive(Parser, Debug)]
+#[command(name = "bench-sample", version, after_help = HELP)]
+pub struct Arguments {
+    /// Sizes of the picture: 1k, 2k, 4k, 8k
+    #[arg(long, value_name = "NAME,..", value_delimiter = ',', value_enum, default_values_t = [Size::FourK])]
+    sizes: Vec<Size>,
+    /// The latent model and its decoder instead of the pixel model
+    #[arg(long)]
+    latent: bool,
+    /// Denoising steps
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+    /// Draw with this model instead of random weights: anything that l2p-sample takes
+    #[arg(long, value_name = "DIR|FILE", conflicts_with_all = ["latent", "tiny", "peer"])]
+    model: Option<PathBuf>,
+    /// Folder of the text encoder, where the model names none
+    #[arg(long, value_name = "DIR", requires = "model")]
+    text_encoder: Option<PathBuf>,
+    /// Folder of the tokenizer [default: the model's; for random weights Qwen3's, of the tests' fixtures]
+    #[arg(long, value_name = "DIR")]
+    tokenizer: Option<PathBuf>,
+    /// Folder of the VAE, where a latent model names none
+    #[arg(long, value_name = "DIR", requires = "model")]
+    vae: Option<PathBuf>,
+    /// What to draw
+    #[arg(long, default_value = PROMPT)]
+    prompt: String,
+    /// Side of the picture in pixels, instead of that of --sizes
+    #[arg(long, value_name = "PIXELS")]
+    side: Option<usize>,
+    /// Where the pictures are written, one over the other [default: a temporary folder]
+    #[arg(long, value_name = "FILE.png")]
+    out: Option<PathBuf>,
+    /// Small models of the same structure
+    #[arg(long)]
+    tiny: bool,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// 96 tokens of Qwen3's tokenizer, the chat template's included.
+const PROMPT: &str = "A lighthouse on a basalt cliff in a storm, seen from a small boat among the waves. Its beam cuts \
+    through rain and spray and lights the undersides of the clouds. In the foreground the bow rises over a crest, ropes and \
+    lanterns swinging, while gulls hang in the wind. Oil painting with thick strokes, deep blues and greens, one warm window \
+    halfway up the tower where somebody waits with a lamp in hand.";
+
+/// The published sizes.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum Size {
+    /// 1024 x 1024
+    #[value(name = "1k")]
+    OneK,
+    /// 2048 x 2048
+    #[value(name = "2k")]
+    TwoK,
+    /// 4096 x 4096
+    #[value(name = "4k")]
+    FourK,
+    /// 8192 x 8192
+    #[value(name = "8k")]
+    EightK,
+}
+
+impl Size {
+    fn label(self) -> &'static str {
+        match self {
+            Size::OneK => "1k",
+            Size::TwoK => "2k",
+            Size::FourK => "4k",
+            Size::EightK => "8k",
+        }
+    }
+
+    fn side(self) -> usize {
+        match self {
+            Size::OneK => 1024,
+            Size::TwoK => 2048,
+            Size::FourK => 4096,
+            Size::EightK => 8192,
+        }
+    }
+}
+
+/// The shift of the schedule; it changes no time.
+const SHIFT: f64 = 4.0;
+
+/// The parts of a picture in their order.
+const PARTS: [&str; 6] = ["text", "noise", "steps", "decode", "rgb", "png"];
+
+/// Those that the peer does too.
+const COMPARED: [&str; 3] = ["steps", "decode", "rgb"];
+
+/// Runs the benchmark.
+///
+/// # Errors
+/// When a picture cannot be drawn or is wrong.
+pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    match arguments.sizes[..] {
+        [size] => run_size(size, arguments),
+        // What the driver sees of one size must not be another's.
+        _ => {
+            let names: Vec<String> = arguments.sizes.iter().map(|size| size.label().to_owned()).collect();
+            children::run(&names, &arguments.common, |name| passed_on(name, arguments))
+        }
+    }
+}
+
+fn passed_on(name: &str, arguments: &Arguments) -> Vec<String> {
+    let mut passed = vec![
+        format!("--sizes={name}"),
+        format!("--steps={}", arguments.steps),
+        format!("--prompt={}", arguments.prompt),
+    ];
+    let paths = [
+        (&arguments.model, "--model"),
+        (&arguments.text_encoder, "--text-encoder"),
+        (&arguments.tokenizer, "--tokenizer"),
+        (&arguments.vae, "--vae"),
+        (&arguments.out, "--out"),
+    ];
+    for (path, flag) in paths {
+        passed.extend(path.iter().map(|path| format!("{flag}={}", path.display())));
+    }
+    passed.extend(arguments.side.map(|side| format!("--side={side}")));
+    let flags = [(arguments.latent, "--latent"), (arguments.tiny, "--tiny")];
+    passed.extend(flags.iter().filter(|(set, _)| *set).map(|(_, flag)| (*flag).to_owned()));
+    passed
+}
+
+fn run_size(size: Size, arguments: &Arguments) -> anyhow::Result<()> {
+    let kind = match arguments.latent {
+        true => ModelKind::Latent,
+        false => ModelKind::Pixel,
+    };
+    let (source, mut side) = match &arguments.model {
+        Some(path) => {
+            let overrides = PathOverrides {
+                base: None,
+                text_encoder: arguments.text_encoder.clone(),
+                tokenizer: arguments.tokenizer.clone(),
+                vae: arguments.vae.clone(),
+            };
+            (Source::files(ModelPaths::resolve(path, &overrides)?)?, size.side())
+        }
+        None => {
+            let model = ModelName::new(kind, size.side() / 1024).model(arguments.tiny)?;
+            (
+                Source::random(&model, arguments.common.seed, arguments.tiny),
+                model.side,
+            )
+        }
+    };
+    side = arguments.side.unwrap_or(side);
+    let multiple = source.size_multiple();
+    anyhow::ensure!(
+        side > 0 && side.is_multiple_of(multiple),
+        "a side of {side} is no multiple of {multiple}, which this model needs"
+    );
+    let name = format!("sample-{}-{}", source.config.kind, size.label());
+    let mut bench = Bench::start("sample", &arguments.common, "sample.py")?;
+    let cell = source.vae.as_ref().map_or(1, VaeConfig::downsampling);
+    let tokens = (side / cell / source.config.patch).pow(2);
+    let rough = match arguments.tiny {
+        true => 0.0,
+        false => 2.0 * (source.config.dim * source.config.dim * 12 * source.config.layers * tokens) as f64,
+    };
+    bench.expect_feasible(
+        &name,
+        rough,
+        "give --tiny, a small --model with a small --side, or a GPU",
+    )?;
+    draw(&mut bench, &name, &source, side, arguments)?;
+    bench.finish()
+}
+
+/// Everything that is resident while pictures are drawn.
+struct Studio<'a> {
+    device: Device,
+    source: &'a Source,
+    tokenizer: PromptTokenizer,
+    text: Option<TextEncoder>,
+    dit: Option<Dit>,
+    decoder: Option<VaeDecoder>,
+    prompt: &'a str,
+    schedule: Schedule,
+    /// Pixels.
+    side: usize,
+    seed: u64,
+    out: PathBuf,
+}
+
+/// Milliseconds of each of [`PARTS`].
+type Parts = [f64; PARTS.len()];
+
+/// A picture as it was drawn.
+struct Drawn {
+    parts: Parts,
+    /// f32
+    image: Tensor,
+    caption_tokens: usize,
+}
+
+impl Studio<'_> {
+    /// The prompt's features.
+    fn encode(&self) -> anyhow::Result<Tensor> {
+        let ids = self.source.fit(self.tokenizer.encode(self.prompt)?.ids);
+        let encoder = self.text.as_ref().expect("the text encoder is loaded");
+        Ok(encoder.encode(&ids)?)
+    }
+
+    fn dit(&self) -> &Dit {
+        self.dit.as_ref().expect("the transformer is loaded")
+    }
+
+    fn conditioning(&self, caption: &Tensor) -> Result<Conditioning> {
+        let [height, width, _] = self.canvas();
+        Ok(Conditioning {
+            prompt: self.dit().prepare(&[caption], [height, width])?,
+            negative: None,
+        })
+    }
+
+    /// Height, width and channels of what the transformer draws.
+    fn canvas(&self) -> [usize; 3] {
+        let side = self.side / self.source.vae.as_ref().map_or(1, VaeConfig::downsampling);
+        [side, side, self.source.config.in_channels]
+    }
+
+    fn noise(&self) -> Result<Tensor> {
+        let [height, width, channels] = self.canvas();
+        normal_noise(&self.device, [1, height, width, channels], self.seed, 0)
+    }
+
+    fn decode(&self, drawn: Tensor) -> Result<Tensor> {
+        match &self.decoder {
+            Some(decoder) => decoder.decode(&drawn),
+            None => Ok(drawn),
+        }
+    }
+
+    /// Draws a picture; `caption` where the text encoder is no longer there.
+    fn draw(&self, caption: Option<Tensor>) -> anyhow::Result<Drawn> {
+        self.device.synchronize()?;
+        let mut watch = Watch::start(&self.device);
+        let caption = match caption {
+            Some(caption) => caption,
+            None => self.encode()?,
+        };
+        watch.part(0)?;
+        let noise = self.noise()?;
+        watch.part(1)?;
+        let conditioning = self.conditioning(&caption)?;
+        let drawn = sample(self.dit(), &conditioning, &self.schedule, noise, &mut |_| Ok(()))?;
+        watch.part(2)?;
+        let image = self.decode(drawn)?;
+        watch.part(3)?;
+        let pixels = to_rgb8(&image)?.to_vec::<u8>()?;
+        watch.part(4)?;
+        let picture = RgbImage::new(self.side, self.side, pixels)?;
+        let options = WriteOptions {
+            jpeg_quality: 92,
+            settings: None,
+        };
+        write_image(&self.out, &picture, &options)?;
+        watch.part(5)?;
+        Ok(Drawn {
+            parts: watch.parts,
+            image,
+            caption_tokens: caption.dim(1),
+        })
+    }
+
+    /// What drawing a picture comes to: that of a step for each of them, and the decoder's.
+    fn work(&self, caption: &Tensor) -> Result<Work> {
+        let conditioning = self.conditioning(caption)?;
+        let mut walk = Walk::new(self.dit(), &conditioning, &Schedule::new(1, SHIFT)?, self.noise()?)?.unrecorded();
+        let ((), step) = measure(&self.device, || walk.advance())?;
+        let drawn = walk.finish();
+        let (image, decode) = measure(&self.device, || self.decode(drawn))?;
+        drop(image);
+        let (step, steps) = (step.work(), self.schedule.steps() as u64);
+        Ok(Work {
+            flops: steps * step.flops,
+            bytes: steps * step.bytes,
+        }
+        .plus(decode.work()))
+    }
+
+    /// How far the written picture is from what the CPU makes of the image.
+    fn file_error(&self, image: &Tensor) -> anyhow::Result<f64> {
+        let on_cpu = Tensor::from_slice(&Device::Cpu, &image.to_vec::<f32>()?, image.shape())?;
+        let expected: Vec<f32> = to_rgb8(&on_cpu)?.to_vec::<u8>()?.into_iter().map(f32::from).collect();
+        let found: Vec<f32> = read_image(&self.out)?.pixels().iter().copied().map(f32::from).collect();
+        Ok(match image.to_vec::<f32>()?.iter().all(|value| value.is_finite()) {
+            true => relative_error(&found, &expected),
+            false => f64::INFINITY,
+        })
+    }
+}
+
+/// Takes the time of one part after the other.
+struct Watch<'a> {
+    device: &'a Device,
+    last: Instant,
+    parts: Parts,
+}
+
+impl<'a> Watch<'a> {
+    fn start(device: &'a Device) -> Self {
+        Watch {
+            device,
+            last: Instant::now(),
+            parts: Parts::default(),
+        }
+    }
+
+    /// Ends the part of this index.
+    fn part(&mut self, index: usize) -> Result<()> {
+        self.device.synchronize()?;
+        let now = Instant::now();
+        self.parts[index] = now.duration_since(self.last).as_secs_f64() * 1e3;
+        self.last = now;
+        Ok(())
+    }
+}
+
+/// The most memory seen at the ends of phases.
+struct Peaks {
+    ledger: MemoryReport,
+    driver: Option<u64>,
+}
+
+impl Peaks {
+    fn start(device: &Device) -> Self {
+        device.reset_memory_peaks();
+        Peaks {
+            ledger: device.memory_report(),
+            driver: None,
+        }
+    }
+
+    fn look(&mut self, device: &Device) -> Result<()> {
+        device.synchronize()?;
+        self.ledger.keep_larger_peaks(&device.memory_report());
+        // The pool gives nothing back, so that what it has now is the most it has had.
+        self.driver = self.driver.max(driver_bytes(device)?);
+        Ok(())
+    }
+}
+
+fn draw(bench: &mut Bench, name: &str, source: &Source, side: usize, arguments: &Arguments) -> anyhow::Result<()> {
+    let device = bench.device.clone();
+    let folder = tempfile::tempdir()?;
+    let mut studio = Studio {
+        device: device.clone(),
+        source,
+        tokenizer: source.tokenizer(arguments.tokenizer.as_deref())?,
+        text: None,
+        dit: None,
+        decoder: None,
+        prompt: &arguments.prompt,
+        schedule: Schedule::new(arguments.steps as usize, SHIFT)?,
+        side,
+        seed: bench.common.seed,
+        out: arguments
+            .out
+            .clone()
+            .unwrap_or_else(|| folder.path().join("picture.png")),
+    };
+
+    // As l2p-sample does it: what the text encoder frees, the transformer uses.
+    let mut peaks = Peaks::start(&device);
+    studio.text = Some(source.text(&device)?);
+    let caption = studio.encode()?;
+    peaks.look(&device)?;
+    studio.text = None;
+    studio.decoder = source.decoder(&device)?;
+    studio.dit = Some(source.dit(&device)?);
+    peaks.look(&device)?;
+    let resident = device.memory_report().total.current;
+    let once = &mut || {
+        let conditioning = studio.conditioning(&caption)?;
+        let schedule = Schedule::new(1, SHIFT)?;
+        let drawn = sample(studio.dit(), &conditioning, &schedule, studio.noise()?, &mut |_| Ok(()))?;
+        studio.decode(drawn).map(drop)
+    };
+    if !bench.wants(name, once)? {
+        return Ok(());
+    }
+    let first = studio.draw(Some(caption.clone()))?;
+    peaks.look(&device)?;
+    let error = studio.file_error(&first.image)?;
+    let caption_tokens = first.caption_tokens;
+    drop(first);
+    let work = studio.work(&caption)?;
+    drop(caption);
+
+    studio.text = Some(source.text(&device)?);
+    // Loads what the first picture did not need, and finds how the text encoder's products are fastest.
+    drop(studio.draw(None)?);
+    let sizes = json!({
+        "model": name.strip_prefix("sample-"), "side": side, "steps": arguments.steps,
+        "caption": caption_tokens, "tiny": arguments.tiny,
+    });
+    let mut samples: Vec<Parts> = Vec::new();
+    let turns = bench.take_turns(Some(&sizes), &mut || {
+        let drawn = studio
+            .draw(None)
+            .map_err(|error| l2p_engine::Error::invalid(format!("{error:#}")))?;
+        samples.push(drawn.parts);
+        Ok(compared(&drawn.parts))
+    })?;
+    let driver_resident = driver_bytes(&device)?;
+
+    let totals = samples.iter().map(|parts| parts.iter().sum()).collect();
+    let mut row = Row::new(name, sizes, Timing::of(totals), work, bench.ceilings()).checked(error, 1e-6);
+    row.peak_bytes = peaks.ledger.total.peak;
+    row.activation_bytes = peaks.ledger.total.peak.saturating_sub(resident);
+    row.peers = turns.peers;
+    let tags = MemoryTag::ALL.map(|tag| (tag.name().to_owned(), json!(peaks.ledger.tag(tag).peak)));
+    let details = &mut row.details;
+    details.insert("peak_bytes_by_tag".into(), Value::Object(Map::from_iter(tags)));
+    details.insert("driver_bytes".into(), json!(peaks.driver));
+    details.insert("driver_bytes_with_text_encoder".into(), json!(driver_resident));
+    details.insert("compared_ms".into(), json!(median(&turns.ours)));
+    let parts: Vec<(&str, Timing)> = PARTS
+        .iter()
+        .enumerate()
+        .map(|(index, part)| (*part, Timing::of(samples.iter().map(|sample| sample[index]).collect())))
+        .collect();
+    let by_name = parts.iter().map(|(part, timing)| ((*part).to_owned(), json!(timing)));
+    details.insert("parts".into(), Value::Object(Map::from_iter(by_name)));
+    bench.add(row)?;
+    let line: Vec<String> = parts
+        .iter()
+        .map(|(part, timing)| format!("{part} {}", milliseconds(timing.milliseconds)))
+        .collect();
+    bench.say(&format!("  {}", line.join(", ")))?;
+    if let Some(driver) = peaks.driver {
+        let resident = driver_resident.map_or_else(String::new, format_bytes);
+        bench.say(&format!(
+            "  the driver counts {}, with the text encoder resident {resident}",
+            format_bytes(driver)
+        ))?;
+    }
+    Ok(())
+}
+
+/// The milliseconds of the parts that the peer does too.
+fn compared(parts: &Parts) -> f64 {
+    let compared = PARTS.iter().zip(parts).filter(|(name, _)| COMPARED.contains(name));
+    compared.map(|(_, milliseconds)| milliseconds).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peer_is_compared_with_its_own_parts() {
+        assert_eq!(compared(&[1.0, 2.0, 4.0, 8.0, 16.0, 32.0]), 28.0);
+    }
+}

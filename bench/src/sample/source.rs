@@ -1,0 +1,192 @@
+//! What a picture is drawn with: a model's files, or random weights of the published sizes.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use flate2::read::GzDecoder;
+use l2p_engine::Device;
+use l2p_engine::checkpoint::{Checkpoint, HeadLayout, ModelPaths, Transformer};
+use l2p_engine::device::MemoryTag;
+use l2p_engine::model::config::{DitConfig, TextConfig, VaeConfig};
+use l2p_engine::model::dit::Dit;
+use l2p_engine::model::text::TextEncoder;
+use l2p_engine::model::vae::VaeDecoder;
+use l2p_engine::text::PromptTokenizer;
+
+use crate::params::RandomParams;
+use crate::published::{self, Model};
+
+/// A model whose parts can be brought to a device.
+pub struct Source {
+    /// The transformer's sizes.
+    pub config: DitConfig,
+    /// A latent model's autoencoder.
+    pub vae: Option<VaeConfig>,
+    /// Pixels of a bottleneck's pixel, of a pixel model.
+    downsampling: usize,
+    text: TextConfig,
+    parts: Parts,
+}
+
+enum Parts {
+    Random {
+        seed: u64,
+        head: Option<HeadLayout>,
+    },
+    Files {
+        paths: ModelPaths,
+        transformer: Transformer,
+    },
+}
+
+impl Source {
+    /// Random weights.
+    pub fn random(model: &Model, seed: u64, tiny: bool) -> Self {
+        Source {
+            config: model.config.clone(),
+            vae: model.vae.clone(),
+            downsampling: model.head.as_ref().map_or(1, HeadLayout::downsampling),
+            text: published::text(tiny.then_some(model.config.caption_width)),
+            parts: Parts::Random {
+                seed,
+                head: model.head.clone(),
+            },
+        }
+    }
+
+    /// A model's files.
+    ///
+    /// # Errors
+    /// When a part is missing or damaged.
+    pub fn files(paths: ModelPaths) -> anyhow::Result<Self> {
+        let transformer = paths.open_transformer()?;
+        let vae = match transformer.head {
+            Some(_) => None,
+            None => Some(VaeConfig::read(paths.vae()?)?),
+        };
+        Ok(Source {
+            config: transformer.config.clone(),
+            vae,
+            downsampling: transformer.head.as_ref().map_or(1, HeadLayout::downsampling),
+            text: TextConfig::read(paths.text_encoder()?)?,
+            parts: Parts::Files { paths, transformer },
+        })
+    }
+
+    /// Sides of a picture are multiples of this many pixels.
+    pub fn size_multiple(&self) -> usize {
+        let patch = self.config.patch * self.vae.as_ref().map_or(1, VaeConfig::downsampling);
+        // Powers of two, but for the model for 10K, whose patch of 160 is no multiple of its downsampling of 64.
+        match patch.is_multiple_of(self.downsampling) {
+            true => patch,
+            false => patch * self.downsampling,
+        }
+    }
+
+    /// The tokenizer: the model's own; for random weights that of Qwen3.
+    ///
+    /// # Errors
+    /// When it is not found or damaged.
+    pub fn tokenizer(&self, given: Option<&Path>) -> anyhow::Result<PromptTokenizer> {
+        Ok(match (&self.parts, given) {
+            (_, Some(folder)) => PromptTokenizer::open(folder)?,
+            (Parts::Files { paths, .. }, None) => PromptTokenizer::open(paths.tokenizer()?)?,
+            (Parts::Random { .. }, None) => qwen3()?,
+        })
+    }
+
+    /// The ids as the text encoder takes them: the small encoder of random weights knows fewer.
+    pub fn fit(&self, ids: Vec<u32>) -> Vec<u32> {
+        match self.parts {
+            Parts::Files { .. } => ids,
+            Parts::Random { .. } => ids.into_iter().map(|id| id % self.text.vocabulary as u32).collect(),
+        }
+    }
+
+    /// The text encoder on the device.
+    ///
+    /// # Errors
+    /// When it is missing or damaged, or the device has no room.
+    pub fn text(&self, device: &Device) -> anyhow::Result<TextEncoder> {
+        let _tag = MemoryTag::Weights.scope();
+        Ok(match &self.parts {
+            Parts::Random { seed, .. } => {
+                TextEncoder::load(&RandomParams::text(*seed, &self.text), device, &self.text)?
+            }
+            Parts::Files { paths, .. } => {
+                let checkpoint = Checkpoint::open_text_encoder(paths.text_encoder()?)?;
+                TextEncoder::load(&checkpoint, device, &self.text)?
+            }
+        })
+    }
+
+    /// The transformer on the device.
+    ///
+    /// # Errors
+    /// When it is damaged, or the device has no room.
+    pub fn dit(&self, device: &Device) -> anyhow::Result<Dit> {
+        let loaded = &mut |_, _| Ok(());
+        Ok(match &self.parts {
+            Parts::Random { seed, head } => {
+                let params = RandomParams::transformer(*seed, &self.config, head.as_ref());
+                Dit::load(&params, device, &self.config, loaded)?
+            }
+            Parts::Files { transformer, .. } => Dit::load(&transformer.checkpoint, device, &self.config, loaded)?,
+        })
+    }
+
+    /// A latent model's decoder on the device.
+    ///
+    /// # Errors
+    /// When it is missing or damaged, or the device has no room.
+    pub fn decoder(&self, device: &Device) -> anyhow::Result<Option<VaeDecoder>> {
+        let Some(config) = &self.vae else { return Ok(None) };
+        let _tag = MemoryTag::Weights.scope();
+        Ok(Some(match &self.parts {
+            Parts::Random { seed, .. } => VaeDecoder::load(&RandomParams::vae(*seed, config), device, config)?,
+            Parts::Files { paths, .. } => VaeDecoder::load(&Checkpoint::open_plain(paths.vae()?)?, device, config)?,
+        }))
+    }
+}
+
+/// Qwen3's tokenizer, which the fixtures hold packed.
+fn qwen3() -> anyhow::Result<PromptTokenizer> {
+    const NAME: &str = "tokenizer-qwen3";
+    let places: Vec<PathBuf> = match std::env::var_os("L2P_FIXTURES") {
+        Some(folder) => vec![folder.into()],
+        None => {
+            let bundled = std::env::current_exe()
+                .ok()
+                .and_then(|program| Some(program.parent()?.parent()?.join("fixtures")));
+            let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
+            bundled.into_iter().chain([source]).collect()
+        }
+    };
+    let found = places
+        .iter()
+        .map(|place| place.join(NAME))
+        .find(|folder| folder.is_dir());
+    let packed = found.with_context(|| {
+        let places: Vec<String> = places.iter().map(|place| place.display().to_string()).collect();
+        format!(
+            "there is no {NAME} in {}: name a tokenizer's folder with --tokenizer, or the fixtures' in L2P_FIXTURES",
+            places.join(" or ")
+        )
+    })?;
+    let folder = tempfile::tempdir()?;
+    let read = |name: &str| {
+        let path = packed.join(name);
+        std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
+    };
+    let mut text = Vec::new();
+    GzDecoder::new(&read("tokenizer.json.gz")?[..])
+        .read_to_end(&mut text)
+        .with_context(|| format!("cannot unpack {}/tokenizer.json.gz", packed.display()))?;
+    std::fs::write(folder.path().join("tokenizer.json"), text)?;
+    std::fs::write(
+        folder.path().join("tokenizer_config.json"),
+        read("tokenizer_config.json")?,
+    )?;
+    Ok(PromptTokenizer::open(folder.path())?)
+}

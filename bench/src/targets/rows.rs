@@ -1,0 +1,510 @@
+//! The rows of the target table, each from the measurements of the benchmarks.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::plan::Sizes;
+use crate::record::{PeerTime, Record, Row};
+
+/// Measurements by the name of the benchmark's part; see [`super::plan::PARTS`].
+pub type Measurements = BTreeMap<String, Record>;
+
+/// One row of the table.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TargetRow {
+    /// What is measured; also the key of its reason.
+    pub name: String,
+    /// Our figure.
+    pub ours: f64,
+    /// The figure of what it is compared with; `None` for a target of its own.
+    pub peer: Option<f64>,
+    /// What it is compared with.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub against: Option<String>,
+    /// Of both figures.
+    pub unit: String,
+    /// What the target is about: ours over the peer's, unless the name says otherwise.
+    pub ratio: Option<f64>,
+    /// As it is written in the table.
+    pub target: String,
+    /// Whether it is reached.
+    pub pass: bool,
+    /// What there is to know about it; of a miss, the reason found.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<String>,
+}
+
+/// What a figure must be.
+#[derive(Clone, Copy, Debug)]
+enum Bound {
+    AtMost(f64),
+    AtLeast(f64),
+}
+
+impl Bound {
+    fn holds(self, value: f64) -> bool {
+        match self {
+            Bound::AtMost(bound) => value <= bound,
+            Bound::AtLeast(bound) => value >= bound,
+        }
+    }
+
+    fn text(self) -> String {
+        match self {
+            Bound::AtMost(bound) => format!("≤ {bound}"),
+            Bound::AtLeast(bound) => format!("≥ {bound}"),
+        }
+    }
+}
+
+/// Ours and the peer's figure, the latter with its name.
+struct Pair {
+    ours: f64,
+    peer: Option<(String, f64)>,
+}
+
+impl TargetRow {
+    /// A target for the ratio of ours to the peer's figure; without a peer it is missed.
+    fn ratio(name: impl Into<String>, unit: &str, pair: Pair, bound: Bound) -> Self {
+        let ratio = pair.peer.as_ref().map(|(_, peer)| pair.ours / peer);
+        let (against, peer) = pair.peer.unzip();
+        TargetRow {
+            name: name.into(),
+            ours: pair.ours,
+            peer,
+            reason: peer.is_none().then(|| "the peer was not measured".to_owned()),
+            against,
+            unit: unit.into(),
+            target: format!("ratio {}", bound.text()),
+            pass: ratio.is_some_and(|ratio| bound.holds(ratio)),
+            ratio,
+        }
+    }
+
+    /// A target for our own figure.
+    fn own(name: impl Into<String>, unit: &str, pair: Pair, bound: Bound) -> Self {
+        let of_ratio = Self::ratio(name, unit, pair, bound);
+        TargetRow {
+            target: format!("{} {unit}", bound.text()).trim().to_owned(),
+            pass: bound.holds(of_ratio.ours),
+            reason: None,
+            ..of_ratio
+        }
+    }
+}
+
+/// A GB is 10⁹ bytes.
+fn gigabytes(bytes: u64) -> f64 {
+    bytes as f64 / 1e9
+}
+
+/// The rows that follow from what was measured, in the table's order.
+pub fn rows(measured: &Measurements, sizes: &Sizes) -> Vec<TargetRow> {
+    let mut rows = Vec::new();
+    let part = |name: &str| measured.get(name);
+    if let Some(record) = part("attention") {
+        rows.extend(sizes.tokens.iter().filter_map(|&tokens| attention(record, tokens)));
+    }
+    if let Some(record) = part("elementwise") {
+        let step = part("step-4k").and_then(|record| record.row("pixel-4k"));
+        rows.extend(record.rows.iter().map(|row| elementwise(record, row, step)));
+    }
+    if let Some(record) = part("products") {
+        rows.extend(record.rows.iter().map(product));
+    }
+    if let Some(record) = part("head") {
+        rows.extend(record.row("head-4k").map(|row| head_time(row, "4K", 0.35)));
+        rows.extend(record.row("head-4k").map(head_memory));
+        rows.extend(record.row("head-1k").map(|row| head_time(row, "1K", 0.70)));
+    }
+    let step_4k = part("step-4k").and_then(|record| record.row("pixel-4k"));
+    let step_1k = part("step-1k").and_then(|record| record.row("pixel-1k"));
+    let latent = part("latent-4k");
+    let latent_step = latent.and_then(|record| record.row("latent-4k"));
+    let decode = latent.and_then(|record| record.row("latent-4k-decode"));
+    rows.extend(step_4k.map(|row| step(row, "4K")));
+    rows.extend(step_4k.zip(latent_step).map(|(ours, latent)| speed_up(ours, latent)));
+    rows.extend(step_1k.map(|row| step(row, "1K")));
+    rows.extend(step_4k.into_iter().flat_map(submission));
+    let sample = part("sample").and_then(|record| record.row("sample-pixel-4k"));
+    if let Some(sample) = sample {
+        rows.extend(memory(sample, latent_step, decode));
+    }
+    rows.extend(latent_step.map(|row| {
+        let pair = times(row, eager(row));
+        TargetRow::ratio("latent 4K step", "ms", pair, Bound::AtMost(1.0))
+    }));
+    if let Some(row) = decode {
+        rows.push(TargetRow::ratio(
+            "VAE decode 4096²",
+            "ms",
+            times(row, eager(row)),
+            Bound::AtMost(1.0),
+        ));
+        let peer = eager(row).and_then(|peer| Some((described(peer), gigabytes(peer.activation_bytes?))));
+        let pair = Pair {
+            ours: gigabytes(row.activation_bytes),
+            peer,
+        };
+        rows.push(TargetRow::ratio(
+            "VAE decode 4096², activations",
+            "GB",
+            pair,
+            Bound::AtMost(0.5),
+        ));
+    }
+    if let Some(sample) = sample {
+        let steps = sample.inputs["steps"].as_u64().unwrap_or_default();
+        let pair = Pair {
+            ours: sample.timing.milliseconds / 1e3,
+            peer: None,
+        };
+        let name = format!("{steps} steps of 4K, prompt to PNG, model resident");
+        rows.push(TargetRow::own(name, "s", pair, Bound::AtMost(1.1)));
+    }
+    rows
+}
+
+fn described(peer: &PeerTime) -> String {
+    format!("PyTorch, {}", peer.name)
+}
+
+/// Our time and that of a peer.
+fn times(row: &Row, peer: Option<&PeerTime>) -> Pair {
+    Pair {
+        ours: row.timing.milliseconds,
+        peer: peer.map(|peer| (described(peer), peer.timing.milliseconds)),
+    }
+}
+
+/// Our rate of products and that of a peer for the same work.
+fn rates(row: &Row, peer: Option<&PeerTime>) -> Pair {
+    let rate = |milliseconds: f64| row.work.flops as f64 / milliseconds / 1e9;
+    Pair {
+        ours: row.tflops,
+        peer: peer.map(|peer| (described(peer), rate(peer.timing.milliseconds))),
+    }
+}
+
+/// The fastest of the peers whose name begins so.
+fn peer<'a>(row: &'a Row, name: &str) -> Option<&'a PeerTime> {
+    let named = row
+        .peers
+        .iter()
+        .filter(|peer| peer.failure.is_none() && peer.name.starts_with(name));
+    named.min_by(|a, b| a.timing.milliseconds.total_cmp(&b.timing.milliseconds))
+}
+
+fn compiled(row: &Row) -> Option<&PeerTime> {
+    peer(row, "compiled")
+}
+
+fn eager(row: &Row) -> Option<&PeerTime> {
+    peer(row, "eager")
+}
+
+fn attention(record: &Record, tokens: usize) -> Option<TargetRow> {
+    let row = record.row(&format!("attention-{tokens}-auto"))?;
+    let name = format!("attention forward, L = {tokens}");
+    Some(TargetRow::ratio(
+        name,
+        "TFLOP/s",
+        rates(row, peer(row, "cudnn")),
+        Bound::AtLeast(1.0),
+    ))
+}
+
+/// An operation that moves memory, against the copy. One that the step no longer runs, since its neighbour does it, counts as
+/// reached.
+fn elementwise(record: &Record, row: &Row, step: Option<&Row>) -> TargetRow {
+    let pair = Pair {
+        ours: row.terabytes_per_second,
+        peer: Some(("copy".into(), record.ceilings.bytes_per_second / 1e12)),
+    };
+    let mut target = TargetRow::ratio(format!("{}, rate", row.name), "TB/s", pair, Bound::AtLeast(0.85));
+    let operations = step.and_then(|step| step.details.get("operations")?["operations"].as_array());
+    let fused = operations.is_some_and(|found| !found.is_empty() && found.iter().all(|op| op["name"] != *row.name));
+    if fused {
+        target.target = format!("{}, or gone into a neighbour", target.target);
+        target.pass = true;
+        target.reason = Some("gone into its neighbour: the 4K step does not run it".into());
+    }
+    target
+}
+
+fn product(row: &Row) -> TargetRow {
+    let inputs = &row.inputs;
+    let shape = [&inputs["m"], &inputs["n"], &inputs["k"]].map(|extent| extent.as_u64().unwrap_or_default());
+    let [m, n, k] = shape;
+    let name = format!("product {}, {m} x {n} x {k}", row.name.trim_start_matches("gemm-"));
+    TargetRow::ratio(name, "TFLOP/s", rates(row, row.best_peer()), Bound::AtLeast(0.98))
+}
+
+fn head_time(row: &Row, size: &str, bound: f64) -> TargetRow {
+    let name = format!("Detailer Head {size}");
+    TargetRow::ratio(name, "ms", times(row, compiled(row)), Bound::AtMost(bound))
+}
+
+fn head_memory(row: &Row) -> TargetRow {
+    let peer = compiled(row).and_then(|peer| Some((described(peer), gigabytes(peer.activation_bytes?))));
+    let pair = Pair {
+        ours: gigabytes(row.activation_bytes),
+        peer,
+    };
+    TargetRow::own("Detailer Head 4K, activations", "GB", pair, Bound::AtMost(0.8))
+}
+
+fn step(row: &Row, size: &str) -> TargetRow {
+    let name = format!("whole {size} step");
+    TargetRow::ratio(name, "ms", times(row, compiled(row)), Bound::AtMost(0.85))
+}
+
+/// How many of our pixel steps PyTorch's latent step takes.
+fn speed_up(ours: &Row, latent: &Row) -> TargetRow {
+    let mut row = TargetRow::ratio(
+        "whole 4K step, speed-up over the latent one",
+        "ms",
+        times(ours, peer(latent, "eager, cudnn")),
+        Bound::AtMost(f64::INFINITY),
+    );
+    row.against = row.against.map(|against| format!("latent step, {against}"));
+    row.ratio = row.ratio.map(|ratio| 1.0 / ratio);
+    let bound = Bound::AtLeast(60.0);
+    row.target = format!("peer / ours {}", bound.text());
+    row.pass = row.ratio.is_some_and(|ratio| bound.holds(ratio));
+    row
+}
+
+/// What submitting a step costs the host, and the share of it in which the GPU does nothing.
+fn submission(row: &Row) -> Vec<TargetRow> {
+    let number = |key: &str| row.details.get(key).and_then(serde_json::Value::as_f64);
+    let own = |name: &str, unit: &str, ours: f64, bound: f64| {
+        TargetRow::own(name, unit, Pair { ours, peer: None }, Bound::AtMost(bound))
+    };
+    let host = number("host_ms").map(|host| own("4K step, host time", "ms", host, 1.0));
+    let idle = number("idle").map(|idle| own("4K step, GPU idle", "%", 100.0 * idle, 1.0));
+    host.into_iter().chain(idle).collect()
+}
+
+/// Memory of sampling: as the driver counts it, against the latent baseline, and how much of it the pool's own count explains.
+fn memory(sample: &Row, latent_step: Option<&Row>, decode: Option<&Row>) -> Vec<TargetRow> {
+    let Some(driver) = sample.details.get("driver_bytes").and_then(serde_json::Value::as_u64) else {
+        return Vec::new();
+    };
+    let ours = gigabytes(driver);
+    let name = "4K sampling, peak as the driver counts it";
+    let mut rows = vec![TargetRow::own(
+        name,
+        "GB",
+        Pair { ours, peer: None },
+        Bound::AtMost(14.5),
+    )];
+    // Its tensors alone, without context and cache: what counts against us.
+    let phases = [(latent_step, "latent step"), (decode, "VAE decode beside the transformer")];
+    let peaks = phases.into_iter().filter_map(|(row, phase)| {
+        let peer = eager(row?)?;
+        Some((format!("{phase}, tensors of {}", described(peer)), gigabytes(peer.peak_bytes?)))
+    });
+    if let Some(largest) = peaks.max_by(|a, b| a.1.total_cmp(&b.1)) {
+        rows.push(TargetRow::ratio(
+            "4K sampling, peak against the latent baseline's",
+            "GB",
+            Pair {
+                ours,
+                peer: Some(largest),
+            },
+            Bound::AtMost(0.28),
+        ));
+    }
+    let unexplained = Pair {
+        ours: ours - gigabytes(sample.peak_bytes),
+        peer: None,
+    };
+    rows.push(TargetRow::own(
+        "4K sampling, driver's count less the pool's",
+        "GB",
+        unexplained,
+        Bound::AtMost(0.5),
+    ));
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::environment::Environment;
+    use crate::record::Timing;
+    use l2p_engine::ceilings::Ceilings;
+    use l2p_engine::profile::Work;
+    use serde_json::{Value, json};
+
+    fn record(rows: Vec<Row>) -> Record {
+        Record {
+            bench: "b".into(),
+            environment: Environment {
+                gpu: "NVIDIA H200".into(),
+                driver: "1".into(),
+                commit: "c".into(),
+                date: "2026-01-01T00:00:00Z".into(),
+            },
+            torch: Some("2".into()),
+            ceilings: ceilings(),
+            rows,
+        }
+    }
+
+    fn ceilings() -> Ceilings {
+        Ceilings {
+            bytes_per_second: 4e12,
+            flops_per_second: 800e12,
+            copy_bytes: 1,
+            product_size: 1,
+        }
+    }
+
+    fn row(name: &str, ms: f64, work: Work, peers: &[(&str, f64, u64)]) -> Row {
+        let inputs = json!({"m": 1, "n": 2, "k": 3, "steps": 8});
+        let mut row = Row::new(name, inputs, Timing::of(vec![ms]), work, &ceilings()).checked(0.0, 1.0);
+        row.peers = peers
+            .iter()
+            .map(|&(name, ms, bytes)| PeerTime {
+                name: name.into(),
+                timing: Timing::of(vec![ms]),
+                ratio: None,
+                peak_bytes: Some(bytes),
+                activation_bytes: Some(bytes),
+                driver_bytes: None,
+                failure: None,
+            })
+            .collect();
+        row
+    }
+
+    fn flops(flops: u64) -> Work {
+        Work { flops, bytes: 0 }
+    }
+
+    fn found<'a>(rows: &'a [TargetRow], name: &str) -> &'a TargetRow {
+        let row = rows.iter().find(|row| row.name.starts_with(name));
+        row.unwrap_or_else(|| panic!("no row {name}: {rows:#?}"))
+    }
+
+    fn everything() -> Measurements {
+        let nothing = Work::default();
+        let mut step = row(
+            "pixel-4k",
+            93.0,
+            nothing,
+            &[("eager, cudnn", 180.0, 0), ("compiled, cudnn", 110.0, 0)],
+        );
+        step.details.insert("host_ms".into(), json!(0.25));
+        step.details.insert("idle".into(), json!(0.02));
+        let op = json!({"operations": [{"name": "linear"}, {"name": "rms_norm"}]});
+        step.details.insert("operations".into(), op);
+        let mut sample = row("sample-pixel-4k", 1050.0, nothing, &[]);
+        sample.peak_bytes = 13_900_000_000;
+        sample
+            .details
+            .insert("driver_bytes".into(), Value::from(14_200_000_000u64));
+        let moving = Work {
+            flops: 0,
+            bytes: 3_000_000_000,
+        };
+        let mut decode = row("latent-4k-decode", 2000.0, nothing, &[("eager", 2900.0, 53_000_000_000)]);
+        decode.activation_bytes = 30_000_000_000;
+        let parts = [
+            (
+                "attention",
+                vec![row(
+                    "attention-4192-auto",
+                    1.0,
+                    flops(700_000_000_000),
+                    &[("cudnn", 1.25, 0), ("flash", 2.0, 0)],
+                )],
+            ),
+            (
+                "elementwise",
+                vec![row("swiglu", 1.0, moving, &[]), row("rms_norm", 1.0, moving, &[])],
+            ),
+            (
+                "products",
+                vec![row(
+                    "gemm-qkv",
+                    1.0,
+                    flops(700_000_000_000),
+                    &[("linear", 0.99, 0), ("mm", 0.97, 0)],
+                )],
+            ),
+            (
+                "head",
+                vec![
+                    row("head-1k", 1.4, nothing, &[("eager", 1.0, 0), ("compiled", 3.0, 0)]),
+                    row("head-4k", 3.5, nothing, &[("compiled", 15.0, 5_000_000_000)]),
+                ],
+            ),
+            ("step-4k", vec![step]),
+            ("step-1k", vec![row("pixel-1k", 90.0, nothing, &[])]),
+            (
+                "latent-4k",
+                vec![
+                    row(
+                        "latent-4k",
+                        5000.0,
+                        nothing,
+                        &[("eager, cudnn", 5600.0, 21_000_000_000)],
+                    ),
+                    decode,
+                ],
+            ),
+            ("sample", vec![sample]),
+        ];
+        parts
+            .into_iter()
+            .map(|(name, rows)| (name.to_owned(), record(rows)))
+            .collect()
+    }
+
+    #[test]
+    fn rows_compare_with_the_peers_that_the_targets_name() {
+        let rows = rows(&everything(), &Sizes::published());
+        for (name, ratio, pass) in [
+            ("attention forward, L = 4192", Some(1.25), true),
+            ("swiglu", Some(0.75), true),
+            ("rms_norm", Some(0.75), false),
+            ("product qkv, 1 x 2 x 3", Some(0.97), false),
+            ("Detailer Head 4K", Some(3.5 / 15.0), true),
+            ("Detailer Head 1K", Some(1.4 / 3.0), true),
+            ("whole 4K step", Some(93.0 / 110.0), true),
+            ("whole 4K step, speed-up", Some(5600.0 / 93.0), true),
+            ("whole 1K step", None, false),
+            ("4K step, host time", None, true),
+            ("4K step, GPU idle", None, false),
+            ("4K sampling, peak as the driver", None, true),
+            ("4K sampling, peak against", Some(14.2 / 53.0), true),
+            ("4K sampling, driver's count less", None, true),
+            ("latent 4K step", Some(5.0 / 5.6), true),
+            ("VAE decode 4096²", Some(20.0 / 29.0), true),
+            ("VAE decode 4096², activations", Some(30.0 / 53.0), false),
+            ("8 steps of 4K", None, true),
+        ] {
+            let row = found(&rows, name);
+            match (row.ratio, ratio) {
+                (Some(a), Some(b)) => assert!((a - b).abs() < 1e-9, "{row:#?}"),
+                (a, b) => assert_eq!(a, b, "{row:#?}"),
+            }
+            assert_eq!(row.pass, pass, "{row:#?}");
+        }
+        let activations = found(&rows, "Detailer Head 4K, activations");
+        assert!(activations.pass && activations.target == "≤ 0.8 GB", "{activations:#?}");
+    }
+
+    #[test]
+    fn what_was_not_measured_makes_no_row() {
+        assert!(rows(&Measurements::new(), &Sizes::published()).is_empty());
+        let mut measured = everything();
+        measured.remove("latent-4k");
+        let rows = rows(&measured, &Sizes::published());
+        assert!(rows.iter().all(|row| !row.name.contains("latent")), "{rows:#?}");
+    }
+}
