@@ -17,4 +17,5 @@ pub mod record;
 pub mod runner;
 pub mod sample;
 pub mod step;
+pub mod targets;
 pub mod timing;

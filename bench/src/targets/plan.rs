@@ -110,7 +110,11 @@ impl Part {
             "products" => (Vec::new(), vec!["--shape=qkv=64x48x32", "--shape=out=64x48x32"], 15),
             "head" => (vec!["--heads=1k,4k".into()], vec!["--tiny"], 10),
             "latent-4k" => (vec!["--model=latent-4k".into()], vec!["--tiny"], 3),
-            step => (vec![format!("--model={}", step.replace("step", "pixel"))], vec!["--tiny"], 10),
+            step => (
+                vec![format!("--model={}", step.replace("step", "pixel"))],
+                vec!["--tiny"],
+                10,
+            ),
         };
         if sizes.tiny {
             // Later arguments would be refused as repeated.
@@ -143,7 +147,9 @@ mod tests {
 
     #[test]
     fn parts_say_what_to_run() {
-        let step = Part::named("step-4k").unwrap().arguments(&Sizes::published(), true, None);
+        let step = Part::named("step-4k")
+            .unwrap()
+            .arguments(&Sizes::published(), true, None);
         assert_eq!(
             step,
             ["--model=pixel-4k", "--repeats=10", "--peer", "--peer-compile=default"]

@@ -301,10 +301,16 @@ fn memory(sample: &Row, latent_step: Option<&Row>, decode: Option<&Row>) -> Vec<
         Bound::AtMost(14.5),
     )];
     // Its tensors alone, without context and cache: what counts against us.
-    let phases = [(latent_step, "latent step"), (decode, "VAE decode beside the transformer")];
+    let phases = [
+        (latent_step, "latent step"),
+        (decode, "VAE decode beside the transformer"),
+    ];
     let peaks = phases.into_iter().filter_map(|(row, phase)| {
         let peer = eager(row?)?;
-        Some((format!("{phase}, tensors of {}", described(peer)), gigabytes(peer.peak_bytes?)))
+        Some((
+            format!("{phase}, tensors of {}", described(peer)),
+            gigabytes(peer.peak_bytes?),
+        ))
     });
     if let Some(largest) = peaks.max_by(|a, b| a.1.total_cmp(&b.1)) {
         rows.push(TargetRow::ratio(
@@ -411,7 +417,12 @@ mod tests {
             flops: 0,
             bytes: 3_000_000_000,
         };
-        let mut decode = row("latent-4k-decode", 2000.0, nothing, &[("eager", 2900.0, 53_000_000_000)]);
+        let mut decode = row(
+            "latent-4k-decode",
+            2000.0,
+            nothing,
+            &[("eager", 2900.0, 53_000_000_000)],
+        );
         decode.activation_bytes = 30_000_000_000;
         let parts = [
             (
