@@ -1,10 +1,10 @@
 """Checks every component at its published size against PyTorch and writes the parity record.
 
-    python bench/peers/parity.py --programs bundle/bin --fixtures tests/fixtures --work /tmp/parity --out parity.json
+    python bench/peers/parity.py --programs target/release --work /tmp/parity
 
 For each component `full_size.py` makes random weights, inputs, the f32 reference and PyTorch's own bf16 run; `bench-parity`
 then loads the same files. A row passes when our error is at most 1.25 times PyTorch's bf16 error. A component's files are
-removed before the next one's are made.
+removed before the next one's are made. The record is bench/results/GPU/parity.json, where bench-report finds it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,9 @@ COMPONENTS = {
     "pixel-4k": "dit",
 }
 LARGEST_RATIO = 1.25
+
+#: The source tree, or a bundle.
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def model_path(folder: Path) -> Path:
@@ -101,12 +105,18 @@ def environment(arguments: argparse.Namespace) -> dict:
     return {"gpu": gpu, "driver": driver, "commit": commit, "date": date}
 
 
+def folder_of(gpu: str) -> str:
+    """A GPU's name as a folder, as bench/src/environment.rs has it: the word with a digit in it, `h200` for `NVIDIA H200`."""
+    words = re.findall(r"[a-z0-9]+", gpu.lower())
+    return next((word for word in words if re.search(r"\d", word)), "-".join(words))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", type=Path, required=True, help="folder with bench-parity")
-    parser.add_argument("--fixtures", type=Path, required=True, help="folder with full_size.py")
+    parser.add_argument("--fixtures", type=Path, default=ROOT / "tests/fixtures", help="folder with full_size.py")
     parser.add_argument("--work", type=Path, required=True, help="folder for weights and references (14 GB)")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="the record [default: bench/results/GPU/parity.json]")
     parser.add_argument("--component", choices=COMPONENTS, action="append", help="repeatable; all by default")
     parser.add_argument("--keep", choices=COMPONENTS, action="append", default=[], help="leave its files; repeatable")
     parser.add_argument("--repeats", type=int, default=10)
@@ -114,6 +124,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU, to try this script")
     arguments = parser.parse_args()
 
+    where = environment(arguments)
+    out = arguments.out or ROOT / "bench/results" / folder_of(where["gpu"]) / "parity.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for component in arguments.component or COMPONENTS:
         start = time.perf_counter()
@@ -123,7 +136,7 @@ def main() -> None:
         if component not in arguments.keep:
             shutil.rmtree(arguments.work / component)
         print(f"{component}: reference {made - start:.1f} s, ours {time.perf_counter() - made:.1f} s", flush=True)
-        arguments.out.write_text(json.dumps({**environment(arguments), "rows": rows}, indent=1) + "\n")
+        out.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")
     print(f"{'component':<11}{'ours':>11}{'PyTorch':>11}{'ratio':>7}{'ours ms':>10}{'PyTorch ms':>12}{'ours GB':>9}{'PyTorch GB':>12}")
     for line in rows:
         if line["ours_error"] is None:

@@ -14,6 +14,7 @@ pub mod parity;
 pub mod peer;
 pub mod published;
 pub mod record;
+pub mod report;
 pub mod runner;
 pub mod sample;
 pub mod step;

@@ -292,6 +292,7 @@ fn say_details(
     let idle = match (idle, reason) {
         (Some(idle), _) => percent(idle),
         (None, Some(reason)) => format!("not known: {reason}"),
+        (None, None) if driver.is_none() => return Ok(()),
         (None, None) => "not traced".to_owned(),
     };
     let host = host.map_or_else(String::new, |host| format!("host {host:.3} ms, "));
