@@ -266,6 +266,7 @@ impl TrainableDit {
             &mut self.slots.iter_mut().flatten().collect::<Vec<_>>(),
             learning_rate,
         )?;
+        self.dit.rearrange()?;
         Ok(StepNorm { values })
     }
 
@@ -353,7 +354,7 @@ impl TrainableDit {
             }
         }
         self.optimizer.set_steps(steps);
-        Ok(())
+        self.dit.rearrange()
     }
 
     /// Overwrites elements of a parameter, rounded to the compute type.
