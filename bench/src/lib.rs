@@ -16,3 +16,4 @@ pub mod record;
 pub mod runner;
 pub mod step;
 pub mod timing;
+pub mod train;

@@ -291,6 +291,15 @@ impl TrainableDit {
         tensors.collect()
     }
 
+    /// The tensors that no step changes, as they lie on the device, each under the canonical name of the first that it is made of.
+    pub fn frozen(&self) -> Vec<(String, Tensor)> {
+        let all = self.parameters.iter().zip(self.dit.listed()).zip(&self.slots);
+        let frozen = all.filter(|(_, slot)| slot.is_none());
+        frozen
+            .map(|((parameter, weight), _)| (parameter.parts[0].name.clone(), weight.clone()))
+            .collect()
+    }
+
     /// The elements of all trained tensors.
     pub fn trained_parameters(&self) -> u64 {
         self.trained
