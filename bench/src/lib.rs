@@ -20,3 +20,4 @@ pub mod sample;
 pub mod step;
 pub mod targets;
 pub mod timing;
+pub mod train;

@@ -1,5 +1,7 @@
 //! One component of a model, run on given inputs and compared with a reference.
 
+mod gradient;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -13,6 +15,7 @@ use l2p_engine::model::vae::VaeDecoder;
 use l2p_engine::{Device, Error, Result, Tensor};
 use serde::Serialize;
 
+pub use self::gradient::{Steps, Training, check_gradients};
 use crate::timing::samples;
 
 /// What can be checked.
@@ -92,6 +95,26 @@ impl Io<'_> {
         }
     }
 
+    /// The times `t` and the captions `cap.0`, `cap.1`, … `[1, tokens, width]` in the compute type, for `batch` images.
+    fn conditions(&mut self, batch: usize, device: &Device) -> Result<(Vec<f32>, Vec<Tensor>)> {
+        let times = self.take("t", 1)?.values;
+        let mut captions = Vec::new();
+        while self.values.contains_key(&format!("cap.{}", captions.len())) {
+            let caption = self.take(&format!("cap.{}", captions.len()), 2)?;
+            let shape = [1, caption.shape[0], caption.shape[1]];
+            captions.push(Tensor::from_f32(device, &caption.values, shape)?);
+        }
+        if captions.len() != batch || times.len() != batch {
+            let found = format!(
+                "{} captions and {} times for {batch} images",
+                captions.len(),
+                times.len()
+            );
+            return Err(Error::file(self.path, format!("holds {found}")));
+        }
+        Ok((times, captions))
+    }
+
     /// Compares a found image `[B, H, W, C]` with expected planes.
     fn compare_image(&mut self, name: &str, found: &Tensor) -> Result<Comparison> {
         let [batch, height, width, channels] = [found.dim(0), found.dim(1), found.dim(2), found.dim(3)];
@@ -162,25 +185,7 @@ fn check_dit(model: &Path, io: &mut Io<'_>, device: &Device, repeats: usize) -> 
     let transformer = ModelPaths::resolve(model, &PathOverrides::default())?.open_transformer()?;
     let dit = Dit::load(&transformer.checkpoint, device, &transformer.config, &mut |_, _| Ok(()))?;
     let x = io.image("x", device, false)?;
-    let times = io.take("t", 1)?.values;
-    let mut captions = Vec::new();
-    while io.values.contains_key(&format!("cap.{}", captions.len())) {
-        let caption = io.take(&format!("cap.{}", captions.len()), 2)?;
-        captions.push(Tensor::from_f32(
-            device,
-            &caption.values,
-            [1, caption.shape[0], caption.shape[1]],
-        )?);
-    }
-    if captions.len() != x.dim(0) || times.len() != x.dim(0) {
-        let found = format!(
-            "{} captions and {} times for {} images",
-            captions.len(),
-            times.len(),
-            x.dim(0)
-        );
-        return Err(Error::file(io.path, format!("holds {found}")));
-    }
+    let (times, captions) = io.conditions(x.dim(0), device)?;
     let captions: Vec<&Tensor> = captions.iter().collect();
     let run = || {
         let prepared = dit.prepare(&captions, [x.dim(1), x.dim(2)])?;

@@ -187,6 +187,18 @@ impl Peer {
     }
 }
 
+impl Peer {
+    /// Runs a case by itself, where memory does not allow ours beside it: `repeats` samples of each way, without ratios.
+    ///
+    /// # Errors
+    /// None of its own; a way that the peer cannot go is in the result, with the reason.
+    pub fn run_alone(&mut self, case: &Value, repeats: usize) -> anyhow::Result<Vec<PeerTime>> {
+        let peers = self.take_turns(case, repeats, &mut || Ok(0.0))?.peers;
+        let alone = peers.into_iter().map(|peer| PeerTime { ratio: None, ..peer });
+        Ok(alone.collect())
+    }
+}
+
 impl Drop for Peer {
     fn drop(&mut self) {
         let _ = self.child.kill();

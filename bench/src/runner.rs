@@ -110,6 +110,21 @@ impl Bench {
         self.peer.as_mut()
     }
 
+    /// Ends the peer, so that its memory is free.
+    pub fn end_peer(&mut self) {
+        self.peer = None;
+    }
+
+    /// Device, driver, commit and date.
+    pub fn environment(&self) -> &Environment {
+        &self.record.environment
+    }
+
+    /// The version of PyTorch, where there was a peer.
+    pub fn torch(&self) -> Option<&str> {
+        self.record.torch.as_deref()
+    }
+
     /// Sets of inputs of `bytes` bytes each: enough not to find one in the cache when its turn comes again.
     pub fn sets(&self, bytes: usize) -> usize {
         /// Several times the largest second-level cache.

@@ -67,22 +67,28 @@ extern "C" __global__ __launch_bounds__(FINISH_THREADS) void gradient_norm(
     const float norm = static_cast<float>(sqrt(scratch[0]));
     control[0] = norm;
     control[1] = isfinite(norm) ? 0.0f : 1.0f;
-    control[2] = norm > largest ? largest / (norm + 1e-6f) : 1.0f;
+    control[2] = fminf(largest / (norm + 1e-6f), 1.0f);
 }
 L2P_LAUNCH(gradient_norm, FINISH_THREADS, 0, FINISH_THREADS)
 
+// The decay of a running mean, and 1 minus it.
+struct Decay {
+    float keep, take;
+    __device__ __forceinline__ float mix(float mean, float value) const { return keep * mean + take * value; }
+};
+
 // The scalars of a step.
 struct Step {
-    float keep;                        // 1 - learning rate * weight decay
-    float beta1, beta2;
+    float keep;  // 1 - learning rate * weight decay
+    Decay first, second;
     float rate, second_scale, epsilon;  // learning rate / (1 - beta1^t); 1 / sqrt(1 - beta2^t)
-    float average_decay;
+    Decay average;
 };
 
 __device__ __forceinline__ void update(float& weight, float& first, float& second, float gradient, const Step& step) {
     weight *= step.keep;
-    first = step.beta1 * first + (1.0f - step.beta1) * gradient;
-    second = step.beta2 * second + (1.0f - step.beta2) * gradient * gradient;
+    first = step.first.mix(first, gradient);
+    second = step.second.mix(second, gradient * gradient);
     weight -= step.rate * first / (sqrtf(second) * step.second_scale + step.epsilon);
 }
 
@@ -90,9 +96,10 @@ __device__ __forceinline__ void update(float& weight, float& first, float& secon
 // be null.
 extern "C" __global__ __launch_bounds__(THREADS) void adamw_step(
     const Segment* segments, const int* segment_of_chunk, const float* control, float* master, float* first_moment,
-    float* second_moment, float* average, float keep, float beta1, float beta2, float rate, float second_scale, float epsilon,
-    float average_decay) {
-    const Step step{keep, beta1, beta2, rate, second_scale, epsilon, average_decay};
+    float* second_moment, float* average, float keep, float first_keep, float first_take, float second_keep, float second_take,
+    float rate, float second_scale, float epsilon, float average_keep, float average_take) {
+    const Step step{
+        keep, {first_keep, first_take}, {second_keep, second_take}, rate, second_scale, epsilon, {average_keep, average_take}};
     const Segment segment = segments[segment_of_chunk[blockIdx.x]];
     const unsigned long long chunk_start = (blockIdx.x - segment.first_chunk) * CHUNK;
     const bool skip = control[1] != 0.0f;
@@ -122,7 +129,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void adamw_step(
             float mean[8];
             load8(mean, average + at);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) mean[i] = step.average_decay * mean[i] + (1.0f - step.average_decay) * weight[i];
+            for (int i = 0; i < 8; ++i) mean[i] = step.average.mix(mean[i], weight[i]);
             store8(average + at, mean);
         } else {
             for (unsigned long long single = index; single < segment.elements; ++single) {
@@ -133,7 +140,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void adamw_step(
                 update(master[place], first_moment[place], second_moment[place], gradient, step);
                 segment.weight[single] = from_float<bf16>(master[place]);
                 if (average == nullptr) continue;
-                average[place] = step.average_decay * average[place] + (1.0f - step.average_decay) * master[place];
+                average[place] = step.average.mix(average[place], master[place]);
             }
         }
     }

@@ -267,6 +267,16 @@ impl Dit {
         Ok(embedded)
     }
 
+    /// Brings what kernels keep of the weights in forms of their own up to date, after parameters have changed. The blocks keep
+    /// nothing: their kernels read the weights as they are.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    pub(crate) fn rearrange(&mut self) -> Result<()> {
+        let _tag = MemoryTag::Weights.scope();
+        self.output.rearrange()
+    }
+
     /// The embeddings `[times, adaln_width]` (f32) of model times `t = 1 − sigma`.
     ///
     /// # Errors
@@ -489,6 +499,14 @@ impl Output {
             ModelKind::Latent => Output::Latent(Box::new(FinalLayer::load(params, device, config)?)),
             ModelKind::Pixel => Output::Pixel(Box::new(Detailer::load(params, device, HEAD_PREFIX)?)),
         })
+    }
+
+    /// Brings what kernels keep of the weights in forms of their own up to date; see [`Detailer::rearrange`].
+    fn rearrange(&mut self) -> Result<()> {
+        match self {
+            Output::Latent(_) => Ok(()),
+            Output::Pixel(head) => head.rearrange(),
+        }
     }
 
     /// The velocity, which is minus what the published models put out.

@@ -3,7 +3,7 @@
 //! With g the gradients gathered since the last step, N their norm over all tensors, and c the norm to clip to:
 //!
 //! ```text
-//! g ← g · c / (N + 1e-6)   where N > c
+//! g ← g · min(1, c / (N + 1e-6))
 //! w ← w · (1 − lr · weight_decay)
 //! m ← β₁ · m + (1 − β₁) · g;    v ← β₂ · v + (1 − β₂) · g²
 //! w ← w − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
@@ -12,8 +12,9 @@
 //!
 //! t counts steps from 1, skipped ones included. A step whose N is not finite is skipped: nothing changes but that the
 //! gradients are zero afterwards, as after every step. On CUDA w is a master copy in f32, which the bf16 weight follows, and all
-//! decisions are taken on the device; on the CPU w is the weight itself. Sums have a fixed order. Sources: Loshchilov and Hutter,
-//! "Decoupled Weight Decay Regularization" (2019); clipping as in PyTorch's `clip_grad_norm_`.
+//! decisions are taken on the device; on the CPU w is the weight itself. Sums have a fixed order. A decay stands for the decimal
+//! that it was written as: 1 − 0.999 is 0.001, where the f32 nearest to 0.999 would leave 1.3e-5 less of it. Sources: Loshchilov and
+//! Hutter, "Decoupled Weight Decay Regularization" (2019); formulas as in PyTorch's `AdamW` and `clip_grad_norm_`.
 
 use std::sync::Arc;
 
@@ -178,12 +179,20 @@ impl AdamW {
             return Err(Error::invalid(format!("a learning rate of {rate} makes no sense")));
         }
         self.steps += 1;
-        let AdamWOptions { beta1, beta2, .. } = self.options;
-        let correction = |beta: f32| 1.0 - f64::from(beta).powf(self.steps as f64);
+        let AdamWOptions {
+            beta1,
+            beta2,
+            weight_decay,
+            ..
+        } = self.options;
+        let correction = |beta: f32| 1.0 - decimal(beta).powf(self.steps as f64);
         let scalars = Scalars {
-            keep: 1.0 - rate * self.options.weight_decay,
-            rate: (f64::from(rate) / correction(beta1)) as f32,
+            keep: (1.0 - decimal(rate) * decimal(weight_decay)) as f32,
+            first: Decay::new(beta1),
+            second: Decay::new(beta2),
+            rate: (decimal(rate) / correction(beta1)) as f32,
             second_scale: (1.0 / correction(beta2).sqrt()) as f32,
+            average: Decay::new(self.ema_decay.unwrap_or(0.0)),
         };
         let device = self.first_moment.cuda().cloned();
         match device {
@@ -211,13 +220,11 @@ impl AdamW {
         }
         let norm = squares.sqrt() as f32;
         let factor = match self.clip_norm {
-            Some(largest) if norm > largest => largest / (norm + CLIP_EPSILON),
-            _ => 1.0,
+            Some(largest) => (largest / (norm + CLIP_EPSILON)).min(1.0),
+            None => 1.0,
         };
         let skip = !norm.is_finite();
-        let AdamWOptions {
-            beta1, beta2, epsilon, ..
-        } = self.options;
+        let epsilon = self.options.epsilon;
         let tensors = weights.iter_mut().zip(gradients.iter_mut()).zip(&self.places);
         for ((weight, gradient), &(start, count)) in tensors {
             let gradient = gradient.as_mut_slice::<f32>()?;
@@ -230,15 +237,15 @@ impl AdamW {
                 weights.zip(moments).for_each(|((weight, gradient), (first, second))| {
                     let gradient = gradient * factor;
                     *weight *= scalars.keep;
-                    *first = beta1 * *first + (1.0 - beta1) * gradient;
-                    *second = beta2 * *second + (1.0 - beta2) * gradient * gradient;
+                    *first = scalars.first.mix(*first, gradient);
+                    *second = scalars.second.mix(*second, gradient * gradient);
                     *weight -= scalars.rate * *first / (second.sqrt() * scalars.second_scale + epsilon);
                 });
-                if let (Some(average), Some(decay)) = (&mut self.average, self.ema_decay) {
+                if let Some(average) = &mut self.average {
                     let average = average.as_mut_slice::<f32>()?[range].par_iter_mut();
                     average
                         .zip(weight.as_slice::<f32>()?)
-                        .for_each(|(average, weight)| *average = decay * *average + (1.0 - decay) * weight);
+                        .for_each(|(average, weight)| *average = scalars.average.mix(*average, *weight));
                 }
             }
             gradient.fill(0.0);
@@ -279,12 +286,15 @@ impl AdamW {
             .output(&mut self.second_moment)?
             .optional_output(self.average.as_mut())?
             .float(scalars.keep)
-            .float(self.options.beta1)
-            .float(self.options.beta2)
+            .float(scalars.first.keep)
+            .float(scalars.first.take)
+            .float(scalars.second.keep)
+            .float(scalars.second.take)
             .float(scalars.rate)
             .float(scalars.second_scale)
             .float(self.options.epsilon)
-            .float(self.ema_decay.unwrap_or(0.0));
+            .float(scalars.average.keep)
+            .float(scalars.average.take);
         let kernel = device.kernel("adamw", "adamw_step")?;
         // SAFETY: the arguments are those of `adamw_step`; the state holds every segment at its offset, and the weights and
         // gradients of the table belong to the caller, who has them to itself while it steps.
@@ -293,11 +303,41 @@ impl AdamW {
     }
 }
 
-/// What of a step's formulas depends on its number and learning rate.
+/// The scalars of a step's formulas.
 struct Scalars {
+    /// Of the weight, after weight decay.
     keep: f32,
+    first: Decay,
+    second: Decay,
+    /// lr / (1 − β₁ᵗ)
     rate: f32,
+    /// 1 / √(1 − β₂ᵗ)
     second_scale: f32,
+    average: Decay,
+}
+
+/// A running mean's decay d, and 1 − d.
+struct Decay {
+    keep: f32,
+    take: f32,
+}
+
+impl Decay {
+    fn new(decay: f32) -> Self {
+        Decay {
+            keep: decay,
+            take: (1.0 - decimal(decay)) as f32,
+        }
+    }
+
+    fn mix(&self, mean: f32, value: f32) -> f32 {
+        self.keep * mean + self.take * value
+    }
+}
+
+/// The shortest decimal that has `value` as its nearest f32, to the precision of f64: what the setting was written as.
+fn decimal(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or(f64::from(value))
 }
 
 impl Table {
@@ -363,4 +403,25 @@ fn check(options: &super::TrainOptions) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn decays_are_the_decimals_that_they_were_written_as() {
+        for (value, expected) in [
+            (0.999f32, 0.999),
+            (0.9, 0.9),
+            (5e-5, 5e-5),
+            (0.9999, 0.9999),
+            (0.0, 0.0),
+            (1e-8, 1e-8),
+        ] {
+            assert_eq!(decimal(value), expected);
+        }
+        assert_eq!(Decay::new(0.999).take, 1e-3);
+        assert_ne!(1.0 - 0.999f32, 1e-3);
+    }
 }

@@ -266,6 +266,7 @@ impl TrainableDit {
             &mut self.slots.iter_mut().flatten().collect::<Vec<_>>(),
             learning_rate,
         )?;
+        self.dit.rearrange()?;
         Ok(StepNorm { values })
     }
 
@@ -288,6 +289,15 @@ impl TrainableDit {
             })
         });
         tensors.collect()
+    }
+
+    /// The tensors that no step changes, as they lie on the device, each under the canonical name of the first that it is made of.
+    pub fn frozen(&self) -> Vec<(String, Tensor)> {
+        let all = self.parameters.iter().zip(self.dit.listed()).zip(&self.slots);
+        let frozen = all.filter(|(_, slot)| slot.is_none());
+        frozen
+            .map(|((parameter, weight), _)| (parameter.parts[0].name.clone(), weight.clone()))
+            .collect()
     }
 
     /// The elements of all trained tensors.
@@ -353,7 +363,7 @@ impl TrainableDit {
             }
         }
         self.optimizer.set_steps(steps);
-        Ok(())
+        self.dit.rearrange()
     }
 
     /// Overwrites elements of a parameter, rounded to the compute type.

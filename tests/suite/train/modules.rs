@@ -199,6 +199,8 @@ fn frozen_parts() -> Outcome {
         // Stacked projections go together, by the name of the first.
         let stack = |name: &str| name.replace("to_k", "to_q").replace("to_v", "to_q").replace("w3", "w1");
         let expected: Vec<_> = all.iter().filter(|(name, _)| trained(&stack(name))).collect();
+        assert_eq!(expected.is_empty(), frozen.is_empty(), "without {frozen}");
+        assert!(expected.len() < all.len(), "`{frozen}` freezes nothing");
         assert_eq!(gradients.iter().collect::<Vec<_>>(), expected, "without {frozen}");
     }
     Ok(())

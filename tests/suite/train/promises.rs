@@ -3,9 +3,11 @@
 use std::collections::HashMap;
 
 use l2p_engine::model::config::{DitConfig, ModelKind};
+use l2p_engine::model::dit::Dit;
 use l2p_engine::model::params::MemoryParams;
+use l2p_engine::ops::cast::cast;
 use l2p_engine::train::{Recompute, StatePart, TrainOptions, TrainableDit};
-use l2p_engine::{Device, Result};
+use l2p_engine::{Device, Result, Tensor};
 use l2p_tests::{Outcome, Suite, expect_close};
 
 use super::{Inputs, load, options};
@@ -21,12 +23,19 @@ pub fn register(suite: &mut Suite) {
     suite.cpu("train::promises::restored_state_continues_bit_for_bit", || {
         restored(&Device::Cpu)
     });
+    suite.cpu("train::promises::a_trained_model_is_its_weights", || {
+        a_trained_model_is_its_weights(&Device::Cpu)
+    });
     suite.cpu("train::promises::micro_batches_add_up", micro_batches_add_up);
     suite.cpu("train::promises::the_loss_falls", the_loss_falls);
     suite.cpu("train::promises::mistakes_are_named", mistakes_are_named);
     suite.cuda("train::promises::cuda_frozen_weights_stay", frozen_weights_stay);
     suite.cuda("train::promises::cuda_recomputing_gives_the_same_bits", recomputing);
     suite.cuda("train::promises::cuda_restored_state_continues_bit_for_bit", restored);
+    suite.cuda(
+        "train::promises::cuda_a_trained_model_is_its_weights",
+        a_trained_model_is_its_weights,
+    );
 }
 
 const HEAD: [usize; 4] = [8, 16, 24, 32];
@@ -152,6 +161,62 @@ fn restored(device: &Device) -> Outcome {
         .unwrap_err()
         .to_string();
     assert!(message.contains("has 1 values, expected ["), "{message}");
+    Ok(())
+}
+
+/// The velocity by the way that sampling takes.
+fn sampled(dit: &Dit, inputs: &Inputs) -> Result<Vec<f32>> {
+    let captions: Vec<&Tensor> = inputs.captions.iter().collect();
+    let image = cast(&inputs.images, dit.device().compute_dtype())?;
+    let prepared = dit.prepare(&captions, [image.dim(1), image.dim(2)])?;
+    dit.forward(&image, &prepared, &dit.modulate(&inputs.sigmas)?)?
+        .to_vec_f32()
+}
+
+/// Nothing that kernels keep of the weights stays behind when these change, by a step or by what was saved: sampling and training
+/// give the bits of a model that was read with the new weights.
+fn a_trained_model_is_its_weights(device: &Device) -> Outcome {
+    // Heads whose convolutions are arranged for Hopper; the second one's outermost stage too.
+    for (patch, widths, size) in [
+        (16, &[32, 32, 64, 64][..], [48, 80]),
+        (64, &[16, 16, 32, 32, 32, 64][..], [64, 128]),
+    ] {
+        let config = DitConfig {
+            layers: 2,
+            ..small_config(ModelKind::Pixel, 384, patch)
+        };
+        let mut params = random_model(&config, widths);
+        let options = options("full", Recompute::None);
+        let inputs = Inputs::new(device, "a", &config, size, &LENGTHS)?;
+        let loss = |model: &mut TrainableDit| inputs.batch(|batch| model.accumulate(batch, 1.0))?.to_vec_f32();
+
+        let mut model = load(&params, device, &config, &options)?;
+        let untrained = sampled(model.dit(), &inputs)?;
+        for _ in 0..2 {
+            loss(&mut model)?;
+            model.step(1e-2)?;
+        }
+        for (name, values) in weights(&model)? {
+            params.0.get_mut(&name).expect("a parameter of the model").1 = values;
+        }
+        let mut fresh = load(&params, device, &config, &options)?;
+        let expected = sampled(fresh.dit(), &inputs)?;
+        assert!(
+            sampled(model.dit(), &inputs)? == expected,
+            "patch {patch}: sampling differs"
+        );
+        assert!(untrained != expected, "patch {patch}: training changed nothing");
+        assert_eq!(loss(&mut model)?, loss(&mut fresh)?, "patch {patch}: training differs");
+
+        let kept = state(&model)?;
+        let mut restored = load(&random_model(&config, widths), device, &config, &options)?;
+        assert!(sampled(restored.dit(), &inputs)? == untrained);
+        restored.restore_state(2, &mut |name, _| Ok(kept[name].clone()))?;
+        assert!(
+            sampled(restored.dit(), &inputs)? == expected,
+            "patch {patch}: what was restored differs"
+        );
+    }
     Ok(())
 }
 

@@ -15,7 +15,9 @@ use serde::{Deserialize, Serialize};
 
 use super::plan::{Algorithm, Plan};
 use super::{Matmul, MatmulOperands};
+use crate::device::CudaBuffer;
 use crate::device::cuda::CudaDevice;
+use crate::device::memory::MemoryTag;
 use crate::error::Result;
 
 /// Multiply-adds below which a search would take longer than it saves.
@@ -77,12 +79,19 @@ impl AlgorithmCache {
             plan.algorithm = Algorithm { data };
             return Ok(());
         }
-        // A search runs the product often; one that adds to its result must not.
-        if product.accumulate {
-            return Ok(());
+        // A search runs the product often; one that adds to its result must do so elsewhere.
+        let _tag = MemoryTag::Workspace.scope();
+        let mut elsewhere = match product.accumulate {
+            true => Some(CudaBuffer::new(device, product.m * product.n * product.output.size())?),
+            false => None,
+        };
+        let mut tried = operands;
+        if let Some(buffer) = &mut elsewhere {
+            buffer.fill_zero()?;
+            tried.d = buffer.ptr();
         }
-        // SAFETY: by the caller's promise.
-        plan.algorithm = unsafe { search(device, plan, operands, workspace)? };
+        // SAFETY: by the caller's promise; where the result goes elsewhere, there is room for it.
+        plan.algorithm = unsafe { search(device, plan, tried, workspace)? };
         self.known.algorithms.insert(key(&product), plan.algorithm.data);
         if let Err(error) = self.save() {
             tracing::warn!("the choice of matrix algorithms could not be kept on disk: {error}");
@@ -149,7 +158,7 @@ unsafe fn search(
         plan.algorithm = algorithm;
         let start = device.record_event()?;
         for _ in 0..runs {
-            // SAFETY: by the caller's promise; every run writes the same result.
+            // SAFETY: by the caller's promise; what runs leave in the result is overwritten, or is nobody's.
             unsafe { plan.run(device, operands, workspace)? };
         }
         start.milliseconds_to(&device.record_event()?)
