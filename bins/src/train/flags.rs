@@ -67,13 +67,28 @@ fn flag(key: &Key, default: &Value) -> Arg {
 fn shown(default: &Value) -> Option<String> {
     match default {
         Value::String(text) if !text.is_empty() => Some(text.clone()),
-        // A number of f32 has digits in f64 that nobody wrote.
-        Value::Number(number) => Some(number.as_f64().map_or(number.to_string(), |value| {
-            let (short, long) = ((value as f32).to_string(), number.to_string());
-            if short.len() < long.len() { short } else { long }
-        })),
+        Value::Number(number) => Some(match number.as_f64() {
+            Some(value) if number.is_f64() => as_written(value),
+            _ => number.to_string(),
+        }),
         _ => None,
     }
+}
+
+/// A number as a person would write it.
+fn as_written(value: f64) -> String {
+    // A number of f32 has digits in f64 that nobody wrote.
+    let single = value as f32;
+    if value != 0.0 && value.abs() < 1e-3 {
+        shorter(format!("{value:e}"), format!("{single:e}"))
+    } else {
+        shorter(value.to_string(), single.to_string())
+    }
+}
+
+/// The shorter of two texts.
+fn shorter(one: String, other: String) -> String {
+    if other.len() < one.len() { other } else { one }
 }
 
 #[cfg(test)]
@@ -110,6 +125,8 @@ mod tests {
         let of = |name: &str| shown(&defaults[name]);
         assert_eq!(of("lr").as_deref(), Some("5e-5"));
         assert_eq!(of("beta1").as_deref(), Some("0.9"));
+        assert_eq!(of("epsilon").as_deref(), Some("1e-8"));
+        assert_eq!((of("shift").as_deref(), of("steps").as_deref()), (Some("3"), Some("1000")));
         assert_eq!(of("policy").as_deref(), Some("paper"));
         assert_eq!((of("model"), of("clip_norm"), of("buckets")), (None, None, None));
     }

@@ -47,7 +47,7 @@ fn explodes() -> Outcome {
     let finished = train(
         world()?,
         folder.path(),
-        &[&arguments[..], &["--steps", "60", "--lr", "3"]].concat(),
+        &[&arguments[..], &["--steps", "60", "--lr", "0.1"]].concat(),
     )?;
     assert_eq!(finished.code, 1, "{}", finished.stderr);
     assert!(finished.stderr.contains("the loss diverged: "), "{}", finished.stderr);

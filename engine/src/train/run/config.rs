@@ -168,6 +168,20 @@ const PATHS: [&str; 8] = [
     "cache",
 ];
 
+/// The names of other keys whose values are texts.
+const TEXTS: [&str; 10] = [
+    "init",
+    "size",
+    "buckets",
+    "noise",
+    "rng",
+    "policy",
+    "recompute",
+    "schedule",
+    "save_dtype",
+    "sample_prompts",
+];
+
 /// Keys with lists of values; as flags they are given several times, or with commas where no value holds one.
 const LISTS: [&str; 3] = ["head_widths", "buckets", "sample_prompts"];
 
@@ -370,7 +384,7 @@ fn flag_value(key: &Key, values: &[String]) -> Value {
 
 /// Whether a key's value is text even where it looks like a number.
 fn key_is_text(key: &Key) -> bool {
-    PATHS.contains(&key.name) || key.name == "sample_prompts"
+    PATHS.contains(&key.name) || TEXTS.contains(&key.name)
 }
 
 #[cfg(test)]
