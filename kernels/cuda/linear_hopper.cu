@@ -6,11 +6,10 @@
 // rows and neighbouring columns, and each fetches half of the rows' elements for both. Blocks stay on their multiprocessor and
 // take one tile after the other, rows first, so that the blocks that run together read the same weights.
 //
-// A group of 32 output columns is fetched in an order (column 8 t + 2 m + j of the product is output 8 m + 2 t + j) that gives a
-// lane eight consecutive outputs: it stores 16 bytes, a group of four lanes 64.
+// A lane's pairs of columns are exchanged within groups of four lanes before they are stored, 16 bytes a lane.
 //
 // What follows the product:
-//   SwiGLU        gate and up columns alternate in groups of 32: silu(gate) * up, half as many columns stored
+//   SwiGLU        a warpgroup's columns are 64 of gate and the same of up: silu(gate) * up, half as many columns stored
 //   QkNormRope    a warpgroup's 128 columns are a head: RMS norm and rotation of query and key heads
 //   Bias          added; the rows are patches of an image, gathered by the bulk copies themselves
 //
@@ -32,14 +31,13 @@ constexpr int TOKENS = BLOCKS * ROWS;            // of a tile; block b is fetche
 constexpr int COLUMNS = 128;                     // of one consumer
 constexpr int FEATURES = CONSUMERS * COLUMNS;    // of a tile
 constexpr int DEPTH = PANEL;                     // summed elements of a step
-constexpr int GROUP = 32;                        // columns that are arranged among themselves
+constexpr int GROUP = 32;                        // columns whose pairs are exchanged between four lanes
 constexpr int GROUPS = COLUMNS / GROUP;
 constexpr int STAGES = 4;
-static_assert(BLOCKS == CLUSTER);
+static_assert(BLOCKS == CLUSTER && CONSUMERS == CLUSTER);
 
 // Bytes.
 constexpr int ROWS_TILE = ROWS * PANEL_ROW_BYTES;
-constexpr int GROUP_TILE = GROUP * PANEL_ROW_BYTES;
 constexpr int COLUMNS_TILE = COLUMNS * PANEL_ROW_BYTES;
 constexpr int STAGE = BLOCKS * ROWS_TILE + CONSUMERS * COLUMNS_TILE;
 constexpr int BARRIERS = STAGES * STAGE;
@@ -69,42 +67,62 @@ struct Tile {
     int column;  // which tile of columns
 };
 
-// Tiles of a cluster: pairs of neighbouring columns, rows first.
+// What the two blocks of a cluster have in common.
+enum class Common { ROWS, COLUMNS };
+
+// Tiles of a cluster: neighbours, rows first.
+template <Common COMMON>
 __device__ __forceinline__ int count_pairs(const Problem& p) {
-    return (p.tokens + TOKENS - 1) / TOKENS * ((p.column_tiles + CLUSTER - 1) / CLUSTER);
+    const int down = (p.tokens + TOKENS - 1) / TOKENS;
+    if constexpr (COMMON == Common::ROWS) return down * ((p.column_tiles + CLUSTER - 1) / CLUSTER);
+    return (down + CLUSTER - 1) / CLUSTER * p.column_tiles;
 }
 
+template <Common COMMON>
 __device__ __forceinline__ Tile find_tile(const Problem& p, int pair, int rank) {
-    const int down = (p.tokens + TOKENS - 1) / TOKENS;
-    return {pair % down * TOKENS, pair / down * CLUSTER + rank};
+    int down = (p.tokens + TOKENS - 1) / TOKENS;
+    if constexpr (COMMON == Common::ROWS) return {pair % down * TOKENS, pair / down * CLUSTER + rank};
+    down = (down + CLUSTER - 1) / CLUSTER;
+    return {(pair % down * CLUSTER + rank) * TOKENS, pair / down};
 }
 
 // ---- what follows the product, and where its columns come from ----
 
-// The columns of a product are rows of a weight matrix, through a map of four dimensions that arranges groups of 32: element,
-// j, m and t of row 8 (m + ..) + 2 t + j. Copies the group that starts at `row`.
-__device__ __forceinline__ void copy_group(uint32_t to, const TensorMap& weights, int element, int row, uint32_t barrier) {
-    copy_box_4d(to, weights, element, 0, row / 8, 0, barrier);
-}
+// Boxes of weights, like those of rows, have ROWS rows.
+constexpr int COLUMN_BOXES = COLUMNS / ROWS;
 
-// A lane's eight outputs of a group, from the four tiles of eight columns that start at `tile`.
-__device__ __forceinline__ void gather(float (&values)[8], const Accumulators& sums, int tile, int half) {
+// Lane m of four holds pairs of columns, pair[t] being columns 8 t + 2 m and the next; afterwards it holds columns 8 m to 8 m + 7.
+__device__ __forceinline__ Bf16x8 exchange(__nv_bfloat162 (&pair)[4], int member) {
+    uint32_t words[4];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = sums[tile + i / 2][2 * half + i % 2];
+    for (int t = 0; t < 4; ++t) words[t] = *reinterpret_cast<uint32_t*>(&pair[t]);
+    // Transposes 4 x 4 words: first within the quarters' 2 x 2 words, then the quarters.
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+        const bool upper = member & bit;
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            if (t & bit) continue;
+            const uint32_t received = __shfl_xor_sync(FULL_WARP, upper ? words[t] : words[t | bit], bit);
+            if (upper) {
+                words[t] = received;
+            } else {
+                words[t | bit] = received;
+            }
+        }
+    }
+    Bf16x8 run;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) run.pair[i] = *reinterpret_cast<__nv_bfloat162*>(&words[i]);
+    return run;
 }
 
 struct SwiGlu {
     bf16* output;  // [tokens, outputs]
 
-    // Groups alternate: gate, up.
-    __device__ __forceinline__ void copy_columns(
-        const TensorMap& weights, const Problem& p, const Tile& tile, int consumer, int element, uint32_t to, uint32_t barrier) const {
-        const int first = tile.column * (FEATURES / 2) + consumer * (COLUMNS / 2);
-#pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            const int row = first + group / 2 * GROUP + group % 2 * p.outputs;
-            copy_group(to + group * GROUP_TILE, weights, element, row, barrier);
-        }
+    // Which row of the weights box `box` of a consumer's columns starts with: gate, then up.
+    __device__ __forceinline__ int box_row(const Problem& p, const Tile& tile, int consumer, int box) const {
+        return tile.column * (FEATURES / 2) + consumer * (COLUMNS / 2) + box * p.outputs;
     }
 
     __device__ __forceinline__ void finish(
@@ -116,15 +134,18 @@ struct SwiGlu {
             for (int half = 0; half < 2; ++half) {
                 const int token = tile.token + block * ROWS + row + 8 * half;
 #pragma unroll
-                for (int pair = 0; pair < GROUPS / 2; ++pair) {
-                    float gate[8], up[8];
-                    gather(gate, sums[block], pair * 8, half);
-                    gather(up, sums[block], pair * 8 + 4, half);
+                for (int group = 0; group < GROUPS / 2; ++group) {
+                    __nv_bfloat162 pairs[4];
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) gate[i] = silu_by_tanh(gate[i]) * up[i];
-                    const int output = first + pair * GROUP;
+                    for (int t = 0; t < 4; ++t) {
+                        const float* const gate = &sums[block][group * 4 + t][2 * half];
+                        const float* const up = &sums[block][COLUMNS / 16 + group * 4 + t][2 * half];
+                        pairs[t] = __floats2bfloat162_rn(silu_by_tanh(gate[0]) * up[0], silu_by_tanh(gate[1]) * up[1]);
+                    }
+                    const Bf16x8 run = exchange(pairs, member);
+                    const int output = first + group * GROUP;
                     if (token < p.tokens && output < p.outputs) {
-                        store8(this->output + static_cast<size_t>(token) * p.outputs + output, gate);
+                        *reinterpret_cast<Bf16x8*>(this->output + static_cast<size_t>(token) * p.outputs + output) = run;
                     }
                 }
             }
@@ -132,12 +153,8 @@ struct SwiGlu {
 };
 
 // Columns in the order of the weights' rows.
-__device__ __forceinline__ void copy_plain_columns(
-    const TensorMap& weights, const Tile& tile, int consumer, int element, uint32_t to, uint32_t barrier) {
-#pragma unroll
-    for (int group = 0; group < GROUPS; ++group) {
-        copy_group(to + group * GROUP_TILE, weights, element, tile.column * FEATURES + consumer * COLUMNS + group * GROUP, barrier);
-    }
+__device__ __forceinline__ int plain_box_row(const Tile& tile, int consumer, int box) {
+    return tile.column * FEATURES + consumer * COLUMNS + box * ROWS;
 }
 
 struct QkNormRope {
@@ -148,16 +165,16 @@ struct QkNormRope {
     int heads, kv_heads, table_rows;
     float epsilon;
 
-    __device__ __forceinline__ void copy_columns(
-        const TensorMap& weights, const Problem&, const Tile& tile, int consumer, int element, uint32_t to, uint32_t barrier) const {
-        copy_plain_columns(weights, tile, consumer, element, to, barrier);
+    __device__ __forceinline__ int box_row(const Problem&, const Tile& tile, int consumer, int box) const {
+        return plain_box_row(tile, consumer, box);
     }
 
     __device__ __forceinline__ void finish(
         const Accumulators (&sums)[BLOCKS], const Problem& p, const Tile& tile, int consumer, int row, int member) const {
         const int head = tile.column * CONSUMERS + consumer;  // queries, then keys, then values
+        if (head * COLUMNS >= p.outputs) return;
         const bool normalised = head < heads + kv_heads;
-        const bf16* const weight = head < heads ? q_weight : k_weight;
+        const bf16* const weight = (head < heads ? q_weight : k_weight) + 2 * member;
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block)
 #pragma unroll
@@ -172,26 +189,25 @@ struct QkNormRope {
                 squares += __shfl_xor_sync(FULL_WARP, squares, 1);
                 squares += __shfl_xor_sync(FULL_WARP, squares, 2);
                 const float inverse = rsqrtf(squares / COLUMNS + epsilon);
-                if (token >= p.tokens || head * COLUMNS >= p.outputs) continue;
-                const float* const angles = table + static_cast<size_t>(token % table_rows) * COLUMNS;
-                bf16* const to = output + static_cast<size_t>(token) * p.outputs + head * COLUMNS;
+                const float* const angles = table + static_cast<size_t>(token % table_rows) * COLUMNS + 2 * member;
+                bf16* const to = output + static_cast<size_t>(token) * p.outputs + head * COLUMNS + member * 8;
 #pragma unroll
                 for (int group = 0; group < GROUPS; ++group) {
-                    const int channel = group * GROUP + member * 8;
-                    float values[8];
-                    gather(values, sums[block], group * 4, half);
-                    if (normalised) {
-                        float factors[8], turn[8];
-                        load8(factors, weight + channel);
-                        load8(turn, angles + channel);
+                    __nv_bfloat162 pairs[4];
 #pragma unroll
-                        for (int i = 0; i < 8; i += 2) {
-                            const float a = values[i] * inverse * factors[i], b = values[i + 1] * inverse * factors[i + 1];
-                            values[i] = a * turn[i] - b * turn[i + 1];
-                            values[i + 1] = a * turn[i + 1] + b * turn[i];
+                    for (int t = 0; t < 4; ++t) {
+                        float2 value = make_float2(sums[block][group * 4 + t][2 * half], sums[block][group * 4 + t][2 * half + 1]);
+                        if (normalised) {
+                            const int channel = group * GROUP + 8 * t;
+                            const float2 factor = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(weight + channel));
+                            const float2 turn = *reinterpret_cast<const float2*>(angles + channel);
+                            const float a = value.x * inverse * factor.x, b = value.y * inverse * factor.y;
+                            value = make_float2(a * turn.x - b * turn.y, a * turn.y + b * turn.x);
                         }
+                        pairs[t] = __floats2bfloat162_rn(value.x, value.y);
                     }
-                    store8(to + channel, values);
+                    const Bf16x8 run = exchange(pairs, member);
+                    if (token < p.tokens) *reinterpret_cast<Bf16x8*>(to + group * GROUP) = run;
                 }
             }
     }
@@ -201,30 +217,37 @@ struct Bias {
     bf16* output;      // [tokens, outputs]
     const bf16* bias;  // [outputs]
 
-    __device__ __forceinline__ void copy_columns(
-        const TensorMap& weights, const Problem&, const Tile& tile, int consumer, int element, uint32_t to, uint32_t barrier) const {
-        copy_plain_columns(weights, tile, consumer, element, to, barrier);
+    __device__ __forceinline__ int box_row(const Problem&, const Tile& tile, int consumer, int box) const {
+        return plain_box_row(tile, consumer, box);
     }
 
     __device__ __forceinline__ void finish(
         const Accumulators (&sums)[BLOCKS], const Problem& p, const Tile& tile, int consumer, int row, int member) const {
-        const int first = tile.column * FEATURES + consumer * COLUMNS + member * 8;
+        const int first = tile.column * FEATURES + consumer * COLUMNS;
 #pragma unroll
         for (int group = 0; group < GROUPS; ++group) {
-            const int column = first + group * GROUP;
-            if (column >= p.outputs) continue;
-            float added[8];
-            load8(added, bias + column);
+            float2 added[4] = {};
+#pragma unroll
+            for (int t = 0; t < 4; ++t) {
+                const int column = first + group * GROUP + 8 * t + 2 * member;
+                if (column < p.outputs) added[t] = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(bias + column));
+            }
+            const int column = first + group * GROUP + 8 * member;
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int token = tile.token + block * ROWS + row + 8 * half;
-                    float values[8];
-                    gather(values, sums[block], group * 4, half);
+                    __nv_bfloat162 pairs[4];
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) values[i] += added[i];
-                    if (token < p.tokens) store8(output + static_cast<size_t>(token) * p.outputs + column, values);
+                    for (int t = 0; t < 4; ++t) {
+                        const float* const sum = &sums[block][group * 4 + t][2 * half];
+                        pairs[t] = __floats2bfloat162_rn(sum[0] + added[t].x, sum[1] + added[t].y);
+                    }
+                    const Bf16x8 run = exchange(pairs, member);
+                    if (token < p.tokens && column < p.outputs) {
+                        *reinterpret_cast<Bf16x8*>(output + static_cast<size_t>(token) * p.outputs + column) = run;
+                    }
                 }
         }
     }
@@ -232,11 +255,23 @@ struct Bias {
 
 // ---- where the rows come from ----
 
+constexpr uint16_t ALL = (1 << CLUSTER) - 1;
+
+// A box of a matrix into this block's memory, or at the same place into every block's.
+template <bool TO_ALL>
+__device__ __forceinline__ void copy_matrix(uint32_t to, const TensorMap& map, int element, int row, uint32_t barrier) {
+    if constexpr (TO_ALL) {
+        copy_box_2d_to(to, map, element, row, barrier, ALL);
+    } else {
+        copy_box_2d(to, map, element, row, barrier);
+    }
+}
+
 // Rows of a matrix [tokens, depth].
 struct MatrixRows {
-    __device__ __forceinline__ void copy(
-        uint32_t to, const TensorMap& map, const Problem&, int element, int token, uint32_t barrier, uint16_t blocks) const {
-        copy_box_2d_to(to, map, element, token, barrier, blocks);
+    template <bool TO_ALL>
+    __device__ __forceinline__ void copy(uint32_t to, const TensorMap& map, int element, int token, uint32_t barrier) const {
+        copy_matrix<TO_ALL>(to, map, element, token, barrier);
     }
 };
 
@@ -246,31 +281,45 @@ struct PatchRows {
     int steps_per_row;  // DEPTH elements each
     int across;
 
-    __device__ __forceinline__ void copy(
-        uint32_t to, const TensorMap& map, const Problem&, int element, int token, uint32_t barrier, uint16_t blocks) const {
+    template <bool TO_ALL>
+    __device__ __forceinline__ void copy(uint32_t to, const TensorMap& map, int element, int token, uint32_t barrier) const {
+        static_assert(TO_ALL);
         const int step = element / DEPTH;
-        copy_box_4d_to(to, map, step % steps_per_row * DEPTH, token % across, step / steps_per_row, token / across, barrier, blocks);
+        copy_box_4d_to(to, map, step % steps_per_row * DEPTH, token % across, step / steps_per_row, token / across, barrier, ALL);
     }
 };
 
 // ---- the loop ----
 
-template <class Rows, class End>
+template <Common COMMON, class Rows, class End>
 __device__ __forceinline__ void produce(
     const TensorMap& x, const TensorMap& weights, const Problem& p, const Rows& rows, const End& end, const Shared& shared, int rank) {
-    const int pairs = count_pairs(p);
+    const int pairs = count_pairs<COMMON>(p);
     unsigned use = 0;
     for (int pair = blockIdx.x / CLUSTER; pair < pairs; pair += gridDim.x / CLUSTER) {
-        const Tile tile = find_tile(p, pair, rank);
+        const Tile tile = find_tile<COMMON>(p, pair, rank);
         for (int element = 0; element < p.depth; element += DEPTH, ++use) {
             const int stage = use % STAGES;
             const uint32_t ready = shared.ready(stage);
-            cluster_barrier_wait(shared.free(stage), (use / STAGES + 1) % 2);
+            barrier_wait(shared.free(stage), (use / STAGES + 1) % 2);
             barrier_arrive_expecting(ready, STAGE);
-            rows.copy(shared.rows(stage, rank), x, p, element, tile.token + rank * ROWS, ready, (1 << CLUSTER) - 1);
+            // Of what the cluster has in common, each block fetches half.
+            if constexpr (COMMON == Common::ROWS) {
+                rows.template copy<true>(shared.rows(stage, rank), x, element, tile.token + rank * ROWS, ready);
+            } else {
+#pragma unroll
+                for (int block = 0; block < BLOCKS; ++block) {
+                    rows.template copy<false>(shared.rows(stage, block), x, element, tile.token + block * ROWS, ready);
+                }
+            }
 #pragma unroll
             for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
-                end.copy_columns(weights, p, tile, consumer, element, shared.columns(stage, consumer), ready);
+                if (COMMON == Common::COLUMNS && consumer != rank) continue;
+#pragma unroll
+                for (int box = 0; box < COLUMN_BOXES; ++box) {
+                    copy_matrix<COMMON == Common::COLUMNS>(shared.columns(stage, consumer) + box * ROWS_TILE, weights, element,
+                                                           end.box_row(p, tile, consumer, box), ready);
+                }
             }
         }
     }
@@ -282,10 +331,10 @@ __device__ __forceinline__ void release(uint32_t barrier) {
     if (lane < CLUSTER) barrier_arrive_at(barrier, lane);
 }
 
-template <class End>
+template <Common COMMON, class End>
 __device__ __forceinline__ void consume(const Problem& p, const End& end, const Shared& shared, int rank, int consumer) {
     const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP % WARPS * 16 + lane / 4;
-    const int pairs = count_pairs(p);
+    const int pairs = count_pairs<COMMON>(p);
     unsigned use = 0;
     for (int pair = blockIdx.x / CLUSTER; pair < pairs; pair += gridDim.x / CLUSTER) {
         Accumulators sums[BLOCKS];
@@ -312,11 +361,11 @@ __device__ __forceinline__ void consume(const Problem& p, const End& end, const 
         hold(sums[0]);
         hold(sums[1]);
         release(shared.free(before));
-        end.finish(sums, p, find_tile(p, pair, rank), consumer, row, lane % 4);
+        end.finish(sums, p, find_tile<COMMON>(p, pair, rank), consumer, row, lane % 4);
     }
 }
 
-template <class Rows, class End>
+template <Common COMMON, class Rows, class End>
 __device__ __forceinline__ void linear(
     const TensorMap& x, const TensorMap& weights, const Problem& p, const Rows& rows, const End& end) {
     // All registers of the multiprocessor: what the launch gives each thread, shared out anew.
@@ -340,16 +389,15 @@ __device__ __forceinline__ void linear(
     const int warp = __shfl_sync(FULL_WARP, threadIdx.x / WARP, 0);
     if (warp < WARPS) {
         registers_give<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) produce(x, weights, p, rows, end, shared, rank);
+        if (threadIdx.x == 0) produce<COMMON>(x, weights, p, rows, end, shared, rank);
     } else {
         registers_take<CONSUMER_REGISTERS>();
-        consume(p, end, shared, rank, warp / WARPS - 1);
+        consume<COMMON>(p, end, shared, rank, warp / WARPS - 1);
     }
     cluster_sync();  // nobody leaves while the other block still copies into its memory or arrives at its barriers
 }
 
-// x: map of the rows by boxes of DEPTH elements and ROWS rows; weights: map [rows, depth] arranged as `copy_group` says, by boxes of
-// DEPTH elements and GROUP rows. Outputs are multiples of 8. The launch's tile: rows, columns, summed elements, rows of a box.
+// x: map of the rows by boxes of DEPTH elements and ROWS rows; weights: likewise. Outputs are multiples of 8. The launch's tile: rows, columns, summed elements, rows of a box.
 // The grid is an even number of blocks, at most as many as the GPU has multiprocessors.
 #define LINEAR_KERNEL __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
 
@@ -357,7 +405,7 @@ __device__ __forceinline__ void linear(
 extern "C" LINEAR_KERNEL void linear_swiglu(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weights, bf16* output, int tokens, int outputs, int depth) {
     const Problem p = {tokens, outputs, depth, (2 * outputs + FEATURES - 1) / FEATURES};
-    linear(x, weights, p, MatrixRows{}, SwiGlu{output});
+    linear<Common::ROWS>(x, weights, p, MatrixRows{}, SwiGlu{output});
 }
 L2P_LAUNCH(linear_swiglu, THREADS, SMEM_BYTES, TOKENS, FEATURES, DEPTH, ROWS)
 
@@ -366,7 +414,7 @@ extern "C" LINEAR_KERNEL void linear_qk_norm_rope(
     const bf16* k_weight, const float* table, int tokens, int depth, int heads, int kv_heads, int table_rows, float epsilon) {
     const int outputs = (heads + 2 * kv_heads) * COLUMNS;
     const Problem p = {tokens, outputs, depth, (outputs + FEATURES - 1) / FEATURES};
-    linear(x, weights, p, MatrixRows{}, QkNormRope{output, q_weight, k_weight, table, heads, kv_heads, table_rows, epsilon});
+    linear<Common::ROWS>(x, weights, p, MatrixRows{}, QkNormRope{output, q_weight, k_weight, table, heads, kv_heads, table_rows, epsilon});
 }
 L2P_LAUNCH(linear_qk_norm_rope, THREADS, SMEM_BYTES, TOKENS, FEATURES, DEPTH, ROWS)
 
@@ -374,7 +422,21 @@ extern "C" LINEAR_KERNEL void linear_patches(
     const __grid_constant__ TensorMap image, const __grid_constant__ TensorMap weights, bf16* output, const bf16* bias, int tokens,
     int outputs, int depth, int steps_per_row, int across) {
     const Problem p = {tokens, outputs, depth, (outputs + FEATURES - 1) / FEATURES};
-    linear(image, weights, p, PatchRows{steps_per_row, across}, Bias{output, bias});
+    linear<Common::ROWS>(image, weights, p, PatchRows{steps_per_row, across}, Bias{output, bias});
 }
 L2P_LAUNCH(linear_patches, THREADS, SMEM_BYTES, TOKENS, FEATURES, DEPTH, ROWS)
+extern "C" LINEAR_KERNEL void linear_swiglu_columns(
+    const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weights, bf16* output, int tokens, int outputs, int depth) {
+    const Problem p = {tokens, outputs, depth, (2 * outputs + FEATURES - 1) / FEATURES};
+    linear<Common::COLUMNS>(x, weights, p, MatrixRows{}, SwiGlu{output});
+}
+L2P_LAUNCH(linear_swiglu_columns, THREADS, SMEM_BYTES, TOKENS, FEATURES, DEPTH, ROWS)
+extern "C" LINEAR_KERNEL void linear_qk_norm_rope_columns(
+    const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weights, bf16* output, const bf16* q_weight,
+    const bf16* k_weight, const float* table, int tokens, int depth, int heads, int kv_heads, int table_rows, float epsilon) {
+    const int outputs = (heads + 2 * kv_heads) * COLUMNS;
+    const Problem p = {tokens, outputs, depth, (outputs + FEATURES - 1) / FEATURES};
+    linear<Common::COLUMNS>(x, weights, p, MatrixRows{}, QkNormRope{output, q_weight, k_weight, table, heads, kv_heads, table_rows, epsilon});
+}
+L2P_LAUNCH(linear_qk_norm_rope_columns, THREADS, SMEM_BYTES, TOKENS, FEATURES, DEPTH, ROWS)
 #endif

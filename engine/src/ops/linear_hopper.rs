@@ -9,9 +9,6 @@ use crate::tensor::{DType, Tensor};
 /// The kernels' image.
 pub(super) const IMAGE: &str = "linear_hopper";
 
-/// Columns that are arranged among themselves, as in `linear_hopper.cu`.
-const GROUP: u32 = 32;
-
 /// Blocks that work together.
 const CLUSTER: usize = 2;
 
@@ -28,11 +25,11 @@ pub(super) fn device_for(x: &Tensor, rows: usize, depth: usize) -> Option<&Arc<C
     x.cuda().filter(|device| wanted && suits && device.has_hopper_kernels())
 }
 
-/// Rows of `depth` elements, by boxes of the kernel's rows.
-pub(super) fn rows_map(kernel: &Kernel, x: &Tensor, rows: usize, depth: usize) -> Result<TensorMap> {
+/// A matrix `[rows, depth]` by the kernel's boxes.
+pub(super) fn matrix_map(kernel: &Kernel, matrix: &Tensor, rows: usize, depth: usize) -> Result<TensorMap> {
     let [.., step, box_rows] = kernel.info().tile;
     TensorMap::new(
-        x,
+        matrix,
         &TensorMapSpec {
             extents: &[depth as u64, rows as u64],
             strides: &[depth as u64 * ELEMENT],
@@ -42,26 +39,10 @@ pub(super) fn rows_map(kernel: &Kernel, x: &Tensor, rows: usize, depth: usize) -
     )
 }
 
-/// A weight `[outputs, depth]`, a multiple of 8 outputs, by boxes of 32 of its rows: row `8 m + 2 t + j` of a box is the product's
-/// column `8 t + 2 m + j`.
-pub(super) fn weights_map(kernel: &Kernel, weight: &Tensor) -> Result<TensorMap> {
-    let [outputs, depth] = [weight.dim(0) as u64, weight.dim(1) as u64];
-    let row = depth * ELEMENT;
-    TensorMap::new(
-        weight,
-        &TensorMapSpec {
-            extents: &[depth, 2, outputs / 8, 4],
-            strides: &[row, 8 * row, 2 * row],
-            tile: &[kernel.info().tile[2], 2, GROUP / 8, 4],
-            swizzle: 128,
-        },
-    )
-}
-
 /// One block per multiprocessor, or per tile where these are fewer, in whole clusters. `columns` are those of the product.
 pub(super) fn blocks(device: &CudaDevice, kernel: &Kernel, rows: usize, columns: usize) -> u32 {
     let [tile_rows, tile_columns, ..] = kernel.info().tile.map(|extent| extent.max(1) as usize);
-    let pairs = rows.div_ceil(tile_rows) * columns.div_ceil(tile_columns).div_ceil(CLUSTER);
+    let pairs = rows.div_ceil(tile_rows) * columns.div_ceil(tile_columns).div_ceil(CLUSTER) + columns.div_ceil(tile_columns);
     let clusters = pairs.min(device.multiprocessors() as usize / CLUSTER);
     (clusters * CLUSTER) as u32
 }

@@ -6,7 +6,7 @@
 
 use super::TokenSizes;
 use super::linear::linear;
-use super::linear_hopper::{self, blocks, rows_map, weights_map};
+use super::linear_hopper::{self, blocks, matrix_map};
 use super::qk_norm_rope::{QkNormRope, Rotation, qk_norm_rope};
 use crate::device::{Args, CudaDevice};
 use crate::error::Result;
@@ -51,10 +51,10 @@ fn launch(
     let mut output = Tensor::empty(&x.device(), [x.dim(0), x.dim(1), spec.width()], x.dtype())?;
     let bytes = x.bytes() + weight.bytes() + output.bytes() + table.bytes();
     let _op = crate::profile::op(op, x, 2 * rows * depth * spec.width(), bytes);
-    let kernel = device.kernel(linear_hopper::IMAGE, op)?;
+    let kernel = device.kernel(linear_hopper::IMAGE, if std::env::var_os("L2P_LINEAR_COLUMNS").is_some() { "linear_qk_norm_rope_columns" } else { op })?;
     let args = Args::new()
-        .tensor_map(rows_map(&kernel, x, rows, depth)?)
-        .tensor_map(weights_map(&kernel, weight)?)
+        .tensor_map(matrix_map(&kernel, x, rows, depth)?)
+        .tensor_map(matrix_map(&kernel, weight, weight.dim(0), weight.dim(1))?)
         .output(&mut output)?
         .input(spec.q_weight)?
         .input(spec.k_weight)?

@@ -5,7 +5,7 @@
 //! are never stored, hence not rounded.
 
 use super::linear::linear;
-use super::linear_hopper::{self, blocks, rows_map, weights_map};
+use super::linear_hopper::{self, blocks, matrix_map};
 use super::swiglu::swiglu;
 use crate::device::{Args, CudaDevice};
 use crate::error::{Error, Result};
@@ -48,10 +48,10 @@ fn launch(op: &'static str, device: &CudaDevice, x: &Tensor, weight: &Tensor) ->
     let mut output = Tensor::empty(&x.device(), Shape::new(&extents), x.dtype())?;
     let bytes = x.bytes() + weight.bytes() + output.bytes();
     let _op = crate::profile::op(op, x, 2 * rows * depth * 2 * hidden, bytes);
-    let kernel = device.kernel(linear_hopper::IMAGE, op)?;
+    let kernel = device.kernel(linear_hopper::IMAGE, if std::env::var_os("L2P_LINEAR_COLUMNS").is_some() { "linear_swiglu_columns" } else { op })?;
     let args = Args::new()
-        .tensor_map(rows_map(&kernel, x, rows, depth)?)
-        .tensor_map(weights_map(&kernel, weight)?)
+        .tensor_map(matrix_map(&kernel, x, rows, depth)?)
+        .tensor_map(matrix_map(&kernel, weight, weight.dim(0), weight.dim(1))?)
         .output(&mut output)?
         .int(rows)
         .int(hidden)

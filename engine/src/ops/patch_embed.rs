@@ -227,7 +227,7 @@ fn launch_hopper(
     )?;
     let args = Args::new()
         .tensor_map(map)
-        .tensor_map(linear_hopper::weights_map(&kernel, weight)?)
+        .tensor_map(linear_hopper::matrix_map(&kernel, weight, weight.dim(0), weight.dim(1))?)
         .output(output)?
         .input(bias)?
         .int(sizes.tokens())

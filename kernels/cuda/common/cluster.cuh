@@ -18,28 +18,23 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Arrives at the barrier that stands at this address in the memory of block `rank`.
+// Arrives at the barrier that stands at this address in the memory of block `rank`, after what this thread waited for. Orders no
+// other accesses: a release at the cluster's scope is a fence of the whole GPU, a thousand cycles.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
     asm volatile(
         "{\n\t.reg .b32 there;\n\t"
         "mapa.shared::cluster.u32 there, %0, %1;\n\t"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
         "r"(rank)
         : "memory");
 }
 
-// As barrier_wait, for a barrier at which other blocks arrive.
-__device__ __forceinline__ void cluster_barrier_wait(uint32_t barrier, int parity) {
-    uint32_t done;
-    do {
-        asm volatile(
-            "{\n\t.reg .pred done;\n\t"
-            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\t"
-            "selp.u32 %0, 1, 0, done;\n\t}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    } while (!done);
+// As copy_box_3d, of a map of two dimensions.
+__device__ __forceinline__ void copy_box_2d(uint32_t to, const TensorMap& map, int x, int y, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+        "l"(&map), "r"(x), "r"(y), "r"(barrier)
+        : "memory");
 }
 
 // As copy_box_3d, of a map of two or four dimensions, to the same place in the memory of each block that has its bit in

@@ -5,7 +5,7 @@ use l2p_engine::ops::conv::{
 use l2p_engine::{Device, Result, Tensor};
 use l2p_tests::{BF16_TOLERANCE, Outcome, Suite, expect_like_cpu, random_bf16};
 
-use super::{Layer, first_of_equal_maxima, image};
+use super::{Layer, TWICE_ROUNDED, first_of_equal_maxima, image};
 
 pub fn register(suite: &mut Suite) {
     // From the parts outwards, so that the first failure says which one is at fault.
@@ -137,7 +137,7 @@ fn silu_equals_cpu(device: &Device) -> Outcome {
         for [batch, height, width] in IMAGES {
             for [inputs, outputs] in [[16, 16], [32, 16], [64, 24], [24, 136], [512, 128]] {
                 let what = format!("{kernel}x{kernel} {batch}x{height}x{width} {inputs} to {outputs}, kept: {keep}");
-                expect_like_cpu(&what, device, BF16_TOLERANCE, |device| {
+                expect_like_cpu(&what, device, TWICE_ROUNDED, |device| {
                     let x = image(device, "x", [batch, height, width, inputs])?;
                     let dy = image(device, "dy", [batch, height, width, outputs])?;
                     let mut layer = Layer::new(device, kernel, &[inputs], outputs)?;
@@ -173,7 +173,7 @@ fn pool_equals_cpu(device: &Device) -> Outcome {
     for [batch, height, width] in IMAGES {
         for [inputs, outputs] in [[16, 16], [3, 16], [3, 3], [3, 64], [24, 40], [64, 128], [128, 512]] {
             let what = format!("{batch}x{height}x{width} {inputs} to {outputs}");
-            expect_like_cpu(&what, device, BF16_TOLERANCE, |device| {
+            expect_like_cpu(&what, device, TWICE_ROUNDED, |device| {
                 let shape = [batch, height, width, inputs];
                 let x = image(device, "x", shape)?;
                 let full = same_full(device, shape, outputs)?;
@@ -207,7 +207,7 @@ fn upsample_equals_cpu(device: &Device) -> Outcome {
             [24, 64],
         ] {
             let what = format!("{batch}x{height}x{width} {inputs} to {outputs}");
-            expect_like_cpu(&what, device, BF16_TOLERANCE, |device| {
+            expect_like_cpu(&what, device, TWICE_ROUNDED, |device| {
                 let x = image(device, "x", [batch, height, width, inputs])?;
                 let dy = image(device, "dy", [batch, 2 * height, 2 * width, outputs])?;
                 let mut layer = Layer::new(device, 3, &[inputs], outputs)?;
@@ -233,7 +233,7 @@ fn two_sources_equal_cpu(device: &Device) -> Outcome {
                 // The same grid, a coarser one and a finer one.
                 for (rows, columns) in [(height, width), (2, 3), (2 * height + 1, width + 2)] {
                     let what = format!("{kernel}x{kernel} {batch}x{height}x{width} {channels:?} of {rows}x{columns}");
-                    expect_like_cpu(&what, device, BF16_TOLERANCE, |device| {
+                    expect_like_cpu(&what, device, TWICE_ROUNDED, |device| {
                         let x = image(device, "x", [batch, height, width, channels[0]])?;
                         let second = image(device, "second", [batch, rows, columns, channels[1]])?;
                         let dy = image(device, "dy", [batch, height, width, outputs])?;
