@@ -111,7 +111,9 @@ pub fn rows(measured: &Measurements, sizes: &Sizes) -> Vec<TargetRow> {
         rows.extend(record.rows.iter().map(|row| elementwise(record, row, step)));
     }
     if let Some(record) = part("products") {
-        rows.extend(record.rows.iter().map(product));
+        // Products with what follows them are compared in another unit than the target's.
+        let alone = record.rows.iter().filter(|row| row.inputs.get("then").is_none());
+        rows.extend(alone.map(product));
     }
     if let Some(record) = part("head") {
         rows.extend(record.row("head-4k").map(|row| head_time(row, "4K", 0.35)));
