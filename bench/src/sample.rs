@@ -216,7 +216,11 @@ fn run_size(size: Size, arguments: &Arguments) -> anyhow::Result<()> {
         side > 0 && side.is_multiple_of(multiple),
         "a side of {side} is no multiple of {multiple}, which this model needs"
     );
-    let name = format!("sample-{}-{}", source.config.kind, size.label());
+    let size = match arguments.side {
+        Some(side) => side.to_string(),
+        None => size.label().to_owned(),
+    };
+    let name = format!("sample-{}-{size}", source.config.kind);
     let mut bench = Bench::start("sample", &arguments.common, "sample.py")?;
     let cell = source.vae.as_ref().map_or(1, VaeConfig::downsampling);
     let tokens = (side / cell / source.config.patch).pow(2);
