@@ -31,8 +31,8 @@ COMPONENTS = {
 }
 LARGEST_RATIO = 1.25
 
-#: The source tree, or a bundle.
-ROOT = Path(__file__).resolve().parents[2]
+#: Where full_size.py is: in the source tree, or in a bundle.
+FIXTURES = [Path(__file__).parent / "../../tests/fixtures", Path(__file__).parent / "../fixtures"]
 
 
 def model_path(folder: Path) -> Path:
@@ -114,7 +114,7 @@ def folder_of(gpu: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", type=Path, required=True, help="folder with bench-parity")
-    parser.add_argument("--fixtures", type=Path, default=ROOT / "tests/fixtures", help="folder with full_size.py")
+    parser.add_argument("--fixtures", type=Path, default=next(filter(Path.is_dir, FIXTURES), None), help="folder with full_size.py")
     parser.add_argument("--work", type=Path, required=True, help="folder for weights and references (14 GB)")
     parser.add_argument("--out", type=Path, help="the record [default: bench/results/GPU/parity.json]")
     parser.add_argument("--component", choices=COMPONENTS, action="append", help="repeatable; all by default")
@@ -125,7 +125,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     where = environment(arguments)
-    out = arguments.out or ROOT / "bench/results" / folder_of(where["gpu"]) / "parity.json"
+    out = arguments.out or Path("bench/results") / folder_of(where["gpu"]) / "parity.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for component in arguments.component or COMPONENTS:

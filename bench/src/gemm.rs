@@ -1,5 +1,7 @@
 //! `bench-gemm`: the matrix products of the model, through the engine's linear layer.
 
+mod fused;
+
 use std::str::FromStr;
 
 use clap::Parser;
@@ -17,10 +19,12 @@ Examples:
   bench-gemm                                     the published model's products
   bench-gemm --peer                              beside torch.nn.functional.linear
   bench-gemm --tokens 16640                      the same layers on more tokens
+  L2P_FUSED_LINEAR=0 bench-gemm                  SwiGLU and head norms by kernels of their own
   bench-gemm --shape mine=4096x11520x3840        rows x outputs x inputs; repeatable
   bench-gemm --shape small=64x48x32 --device cpu
 
-The reference is an f64 sum over the same inputs, for 64 x 64 elements spread over the result.";
+The reference is an f64 sum over the same inputs, for 64 x 64 elements spread over the result; for layers with an operation done
+inside (w13-swiglu, qkv-norm-rope) the same on the CPU in f32, on the first rows.";
 
 /// Times the model's matrix products; checks them against sums on the CPU.
 #[derive(Parser, Debug)]
@@ -113,6 +117,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     };
     for product in &products {
         run_product(&mut bench, product)?;
+    }
+    if arguments.shape.is_empty() {
+        fused::run(&mut bench, &fused::Sizes::published(arguments.tokens))?;
     }
     bench.finish()
 }

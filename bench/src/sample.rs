@@ -1,29 +1,20 @@
 //! `bench-sample`: whole pictures, from the prompt to the PNG on disk.
 
 mod source;
+mod studio;
 
 use std::path::PathBuf;
-use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
 use l2p_engine::checkpoint::{ModelPaths, PathOverrides};
 use l2p_engine::device::{MemoryReport, MemoryTag, format_bytes};
-use l2p_engine::flow::sampler::{Conditioning, Walk, sample};
+use l2p_engine::flow::sampler::sample;
 use l2p_engine::flow::schedule::Schedule;
-use l2p_engine::image_io::{RgbImage, WriteOptions, read_image, write_image};
 use l2p_engine::model::config::{ModelKind, VaeConfig};
-use l2p_engine::model::dit::Dit;
-use l2p_engine::model::text::TextEncoder;
-use l2p_engine::model::vae::VaeDecoder;
-use l2p_engine::ops::noise::normal_noise;
-use l2p_engine::ops::to_rgb8::to_rgb8;
-use l2p_engine::profile::{Work, measure};
-use l2p_engine::text::PromptTokenizer;
-use l2p_engine::{Device, Result, Tensor};
+use l2p_engine::{Device, Result};
 use serde_json::{Map, Value, json};
 
 use crate::arguments::Common;
-use crate::check::relative_error;
 use crate::children;
 use crate::published::ModelName;
 use crate::record::{Row, Timing, milliseconds};
@@ -31,6 +22,7 @@ use crate::runner::Bench;
 use crate::step::driver_bytes;
 use crate::timing::median;
 use source::Source;
+use studio::{PARTS, Parts, SHIFT, Studio};
 
 const HELP: &str = "\
 Examples:
@@ -141,12 +133,6 @@ impl Size {
     }
 }
 
-/// The shift of the schedule; it changes no time.
-const SHIFT: f64 = 4.0;
-
-/// The parts of a picture in their order.
-const PARTS: [&str; 6] = ["text", "noise", "steps", "decode", "rgb", "png"];
-
 /// Those that the peer does too.
 const COMPARED: [&str; 3] = ["steps", "decode", "rgb"];
 
@@ -216,7 +202,11 @@ fn run_size(size: Size, arguments: &Arguments) -> anyhow::Result<()> {
         side > 0 && side.is_multiple_of(multiple),
         "a side of {side} is no multiple of {multiple}, which this model needs"
     );
-    let name = format!("sample-{}-{}", source.config.kind, size.label());
+    let size = match arguments.side {
+        Some(side) => side.to_string(),
+        None => size.label().to_owned(),
+    };
+    let name = format!("sample-{}-{size}", source.config.kind);
     let mut bench = Bench::start("sample", &arguments.common, "sample.py")?;
     let cell = source.vae.as_ref().map_or(1, VaeConfig::downsampling);
     let tokens = (side / cell / source.config.patch).pow(2);
@@ -231,157 +221,6 @@ fn run_size(size: Size, arguments: &Arguments) -> anyhow::Result<()> {
     )?;
     draw(&mut bench, &name, &source, side, arguments)?;
     bench.finish()
-}
-
-/// Everything that is resident while pictures are drawn.
-struct Studio<'a> {
-    device: Device,
-    source: &'a Source,
-    tokenizer: PromptTokenizer,
-    text: Option<TextEncoder>,
-    dit: Option<Dit>,
-    decoder: Option<VaeDecoder>,
-    prompt: &'a str,
-    schedule: Schedule,
-    /// Pixels.
-    side: usize,
-    seed: u64,
-    out: PathBuf,
-}
-
-/// Milliseconds of each of [`PARTS`].
-type Parts = [f64; PARTS.len()];
-
-/// A picture as it was drawn.
-struct Drawn {
-    parts: Parts,
-    /// f32
-    image: Tensor,
-    caption_tokens: usize,
-}
-
-impl Studio<'_> {
-    /// The prompt's features.
-    fn encode(&self) -> anyhow::Result<Tensor> {
-        let ids = self.source.fit(self.tokenizer.encode(self.prompt)?.ids);
-        let encoder = self.text.as_ref().expect("the text encoder is loaded");
-        Ok(encoder.encode(&ids)?)
-    }
-
-    fn dit(&self) -> &Dit {
-        self.dit.as_ref().expect("the transformer is loaded")
-    }
-
-    fn conditioning(&self, caption: &Tensor) -> Result<Conditioning> {
-        let [height, width, _] = self.canvas();
-        Ok(Conditioning {
-            prompt: self.dit().prepare(&[caption], [height, width])?,
-            negative: None,
-        })
-    }
-
-    /// Height, width and channels of what the transformer draws.
-    fn canvas(&self) -> [usize; 3] {
-        let side = self.side / self.source.vae.as_ref().map_or(1, VaeConfig::downsampling);
-        [side, side, self.source.config.in_channels]
-    }
-
-    fn noise(&self) -> Result<Tensor> {
-        let [height, width, channels] = self.canvas();
-        normal_noise(&self.device, [1, height, width, channels], self.seed, 0)
-    }
-
-    fn decode(&self, drawn: Tensor) -> Result<Tensor> {
-        match &self.decoder {
-            Some(decoder) => decoder.decode(&drawn),
-            None => Ok(drawn),
-        }
-    }
-
-    /// Draws a picture; `caption` where the text encoder is no longer there.
-    fn draw(&self, caption: Option<Tensor>) -> anyhow::Result<Drawn> {
-        self.device.synchronize()?;
-        let mut watch = Watch::start(&self.device);
-        let caption = match caption {
-            Some(caption) => caption,
-            None => self.encode()?,
-        };
-        watch.part(0)?;
-        let noise = self.noise()?;
-        watch.part(1)?;
-        let conditioning = self.conditioning(&caption)?;
-        let drawn = sample(self.dit(), &conditioning, &self.schedule, noise, &mut |_| Ok(()))?;
-        watch.part(2)?;
-        let image = self.decode(drawn)?;
-        watch.part(3)?;
-        let pixels = to_rgb8(&image)?.to_vec::<u8>()?;
-        watch.part(4)?;
-        let picture = RgbImage::new(self.side, self.side, pixels)?;
-        let options = WriteOptions {
-            jpeg_quality: 92,
-            settings: None,
-        };
-        write_image(&self.out, &picture, &options)?;
-        watch.part(5)?;
-        Ok(Drawn {
-            parts: watch.parts,
-            image,
-            caption_tokens: caption.dim(1),
-        })
-    }
-
-    /// What drawing a picture comes to: that of a step for each of them, and the decoder's.
-    fn work(&self, caption: &Tensor) -> Result<Work> {
-        let conditioning = self.conditioning(caption)?;
-        let mut walk = Walk::new(self.dit(), &conditioning, &Schedule::new(1, SHIFT)?, self.noise()?)?.unrecorded();
-        let ((), step) = measure(&self.device, || walk.advance())?;
-        let drawn = walk.finish();
-        let (image, decode) = measure(&self.device, || self.decode(drawn))?;
-        drop(image);
-        let (step, steps) = (step.work(), self.schedule.steps() as u64);
-        Ok(Work {
-            flops: steps * step.flops,
-            bytes: steps * step.bytes,
-        }
-        .plus(decode.work()))
-    }
-
-    /// How far the written picture is from what the CPU makes of the image.
-    fn file_error(&self, image: &Tensor) -> anyhow::Result<f64> {
-        let on_cpu = Tensor::from_slice(&Device::Cpu, &image.to_vec::<f32>()?, image.shape())?;
-        let expected: Vec<f32> = to_rgb8(&on_cpu)?.to_vec::<u8>()?.into_iter().map(f32::from).collect();
-        let found: Vec<f32> = read_image(&self.out)?.pixels().iter().copied().map(f32::from).collect();
-        Ok(match image.to_vec::<f32>()?.iter().all(|value| value.is_finite()) {
-            true => relative_error(&found, &expected),
-            false => f64::INFINITY,
-        })
-    }
-}
-
-/// Takes the time of one part after the other.
-struct Watch<'a> {
-    device: &'a Device,
-    last: Instant,
-    parts: Parts,
-}
-
-impl<'a> Watch<'a> {
-    fn start(device: &'a Device) -> Self {
-        Watch {
-            device,
-            last: Instant::now(),
-            parts: Parts::default(),
-        }
-    }
-
-    /// Ends the part of this index.
-    fn part(&mut self, index: usize) -> Result<()> {
-        self.device.synchronize()?;
-        let now = Instant::now();
-        self.parts[index] = now.duration_since(self.last).as_secs_f64() * 1e3;
-        self.last = now;
-        Ok(())
-    }
 }
 
 /// The most memory seen at the ends of phases.

@@ -2,6 +2,7 @@
 //!
 //! Tests that need a GPU count as ignored where there is none.
 
+mod bench;
 mod checkpoint;
 mod convert;
 mod data;
@@ -20,6 +21,7 @@ use l2p_tests::Suite;
 fn main() -> std::process::ExitCode {
     let arguments = libtest_mimic::Arguments::from_args();
     let mut suite = Suite::default();
+    bench::register(&mut suite);
     checkpoint::register(&mut suite);
     convert::register(&mut suite);
     data::register(&mut suite);

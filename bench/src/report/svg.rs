@@ -11,7 +11,12 @@ const TOP: f64 = 40.0;
 const BOTTOM: f64 = 56.0;
 
 /// Told apart by those who see no colours, too: each series also has a mark of its own.
-const COLORS: [&str; 6] = ["#0b66c3", "#d1495b", "#2e8b57", "#8d6a9f", "#e08e2b", "#5b6770"];
+const COLORS: [&str; 7] = [
+    "#0b66c3", "#d1495b", "#2e8b57", "#8d6a9f", "#e08e2b", "#5b6770", "#00868b",
+];
+
+/// Room for a legend beside the plot.
+const LEGEND: f64 = 190.0;
 
 /// An axis with a logarithmic scale.
 #[derive(Clone, Debug)]
@@ -82,11 +87,14 @@ pub struct LineChart {
 /// A frame that is drawn in.
 struct Canvas {
     text: String,
+    /// Where the plot ends.
+    right: f64,
 }
 
 impl Canvas {
-    fn new(title: &str) -> Self {
-        let mut canvas = Canvas { text: String::new() };
+    fn new(title: &str, right: f64) -> Self {
+        let text = String::new();
+        let mut canvas = Canvas { text, right };
         canvas.line(&format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" font-family=\"sans-serif\" font-size=\"13\">"
         ));
@@ -142,7 +150,7 @@ impl Canvas {
     fn vertical(&mut self, axis: &LogAxis) {
         for tick in axis.ticks() {
             let y = vertical(axis, tick);
-            self.stroke(&[(LEFT, y), (WIDTH - RIGHT, y)], "#e3e3e3", 1.0);
+            self.stroke(&[(LEFT, y), (self.right, y)], "#e3e3e3", 1.0);
             self.words(LEFT - 8.0, y + 4.0, "end", "#444444", &number(tick));
         }
         let (x, y) = (18.0, (TOP + HEIGHT - BOTTOM) / 2.0);
@@ -186,7 +194,7 @@ impl LineChart {
             .iter()
             .flat_map(|series| series.points.iter().map(|point| point.1));
         let axis = LogAxis::over(&self.axis, values);
-        let mut canvas = Canvas::new(&self.title);
+        let mut canvas = Canvas::new(&self.title, WIDTH - RIGHT);
         canvas.vertical(&axis);
         let step = (WIDTH - LEFT - RIGHT) / self.categories.len().max(1) as f64;
         let horizontal = |category: usize| LEFT + step * (category as f64 + 0.5);
@@ -202,7 +210,16 @@ impl LineChart {
             canvas.stroke(&places, COLORS[index % COLORS.len()], 2.0);
             for (place, &(_, value)) in places.iter().zip(&series.points) {
                 canvas.mark(*place, index);
-                canvas.words(place.0 + 8.0, place.1 - 7.0, "start", "#444444", &short(value));
+                // Neighbouring series have nearly the same values: each has a corner of its own.
+                let (aside, anchor) = if index < 2 { (8.0, "start") } else { (-8.0, "end") };
+                let above = if index % 2 == 0 { 16.0 } else { -7.0 };
+                canvas.words(
+                    place.0 + aside,
+                    place.1 + above,
+                    anchor,
+                    COLORS[index % COLORS.len()],
+                    &short(value),
+                );
             }
         }
         let names: Vec<String> = self.series.iter().map(|series| series.name.clone()).collect();
@@ -246,15 +263,16 @@ impl Roofline {
             .map(|kernel| kernel.2)
             .chain([self.tflops, roof(across.first)]);
         let axis = LogAxis::over("TFLOP/s", rates);
-        let mut canvas = Canvas::new(&self.title);
+        let right = WIDTH - RIGHT - LEGEND;
+        let mut canvas = Canvas::new(&self.title, right);
         canvas.vertical(&axis);
-        let horizontal = |value: f64| LEFT + across.place(value) * (WIDTH - LEFT - RIGHT);
+        let horizontal = |value: f64| LEFT + across.place(value) * (right - LEFT);
         for tick in across.ticks() {
             let x = horizontal(tick);
             canvas.stroke(&[(x, HEIGHT - BOTTOM), (x, HEIGHT - BOTTOM + 5.0)], "#444444", 1.0);
             canvas.words(x, HEIGHT - BOTTOM + 22.0, "middle", "#444444", &number(tick));
         }
-        canvas.words(WIDTH / 2.0, HEIGHT - 12.0, "middle", "#444444", &across.label);
+        canvas.words((LEFT + right) / 2.0, HEIGHT - 12.0, "middle", "#444444", &across.label);
         let corners = [across.first, ridge.clamp(across.first, across.last), across.last];
         let places: Vec<(f64, f64)> = corners
             .iter()
@@ -269,7 +287,7 @@ impl Roofline {
             .iter()
             .map(|(name, intensity, rate)| format!("{name}: {:.0} %", 100.0 * rate / roof(*intensity)))
             .collect();
-        canvas.legend(&names, LEFT + 14.0, TOP + 14.0);
+        canvas.legend(&names, right + 14.0, TOP + 14.0);
         canvas.finish()
     }
 }

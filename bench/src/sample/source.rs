@@ -30,14 +30,13 @@ pub struct Source {
 }
 
 enum Parts {
-    Random {
-        seed: u64,
-        head: Option<HeadLayout>,
-    },
-    Files {
-        paths: ModelPaths,
-        transformer: Transformer,
-    },
+    Random { seed: u64, head: Option<HeadLayout> },
+    Files(Box<Files>),
+}
+
+struct Files {
+    paths: ModelPaths,
+    transformer: Transformer,
 }
 
 impl Source {
@@ -70,7 +69,7 @@ impl Source {
             vae,
             downsampling: transformer.head.as_ref().map_or(1, HeadLayout::downsampling),
             text: TextConfig::read(paths.text_encoder()?)?,
-            parts: Parts::Files { paths, transformer },
+            parts: Parts::Files(Box::new(Files { paths, transformer })),
         })
     }
 
@@ -91,7 +90,7 @@ impl Source {
     pub fn tokenizer(&self, given: Option<&Path>) -> anyhow::Result<PromptTokenizer> {
         Ok(match (&self.parts, given) {
             (_, Some(folder)) => PromptTokenizer::open(folder)?,
-            (Parts::Files { paths, .. }, None) => PromptTokenizer::open(paths.tokenizer()?)?,
+            (Parts::Files(files), None) => PromptTokenizer::open(files.paths.tokenizer()?)?,
             (Parts::Random { .. }, None) => qwen3()?,
         })
     }
@@ -99,7 +98,7 @@ impl Source {
     /// The ids as the text encoder takes them: the small encoder of random weights knows fewer.
     pub fn fit(&self, ids: Vec<u32>) -> Vec<u32> {
         match self.parts {
-            Parts::Files { .. } => ids,
+            Parts::Files(_) => ids,
             Parts::Random { .. } => ids.into_iter().map(|id| id % self.text.vocabulary as u32).collect(),
         }
     }
@@ -114,8 +113,8 @@ impl Source {
             Parts::Random { seed, .. } => {
                 TextEncoder::load(&RandomParams::text(*seed, &self.text), device, &self.text)?
             }
-            Parts::Files { paths, .. } => {
-                let checkpoint = Checkpoint::open_text_encoder(paths.text_encoder()?)?;
+            Parts::Files(files) => {
+                let checkpoint = Checkpoint::open_text_encoder(files.paths.text_encoder()?)?;
                 TextEncoder::load(&checkpoint, device, &self.text)?
             }
         })
@@ -132,7 +131,7 @@ impl Source {
                 let params = RandomParams::transformer(*seed, &self.config, head.as_ref());
                 Dit::load(&params, device, &self.config, loaded)?
             }
-            Parts::Files { transformer, .. } => Dit::load(&transformer.checkpoint, device, &self.config, loaded)?,
+            Parts::Files(files) => Dit::load(&files.transformer.checkpoint, device, &self.config, loaded)?,
         })
     }
 
@@ -145,7 +144,7 @@ impl Source {
         let _tag = MemoryTag::Weights.scope();
         Ok(Some(match &self.parts {
             Parts::Random { seed, .. } => VaeDecoder::load(&RandomParams::vae(*seed, config), device, config)?,
-            Parts::Files { paths, .. } => VaeDecoder::load(&Checkpoint::open_plain(paths.vae()?)?, device, config)?,
+            Parts::Files(files) => VaeDecoder::load(&Checkpoint::open_plain(files.paths.vae()?)?, device, config)?,
         }))
     }
 }
