@@ -113,9 +113,10 @@ def random_batch(config: PixelConfig, side: int, caption: int, normal: Callable[
 
 
 class Trainer:
-    """AdamW over f32 masters of the trained weights; the weights are their masters rounded to bf16, in whatever type they are."""
+    """AdamW over f32 masters of the trained weights; the weights are their masters, rounded to bf16 if `rounded`, in their own type."""
 
-    def __init__(self, model: nn.Module, names: list[str]):
+    def __init__(self, model: nn.Module, names: list[str], rounded: bool = True):
+        self.rounded = rounded
         parameters = dict(model.named_parameters())
         self.weights = [parameters[name] for name in names]
         self.masters = [nn.Parameter(weight.detach().to(torch.float32, copy=True)) for weight in self.weights]
@@ -128,7 +129,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for master, weight in zip(self.masters, self.weights):
-                weight.copy_(master.bfloat16())
+                weight.copy_(master.bfloat16() if self.rounded else master)
 
 
 # The peer of bench-train.
@@ -203,16 +204,18 @@ class Gradients:
         errors, squares, norm = {}, 0.0, 0.0
         for name, reference in self.reference.items():
             reference = reference.to(device, non_blocking=True)
-            difference = found(name).to(device).float().sub_(reference).square_().sum(dtype=torch.float64).item()
-            size = reference.square_().sum(dtype=torch.float64).item()
+            difference = (found(name).to(device).float() - reference).square_().sum(dtype=torch.float64).item()
+            size = reference.square().sum(dtype=torch.float64).item()
             errors[name] = math.sqrt(difference / size) if size > 0 else math.inf
             squares, norm = squares + difference, norm + size
         return errors, math.sqrt(squares / norm)
 
 
-def steps(model: nn.Module, batch: Batch, names: list[str], count: int, first: Callable[[], None]) -> list[float]:
+def steps(
+    model: nn.Module, batch: Batch, names: list[str], count: int, first: Callable[[], None], rounded: bool = True
+) -> list[float]:
     """The losses before each step; `first` is called with the gradients of the first one in place."""
-    trainer, losses = Trainer(model, names), []
+    trainer, losses = Trainer(model, names, rounded), []
     dtype = next(model.parameters()).dtype
     for step in range(count):
         loss = batch.loss(model, dtype)
@@ -273,7 +276,8 @@ def torch_runs(arguments: argparse.Namespace, device: torch.device) -> dict:
         reference.update({name: gradient.detach().cpu() for name, gradient in gradients_of(model, names).items()})
 
     with plain_attention():
-        f32_losses = steps(model, batch, names, arguments.steps, keep)
+        # On the CPU this engine does not round either.
+        f32_losses = steps(model, batch, names, arguments.steps, keep, rounded=cuda)
     gradients = Gradients(reference)
     told(f"{arguments.steps} steps in f32")
 
