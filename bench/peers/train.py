@@ -293,6 +293,8 @@ def torch_runs(arguments: argparse.Namespace, device: torch.device) -> dict:
     model.local_decoder.to(memory_format=torch.channels_last)
     del initial
     free(cuda)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     runs = {}
 
     def compare(way: str) -> None:
