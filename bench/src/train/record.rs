@@ -56,7 +56,7 @@ impl Measured {
         let ours = self.timing.milliseconds;
         let share = |milliseconds: f64| 1e14 * self.tflops(milliseconds) / ceilings.flops_per_second;
         let gigabytes = |bytes: u64| bytes as f64 / 1e9;
-        let published = self.inputs["tiny"] == Value::Bool(false) && self.inputs["side"] == Value::from(1024);
+        let published = self.inputs["tiny"] == Value::Bool(false) && self.inputs["side"] == 1024;
         let largest = LARGEST_PEAKS.iter().find(|(name, _)| published && *name == self.name);
         let largest = largest.map(|(_, bytes)| bytes / 1e9);
         let row = |what: &str, unit: &str, ours: f64, peer: Option<f64>| {
