@@ -1,5 +1,6 @@
 //! The demo, as the README has it: the real model, a few steps.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use l2p_engine::image_io::read_image;
@@ -9,6 +10,7 @@ use libtest_mimic::Failed;
 use serde_json::Value;
 
 use super::{curve, delta, validation};
+use crate::checkpoint::model;
 
 pub fn register(suite: &mut Suite) {
     suite.cpu("runs::demo::twenty_steps_learn_continue_and_draw", twenty_steps);
@@ -64,6 +66,7 @@ fn twenty_steps() -> Outcome {
         &at("merged.safetensors"),
     ];
     run("l2p-convert", merge)?.success()?;
+    assert_eq!(merged_shapes(&at("merged.safetensors"))?, published_shapes()?);
     let parts = [
         "--text-encoder",
         &format!("{source}/text_encoder"),
@@ -86,4 +89,27 @@ fn twenty_steps() -> Outcome {
     assert!(picture("a.png")?.pixels() == picture("b.png")?.pixels());
     assert!(picture("a.png")?.pixels() == picture("c.png")?.pixels());
     Ok(())
+}
+
+/// Names and shapes of the tensors of a file.
+fn merged_shapes(path: &str) -> Result<BTreeMap<String, Vec<usize>>, Failed> {
+    let tensors = model::read(Path::new(path))?.into_iter();
+    Ok(tensors.map(|(name, tensor)| (name, tensor.shape)).collect())
+}
+
+/// Those of a pixel model in the published layout: the source's trunk as diffusers names it, the published head's ends.
+fn published_shapes() -> Result<BTreeMap<String, Vec<usize>>, Failed> {
+    const DIM: usize = 384;
+    let folder = models_folder().join("demo/source/transformer");
+    let mut shapes: BTreeMap<String, Vec<usize>> =
+        model::pixel_ends(DIM, [64, 128, 256, 512], 512).into_iter().collect();
+    for entry in folder.read_dir()? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            let tensors = model::read(&path)?.into_iter();
+            let trunk = tensors.filter(|(name, _)| !name.contains(".2-1."));
+            shapes.extend(trunk.map(|(name, tensor)| (name, tensor.shape)));
+        }
+    }
+    Ok(shapes)
 }
