@@ -1,5 +1,5 @@
-// Linear layers by Hopper's warpgroup products, with what follows them done in registers; engine/src/ops/linear_swiglu.rs,
-// linear_qk_norm_rope.rs and patch_embed.rs hold the contracts.
+// Linear layers by Hopper's warpgroup products, with what follows them done in registers; engine/src/ops/linear_swiglu.rs
+// and patch_embed.rs hold the contracts.
 //
 // A block makes tiles of TOKENS rows by FEATURES columns of x weightᵀ: two consumer warpgroups take half of the columns each, a
 // producer fills a ring of STAGES steps of DEPTH summed elements by bulk copies. Two blocks form a cluster: they work on the same
@@ -10,7 +10,6 @@
 //
 // What follows the product:
 //   SwiGLU        a warpgroup's columns are 64 of gate and the same of up: silu(gate) * up, half as many columns stored
-//   QkNormRope    a warpgroup's 128 columns are a head: RMS norm and rotation of query and key heads
 //   Bias          added; the rows are patches of an image, gathered by the bulk copies themselves
 //
 // Bound by the tensor cores: 2 * TOKENS * FEATURES operations per summed element, for which 32 bytes per clock come out of L2.
@@ -34,7 +33,7 @@ constexpr int DEPTH = PANEL;                     // summed elements of a step
 constexpr int GROUP = 32;                        // columns whose pairs are exchanged between four lanes
 constexpr int GROUPS = COLUMNS / GROUP;
 constexpr int STAGES = 4;
-static_assert(BLOCKS == CLUSTER && CONSUMERS == CLUSTER);
+static_assert(BLOCKS == CLUSTER);
 
 // Bytes.
 constexpr int ROWS_TILE = ROWS * PANEL_ROW_BYTES;
@@ -67,23 +66,14 @@ struct Tile {
     int column;  // which tile of columns
 };
 
-// What the two blocks of a cluster have in common.
-enum class Common { ROWS, COLUMNS };
-
-// Tiles of a cluster: neighbours, rows first.
-template <Common COMMON>
+// Tiles of a cluster: pairs of neighbouring columns, rows first.
 __device__ __forceinline__ int count_pairs(const Problem& p) {
-    const int down = (p.tokens + TOKENS - 1) / TOKENS;
-    if constexpr (COMMON == Common::ROWS) return down * ((p.column_tiles + CLUSTER - 1) / CLUSTER);
-    return (down + CLUSTER - 1) / CLUSTER * p.column_tiles;
+    return (p.tokens + TOKENS - 1) / TOKENS * ((p.column_tiles + CLUSTER - 1) / CLUSTER);
 }
 
-template <Common COMMON>
 __device__ __forceinline__ Tile find_tile(const Problem& p, int pair, int rank) {
-    int down = (p.tokens + TOKENS - 1) / TOKENS;
-    if constexpr (COMMON == Common::ROWS) return {pair % down * TOKENS, pair / down * CLUSTER + rank};
-    down = (down + CLUSTER - 1) / CLUSTER;
-    return {(pair % down * CLUSTER + rank) * TOKENS, pair / down};
+    const int down = (p.tokens + TOKENS - 1) / TOKENS;
+    return {pair % down * TOKENS, pair / down * CLUSTER + rank};
 }
 
 // ---- what follows the product, and where its columns come from ----
@@ -157,62 +147,6 @@ __device__ __forceinline__ int plain_box_row(const Tile& tile, int consumer, int
     return tile.column * FEATURES + consumer * COLUMNS + box * ROWS;
 }
 
-struct QkNormRope {
-    bf16* output;          // [tokens, outputs], heads of COLUMNS
-    const bf16* q_weight;  // [COLUMNS]
-    const bf16* k_weight;
-    const float* table;  // [table_rows, COLUMNS / 2, 2]: cosine and sine of each pair; token t uses row t % table_rows
-    int heads, kv_heads, table_rows;
-    float epsilon;
-
-    __device__ __forceinline__ int box_row(const Problem&, const Tile& tile, int consumer, int box) const {
-        return plain_box_row(tile, consumer, box);
-    }
-
-    __device__ __forceinline__ void finish(
-        const Accumulators (&sums)[BLOCKS], const Problem& p, const Tile& tile, int consumer, int row, int member) const {
-        const int head = tile.column * CONSUMERS + consumer;  // queries, then keys, then values
-        if (head * COLUMNS >= p.outputs) return;
-        const bool normalised = head < heads + kv_heads;
-        const bf16* const weight = (head < heads ? q_weight : k_weight) + 2 * member;
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int token = tile.token + block * ROWS + row + 8 * half;
-                float squares = 0.0f;
-#pragma unroll
-                for (int i = 0; i < COLUMNS / 8; ++i)
-#pragma unroll
-                    for (int j = 0; j < 2; ++j) squares += sums[block][i][2 * half + j] * sums[block][i][2 * half + j];
-                // The four lanes of a group share a row.
-                squares += __shfl_xor_sync(FULL_WARP, squares, 1);
-                squares += __shfl_xor_sync(FULL_WARP, squares, 2);
-                const float inverse = rsqrtf(squares / COLUMNS + epsilon);
-                const float* const angles = table + static_cast<size_t>(token % table_rows) * COLUMNS + 2 * member;
-                bf16* const to = output + static_cast<size_t>(token) * p.outputs + head * COLUMNS + member * 8;
-#pragma unroll
-                for (int group = 0; group < GROUPS; ++group) {
-                    __nv_bfloat162 pairs[4];
-#pragma unroll
-                    for (int t = 0; t < 4; ++t) {
-                        float2 value = make_float2(sums[block][group * 4 + t][2 * half], sums[block][group * 4 + t][2 * half + 1]);
-                        if (normalised) {
-                            const int channel = group * GROUP + 8 * t;
-                            const float2 factor = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(weight + channel));
-                            const float2 turn = *reinterpret_cast<const float2*>(angles + channel);
-                            const float a = value.x * inverse * factor.x, b = value.y * inverse * factor.y;
-                            value = make_float2(a * turn.x - b * turn.y, a * turn.y + b * turn.x);
-                        }
-                        pairs[t] = __floats2bfloat162_rn(value.x, value.y);
-                    }
-                    const Bf16x8 run = exchange(pairs, member);
-                    if (token < p.tokens) *reinterpret_cast<Bf16x8*>(to + group * GROUP) = run;
-                }
-            }
-    }
-};
-
 struct Bias {
     bf16* output;      // [tokens, outputs]
     const bf16* bias;  // [outputs]
@@ -257,21 +191,10 @@ struct Bias {
 
 constexpr uint16_t ALL = (1 << CLUSTER) - 1;
 
-// A box of a matrix into this block's memory, or at the same place into every block's.
-template <bool TO_ALL>
-__device__ __forceinline__ void copy_matrix(uint32_t to, const TensorMap& map, int element, int row, uint32_t barrier) {
-    if constexpr (TO_ALL) {
-        copy_box_2d_to(to, map, element, row, barrier, ALL);
-    } else {
-        copy_box_2d(to, map, element, row, barrier);
-    }
-}
-
 // Rows of a matrix [tokens, depth].
 struct MatrixRows {
-    template <bool TO_ALL>
     __device__ __forceinline__ void copy(uint32_t to, const TensorMap& map, int element, int token, uint32_t barrier) const {
-        copy_matrix<TO_ALL>(to, map, element, token, barrier);
+        copy_box_2d_to(to, map, element, token, barrier, ALL);
     }
 };
 
@@ -281,9 +204,7 @@ struct PatchRows {
     int steps_per_row;  // DEPTH elements each
     int across;
 
-    template <bool TO_ALL>
     __device__ __forceinline__ void copy(uint32_t to, const TensorMap& map, int element, int token, uint32_t barrier) const {
-        static_assert(TO_ALL);
         const int step = element / DEPTH;
         copy_box_4d_to(to, map, step % steps_per_row * DEPTH, token % across, step / steps_per_row, token / across, barrier, ALL);
     }
@@ -291,36 +212,27 @@ struct PatchRows {
 
 // ---- the loop ----
 
-template <Common COMMON, class Rows, class End>
+template <class Rows, class End>
 __device__ __forceinline__ void produce(
     const TensorMap& x, const TensorMap& weights, const Problem& p, const Rows& rows, const End& end, const Shared& shared, int rank) {
-    const int pairs = count_pairs<COMMON>(p);
+    const int pairs = count_pairs(p);
     unsigned use = 0;
     for (int pair = blockIdx.x / CLUSTER; pair < pairs; pair += gridDim.x / CLUSTER) {
-        const Tile tile = find_tile<COMMON>(p, pair, rank);
+        const Tile tile = find_tile(p, pair, rank);
         for (int element = 0; element < p.depth; element += DEPTH, ++use) {
             const int stage = use % STAGES;
             const uint32_t ready = shared.ready(stage);
             barrier_wait(shared.free(stage), (use / STAGES + 1) % 2);
             barrier_arrive_expecting(ready, STAGE);
             // Of what the cluster has in common, each block fetches half.
-            if constexpr (COMMON == Common::ROWS) {
-                rows.template copy<true>(shared.rows(stage, rank), x, element, tile.token + rank * ROWS, ready);
-            } else {
+            rows.copy(shared.rows(stage, rank), x, element, tile.token + rank * ROWS, ready);
 #pragma unroll
-                for (int block = 0; block < BLOCKS; ++block) {
-                    rows.template copy<false>(shared.rows(stage, block), x, element, tile.token + block * ROWS, ready);
-                }
-            }
-#pragma unroll
-            for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
-                if (COMMON == Common::COLUMNS && consumer != rank) continue;
+            for (int consumer = 0; consumer < CONSUMERS; ++consumer)
 #pragma unroll
                 for (int box = 0; box < COLUMN_BOXES; ++box) {
-                    copy_matrix<COMMON == Common::COLUMNS>(shared.columns(stage, consumer) + box * ROWS_TILE, weights, element,
-                                                           end.box_row(p, tile, consumer, box), ready);
+                    copy_box_2d(shared.columns(stage, consumer) + box * ROWS_TILE, weights, element,
+                                end.box_row(p, tile, consumer, box), ready);
                 }
-            }
         }
     }
 }
@@ -331,10 +243,10 @@ __device__ __forceinline__ void release(uint32_t barrier) {
     if (lane < CLUSTER) barrier_arrive_at(barrier, lane);
 }
 
-template <Common COMMON, class End>
+template <class End>
 __device__ __forceinline__ void consume(const Problem& p, const End& end, const Shared& shared, int rank, int consumer) {
     const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP % WARPS * 16 + lane / 4;
-    const int pairs = count_pairs<COMMON>(p);
+    const int pairs = count_pairs(p);
     unsigned use = 0;
     for (int pair = blockIdx.x / CLUSTER; pair < pairs; pair += gridDim.x / CLUSTER) {
         Accumulators sums[BLOCKS];
@@ -361,11 +273,11 @@ __device__ __forceinline__ void consume(const Problem& p, const End& end, const 
         hold(sums[0]);
         hold(sums[1]);
         release(shared.free(before));
-        end.finish(sums, p, find_tile<COMMON>(p, pair, rank), consumer, row, lane % 4);
+        end.finish(sums, p, find_tile(p, pair, rank), consumer, row, lane % 4);
     }
 }
 
-template <Common COMMON, class Rows, class End>
+template <class Rows, class End>
 __device__ __forceinline__ void linear(
     const TensorMap& x, const TensorMap& weights, const Problem& p, const Rows& rows, const End& end) {
     // All registers of the multiprocessor: what the launch gives each thread, shared out anew.
@@ -389,10 +301,10 @@ __device__ __forceinline__ void linear(
     const int warp = __shfl_sync(FULL_WARP, threadIdx.x / WARP, 0);
     if (warp < WARPS) {
         registers_give<PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) produce<COMMON>(x, weights, p, rows, end, shared, rank);
+        if (threadIdx.x == 0) produce(x, weights, p, rows, end, shared, rank);
     } else {
         registers_take<CONSUMER_REGISTERS>();
-        consume<COMMON>(p, end, shared, rank, warp / WARPS - 1);
+        consume(p, end, shared, rank, warp / WARPS - 1);
     }
     cluster_sync();  // nobody leaves while the other block still copies into its memory or arrives at its barriers
 }
@@ -405,38 +317,15 @@ __device__ __forceinline__ void linear(
 extern "C" LINEAR_KERNEL void linear_swiglu(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weights, bf16* output, int tokens, int outputs, int depth) {
     const Problem p = {tokens, outputs, depth, (2 * outputs + FEATURES - 1) / FEATURES};
-    linear<Common::ROWS>(x, weights, p, MatrixRows{}, SwiGlu{output});
+    linear(x, weights, p, MatrixRows{}, SwiGlu{output});
 }
 L2P_LAUNCH(linear_swiglu, THREADS, SMEM_BYTES, TOKENS, FEATURES, DEPTH, ROWS)
-
-extern "C" LINEAR_KERNEL void linear_qk_norm_rope(
-    const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weights, bf16* output, const bf16* q_weight,
-    const bf16* k_weight, const float* table, int tokens, int depth, int heads, int kv_heads, int table_rows, float epsilon) {
-    const int outputs = (heads + 2 * kv_heads) * COLUMNS;
-    const Problem p = {tokens, outputs, depth, (outputs + FEATURES - 1) / FEATURES};
-    linear<Common::ROWS>(x, weights, p, MatrixRows{}, QkNormRope{output, q_weight, k_weight, table, heads, kv_heads, table_rows, epsilon});
-}
-L2P_LAUNCH(linear_qk_norm_rope, THREADS, SMEM_BYTES, TOKENS, FEATURES, DEPTH, ROWS)
 
 extern "C" LINEAR_KERNEL void linear_patches(
     const __grid_constant__ TensorMap image, const __grid_constant__ TensorMap weights, bf16* output, const bf16* bias, int tokens,
     int outputs, int depth, int steps_per_row, int across) {
     const Problem p = {tokens, outputs, depth, (outputs + FEATURES - 1) / FEATURES};
-    linear<Common::ROWS>(image, weights, p, PatchRows{steps_per_row, across}, Bias{output, bias});
+    linear(image, weights, p, PatchRows{steps_per_row, across}, Bias{output, bias});
 }
 L2P_LAUNCH(linear_patches, THREADS, SMEM_BYTES, TOKENS, FEATURES, DEPTH, ROWS)
-extern "C" LINEAR_KERNEL void linear_swiglu_columns(
-    const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weights, bf16* output, int tokens, int outputs, int depth) {
-    const Problem p = {tokens, outputs, depth, (2 * outputs + FEATURES - 1) / FEATURES};
-    linear<Common::COLUMNS>(x, weights, p, MatrixRows{}, SwiGlu{output});
-}
-L2P_LAUNCH(linear_swiglu_columns, THREADS, SMEM_BYTES, TOKENS, FEATURES, DEPTH, ROWS)
-extern "C" LINEAR_KERNEL void linear_qk_norm_rope_columns(
-    const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weights, bf16* output, const bf16* q_weight,
-    const bf16* k_weight, const float* table, int tokens, int depth, int heads, int kv_heads, int table_rows, float epsilon) {
-    const int outputs = (heads + 2 * kv_heads) * COLUMNS;
-    const Problem p = {tokens, outputs, depth, (outputs + FEATURES - 1) / FEATURES};
-    linear<Common::COLUMNS>(x, weights, p, MatrixRows{}, QkNormRope{output, q_weight, k_weight, table, heads, kv_heads, table_rows, epsilon});
-}
-L2P_LAUNCH(linear_qk_norm_rope_columns, THREADS, SMEM_BYTES, TOKENS, FEATURES, DEPTH, ROWS)
 #endif

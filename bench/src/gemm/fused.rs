@@ -1,8 +1,8 @@
 //! Products with what follows them.
 
-use l2p_engine::ops::linear_qk_norm_rope::linear_qk_norm_rope;
+use l2p_engine::ops::linear::linear;
 use l2p_engine::ops::linear_swiglu::linear_swiglu;
-use l2p_engine::ops::qk_norm_rope::{QkNormRope, Rotation};
+use l2p_engine::ops::qk_norm_rope::{QkNormRope, Rotation, qk_norm_rope};
 use l2p_engine::{Device, Result, Tensor};
 use serde_json::{Value, json};
 
@@ -121,7 +121,9 @@ impl Inputs {
                     epsilon: EPSILON,
                     rotation: Rotation::Interleaved,
                 };
-                linear_qk_norm_rope(&self.x, &self.weight, &spec, &self.table)
+                let mut qkv = linear(&self.x, &self.weight, None)?;
+                qk_norm_rope(&mut qkv, &spec, &self.table)?;
+                Ok(qkv)
             }
         }
     }

@@ -126,7 +126,10 @@ mod tests {
         assert_eq!(of("lr").as_deref(), Some("5e-5"));
         assert_eq!(of("beta1").as_deref(), Some("0.9"));
         assert_eq!(of("epsilon").as_deref(), Some("1e-8"));
-        assert_eq!((of("shift").as_deref(), of("steps").as_deref()), (Some("3"), Some("1000")));
+        assert_eq!(
+            (of("shift").as_deref(), of("steps").as_deref()),
+            (Some("3"), Some("1000"))
+        );
         assert_eq!(of("policy").as_deref(), Some("paper"));
         assert_eq!((of("model"), of("clip_norm"), of("buckets")), (None, None, None));
     }

@@ -17,9 +17,8 @@ use crate::error::Result;
 use crate::ops::Modulation;
 use crate::ops::attention::{Attention, attention};
 use crate::ops::linear::{InputActivation, linear, linear_vectors};
-use crate::ops::linear_qk_norm_rope::linear_qk_norm_rope;
 use crate::ops::linear_swiglu::linear_swiglu;
-use crate::ops::qk_norm_rope::{QkNormRope, Rotation};
+use crate::ops::qk_norm_rope::{QkNormRope, Rotation, qk_norm_rope};
 use crate::ops::rms_norm::{GatedResidual, RmsNorm, gated_residual_rms_norm, rms_norm_modulate};
 use crate::profile;
 use crate::tensor::Tensor;
@@ -196,8 +195,9 @@ impl Block {
     }
 
     fn attend(&self, normalised: Tensor, sequence: &Sequence<'_>) -> Result<Tensor> {
-        let qkv = linear_qk_norm_rope(&normalised, &self.qkv, &self.qk_norm_rope(), sequence.rope)?;
+        let mut qkv = linear(&normalised, &self.qkv, None)?;
         drop(normalised);
+        qk_norm_rope(&mut qkv, &self.qk_norm_rope(), sequence.rope)?;
         let attended = attention(&qkv, &self.attention, sequence.key_lengths)?;
         drop(qkv);
         linear(&attended, &self.out, None)

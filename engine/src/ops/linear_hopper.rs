@@ -42,7 +42,7 @@ pub(super) fn matrix_map(kernel: &Kernel, matrix: &Tensor, rows: usize, depth: u
 /// One block per multiprocessor, or per tile where these are fewer, in whole clusters. `columns` are those of the product.
 pub(super) fn blocks(device: &CudaDevice, kernel: &Kernel, rows: usize, columns: usize) -> u32 {
     let [tile_rows, tile_columns, ..] = kernel.info().tile.map(|extent| extent.max(1) as usize);
-    let pairs = rows.div_ceil(tile_rows) * columns.div_ceil(tile_columns).div_ceil(CLUSTER) + columns.div_ceil(tile_columns);
+    let pairs = rows.div_ceil(tile_rows) * columns.div_ceil(tile_columns).div_ceil(CLUSTER);
     let clusters = pairs.min(device.multiprocessors() as usize / CLUSTER);
     (clusters * CLUSTER) as u32
 }

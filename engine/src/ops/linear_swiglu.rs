@@ -48,7 +48,7 @@ fn launch(op: &'static str, device: &CudaDevice, x: &Tensor, weight: &Tensor) ->
     let mut output = Tensor::empty(&x.device(), Shape::new(&extents), x.dtype())?;
     let bytes = x.bytes() + weight.bytes() + output.bytes();
     let _op = crate::profile::op(op, x, 2 * rows * depth * 2 * hidden, bytes);
-    let kernel = device.kernel(linear_hopper::IMAGE, if std::env::var_os("L2P_LINEAR_COLUMNS").is_some() { "linear_swiglu_columns" } else { op })?;
+    let kernel = device.kernel(linear_hopper::IMAGE, op)?;
     let args = Args::new()
         .tensor_map(matrix_map(&kernel, x, rows, depth)?)
         .tensor_map(matrix_map(&kernel, weight, weight.dim(0), weight.dim(1))?)

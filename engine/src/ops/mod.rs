@@ -20,7 +20,6 @@ pub mod latent;
 pub mod layer_norm;
 pub mod linear;
 mod linear_hopper;
-pub mod linear_qk_norm_rope;
 pub mod linear_swiglu;
 mod modulation;
 pub mod noise;

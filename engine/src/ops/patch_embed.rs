@@ -227,7 +227,12 @@ fn launch_hopper(
     )?;
     let args = Args::new()
         .tensor_map(map)
-        .tensor_map(linear_hopper::matrix_map(&kernel, weight, weight.dim(0), weight.dim(1))?)
+        .tensor_map(linear_hopper::matrix_map(
+            &kernel,
+            weight,
+            weight.dim(0),
+            weight.dim(1),
+        )?)
         .output(output)?
         .input(bias)?
         .int(sizes.tokens())

@@ -109,20 +109,20 @@ pub fn latent(dtype: Dtype) -> Tensors {
     tensors(shapes, dtype, "")
 }
 
-/// The input projection and head of a pixel model of patch 16.
-fn pixel_ends() -> Vec<(String, Vec<usize>)> {
-    let [w1, w2, w3, w4] = WIDTHS;
+/// The published names and shapes of the input projection and head of a pixel model of patch 16.
+pub fn pixel_ends(dim: usize, widths: [usize; 4], bottleneck: usize) -> Vec<(String, Vec<usize>)> {
+    let [w1, w2, w3, w4] = widths;
     let mut shapes: Vec<(String, Vec<usize>)> = vec![
-        ("all_x_embedder.16-1.weight".into(), vec![DIM, 768]),
-        ("all_x_embedder.16-1.bias".into(), vec![DIM]),
+        ("all_x_embedder.16-1.weight".into(), vec![dim, 768]),
+        ("all_x_embedder.16-1.bias".into(), vec![dim]),
     ];
     for (name, outputs, inputs, side) in [
         ("enc1.0", w1, 3, 3),
         ("enc2.0", w2, w1, 3),
         ("enc3.0", w3, w2, 3),
         ("enc4.0", w4, w3, 3),
-        ("bottleneck.0", BOTTLENECK, w4 + DIM, 1),
-        ("up4.1", w4, BOTTLENECK, 3),
+        ("bottleneck.0", bottleneck, w4 + dim, 1),
+        ("up4.1", w4, bottleneck, 3),
         ("dec4.0", w3, 2 * w4, 3),
         ("up3.1", w3, w3, 3),
         ("dec3.0", w2, 2 * w3, 3),
@@ -143,13 +143,18 @@ fn pixel_ends() -> Vec<(String, Vec<usize>)> {
 
 /// A pixel model: patch 16, a head of four stages.
 pub fn pixel(dtype: Dtype) -> Tensors {
-    tensors(trunk().into_iter().chain(pixel_ends()).collect(), dtype, "")
+    tensors(
+        trunk().into_iter().chain(pixel_ends(DIM, WIDTHS, BOTTLENECK)).collect(),
+        dtype,
+        "",
+    )
 }
 
 /// What training by the paper's recipe changes of [`pixel`] with one block at either end: a delta with other values.
 pub fn delta(dtype: Dtype) -> Tensors {
     let is_trained = |(name, _): &(String, Vec<usize>)| name.starts_with("layers.0.") || name.starts_with("layers.3.");
-    let shapes = trunk().into_iter().filter(is_trained).chain(pixel_ends()).collect();
+    let ends = pixel_ends(DIM, WIDTHS, BOTTLENECK);
+    let shapes = trunk().into_iter().filter(is_trained).chain(ends).collect();
     tensors(shapes, dtype, "trained ")
 }
 

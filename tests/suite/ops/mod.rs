@@ -16,7 +16,6 @@ mod guidance;
 mod latent;
 mod layer_norm;
 mod linear;
-mod linear_qk_norm_rope;
 mod linear_swiglu;
 mod noise;
 mod patch_embed;
@@ -49,7 +48,6 @@ pub fn register(suite: &mut Suite) {
     latent::register(suite);
     layer_norm::register(suite);
     linear::register(suite);
-    linear_qk_norm_rope::register(suite);
     linear_swiglu::register(suite);
     noise::register(suite);
     patch_embed::register(suite);

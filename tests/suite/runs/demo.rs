@@ -1,5 +1,6 @@
 //! The demo, as the README has it: the real model, a few steps.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use l2p_engine::image_io::read_image;
@@ -9,6 +10,7 @@ use libtest_mimic::Failed;
 use serde_json::Value;
 
 use super::{curve, delta, validation};
+use crate::checkpoint::model;
 
 pub fn register(suite: &mut Suite) {
     suite.cpu("runs::demo::twenty_steps_learn_continue_and_draw", twenty_steps);
@@ -64,6 +66,13 @@ fn twenty_steps() -> Outcome {
         &at("merged.safetensors"),
     ];
     run("l2p-convert", merge)?.success()?;
+    let (merged, published) = (merged_shapes(&at("merged.safetensors"))?, published_shapes()?);
+    let strange: Vec<_> = merged
+        .iter()
+        .filter(|(name, shape)| published.get(*name) != Some(*shape))
+        .collect();
+    assert!(strange.is_empty(), "not as published: {strange:?}");
+    assert_eq!(merged.len(), published.len());
     let parts = [
         "--text-encoder",
         &format!("{source}/text_encoder"),
@@ -86,4 +95,28 @@ fn twenty_steps() -> Outcome {
     assert!(picture("a.png")?.pixels() == picture("b.png")?.pixels());
     assert!(picture("a.png")?.pixels() == picture("c.png")?.pixels());
     Ok(())
+}
+
+/// Names and shapes of the tensors of a file.
+fn merged_shapes(path: &str) -> Result<BTreeMap<String, Vec<usize>>, Failed> {
+    let tensors = model::read(Path::new(path))?.into_iter();
+    Ok(tensors.map(|(name, tensor)| (name, tensor.shape)).collect())
+}
+
+/// Those of a pixel model in the published layout: the source's trunk as diffusers names it, input projection and head.
+fn published_shapes() -> Result<BTreeMap<String, Vec<usize>>, Failed> {
+    // The head of a trunk so narrow is half as wide as the published one.
+    const DIM: usize = 384;
+    const WIDTHS: [usize; 4] = [32, 64, 128, 256];
+    let folder = models_folder().join("demo/source/transformer");
+    let mut shapes: BTreeMap<String, Vec<usize>> = model::pixel_ends(DIM, WIDTHS, 256).into_iter().collect();
+    for entry in folder.read_dir()? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            let tensors = model::read(&path)?.into_iter();
+            let trunk = tensors.filter(|(name, _)| !name.contains(".2-1."));
+            shapes.extend(trunk.map(|(name, tensor)| (name, tensor.shape)));
+        }
+    }
+    Ok(shapes)
 }
