@@ -129,7 +129,11 @@ fn recomputing(device: &Device) -> Outcome {
         let differing: Vec<String> = differing
             .map(|((name, a), (_, b))| format!("{name} by {:.1e}", relative_error(a, b)))
             .collect();
-        assert!(differing.is_empty(), "recomputing {again} gives other bits: {}", differing.join(", "));
+        assert!(
+            differing.is_empty(),
+            "recomputing {again} gives other bits: {}",
+            differing.join(", ")
+        );
     }
     Ok(())
 }
