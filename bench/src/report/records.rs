@@ -69,6 +69,8 @@ impl Gpu {
             match name.as_str() {
                 "parity.json" => parity = Some(read(&path)?),
                 targets::FILE => table = Some(Targets::read(&path)?),
+                // Of training, with rows of their own kind; the README's tables are about drawing.
+                "train.json" | "grad.json" => {}
                 name if name.ends_with(".json") => records.push(Record::read(&path)?),
                 _ => {}
             }
