@@ -142,17 +142,12 @@ struct SwiGlu {
     }
 };
 
-// Columns in the order of the weights' rows.
-__device__ __forceinline__ int plain_box_row(const Tile& tile, int consumer, int box) {
-    return tile.column * FEATURES + consumer * COLUMNS + box * ROWS;
-}
-
 struct Bias {
     bf16* output;      // [tokens, outputs]
     const bf16* bias;  // [outputs]
 
     __device__ __forceinline__ int box_row(const Problem&, const Tile& tile, int consumer, int box) const {
-        return plain_box_row(tile, consumer, box);
+        return tile.column * FEATURES + consumer * COLUMNS + box * ROWS;
     }
 
     __device__ __forceinline__ void finish(
@@ -224,7 +219,7 @@ __device__ __forceinline__ void produce(
             const uint32_t ready = shared.ready(stage);
             barrier_wait(shared.free(stage), (use / STAGES + 1) % 2);
             barrier_arrive_expecting(ready, STAGE);
-            // Of what the cluster has in common, each block fetches half.
+            // The rows are the cluster's: each block fetches half of them for both.
             rows.copy(shared.rows(stage, rank), x, element, tile.token + rank * ROWS, ready);
 #pragma unroll
             for (int consumer = 0; consumer < CONSUMERS; ++consumer)
@@ -309,7 +304,8 @@ __device__ __forceinline__ void linear(
     cluster_sync();  // nobody leaves while the other block still copies into its memory or arrives at its barriers
 }
 
-// x: map of the rows by boxes of DEPTH elements and ROWS rows; weights: likewise. Outputs are multiples of 8. The launch's tile: rows, columns, summed elements, rows of a box.
+// x, weights: maps by boxes of DEPTH elements and ROWS rows. Outputs are multiples of 8. The launch's tile: rows, columns, summed
+// elements, rows of a box.
 // The grid is an even number of blocks, at most as many as the GPU has multiprocessors.
 #define LINEAR_KERNEL __global__ __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
 
