@@ -13,6 +13,9 @@ use l2p_engine::ops::latent::denormalize_latent;
 use l2p_engine::ops::noise::normal_noise;
 use l2p_engine::{DType, Device, Error, ParamSource, Result, Tensor};
 
+/// Elements that are drawn at once.
+const PIECE: usize = 1 << 22;
+
 /// Random parameters of given names and shapes.
 pub struct RandomParams {
     seed: u64,
@@ -53,11 +56,19 @@ impl RandomParams {
     fn draw(&self, device: &Device, name: &str, inputs: usize, rank: usize, shape: &[usize]) -> Result<Tensor> {
         let (mean, deviation) = distribution(name, inputs, rank);
         let _tag = MemoryTag::Weights.scope();
-        let noise = normal_noise(device, shape, self.seed, hash(name))?;
-        let values = denormalize_latent(&noise, 1.0 / deviation, mean)?;
-        drop(noise);
-        // So that every device holds the same numbers.
-        cast(&cast(&values, DType::Bf16)?, device.compute_dtype())
+        let mut parameter = Tensor::empty(device, shape, device.compute_dtype())?;
+        // Piece by piece: what comes and goes beside a large parameter would leave holes between it and the next.
+        for first in (0..parameter.elements()).step_by(PIECE) {
+            let elements = PIECE.min(parameter.elements() - first);
+            let stream = hash(name).wrapping_add((first / PIECE) as u64);
+            let noise = normal_noise(device, [elements], self.seed, stream)?;
+            let values = denormalize_latent(&noise, 1.0 / deviation, mean)?;
+            drop(noise);
+            // So that every device holds the same numbers.
+            let values = cast(&cast(&values, DType::Bf16)?, device.compute_dtype())?;
+            parameter.copy_elements_from(first, &values)?;
+        }
+        Ok(parameter)
     }
 }
 

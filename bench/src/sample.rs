@@ -319,6 +319,9 @@ fn draw(bench: &mut Bench, name: &str, source: &Source, side: usize, arguments: 
     let tags = MemoryTag::ALL.map(|tag| (tag.name().to_owned(), json!(peaks.ledger.tag(tag).peak)));
     let details = &mut row.details;
     details.insert("peak_bytes_by_tag".into(), Value::Object(Map::from_iter(tags)));
+    details.insert("reserved_bytes".into(), json!(peaks.ledger.reserved));
+    details.insert("beside_pool_bytes".into(), json!(peaks.ledger.beside_pool));
+    details.insert("accounted_bytes".into(), json!(peaks.ledger.accounted()));
     details.insert("driver_bytes".into(), json!(peaks.driver));
     details.insert("driver_bytes_with_text_encoder".into(), json!(driver_resident));
     details.insert("compared_ms".into(), json!(median(&turns.ours)));
@@ -340,6 +343,13 @@ fn draw(bench: &mut Bench, name: &str, source: &Source, side: usize, arguments: 
         bench.say(&format!(
             "  the driver counts {}, with the text encoder resident {resident}",
             format_bytes(driver)
+        ))?;
+        let beside = peaks.ledger.beside_pool.parts();
+        let beside = beside.map(|(name, bytes)| format!("{name} {}", format_bytes(bytes)));
+        bench.say(&format!(
+            "  accounted for: pool {}, {}",
+            format_bytes(peaks.ledger.reserved),
+            beside.join(", ")
         ))?;
     }
     Ok(())

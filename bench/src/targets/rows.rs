@@ -289,7 +289,7 @@ fn submission(row: &Row) -> Vec<TargetRow> {
     host.into_iter().chain(idle).collect()
 }
 
-/// Memory of sampling: as the driver counts it, against the latent baseline, and how much of it the pool's own count explains.
+/// Memory of sampling: as the driver counts it, against the latent baseline, and how much of it the engine's own account explains.
 fn memory(sample: &Row, latent_step: Option<&Row>, decode: Option<&Row>) -> Vec<TargetRow> {
     let Some(driver) = sample.details.get("driver_bytes").and_then(serde_json::Value::as_u64) else {
         return Vec::new();
@@ -325,16 +325,22 @@ fn memory(sample: &Row, latent_step: Option<&Row>, decode: Option<&Row>) -> Vec<
             Bound::AtMost(0.28),
         ));
     }
-    let unexplained = Pair {
-        ours: ours - gigabytes(sample.peak_bytes),
-        peer: None,
-    };
-    rows.push(TargetRow::own(
-        "4K sampling, driver's count less the pool's",
-        "GB",
-        unexplained,
-        Bound::AtMost(0.5),
-    ));
+    if let Some(accounted) = sample
+        .details
+        .get("accounted_bytes")
+        .and_then(serde_json::Value::as_u64)
+    {
+        let unexplained = Pair {
+            ours: ours - gigabytes(accounted),
+            peer: None,
+        };
+        rows.push(TargetRow::own(
+            "4K sampling, driver's count less what the report accounts for",
+            "GB",
+            unexplained,
+            Bound::AtMost(0.5),
+        ));
+    }
     rows
 }
 

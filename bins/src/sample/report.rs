@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use l2p_engine::ceilings::Ceilings;
-use l2p_engine::device::{Device, MemoryTag, format_bytes};
+use l2p_engine::device::{Device, MemoryReport, MemoryTag, format_bytes};
 use l2p_engine::pipeline::{Phase, Pipeline, Settings};
 use l2p_engine::profile::Profile;
 use serde_json::{Value, json};
@@ -84,6 +84,7 @@ impl Report {
                     "total_seconds": self.total.as_secs_f64(),
                     "estimated_bytes": pipeline.estimate(&self.settings, self.batch),
                     "peak_bytes": phases.iter().map(|phase| phase.memory.total.peak).max(),
+                    "accounted_bytes": fullest(&phases).map(MemoryReport::accounted),
                     "driver_peak_bytes": phases.iter().filter_map(|phase| phase.driver_bytes).max(),
                 });
                 if let Some((profile, ceilings)) = &self.profile {
@@ -129,8 +130,27 @@ impl Report {
             let _ = writeln!(text, "{:>13}", phase.driver_bytes.map_or("-".into(), format_bytes));
         }
         let _ = writeln!(text, "{:<10}{:>8.3} s", "all", self.total.as_secs_f64());
+        let driver = phases.iter().filter_map(|phase| phase.driver_bytes).max();
+        if let Some((driver, fullest)) = driver.zip(fullest(phases)) {
+            let beside = fullest.beside_pool.parts();
+            let beside = beside.map(|(name, bytes)| format!("{name} {}", format_bytes(bytes)));
+            let _ = writeln!(
+                text,
+                "of the driver's {}, {} are accounted for: pool {}, {}",
+                format_bytes(driver),
+                format_bytes(fullest.accounted()),
+                format_bytes(fullest.reserved),
+                beside.join(", ")
+            );
+        }
         text
     }
+}
+
+/// The memory of the phase with the most of the GPU's memory accounted for.
+fn fullest(phases: &[Phase]) -> Option<&MemoryReport> {
+    let reports = phases.iter().map(|phase| &phase.memory);
+    reports.max_by_key(|memory| memory.accounted())
 }
 
 /// Phases of the same name as one: times add up, peaks are the largest.
@@ -157,6 +177,7 @@ fn phase_json(phase: &Phase) -> Value {
         "peak_bytes": phase.memory.total.peak,
         "peak_bytes_by_tag": serde_json::Map::from_iter(tags),
         "reserved_bytes": phase.memory.reserved,
+        "beside_pool_bytes": phase.memory.beside_pool,
         "driver_bytes": phase.driver_bytes,
     })
 }

@@ -8,7 +8,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
 use super::blas::Blas;
 use super::cpu::{POISON_BYTE, poison_new_buffers};
 use super::kernel::Kernel;
-use super::memory::{Ledger, MemoryReport, MemoryTag, format_bytes};
+use super::memory::{BesidePool, Ledger, MemoryReport, MemoryTag, format_bytes};
 use super::pool::{Pool, Recording};
 use super::{libraries, upload};
 use crate::error::{Error, Result};
@@ -18,6 +18,9 @@ pub(super) const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
 
 /// The capability for which there is machine code; any other GPU compiles the portable image when it is loaded.
 pub(super) const NATIVE_CAPABILITY: (i32, i32) = (9, 0);
+
+/// Bytes of stack that each resident thread is kept ready.
+const STACK_BYTES: usize = 64;
 
 /// Turns a driver result into the engine's, naming the call.
 pub(super) fn check<T>(call: &str, outcome: std::result::Result<T, result::DriverError>) -> Result<T> {
@@ -53,6 +56,8 @@ pub struct CudaDevice {
     blas: OnceLock<Blas>,
     staging: Mutex<Option<upload::Staging>>,
     pool: Mutex<Pool>,
+    /// What the driver has taken for all else.
+    beside_pool: Mutex<BesidePool>,
     /// While work is recorded: the blocks that the recording uses.
     recording: Mutex<Option<Recording>>,
     stream: Arc<CudaStream>,
@@ -107,11 +112,22 @@ impl CudaDevice {
         if capability < OLDEST_CAPABILITY {
             return Err(Error::NoGpu(too_old(&name, capability)));
         }
+        // No kernel here calls functions that the compiler does not know; what the driver keeps for them by default is 0.2 GB on a
+        // large GPU. A kernel that needs more, of a library, gets it when it is launched.
+        let limit = sys::CUlimit_enum::CU_LIMIT_STACK_SIZE;
+        // SAFETY: the context is current; the call only changes how much memory it keeps for threads' stacks.
+        let outcome = unsafe { sys::cuCtxSetLimit(limit, STACK_BYTES) };
+        check("cuCtxSetLimit", outcome.result())?;
         let stream = check("cuStreamCreate", context.new_stream())?;
         let total_memory = check("cuDeviceTotalMem", context.total_mem())? as u64;
         let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = check("cuDeviceGetAttribute", context.attribute(count))? as u32;
         let pool = Pool::new(context.cu_device(), total_memory)?;
+        let (free, total) = check("cuMemGetInfo", context.mem_get_info())?;
+        let beside_pool = BesidePool {
+            context: (total - free) as u64,
+            ..BesidePool::default()
+        };
         Ok(CudaDevice {
             index,
             name,
@@ -124,6 +140,7 @@ impl CudaDevice {
             blas: OnceLock::new(),
             staging: Mutex::new(None),
             pool: Mutex::new(pool),
+            beside_pool: Mutex::new(beside_pool),
             recording: Mutex::new(None),
             stream,
             context,
@@ -197,17 +214,42 @@ impl CudaDevice {
             return Ok(kernel.clone());
         }
         self.bind()?;
-        let module = match kernels.modules.get(image) {
-            Some(&module) => module,
-            None => {
-                let module = self.load_image(image)? as usize;
-                kernels.modules.insert(image, module);
-                module
-            }
-        };
-        let kernel = Arc::new(Kernel::load(module as sys::CUmodule, name)?);
+        let modules = &mut kernels.modules;
+        let kernel = self.charged(
+            |beside| &mut beside.kernels,
+            || {
+                let module = match modules.get(image) {
+                    Some(&module) => module,
+                    None => {
+                        let module = self.load_image(image)? as usize;
+                        modules.insert(image, module);
+                        module
+                    }
+                };
+                Kernel::load(module as sys::CUmodule, name)
+            },
+        )?;
+        let kernel = Arc::new(kernel);
         kernels.kernels.insert((image, name), kernel.clone());
         Ok(kernel)
+    }
+
+    /// Runs `work`, and adds what the driver's count has grown meanwhile, the pool's growth aside, to a part of what is beside
+    /// the pool.
+    pub(super) fn charged<T>(
+        &self,
+        part: fn(&mut BesidePool) -> &mut u64,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let count = || {
+            let in_use = self.driver_memory_in_use()?;
+            Ok::<_, Error>(in_use.saturating_sub(self.pool.lock().unwrap().reserved()))
+        };
+        let before = count()?;
+        let outcome = work()?;
+        let grown = count()?.saturating_sub(before);
+        *part(&mut self.beside_pool.lock().unwrap()) += grown;
+        Ok(outcome)
     }
 
     /// Loads an image; it stays loaded for the life of the process.
@@ -227,7 +269,7 @@ impl CudaDevice {
     pub fn blas(&self) -> Result<&Blas> {
         if self.blas.get().is_none() {
             self.bind()?;
-            let blas = Blas::new(&self.name)?;
+            let blas = self.charged(|beside| &mut beside.library, || Blas::new(&self.name))?;
             // A second thread may have been faster; either handle will do.
             let _ = self.blas.set(blas);
         }
@@ -279,6 +321,7 @@ impl CudaDevice {
     pub(super) fn memory_report(&self) -> MemoryReport {
         MemoryReport {
             reserved: self.pool.lock().unwrap().reserved(),
+            beside_pool: *self.beside_pool.lock().unwrap(),
             ..self.ledger.report()
         }
     }

@@ -36,8 +36,14 @@ impl Graph {
         let outcome = check("cuStreamBeginCapture", stream.begin_capture(mode)).and_then(|()| {
             let worked = work();
             // The capture must end whatever happened in it.
-            let ended = stream.end_capture(sys::CUgraphInstantiate_flags(0));
-            worked.and(check("cuStreamEndCapture", ended))
+            let end = || {
+                check(
+                    "cuStreamEndCapture",
+                    stream.end_capture(sys::CUgraphInstantiate_flags(0)),
+                )
+            };
+            let ended = device.charged(|beside| &mut beside.graphs, end);
+            worked.and(ended)
         });
         let recording = device.end_recording();
         let all_returned = recording.live == 0;

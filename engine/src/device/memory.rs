@@ -93,6 +93,46 @@ pub struct MemoryReport {
     pub total: Usage,
     /// Taken from the driver by the pool, free blocks included; 0 on the CPU.
     pub reserved: u64,
+    /// Beside the pool; nothing on the CPU.
+    pub beside_pool: BesidePool,
+}
+
+/// Bytes of a GPU's memory that are not the pool's, by what they were taken for: the growth of the driver's own count while that
+/// was set up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct BesidePool {
+    /// In use when the device was opened: the context, and what other processes hold.
+    pub context: u64,
+    /// Images and kernels, and the local memory of their threads.
+    pub kernels: u64,
+    /// cuBLASLt's handle and kernels.
+    pub library: u64,
+    /// Recorded graphs.
+    pub graphs: u64,
+}
+
+impl BesidePool {
+    /// The parts' names and bytes.
+    pub fn parts(&self) -> [(&'static str, u64); 4] {
+        [
+            ("context", self.context),
+            ("kernels", self.kernels),
+            ("library", self.library),
+            ("graphs", self.graphs),
+        ]
+    }
+
+    /// All of it.
+    pub fn total(&self) -> u64 {
+        self.parts().iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    fn keep_larger(&mut self, other: &BesidePool) {
+        self.context = self.context.max(other.context);
+        self.kernels = self.kernels.max(other.kernels);
+        self.library = self.library.max(other.library);
+        self.graphs = self.graphs.max(other.graphs);
+    }
 }
 
 impl MemoryReport {
@@ -112,6 +152,12 @@ impl MemoryReport {
             mine.peak = mine.peak.max(others.peak);
         }
         self.reserved = self.reserved.max(other.reserved);
+        self.beside_pool.keep_larger(&other.beside_pool);
+    }
+
+    /// All of a GPU's memory that is accounted for: the pool's, and what is beside it.
+    pub fn accounted(&self) -> u64 {
+        self.reserved + self.beside_pool.total()
     }
 }
 

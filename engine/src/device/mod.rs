@@ -24,7 +24,7 @@ pub use cpu::{CpuBuffer, set_poison_new_buffers};
 pub use cuda::{CudaBuffer, CudaDevice, Event};
 pub use graph::Graph;
 pub use kernel::{Args, Kernel, LaunchInfo, TensorMap, TensorMapSpec};
-pub use memory::{MemoryReport, MemoryTag, TagScope, format_bytes};
+pub use memory::{BesidePool, MemoryReport, MemoryTag, TagScope, format_bytes};
 pub use probe::{GpuReport, ProbeReport, probe};
 pub use trace::{Activity, Tracer, busy_nanoseconds};
 

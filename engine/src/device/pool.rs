@@ -96,13 +96,36 @@ impl Recording {
         let address = match self.free_blocks.take(size) {
             Some(address) => address,
             None => {
-                let address = pool.allocate(size)?;
-                self.taken.push((address, size));
-                address
+                self.lengthen_a_block(pool, size);
+                match self.free_blocks.take(size) {
+                    Some(address) => address,
+                    None => {
+                        let address = pool.allocate(size)?;
+                        self.taken.push((address, size));
+                        address
+                    }
+                }
             }
         };
         self.live += 1;
         Ok(address)
+    }
+
+    /// Takes what is missing for a block of `size` bytes from behind one of the recording's own, where the pool has it free, so that
+    /// what small tensors have left serves large ones.
+    fn lengthen_a_block(&mut self, pool: &mut Pool, size: u64) {
+        let Pool::Arena(arena) = pool else { return };
+        let mine = self.free_blocks.by_address.iter();
+        let fitting = mine.filter_map(|(&address, &own)| {
+            let missing = size.checked_sub(own)?;
+            let behind = *arena.free_blocks.by_address.get(&(address + own))?;
+            (behind >= missing).then_some((missing, address + own))
+        });
+        if let Some((missing, address)) = fitting.min() {
+            arena.free_blocks.take_at(address, missing);
+            self.taken.push((address, missing));
+            self.free_blocks.insert(address, missing);
+        }
     }
 
     /// Takes back a block of `bytes` bytes if it is one of the recording's; says whether it was.
@@ -281,12 +304,18 @@ struct FreeBlocks {
 impl FreeBlocks {
     /// Takes `size` bytes off the smallest block that is large enough.
     fn take(&mut self, size: u64) -> Option<u64> {
-        let &(found, address) = self.by_size.range((size, 0)..).next()?;
+        let &(_, address) = self.by_size.range((size, 0)..).next()?;
+        self.take_at(address, size);
+        Some(address)
+    }
+
+    /// Takes the first `size` bytes of the free block at `address`, which has as many.
+    fn take_at(&mut self, address: u64, size: u64) {
+        let found = self.by_address[&address];
         self.remove(address, found);
         if found > size {
             self.add(address + size, found - size);
         }
-        Some(address)
     }
 
     /// Adds a block, merged with the free blocks that touch it.
@@ -337,6 +366,36 @@ mod tests {
         assert_eq!(blocks.take(900), None);
         assert_eq!(blocks.take(800), Some(200));
         assert_eq!(blocks.ending_at(5300), 100);
+    }
+
+    /// What the pool has behind a recording's block is taken as far as it is missing, and returns as two pieces that merge.
+    #[test]
+    fn recordings_lengthen_their_blocks() {
+        let mut pool = Pool::Arena(Arena {
+            device: 0,
+            start: 0,
+            capacity: 1 << 20,
+            mapped: 1 << 20,
+            granularity: 1 << 20,
+            free_blocks: FreeBlocks::default(),
+            pieces: Vec::new(),
+        });
+        pool.free(0, 1 << 20);
+        let mut recording = Recording::default();
+        assert_eq!(recording.allocate(&mut pool, 1024).unwrap(), 0);
+        assert!(recording.free(0, 1024));
+        assert_eq!(recording.allocate(&mut pool, 4096).unwrap(), 0);
+        assert!(recording.free(0, 4096));
+        assert_eq!(recording.taken, [(0, 1024), (1024, 3072)]);
+        for (address, bytes) in recording.taken {
+            pool.free(address, bytes);
+        }
+        let Pool::Arena(arena) = &mut pool else {
+            unreachable!("made so above")
+        };
+        assert_eq!(arena.free_blocks.by_address.len(), 1);
+        // Nothing was reserved that could be given back.
+        std::mem::forget(pool);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use l2p_engine::Device;
 use l2p_tests::{Outcome, Suite};
+use serde_json::Value;
 
 use super::{demo, picture, psnr, run};
 
@@ -9,6 +10,7 @@ pub fn register(suite: &mut Suite) {
     suite.cuda("sample::cuda::pictures_equal_the_cpus", pictures_equal_the_cpus);
     suite.cuda("sample::cuda::the_same_twice_is_the_same", the_same_twice_is_the_same);
     suite.cuda("sample::cuda::batches_draw_the_same", batches_draw_the_same);
+    suite.cuda("sample::cuda::memory_is_accounted_for", memory_is_accounted_for);
     suite.cuda("sample::cuda::wrong_devices_are_named", wrong_devices_are_named);
 }
 
@@ -100,6 +102,26 @@ fn batches_draw_the_same(_device: &Device) -> Outcome {
             &picture(folder.path(), &format!("2/{name}"))?,
         );
         assert!(ratio > LEAST_RATIO, "{name}: {ratio:.1} dB");
+    }
+    Ok(())
+}
+
+/// The report's parts add up to what the driver says, but for half a gigabyte.
+fn memory_is_accounted_for(_device: &Device) -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let demo = demo()?.display().to_string();
+    let arguments = ["--model", &demo, "--prompt", "fox", "--device", "cuda", "--report", "json"];
+    let finished = run(folder.path(), &arguments)?.success()?;
+    let report: Value = serde_json::from_str(&finished.stdout)?;
+    let [driver, accounted] = ["driver_peak_bytes", "accounted_bytes"].map(|key| report[key].as_f64());
+    let (driver, accounted) = driver.zip(accounted).ok_or("the report leaves memory out")?;
+    assert!((driver - accounted).abs() < 0.5e9, "{driver} {accounted}");
+    let phases = report["phases"].as_array().ok_or("no phases")?;
+    for phase in phases {
+        let beside = phase["beside_pool_bytes"].as_object().ok_or("nothing beside the pool")?;
+        let parts = beside.values().filter_map(Value::as_f64);
+        let sum = parts.sum::<f64>() + phase["reserved_bytes"].as_f64().unwrap_or_default();
+        assert!(sum > 0.0 && sum <= accounted, "{phase:#}");
     }
     Ok(())
 }

@@ -75,6 +75,9 @@ fn everything() -> Measurements {
     sample
         .details
         .insert("driver_bytes".into(), Value::from(14_200_000_000u64));
+    sample
+        .details
+        .insert("accounted_bytes".into(), Value::from(13_900_000_000u64));
     let moving = Work {
         flops: 0,
         bytes: 3_000_000_000,

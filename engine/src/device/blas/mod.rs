@@ -102,12 +102,20 @@ impl Blas {
             Entry::Vacant(entry) => {
                 let mut plan = Plan::new(self.handle, product)?;
                 let mut algorithms = self.algorithms.lock().unwrap();
-                // SAFETY: by the caller's promise.
-                unsafe { algorithms.choose(device, &mut plan, operands, workspace)? };
-                entry.insert(plan)
+                // The library loads its kernels when they run first.
+                let first_run = || {
+                    // SAFETY: by the caller's promise; the workspace has the size that plans are made for.
+                    unsafe {
+                        algorithms.choose(device, &mut plan, operands, workspace)?;
+                        plan.run(device, operands, workspace)
+                    }
+                };
+                device.charged(|beside| &mut beside.library, first_run)?;
+                entry.insert(plan);
+                return Ok(());
             }
         };
-        // SAFETY: by the caller's promise; the workspace has the size that plans are made for.
+        // SAFETY: as above.
         unsafe { plan.run(device, operands, workspace) }
     }
 
