@@ -176,6 +176,13 @@ struct Stage {
     decoder: Conv,
 }
 
+/// What the outermost stage decodes: the map of half the picture's resolution, and the stage's skip, unless it encodes the image
+/// again.
+struct BelowPicture {
+    map: Tensor,
+    skip: Option<Tensor>,
+}
+
 impl Detailer {
     /// Reads the head whose parameters are named `{prefix}.…`.
     ///
@@ -254,13 +261,15 @@ impl Detailer {
     /// # Errors
     /// When shapes do not fit or the device has no room.
     pub fn forward(&self, x: &Tensor, c: &Tensor) -> Result<Tensor> {
+        let _range = profile::range(c"detailer");
+        let below = self.below_picture(x, c)?;
         let mut velocity = Tensor::empty(&x.device(), x.shape(), DType::F32)?;
         let canvas = Canvas {
             picture: &mut velocity,
             scale: 1.0,
             delta: None,
         };
-        self.paint(x, c, canvas)?;
+        self.onto_picture(below, x, canvas)?;
         Ok(velocity)
     }
 
@@ -271,40 +280,53 @@ impl Detailer {
     /// As [`Detailer::forward`].
     pub fn paint(&self, x: &Tensor, c: &Tensor, canvas: Canvas<'_>) -> Result<()> {
         let _range = profile::range(c"detailer");
+        self.onto_picture(self.below_picture(x, c)?, x, canvas)
+    }
+
+    /// All but the outermost stage's decoder.
+    fn below_picture(&self, x: &Tensor, c: &Tensor) -> Result<BelowPicture> {
         self.expect_image(x)?;
-        // The velocity is minus what the output convolution gives.
-        let canvas = Canvas {
-            scale: -canvas.scale,
-            ..canvas
-        };
         let mut skips = Vec::with_capacity(self.stages.len());
-        let mut current = x.clone();
+        let mut map = x.clone();
         for (index, stage) in self.stages.iter().enumerate() {
-            current = match (index, &self.outermost) {
+            map = match (index, &self.outermost) {
                 // The outermost stage encodes the image again when it decodes.
-                (0, Some(_)) => conv3x3_silu_pooled(&current, &stage.encoder)?,
+                (0, Some(_)) => conv3x3_silu_pooled(&map, &stage.encoder)?,
                 _ => {
-                    let (skip, pooled) = conv3x3_silu_pool(&current, &stage.encoder)?;
+                    let (skip, pooled) = conv3x3_silu_pool(&map, &stage.encoder)?;
                     skips.push(skip);
                     pooled
                 }
             };
         }
-        current = conv2d(&current, Some(c), &self.bottleneck, Activation::Silu, None)?;
+        map = conv2d(&map, Some(c), &self.bottleneck, Activation::Silu, None)?;
         // Each skip is freed as soon as its stage is decoded.
-        for (index, stage) in self.stages.iter().enumerate().rev() {
-            if let (0, Some(weights)) = (index, &self.outermost) {
-                return detail_stage(&self.outermost_stage(), weights, &current, x, canvas);
-            }
+        for stage in self.stages[1..].iter().rev() {
             let skip = skips.pop().expect("each of these stages left a skip");
-            let upsampled = upsample_conv3x3(&current, &stage.up)?;
-            drop(current);
-            if index == 0 {
-                return conv3x3_silu_picture(&upsampled, Some(&skip), &stage.decoder, &self.output, canvas);
-            }
-            current = conv2d(&upsampled, Some(&skip), &stage.decoder, Activation::Silu, None)?;
+            let upsampled = upsample_conv3x3(&map, &stage.up)?;
+            drop(map);
+            map = conv2d(&upsampled, Some(&skip), &stage.decoder, Activation::Silu, None)?;
         }
-        unreachable!("a head has a stage")
+        Ok(BelowPicture { map, skip: skips.pop() })
+    }
+
+    /// The outermost stage's decoder and the output convolution.
+    fn onto_picture(&self, below: BelowPicture, x: &Tensor, canvas: Canvas<'_>) -> Result<()> {
+        // The velocity is minus what the output convolution gives.
+        let canvas = Canvas {
+            scale: -canvas.scale,
+            ..canvas
+        };
+        let BelowPicture { map, skip } = below;
+        match &self.outermost {
+            Some(weights) => detail_stage(&self.outermost_stage(), weights, &map, x, canvas),
+            None => {
+                let Stage { up, decoder, .. } = &self.stages[0];
+                let upsampled = upsample_conv3x3(&map, up)?;
+                drop(map);
+                conv3x3_silu_picture(&upsampled, skip.as_ref(), decoder, &self.output, canvas)
+            }
+        }
     }
 
     fn expect_image(&self, x: &Tensor) -> Result<()> {
