@@ -46,7 +46,8 @@ struct Plan {
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
 
     // Bytes. Rows of ds past the last that a kernel row needs are left out: panels there read what follows, for results of no
-    // interest.
+    // interest. Panels overlap; compute-sanitizer takes them to lie one behind the other, and of the last stage reports reads past
+    // the end that there are not.
     static constexpr int DS_ROW = OUTPUTS * 2, X_ROW = CHANNELS * 2;  // of a pixel
     static constexpr int DS_PITCH = TILE_WIDTH * DS_ROW, X_PITCH = (TILE_WIDTH + TAPS_ALONG - 1) * X_ROW;
     static constexpr int DS_HEIGHT = TILE_HEIGHT + TAPS_ALONG - 1;

@@ -1,15 +1,15 @@
 // Linear layers by Hopper's warpgroup products, with what follows them done in registers; engine/src/ops/linear_swiglu.rs
 // and patch_embed.rs hold the contracts.
 //
-// A block makes tiles of TOKENS rows by FEATURES columns of x weightᵀ: two consumer warpgroups take half of the columns each, a
-// producer fills a ring of STAGES steps of DEPTH summed elements by bulk copies. Two blocks form a cluster: they work on the same
-// rows and neighbouring columns, and each fetches half of the rows' elements for both. Blocks stay on their multiprocessor and
-// take one tile after the other, rows first, so that the blocks that run together read the same weights.
+// A block makes tiles of TOKENS rows by FEATURES columns of x weightᵀ: two consumer warpgroups take half of the rows each, a
+// producer fills a ring of STAGES steps of DEPTH summed elements by bulk copies. Products are as wide as there are, which reads
+// the least from shared memory. Two blocks form a cluster: they work on the same rows and neighbouring columns, and each fetches
+// half of the rows' elements for both. Blocks stay on their multiprocessor and take one tile after the other.
 //
 // A lane's pairs of columns are exchanged within groups of four lanes before they are stored, 16 bytes a lane.
 //
 // What follows the product:
-//   SwiGLU        a warpgroup's columns are 64 of gate and the same of up: silu(gate) * up, half as many columns stored
+//   SwiGLU        a tile's columns are 128 of gate and the same of up: silu(gate) * up, half as many columns stored
 //   Bias          added; the rows are patches of an image, gathered by the bulk copies themselves
 //
 // Bound by the tensor cores: 2 * TOKENS * FEATURES operations per summed element, for which 32 bytes per clock come out of L2.
@@ -24,21 +24,19 @@ constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
 constexpr int WARPS = WARPGROUP / WARP;  // of one consumer
 constexpr int CLUSTER = 2;
 
-constexpr int ROWS = 64;                         // of one product
-constexpr int BLOCKS = 2;                        // of rows, of one consumer
-constexpr int TOKENS = BLOCKS * ROWS;            // of a tile; block b is fetched by the cluster's block b
-constexpr int COLUMNS = 128;                     // of one consumer
-constexpr int FEATURES = CONSUMERS * COLUMNS;    // of a tile
-constexpr int DEPTH = PANEL;                     // summed elements of a step
-constexpr int GROUP = 32;                        // columns whose pairs are exchanged between four lanes
-constexpr int GROUPS = COLUMNS / GROUP;
+constexpr int ROWS = 64;                  // of one product, and of a box of either operand
+constexpr int TOKENS = CONSUMERS * ROWS;  // of a tile; each consumer's are fetched by one block of the cluster
+constexpr int FEATURES = 256;             // of a tile and of one product
+constexpr int COLUMN_BOXES = FEATURES / ROWS;
+constexpr int DEPTH = PANEL;  // summed elements of a step
+constexpr int GROUP = 32;     // columns whose pairs are exchanged between four lanes
 constexpr int STAGES = 4;
-static_assert(BLOCKS == CLUSTER);
+constexpr int BAND = 4;       // pairs of neighbouring columns; see find_tile
+static_assert(CONSUMERS == CLUSTER);
 
 // Bytes.
-constexpr int ROWS_TILE = ROWS * PANEL_ROW_BYTES;
-constexpr int COLUMNS_TILE = COLUMNS * PANEL_ROW_BYTES;
-constexpr int STAGE = BLOCKS * ROWS_TILE + CONSUMERS * COLUMNS_TILE;
+constexpr int BOX = ROWS * PANEL_ROW_BYTES;
+constexpr int STAGE = (CONSUMERS + COLUMN_BOXES) * BOX;
 constexpr int BARRIERS = STAGES * STAGE;
 constexpr int SMEM_BYTES = BARRIERS + 2 * 8 * STAGES;
 static_assert(SMEM_BYTES <= 227 << 10);
@@ -46,10 +44,8 @@ static_assert(SMEM_BYTES <= 227 << 10);
 struct Shared {
     uint32_t start;
 
-    __device__ uint32_t rows(int stage, int block) const { return start + stage * STAGE + block * ROWS_TILE; }
-    __device__ uint32_t columns(int stage, int consumer) const {
-        return start + stage * STAGE + BLOCKS * ROWS_TILE + consumer * COLUMNS_TILE;
-    }
+    __device__ uint32_t rows(int stage, int consumer) const { return start + stage * STAGE + consumer * BOX; }
+    __device__ uint32_t columns(int stage) const { return start + stage * STAGE + CONSUMERS * BOX; }
     // `ready`: the stage has been filled; `free`: nobody in the cluster reads it any more.
     __device__ uint32_t ready(int stage) const { return start + BARRIERS + 8 * stage; }
     __device__ uint32_t free(int stage) const { return start + BARRIERS + 8 * (STAGES + stage); }
@@ -66,20 +62,25 @@ struct Tile {
     int column;  // which tile of columns
 };
 
-// Tiles of a cluster: pairs of neighbouring columns, rows first.
+// Tiles of a cluster: pairs of neighbouring columns.
 __device__ __forceinline__ int count_pairs(const Problem& p) {
     return (p.tokens + TOKENS - 1) / TOKENS * ((p.column_tiles + CLUSTER - 1) / CLUSTER);
 }
 
+// Columns first within bands of BAND pairs of columns, then rows, every other band upwards: the clusters that run together read about
+// as many bytes of x as of weights, a band's weights stay in L2 for as long as it lasts, and the next begins with the rows that
+// this one has left there.
 __device__ __forceinline__ Tile find_tile(const Problem& p, int pair, int rank) {
-    const int down = (p.tokens + TOKENS - 1) / TOKENS;
-    return {pair % down * TOKENS, pair / down * CLUSTER + rank};
+    const int down = (p.tokens + TOKENS - 1) / TOKENS, across = (p.column_tiles + CLUSTER - 1) / CLUSTER;
+    const int band = pair / (down * BAND), width = min(BAND, across - band * BAND), index = pair - band * down * BAND;
+    const int row = band % 2 == 0 ? index / width : down - 1 - index / width;
+    return {row * TOKENS, (band * BAND + index % width) * CLUSTER + rank};
 }
 
 // ---- what follows the product, and where its columns come from ----
 
-// Boxes of weights, like those of rows, have ROWS rows.
-constexpr int COLUMN_BOXES = COLUMNS / ROWS;
+// What a consumer's lanes hold of a tile: as Accumulators in common/hopper.cuh, of FEATURES columns.
+using Sums = Sums64<FEATURES>;
 
 // Lane m of four holds pairs of columns, pair[t] being columns 8 t + 2 m and the next; afterwards it holds columns 8 m to 8 m + 7.
 __device__ __forceinline__ Bf16x8 exchange(__nv_bfloat162 (&pair)[4], int member) {
@@ -110,35 +111,31 @@ __device__ __forceinline__ Bf16x8 exchange(__nv_bfloat162 (&pair)[4], int member
 struct SwiGlu {
     bf16* output;  // [tokens, outputs]
 
-    // Which row of the weights box `box` of a consumer's columns starts with: gate, then up.
-    __device__ __forceinline__ int box_row(const Problem& p, const Tile& tile, int consumer, int box) const {
-        return tile.column * (FEATURES / 2) + consumer * (COLUMNS / 2) + box * p.outputs;
+    // Which row of the weights box `box` starts with: gate, then up.
+    __device__ __forceinline__ int box_row(const Problem& p, const Tile& tile, int box) const {
+        return tile.column * (FEATURES / 2) + box % (COLUMN_BOXES / 2) * ROWS + box / (COLUMN_BOXES / 2) * p.outputs;
     }
 
-    __device__ __forceinline__ void finish(
-        const Accumulators (&sums)[BLOCKS], const Problem& p, const Tile& tile, int consumer, int row, int member) const {
-        const int first = tile.column * (FEATURES / 2) + consumer * (COLUMNS / 2) + member * 8;
+    __device__ __forceinline__ void finish(const Sums& sums, const Problem& p, const Tile& tile, int row, int member) const {
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block)
+        for (int half = 0; half < 2; ++half) {
+            const int token = tile.token + row + 8 * half;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int token = tile.token + block * ROWS + row + 8 * half;
+            for (int group = 0; group < FEATURES / 2 / GROUP; ++group) {
+                __nv_bfloat162 pairs[4];
 #pragma unroll
-                for (int group = 0; group < GROUPS / 2; ++group) {
-                    __nv_bfloat162 pairs[4];
-#pragma unroll
-                    for (int t = 0; t < 4; ++t) {
-                        const float* const gate = &sums[block][group * 4 + t][2 * half];
-                        const float* const up = &sums[block][COLUMNS / 16 + group * 4 + t][2 * half];
-                        pairs[t] = __floats2bfloat162_rn(silu_by_tanh(gate[0]) * up[0], silu_by_tanh(gate[1]) * up[1]);
-                    }
-                    const Bf16x8 run = exchange(pairs, member);
-                    const int output = first + group * GROUP;
-                    if (token < p.tokens && output < p.outputs) {
-                        *reinterpret_cast<Bf16x8*>(this->output + static_cast<size_t>(token) * p.outputs + output) = run;
-                    }
+                for (int t = 0; t < 4; ++t) {
+                    const float* const gate = &sums[group * 4 + t][2 * half];
+                    const float* const up = &sums[FEATURES / 16 + group * 4 + t][2 * half];
+                    pairs[t] = __floats2bfloat162_rn(silu_by_tanh(gate[0]) * up[0], silu_by_tanh(gate[1]) * up[1]);
+                }
+                const Bf16x8 run = exchange(pairs, member);
+                const int output = tile.column * (FEATURES / 2) + group * GROUP + 8 * member;
+                if (token < p.tokens && output < p.outputs) {
+                    *reinterpret_cast<Bf16x8*>(this->output + static_cast<size_t>(token) * p.outputs + output) = run;
                 }
             }
+        }
     }
 };
 
@@ -146,38 +143,33 @@ struct Bias {
     bf16* output;      // [tokens, outputs]
     const bf16* bias;  // [outputs]
 
-    __device__ __forceinline__ int box_row(const Problem&, const Tile& tile, int consumer, int box) const {
-        return tile.column * FEATURES + consumer * COLUMNS + box * ROWS;
-    }
+    __device__ __forceinline__ int box_row(const Problem&, const Tile& tile, int box) const { return tile.column * FEATURES + box * ROWS; }
 
-    __device__ __forceinline__ void finish(
-        const Accumulators (&sums)[BLOCKS], const Problem& p, const Tile& tile, int consumer, int row, int member) const {
-        const int first = tile.column * FEATURES + consumer * COLUMNS;
+    __device__ __forceinline__ void finish(const Sums& sums, const Problem& p, const Tile& tile, int row, int member) const {
 #pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
+        for (int group = 0; group < FEATURES / GROUP; ++group) {
+            const int first = tile.column * FEATURES + group * GROUP;
             float2 added[4] = {};
 #pragma unroll
             for (int t = 0; t < 4; ++t) {
-                const int column = first + group * GROUP + 8 * t + 2 * member;
+                const int column = first + 8 * t + 2 * member;
                 if (column < p.outputs) added[t] = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(bias + column));
             }
-            const int column = first + group * GROUP + 8 * member;
+            const int column = first + 8 * member;
 #pragma unroll
-            for (int block = 0; block < BLOCKS; ++block)
+            for (int half = 0; half < 2; ++half) {
+                const int token = tile.token + row + 8 * half;
+                __nv_bfloat162 pairs[4];
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int token = tile.token + block * ROWS + row + 8 * half;
-                    __nv_bfloat162 pairs[4];
-#pragma unroll
-                    for (int t = 0; t < 4; ++t) {
-                        const float* const sum = &sums[block][group * 4 + t][2 * half];
-                        pairs[t] = __floats2bfloat162_rn(sum[0] + added[t].x, sum[1] + added[t].y);
-                    }
-                    const Bf16x8 run = exchange(pairs, member);
-                    if (token < p.tokens && column < p.outputs) {
-                        *reinterpret_cast<Bf16x8*>(output + static_cast<size_t>(token) * p.outputs + column) = run;
-                    }
+                for (int t = 0; t < 4; ++t) {
+                    const float* const sum = &sums[group * 4 + t][2 * half];
+                    pairs[t] = __floats2bfloat162_rn(sum[0] + added[t].x, sum[1] + added[t].y);
                 }
+                const Bf16x8 run = exchange(pairs, member);
+                if (token < p.tokens && column < p.outputs) {
+                    *reinterpret_cast<Bf16x8*>(output + static_cast<size_t>(token) * p.outputs + column) = run;
+                }
+            }
         }
     }
 };
@@ -222,12 +214,9 @@ __device__ __forceinline__ void produce(
             // The rows are the cluster's: each block fetches half of them for both.
             rows.copy(shared.rows(stage, rank), x, element, tile.token + rank * ROWS, ready);
 #pragma unroll
-            for (int consumer = 0; consumer < CONSUMERS; ++consumer)
-#pragma unroll
-                for (int box = 0; box < COLUMN_BOXES; ++box) {
-                    copy_box_2d(shared.columns(stage, consumer) + box * ROWS_TILE, weights, element,
-                                end.box_row(p, tile, consumer, box), ready);
-                }
+            for (int box = 0; box < COLUMN_BOXES; ++box) {
+                copy_box_2d(shared.columns(stage) + box * BOX, weights, element, end.box_row(p, tile, box), ready);
+            }
         }
     }
 }
@@ -240,35 +229,31 @@ __device__ __forceinline__ void release(uint32_t barrier) {
 
 template <class End>
 __device__ __forceinline__ void consume(const Problem& p, const End& end, const Shared& shared, int rank, int consumer) {
-    const int lane = threadIdx.x % WARP, row = threadIdx.x / WARP % WARPS * 16 + lane / 4;
+    const int lane = threadIdx.x % WARP, row = consumer * ROWS + threadIdx.x / WARP % WARPS * 16 + lane / 4;
     const int pairs = count_pairs(p);
     unsigned use = 0;
     for (int pair = blockIdx.x / CLUSTER; pair < pairs; pair += gridDim.x / CLUSTER) {
-        Accumulators sums[BLOCKS];
-        hold(sums[0]);
-        hold(sums[1]);
+        Sums sums;
+        hold(sums);
         int before = 0;
         for (int element = 0; element < p.depth; element += DEPTH, ++use) {
             const int stage = use % STAGES;
             barrier_wait(shared.ready(stage), use / STAGES % 2);
             product_fence();
 #pragma unroll
-            for (int offset = 0; offset < PANEL_ROW_BYTES; offset += PRODUCT_DEPTH * 2)
-#pragma unroll
-                for (int block = 0; block < BLOCKS; ++block) {
-                    issue_product(sums[block], operand_by_rows(shared.rows(stage, block), offset),
-                                  operand_by_rows(shared.columns(stage, consumer), offset), element > 0 || offset > 0);
-                }
+            for (int offset = 0; offset < PANEL_ROW_BYTES; offset += PRODUCT_DEPTH * 2) {
+                issue_by_rows(sums, operand_by_rows(shared.rows(stage, consumer), offset),
+                              operand_by_rows(shared.columns(stage), offset), element > 0 || offset > 0);
+            }
             product_commit();
             products_wait<1>();  // all but this step's
             if (element > 0) release(shared.free(before));
             before = stage;
         }
         products_wait<0>();
-        hold(sums[0]);
-        hold(sums[1]);
+        hold(sums);
         release(shared.free(before));
-        end.finish(sums, p, find_tile(p, pair, rank), consumer, row, lane % 4);
+        end.finish(sums, p, find_tile(p, pair, rank), row, lane % 4);
     }
 }
 

@@ -74,6 +74,18 @@ __device__ __forceinline__ void store_pairs(bf16* row, int lane, const Pairs& pa
     }
 }
 
+// One or the other, word by word: a choice between two places would put both into local memory.
+__device__ __forceinline__ PackedPairs choose(bool first, const PackedPairs& a, const PackedPairs& b) {
+    PackedPairs chosen;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const unsigned words[2] = {*reinterpret_cast<const unsigned*>(&a.pair[i]), *reinterpret_cast<const unsigned*>(&b.pair[i])};
+        const unsigned word = first ? words[0] : words[1];
+        chosen.pair[i] = *reinterpret_cast<const __nv_bfloat162*>(&word);
+    }
+    return chosen;
+}
+
 // The sum over the lanes of a head row; the whole warp must take part.
 __device__ __forceinline__ float row_lanes_sum(float value) {
 #pragma unroll
@@ -112,7 +124,7 @@ __device__ __forceinline__ void normalise_and_rotate(
 #pragma unroll
             for (int j = 0; j < 4; ++j) squares += pairs.a[j] * pairs.a[j] + pairs.b[j] * pairs.b[j];
             const float inverse = rsqrtf(row_lanes_sum(squares) / HEAD_DIM + epsilon);
-            const Pairs factors = unpack<HALF_SPLIT>(row < heads ? q_factors : k_factors);
+            const Pairs factors = unpack<HALF_SPLIT>(choose(row < heads, q_factors, k_factors));
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const float a = pairs.a[j] * inverse * factors.a[j], b = pairs.b[j] * inverse * factors.b[j];
@@ -172,7 +184,7 @@ __device__ __forceinline__ void rotate_back_and_differentiate(
             }
             Pairs input = unpack<HALF_SPLIT>(packed_input), turned = unpack<HALF_SPLIT>(packed_gradient);
             const bool is_query = first < heads;
-            const Pairs factors = unpack<HALF_SPLIT>(is_query ? q_factors : k_factors);
+            const Pairs factors = unpack<HALF_SPLIT>(choose(is_query, q_factors, k_factors));
             float squares = 0.0f, along = 0.0f;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {

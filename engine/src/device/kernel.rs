@@ -8,9 +8,6 @@ use super::cuda::{CudaDevice, check};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Tensor};
 
-/// Up to this many bytes of dynamic shared memory a kernel may use without asking.
-const DEFAULT_SHARED_MEMORY: u32 = 48 << 10;
-
 /// What a kernel says about its own launch (`L2P_LAUNCH` in `cuda/common/launch.cuh`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
@@ -43,7 +40,8 @@ impl Kernel {
         let function = unsafe { result::module::get_function(module, name.clone()) };
         let function = check(&format!("loading kernel {}", name.to_string_lossy()), function)?;
         let info = read_launch_info(module, &name)?.unwrap_or_default();
-        if info.dynamic_shared_memory > DEFAULT_SHARED_MEMORY {
+        // Unasked, a kernel gets 48 KiB, its static shared memory included.
+        if info.dynamic_shared_memory > 0 {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: `function` was just loaded.
             let outcome = unsafe {

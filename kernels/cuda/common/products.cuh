@@ -1,4 +1,4 @@
-// Warpgroup products of 64 rows with 16, 32, 64 or 128 columns, both operands in shared memory by rows; an addition to
+// Warpgroup products of 64 rows with 16, 32, 64, 128 or 256 columns, both operands in shared memory by rows; an addition to
 // common/hopper.cuh, whose rules hold: between the issue and the wait nobody may touch registers or tiles.
 //
 // Operand A may start at any row of a tile and have any distance between its groups of eight rows: the swizzle is a function
@@ -30,6 +30,13 @@ __device__ __forceinline__ uint64_t operand_rows(uint32_t start) {
 #define L2P_REGISTERS_64(d)                                                                                               \
     L2P_REGISTERS_32(d), L2P_TILE_REGISTERS(d, 4), L2P_TILE_REGISTERS(d, 5), L2P_TILE_REGISTERS(d, 6), L2P_TILE_REGISTERS(d, 7)
 
+#define L2P_REGISTERS_256(d)                                                                                              \
+    L2P_REGISTERS(d), L2P_TILE_REGISTERS(d, 16), L2P_TILE_REGISTERS(d, 17), L2P_TILE_REGISTERS(d, 18),                    \
+        L2P_TILE_REGISTERS(d, 19), L2P_TILE_REGISTERS(d, 20), L2P_TILE_REGISTERS(d, 21), L2P_TILE_REGISTERS(d, 22),       \
+        L2P_TILE_REGISTERS(d, 23), L2P_TILE_REGISTERS(d, 24), L2P_TILE_REGISTERS(d, 25), L2P_TILE_REGISTERS(d, 26),       \
+        L2P_TILE_REGISTERS(d, 27), L2P_TILE_REGISTERS(d, 28), L2P_TILE_REGISTERS(d, 29), L2P_TILE_REGISTERS(d, 30),       \
+        L2P_TILE_REGISTERS(d, 31)
+
 #define L2P_ISSUE_BY_ROWS(COLUMNS, NAMES, A, B, ADD)                                                                      \
     __device__ __forceinline__ void issue_by_rows(Sums64<COLUMNS>& d, uint64_t a, uint64_t b, bool add) {                 \
         asm volatile(                                                                                                     \
@@ -49,12 +56,24 @@ L2P_ISSUE_BY_ROWS(
     "%24, %25, %26, %27, %28, %29, %30, %31}",
     "%32", "%33", "%34")
 
+L2P_ISSUE_BY_ROWS(
+    256,
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
+    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "
+    "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+    "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "
+    "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, "
+    "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "
+    "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}",
+    "%128", "%129", "%130")
+
 // d = a b or, if `add`, d += a b for 64 x COLUMNS and 16 summed elements.
 __device__ __forceinline__ void issue_by_rows(Sums64<128>& d, uint64_t a, uint64_t b, bool add) { issue_product(d, a, b, add); }
 
 // Keeps the compiler from moving what computes or uses these registers across this point.
 __device__ __forceinline__ void hold(Sums64<16>& d) { asm volatile("" : L2P_REGISTERS_16(d)::"memory"); }
 __device__ __forceinline__ void hold(Sums64<32>& d) { asm volatile("" : L2P_REGISTERS_32(d)::"memory"); }
+__device__ __forceinline__ void hold(Sums64<256>& d) { asm volatile("" : L2P_REGISTERS_256(d)::"memory"); }
 
 // Waits until at most PENDING groups are under way; hold the accumulators afterwards.
 template <int PENDING>
