@@ -176,6 +176,8 @@ def decode_ways(case: dict, context: Context) -> dict[str, Way]:
     decoder = Decoder(case, context)
     side = case["side"] // DOWNSAMPLING
     latent = context.normal(1, decoder.config["latent_channels"], side, side)
+    # At 4096 x 4096 cuDNN's search takes four minutes and finds nothing faster.
+    torch.backends.cudnn.benchmark = False
 
     # The transformer stays resident while a pipeline decodes; its bytes are counted without being held.
     with torch.device("meta"):

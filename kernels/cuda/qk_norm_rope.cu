@@ -15,9 +15,7 @@ constexpr int ROWS_IN_FLIGHT = 2;        // rows that a group reads before it co
 // the first half of the row, b0 b1, b2 b3 from the second.
 using PackedPairs = Bf16x8;
 
-struct alignas(8) Bf16x4 {
-    __nv_bfloat162 pair[2];
-};
+using Bf16x4 = Bf16Run<4>;
 
 struct Pairs {
     float a[4], b[4];

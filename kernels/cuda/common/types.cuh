@@ -9,10 +9,37 @@ using bf16 = __nv_bfloat16;
 constexpr int WARP = 32;
 constexpr unsigned FULL_WARP = 0xffffffffu;
 
-// Eight bf16 values, moved as one 16-byte access.
-struct alignas(16) Bf16x8 {
-    __nv_bfloat162 pair[4];
+// What one access moves.
+template <int BYTES>
+struct WordOf;
+template <>
+struct WordOf<4> {
+    using Type = uint32_t;
 };
+template <>
+struct WordOf<8> {
+    using Type = uint2;
+};
+template <>
+struct WordOf<16> {
+    using Type = uint4;
+};
+
+// Consecutive bf16 values, moved as one access. Left to itself the compiler copies pair by pair, since pairs are classes with an
+// assignment of their own.
+template <int COUNT>
+struct alignas(COUNT * 2) Bf16Run {
+    using Word = typename WordOf<COUNT * 2>::Type;
+    __nv_bfloat162 pair[COUNT / 2];
+
+    Bf16Run() = default;
+    __device__ __forceinline__ Bf16Run(const Bf16Run& from) { *this = from; }
+    __device__ __forceinline__ Bf16Run& operator=(const Bf16Run& from) {
+        *reinterpret_cast<Word*>(pair) = *reinterpret_cast<const Word*>(from.pair);
+        return *this;
+    }
+};
+using Bf16x8 = Bf16Run<8>;
 
 // Reads eight consecutive bf16 values at a 16-byte aligned address.
 __device__ __forceinline__ void load8(float (&out)[8], const bf16* from) {
@@ -70,9 +97,3 @@ __device__ __forceinline__ float silu_by_tanh(float x) {
     asm("tanh.approx.f32 %0, %1;" : "=f"(tangent) : "f"(half));
     return fmaf(half, tangent, half);
 }
-
-// Consecutive bf16 values, moved as one access.
-template <int COUNT>
-struct alignas(COUNT * 2) Bf16Run {
-    __nv_bfloat162 pair[COUNT / 2];
-};
