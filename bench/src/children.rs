@@ -1,5 +1,6 @@
 //! Several models, each in a process of its own: memory that one leaves in the pool must not count as another's.
 
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, bail};
@@ -15,6 +16,8 @@ use crate::record::{Record, write_json};
 pub fn run(names: &[String], common: &Common, arguments: impl Fn(&str) -> Vec<String>) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("this program cannot be started again")?;
     let folder = tempfile::tempdir()?;
+    // After each one, so that a run that is cut short keeps what it has measured; standard output gets one record.
+    let to_stdout = common.json.as_deref() == Some(Path::new("-"));
     let mut whole: Option<Record> = None;
     let mut failed = Vec::new();
     for name in names {
@@ -25,7 +28,7 @@ pub fn run(names: &[String], common: &Common, arguments: impl Fn(&str) -> Vec<St
         if wanted {
             command.arg("--json").arg(&path);
         }
-        if common.json.as_deref() == Some("-".as_ref()) {
+        if to_stdout {
             command.stdout(std::io::stderr());
         }
         if !command
@@ -39,12 +42,18 @@ pub fn run(names: &[String], common: &Common, arguments: impl Fn(&str) -> Vec<St
             continue;
         }
         let record = Record::read(&path)?;
-        match &mut whole {
-            None => whole = Some(record),
-            Some(whole) => whole.rows.extend(record.rows),
+        let whole = match &mut whole {
+            None => whole.insert(record),
+            Some(whole) => {
+                whole.rows.extend(record.rows);
+                whole
+            }
+        };
+        if let Some(path) = common.json.as_ref().filter(|_| !to_stdout) {
+            write_json(path, whole)?;
         }
     }
-    if let (Some(path), Some(record)) = (&common.json, &whole) {
+    if let (Some(path), Some(record), true) = (&common.json, &whole, to_stdout) {
         write_json(path, record)?;
     }
     match failed[..] {

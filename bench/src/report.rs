@@ -12,7 +12,7 @@ use l2p_engine::device::format_bytes;
 use crate::environment::Environment;
 use crate::record::{Row, milliseconds, write_text};
 use crate::targets::figure;
-use records::{Gpu, Parity, ParityRow, read_all};
+use records::{Gpu, Parity, ParityRow, Training, read_all};
 use svg::{LineChart, Roofline, Series};
 
 const HELP: &str = "\
@@ -20,9 +20,9 @@ Examples:
   bench-report                  write README.md's tables and docs/plots from bench/results
   bench-report --check          say whether they are what the records give; writes nothing
 
-Records lie in bench/results/GPU/: parity.json of bench/peers/parity.py, 4k.json of bench-targets, and any file that a bench-*
-program wrote with --json. In README.md everything between <!-- bench:NAME --> and <!-- /bench:NAME --> is replaced; the names
-are parity, 4k and plots. A GPU without a record has no table.
+Records lie in bench/results/GPU/: parity.json of bench/peers/parity.py, 4k.json of bench-targets, train.json of bench-train, and
+any file that another bench-* program wrote with --json. In README.md everything between <!-- bench:NAME --> and
+<!-- /bench:NAME --> is replaced; the names are parity, 4k, train and plots. A GPU without a record has no table.
 
 Exit code: 0; 1 when --check finds a difference, or on an error.";
 
@@ -96,6 +96,12 @@ fn section(name: &str, gpus: &[Gpu], plots: &[(PathBuf, String)]) -> Option<Stri
     match name {
         "parity" => Some(gpus.iter().filter_map(|gpu| gpu.parity.as_ref()).map(parity).collect()),
         "4k" => Some(gpus.iter().filter_map(target_table).collect()),
+        "train" => Some(
+            gpus.iter()
+                .filter_map(|gpu| gpu.training.as_ref())
+                .map(training)
+                .collect(),
+        ),
         "plots" => Some(
             plots
                 .iter()
@@ -165,10 +171,7 @@ fn target_table(gpu: &Gpu) -> Option<String> {
     let mut text = format!(
         "\n{}{}:\n\n| | ours | compared with | | ratio | target | |\n| --- | ---: | --- | ---: | ---: | --- | --- |\n",
         place(&targets.environment),
-        targets
-            .torch
-            .as_ref()
-            .map_or_else(String::new, |torch| format!(", PyTorch {torch}"))
+        with_version(targets.torch.as_deref())
     );
     for row in &targets.rows {
         text += &format!(
@@ -196,6 +199,36 @@ fn target_table(gpu: &Gpu) -> Option<String> {
         text += &format!("* {}: {}\n", row.name, row.reason.as_deref().unwrap_or_default());
     }
     Some(text + "\n")
+}
+
+fn training(record: &Training) -> String {
+    let mut text = format!(
+        "\n{}{}:\n\n| | ours | PyTorch | ratio | target | |\n| --- | ---: | ---: | ---: | --- | --- |\n",
+        place(&record.environment),
+        with_version(record.torch.as_deref())
+    );
+    for row in &record.rows {
+        let verdict = match row.pass {
+            Some(true) => "pass",
+            Some(false) => "**miss**",
+            None => "",
+        };
+        text += &format!(
+            "| {} | {} {} | {} | {} | {} | {verdict} |\n",
+            row.name,
+            figure(row.ours),
+            row.unit,
+            row.peer
+                .map_or_else(String::new, |peer| format!("{} {}", figure(peer), row.unit)),
+            row.ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}")),
+            row.target.as_deref().unwrap_or_default(),
+        );
+    }
+    text + "\n"
+}
+
+fn with_version(torch: Option<&str>) -> String {
+    torch.map_or_else(String::new, |torch| format!(", PyTorch {torch}"))
 }
 
 /// The picture sizes along a plot.

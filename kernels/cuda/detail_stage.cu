@@ -255,6 +255,18 @@ __device__ __forceinline__ void decode(const Operands& o, const Place& place, ui
     }
 }
 
+// Has L2 fetch what the tile's results will be added to, while they are computed.
+__device__ __forceinline__ void ask_for_picture(const Operands& o, const Place& place) {
+    constexpr int LINE = 128, LINES = (TILE_WIDTH * COLOURS * static_cast<int>(sizeof(float)) + LINE - 1) / LINE;
+    const int row_bytes = min(TILE_WIDTH, o.width - place.x) * COLOURS * static_cast<int>(sizeof(float));
+    for (int index = threadIdx.x; index < TILE_HEIGHT * LINES; index += THREADS) {
+        const int y = place.y + index / LINES, from = index % LINES * LINE;
+        if (y >= o.height || from >= row_bytes) continue;
+        const float* const row = o.colours + ((static_cast<size_t>(place.item) * o.height + y) * o.width + place.x) * COLOURS;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(row) + from));
+    }
+}
+
 // Grid: tiles of the picture, row by row, item by item. Height and width are even.
 extern "C" __global__ __launch_bounds__(THREADS, 2) void detail_stage(
     const bf16* map, const bf16* image, const uint4* weights, const bf16* output, const bf16* encoder_bias, const bf16* up_bias,
@@ -269,6 +281,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void detail_stage(
     const uint32_t halo = shared_address(memory), map_tile = halo + MAP_START;
     const Image image_tile{reinterpret_cast<uint32_t*>(memory + IMAGE_START)};
     load_map(o, place, map_tile);
+    if (delta != nullptr) ask_for_picture(o, place);
     Image::Words<THREADS> words;
     Image::fetch<THREADS>(words, image, place.item, place.y - 2, place.x - 2, height, width);
     image_tile.put<THREADS>(words);

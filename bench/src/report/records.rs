@@ -43,6 +43,37 @@ pub struct ParityRow {
     pub pass: bool,
 }
 
+/// The record of `bench-train`, as far as the README shows it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Training {
+    /// Where and when.
+    #[serde(flatten)]
+    pub environment: Environment,
+    /// The version of PyTorch, where it ran.
+    pub torch: Option<String>,
+    /// Ours beside the peer's.
+    pub rows: Vec<TrainingRow>,
+}
+
+/// One line of a training record.
+#[derive(Clone, Debug, Deserialize)]
+pub struct TrainingRow {
+    /// What is compared.
+    pub name: String,
+    /// Our figure.
+    pub ours: f64,
+    /// The peer's.
+    pub peer: Option<f64>,
+    /// Of both.
+    pub unit: String,
+    /// Ours over the peer's.
+    pub ratio: Option<f64>,
+    /// What ours should be.
+    pub target: Option<String>,
+    /// Whether it is; `None` without a target.
+    pub pass: Option<bool>,
+}
+
 /// What there is about one GPU.
 #[derive(Debug)]
 pub struct Gpu {
@@ -52,6 +83,8 @@ pub struct Gpu {
     pub parity: Option<Parity>,
     /// The target table.
     pub targets: Option<Targets>,
+    /// Training steps beside PyTorch's.
+    pub training: Option<Training>,
     /// Records of single benchmarks, those of the target table's parts among them, the newest last.
     pub records: Vec<Record>,
 }
@@ -63,14 +96,15 @@ impl Gpu {
     /// When a file cannot be read or is no record.
     fn read(path: &Path) -> anyhow::Result<Self> {
         let folder = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let (mut parity, mut table, mut records) = (None, None, Vec::new());
+        let (mut parity, mut table, mut training, mut records) = (None, None, None, Vec::new());
         for path in entries(path)? {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             match name.as_str() {
                 "parity.json" => parity = Some(read(&path)?),
                 targets::FILE => table = Some(Targets::read(&path)?),
-                // Of training, with rows of their own kind; the README's tables are about drawing.
-                "train.json" | "grad.json" => {}
+                "train.json" => training = Some(read(&path)?),
+                // Of every gradient: too long for the README.
+                "grad.json" => {}
                 name if name.ends_with(".json") => records.push(Record::read(&path)?),
                 _ => {}
             }
@@ -83,6 +117,7 @@ impl Gpu {
             folder,
             parity,
             targets: table,
+            training,
             records,
         })
     }

@@ -39,40 +39,38 @@ __device__ __forceinline__ void write(bf16* row, const Part<VECTORS>& part, int 
     }
 }
 
-// weight * (1 + scale), or the weight alone where there is no scale.
-template <int VECTORS>
-__device__ __forceinline__ void load_scaled(Part<VECTORS>& factor, const bf16* weight, const float* scale, int vectors) {
+// weight * map(vector), or the weight alone where there is no vector. Both are on their way before either is waited for.
+template <int VECTORS, class Map>
+__device__ __forceinline__ void load_factor(Part<VECTORS>& factor, const bf16* weight, const float* from, int vectors, const Map& map) {
     Packed<VECTORS> packed;
     read(packed, weight, vectors);
-    unpack(factor, packed);
-    if (scale == nullptr) return;
+    if (from == nullptr) {
+        unpack(factor, packed);
+        return;
+    }
+    float values[VECTORS][8] = {};
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {
         const int vector = threadIdx.x + i * blockDim.x;
-        if (vector >= vectors) continue;
-        float added[8];
-        load8(added, scale + vector * 8);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) factor.value[i][j] *= 1.0f + added[j];
+        if (vector < vectors) load8(values[i], from + vector * 8);
     }
+    unpack(factor, packed);
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) factor.value[i][j] *= map(values[i][j]);
 }
 
-// weight * tanh(gate), or the weight alone where there is no gate.
+// weight * (1 + scale).
+template <int VECTORS>
+__device__ __forceinline__ void load_scaled(Part<VECTORS>& factor, const bf16* weight, const float* scale, int vectors) {
+    load_factor(factor, weight, scale, vectors, [](float value) { return 1.0f + value; });
+}
+
+// weight * tanh(gate).
 template <int VECTORS>
 __device__ __forceinline__ void load_gated(Part<VECTORS>& factor, const bf16* weight, const float* gate, int vectors) {
-    Packed<VECTORS> packed;
-    read(packed, weight, vectors);
-    unpack(factor, packed);
-    if (gate == nullptr) return;
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-        const int vector = threadIdx.x + i * blockDim.x;
-        if (vector >= vectors) continue;
-        float opened[8];
-        load8(opened, gate + vector * 8);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) factor.value[i][j] *= tanhf(opened[j]);
-    }
+    load_factor(factor, weight, gate, vectors, [](float value) { return fast_tanh(value); });
 }
 
 // Sums over the block, two in flight: the scratch of one is free again once every thread has passed the barrier of the next.

@@ -50,8 +50,10 @@ fn sections_and_plots_are_written() -> Outcome {
         &["--tiny", "--device=cpu", "--no-peer", "--repeats=2", only],
     )?
     .success()?;
+    let arguments = ["--tiny", "--device=cpu", "--repeats=2", "--recompute=all", "--record"];
+    run(folder, "bench-train", &arguments)?.success()?;
     let readme = folder.join("README.md");
-    let names = ["parity", "4k", "plots"];
+    let names = ["parity", "4k", "train", "plots"];
     let sections = names.map(|name| format!("before {name}\n<!-- bench:{name} -->\nold\n<!-- /bench:{name} -->\n"));
     std::fs::write(&readme, sections.concat())?;
 
@@ -69,6 +71,7 @@ fn sections_and_plots_are_written() -> Outcome {
         text.contains("| attention forward, L = 64 |") && text.contains("**miss**"),
         "{text}"
     );
+    assert!(text.contains("| train-all step | "), "{text}");
     for name in ["latency", "memory", "roofline"] {
         let plot = format!("docs/plots/cpu-{name}.svg");
         assert!(text.contains(&format!("({plot})")), "{text}");

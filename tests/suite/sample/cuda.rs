@@ -110,7 +110,9 @@ fn batches_draw_the_same(_device: &Device) -> Outcome {
 fn memory_is_accounted_for(_device: &Device) -> Outcome {
     let folder = tempfile::tempdir()?;
     let demo = demo()?.display().to_string();
-    let arguments = ["--model", &demo, "--prompt", "fox", "--device", "cuda", "--report", "json"];
+    let arguments = [
+        "--model", &demo, "--prompt", "fox", "--device", "cuda", "--report", "json",
+    ];
     let finished = run(folder.path(), &arguments)?.success()?;
     let report: Value = serde_json::from_str(&finished.stdout)?;
     let [driver, accounted] = ["driver_peak_bytes", "accounted_bytes"].map(|key| report[key].as_f64());
@@ -118,7 +120,9 @@ fn memory_is_accounted_for(_device: &Device) -> Outcome {
     assert!((driver - accounted).abs() < 0.5e9, "{driver} {accounted}");
     let phases = report["phases"].as_array().ok_or("no phases")?;
     for phase in phases {
-        let beside = phase["beside_pool_bytes"].as_object().ok_or("nothing beside the pool")?;
+        let beside = phase["beside_pool_bytes"]
+            .as_object()
+            .ok_or("nothing beside the pool")?;
         let parts = beside.values().filter_map(Value::as_f64);
         let sum = parts.sum::<f64>() + phase["reserved_bytes"].as_f64().unwrap_or_default();
         assert!(sum > 0.0 && sum <= accounted, "{phase:#}");
