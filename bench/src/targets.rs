@@ -29,7 +29,7 @@ fn help() -> String {
     format!(
         "\
 Examples:
-  bench-targets                                  everything, beside PyTorch ($L2P_PYTHON, or python3): some eight minutes
+  bench-targets                                  everything, beside PyTorch ($L2P_PYTHON, or python3): some five minutes
   bench-targets --only sample,attention,elementwise,products,head --out first.json
   bench-targets --only step-4k,step-1k,latent-4k --merge first.json
   bench-targets --no-run --merge bench/results/h200/4k.json --reasons reasons.toml
