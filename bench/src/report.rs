@@ -12,7 +12,8 @@ use l2p_engine::device::format_bytes;
 use crate::environment::Environment;
 use crate::record::{Row, milliseconds, write_text};
 use crate::targets::figure;
-use records::{Gpu, Parity, ParityRow, Training, read_all};
+use crate::train;
+use records::{Gpu, Parity, ParityRow, read_all};
 use svg::{LineChart, Roofline, Series};
 
 const HELP: &str = "\
@@ -201,7 +202,7 @@ fn target_table(gpu: &Gpu) -> Option<String> {
     Some(text + "\n")
 }
 
-fn training(record: &Training) -> String {
+fn training(record: &train::record::Record) -> String {
     let mut text = format!(
         "\n{}{}:\n\n| | ours | PyTorch | ratio | target | |\n| --- | ---: | ---: | ---: | --- | --- |\n",
         place(&record.environment),

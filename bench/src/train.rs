@@ -1,6 +1,6 @@
 //! `bench-train`: whole training steps, optimizer included.
 
-mod record;
+pub(crate) mod record;
 
 use std::process::Command;
 

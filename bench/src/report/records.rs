@@ -9,6 +9,7 @@ use serde::Deserialize;
 use crate::environment::Environment;
 use crate::record::{Record, Row};
 use crate::targets::{self, Targets};
+use crate::train;
 
 /// The record of `bench/peers/parity.py`.
 #[derive(Clone, Debug, Deserialize)]
@@ -43,37 +44,6 @@ pub struct ParityRow {
     pub pass: bool,
 }
 
-/// The record of `bench-train`, as far as the README shows it.
-#[derive(Clone, Debug, Deserialize)]
-pub struct Training {
-    /// Where and when.
-    #[serde(flatten)]
-    pub environment: Environment,
-    /// The version of PyTorch, where it ran.
-    pub torch: Option<String>,
-    /// Ours beside the peer's.
-    pub rows: Vec<TrainingRow>,
-}
-
-/// One line of a training record.
-#[derive(Clone, Debug, Deserialize)]
-pub struct TrainingRow {
-    /// What is compared.
-    pub name: String,
-    /// Our figure.
-    pub ours: f64,
-    /// The peer's.
-    pub peer: Option<f64>,
-    /// Of both.
-    pub unit: String,
-    /// Ours over the peer's.
-    pub ratio: Option<f64>,
-    /// What ours should be.
-    pub target: Option<String>,
-    /// Whether it is; `None` without a target.
-    pub pass: Option<bool>,
-}
-
 /// What there is about one GPU.
 #[derive(Debug)]
 pub struct Gpu {
@@ -84,7 +54,7 @@ pub struct Gpu {
     /// The target table.
     pub targets: Option<Targets>,
     /// Training steps beside PyTorch's.
-    pub training: Option<Training>,
+    pub training: Option<train::record::Record>,
     /// Records of single benchmarks, those of the target table's parts among them, the newest last.
     pub records: Vec<Record>,
 }
@@ -102,7 +72,7 @@ impl Gpu {
             match name.as_str() {
                 "parity.json" => parity = Some(read(&path)?),
                 targets::FILE => table = Some(Targets::read(&path)?),
-                "train.json" => training = Some(read(&path)?),
+                "train.json" => training = Some(train::record::Record::read(&path)?),
                 // Of every gradient: too long for the README.
                 "grad.json" => {}
                 name if name.ends_with(".json") => records.push(Record::read(&path)?),

@@ -16,7 +16,7 @@ const LARGEST_PEAKS: [(&str, f64); 2] = [("train-none", 76e9), ("train-all", 54e
 
 /// One choice of recomputing.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct Measured {
+pub(crate) struct Measured {
     pub name: String,
     /// Sizes and choices.
     pub inputs: Value,
@@ -86,7 +86,7 @@ impl Measured {
 
 /// One line of the comparison.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct Row {
+pub(crate) struct Row {
     pub name: String,
     pub ours: f64,
     pub peer: Option<f64>,
@@ -140,7 +140,7 @@ impl Row {
 
 /// A run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct Record {
+pub(crate) struct Record {
     #[serde(flatten)]
     pub environment: Environment,
     /// The version of PyTorch; `None` without a peer.

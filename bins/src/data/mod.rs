@@ -6,7 +6,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use indicatif::{ProgressBar, ProgressStyle};
 use l2p_engine::checkpoint::ModelPaths;
 use l2p_engine::data::{SynthesisJob, SynthesisOptions, SynthesisReport, synthesize};
 use l2p_engine::pipeline::{Pipeline, Settings};
@@ -15,6 +14,8 @@ use serde::Deserialize;
 
 pub use arguments::Arguments;
 use arguments::{Command, Synthesize};
+
+use crate::progress::PhaseBar;
 
 /// Pictures are drawn together as long as a batch has at most this many image tokens.
 const TOKENS_PER_BATCH: usize = 16384;
@@ -57,7 +58,7 @@ fn synthesize_set(arguments: &Synthesize) -> anyhow::Result<()> {
         settings.cfg
     );
     let started = Instant::now();
-    let mut display = Display::new();
+    let mut display = PhaseBar::new(true);
     let report = synthesize(
         &mut pipeline,
         &arguments.out,
@@ -71,7 +72,7 @@ fn synthesize_set(arguments: &Synthesize) -> anyhow::Result<()> {
             }
         },
     );
-    display.bar.finish_and_clear();
+    display.clear();
     tell(arguments, &report?, started.elapsed())
 }
 
@@ -178,54 +179,4 @@ fn batch_size(arguments: &Synthesize, pipeline: &Pipeline, settings: &Settings) 
         Device::Cuda(_) => (TOKENS_PER_BATCH / pipeline.image_tokens(settings).max(1)).clamp(1, LARGEST_BATCH),
     };
     arguments.batch.map_or(automatic, |batch| batch as usize)
-}
-
-/// Shows how far the work is.
-struct Display {
-    bar: ProgressBar,
-    shown: &'static str,
-    /// When what is shown began, where it began, and when it was last told in a line.
-    began: (Instant, u64),
-    told: Instant,
-}
-
-/// Between two lines where there is no terminal for a bar.
-const LINE_INTERVAL: Duration = Duration::from_secs(10);
-
-impl Display {
-    fn new() -> Self {
-        Display {
-            bar: ProgressBar::hidden(),
-            shown: "",
-            began: (Instant::now(), 0),
-            told: Instant::now(),
-        }
-    }
-
-    /// A new bar when something else begins.
-    fn show(&mut self, what: &'static str, done: u64, total: u64) {
-        if self.shown != what {
-            self.bar.finish_and_clear();
-            let style = ProgressStyle::with_template("{msg} [{bar:32}] {pos}/{len}  {per_sec}  {eta} left");
-            self.bar = ProgressBar::new(total).with_message(what);
-            self.bar
-                .set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            self.bar.enable_steady_tick(Duration::from_millis(200));
-            // What an earlier run did says nothing about the speed of this one.
-            self.bar.set_position(done);
-            self.bar.reset_eta();
-            self.shown = what;
-            self.began = (Instant::now(), done);
-            self.told = Instant::now();
-        }
-        self.bar.set_length(total);
-        self.bar.set_position(done);
-        if self.bar.is_hidden() && self.told.elapsed() >= LINE_INTERVAL {
-            let (began, first) = self.began;
-            let rate = (done - first) as f64 / began.elapsed().as_secs_f64();
-            let left = (total - done) as f64 / rate.max(f64::MIN_POSITIVE);
-            eprintln!("{what} {done}/{total}  {rate:.1}/s  {left:.0} s left");
-            self.told = Instant::now();
-        }
-    }
 }

@@ -6,16 +6,16 @@ mod lines;
 mod plan;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::Context;
-use indicatif::{ProgressBar, ProgressStyle};
 use l2p_engine::image_io::{WriteOptions, write_image};
 use l2p_engine::train::run::{self, Event, Forecast, Observer, PackageOptions, XAxis, compare, write_report};
 use l2p_engine::{Device, DeviceChoice};
 
 pub use arguments::Arguments;
 use arguments::{Command, Run, Source};
+
+use crate::progress::PhaseBar;
 
 /// Does what the arguments ask for.
 ///
@@ -71,7 +71,7 @@ fn train_run(arguments: &Run) -> anyhow::Result<()> {
     let device = Device::open(arguments.source.device)?;
     let mut display = Display::new(arguments.json, config.steps);
     let outcome = run::train(&config, &arguments.out, &device, &arguments.resume, &mut display);
-    display.bar.finish_and_clear();
+    display.bar.clear();
     let summary = outcome?;
     eprintln!("checkpoint {}", summary.checkpoint.display());
     eprintln!("report     {}", summary.report.display());
@@ -84,9 +84,7 @@ fn train_run(arguments: &Run) -> anyhow::Result<()> {
 
 /// Shows what happens: a bar where there is a terminal, a line for each record, and JSON where it is asked for.
 struct Display {
-    bar: ProgressBar,
-    /// What the bar shows.
-    shown: &'static str,
+    bar: PhaseBar,
     json: bool,
     steps: u64,
 }
@@ -97,29 +95,11 @@ const STEPS: &str = "training";
 impl Display {
     fn new(json: bool, steps: u64) -> Self {
         Display {
-            bar: ProgressBar::hidden(),
-            shown: "",
+            // Records are told in lines of their own.
+            bar: PhaseBar::new(false),
             json,
             steps,
         }
-    }
-
-    /// A new bar when something else begins.
-    fn show(&mut self, what: &'static str, done: u64, total: u64) {
-        if self.shown != what {
-            self.bar.finish_and_clear();
-            let style = ProgressStyle::with_template("{msg} [{bar:32}] {pos}/{len}  {eta} left");
-            self.bar = ProgressBar::new(total).with_message(what);
-            self.bar
-                .set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            self.bar.enable_steady_tick(Duration::from_millis(200));
-            // Steps that an earlier part of the run did say nothing about the speed of this one.
-            self.bar.set_position(done);
-            self.bar.reset_eta();
-            self.shown = what;
-        }
-        self.bar.set_length(total);
-        self.bar.set_position(done);
     }
 
     fn line(&self, text: &str) {
@@ -130,14 +110,14 @@ impl Display {
 impl Observer for Display {
     fn event(&mut self, event: &Event<'_>) {
         match event {
-            Event::Progress { what, done, total } => self.show(what, *done as u64, *total as u64),
+            Event::Progress { what, done, total } => self.bar.show(what, *done as u64, *total as u64),
             Event::Begins { step, steps, resumed } => {
                 if let Some(folder) = resumed {
                     self.line(&format!("continuing from {}", folder.display()));
                 }
-                self.show(STEPS, *step, *steps);
+                self.bar.show(STEPS, *step, *steps);
             }
-            Event::Step { step } => self.show(STEPS, *step, self.steps),
+            Event::Step { step } => self.bar.show(STEPS, *step, self.steps),
             Event::Notice(text) => self.line(&format!("note: {text}")),
             Event::Record(record) => {
                 if let Some(line) = lines::of(record, self.steps) {
@@ -189,7 +169,7 @@ fn evaluate(source: &Source, json: bool) -> anyhow::Result<()> {
     // Features of captions go to the cache that the configuration names; without one they are not kept.
     let scratch = tempfile::tempdir().context("cannot make a temporary folder")?;
     let outcome = run::evaluate(&config, scratch.path(), &device, &mut display);
-    display.bar.finish_and_clear();
+    display.bar.clear();
     let evaluation = outcome?;
     match json {
         true => crate::print(&format!("{:#}\n", serde_json::to_value(evaluation)?)),
