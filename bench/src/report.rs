@@ -21,10 +21,10 @@ Examples:
   bench-report                  write README.md's tables and docs/plots from bench/results
   bench-report --check          say whether they are what the records give; writes nothing
 
-Records lie in bench/results/GPU/: parity.json of bench/peers/parity.py, 4k.json of bench-targets, train.json of bench-train, and
-any file that another bench-* program wrote with --json. In README.md everything between
-<!-- bench:NAME --> and <!-- /bench:NAME --> is replaced; the names are parity, 4k, train and plots. A GPU without a record has no
-table.
+Records lie in bench/results/GPU/: parity.json of bench/peers/parity.py, 4k.json of bench-targets,
+train.json of bench-train, and any file that another bench-* program wrote with --json. In README.md
+everything between <!-- bench:NAME --> and <!-- /bench:NAME --> is replaced; the names are parity, 4k,
+train and plots. A GPU without a record has no table.
 
 Exit code: 0; 1 when --check finds a difference, or on an error.";
 
