@@ -16,7 +16,6 @@ use crate::record::{Record, write_json};
 pub fn run(names: &[String], common: &Common, arguments: impl Fn(&str) -> Vec<String>) -> anyhow::Result<()> {
     let program = std::env::current_exe().context("this program cannot be started again")?;
     let folder = tempfile::tempdir()?;
-    // After each one, so that a run that is cut short keeps what it has measured; standard output gets one record.
     let to_stdout = common.json.as_deref() == Some(Path::new("-"));
     let mut whole: Option<Record> = None;
     let mut failed = Vec::new();
@@ -49,6 +48,7 @@ pub fn run(names: &[String], common: &Common, arguments: impl Fn(&str) -> Vec<St
                 whole
             }
         };
+        // After each one, so that a run that is cut short keeps what it has measured; standard output gets one record, at the end.
         if let Some(path) = common.json.as_ref().filter(|_| !to_stdout) {
             write_json(path, whole)?;
         }

@@ -182,8 +182,7 @@ fn target_table(gpu: &Gpu) -> Option<String> {
             figure(row.ours),
             row.unit,
             row.against.as_deref().unwrap_or_default(),
-            row.peer
-                .map_or_else(String::new, |peer| format!("{} {}", figure(peer), row.unit)),
+            quantity(row.peer, &row.unit),
             row.ratio.map_or_else(String::new, |ratio| format!("{ratio:.3}")),
             row.target,
             if row.pass { "pass" } else { "**miss**" },
@@ -220,13 +219,17 @@ fn training(record: &train::record::Record) -> String {
             row.name,
             figure(row.ours),
             row.unit,
-            row.peer
-                .map_or_else(String::new, |peer| format!("{} {}", figure(peer), row.unit)),
+            quantity(row.peer, &row.unit),
             row.ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}")),
             row.target.as_deref().unwrap_or_default(),
         );
     }
     text + "\n"
+}
+
+/// A figure with its unit; nothing where there is none.
+fn quantity(value: Option<f64>, unit: &str) -> String {
+    value.map_or_else(String::new, |value| format!("{} {unit}", figure(value)))
 }
 
 fn with_version(torch: Option<&str>) -> String {

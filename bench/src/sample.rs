@@ -344,13 +344,7 @@ fn draw(bench: &mut Bench, name: &str, source: &Source, side: usize, arguments: 
             "  the driver counts {}, with the text encoder resident {resident}",
             format_bytes(driver)
         ))?;
-        let beside = peaks.ledger.beside_pool.parts();
-        let beside = beside.map(|(name, bytes)| format!("{name} {}", format_bytes(bytes)));
-        bench.say(&format!(
-            "  accounted for: pool {}, {}",
-            format_bytes(peaks.ledger.reserved),
-            beside.join(", ")
-        ))?;
+        bench.say(&format!("  accounted for: {}", peaks.ledger.account()))?;
     }
     Ok(())
 }

@@ -291,10 +291,10 @@ fn submission(row: &Row) -> Vec<TargetRow> {
 
 /// Memory of sampling: as the driver counts it, against the latent baseline, and how much of it the engine's own account explains.
 fn memory(sample: &Row, latent_step: Option<&Row>, decode: Option<&Row>) -> Vec<TargetRow> {
-    let Some(driver) = sample.details.get("driver_bytes").and_then(serde_json::Value::as_u64) else {
+    let detail = |key: &str| Some(gigabytes(sample.details.get(key)?.as_u64()?));
+    let Some(ours) = detail("driver_bytes") else {
         return Vec::new();
     };
-    let ours = gigabytes(driver);
     let name = "4K sampling, peak as the driver counts it";
     let mut rows = vec![TargetRow::own(
         name,
@@ -325,13 +325,9 @@ fn memory(sample: &Row, latent_step: Option<&Row>, decode: Option<&Row>) -> Vec<
             Bound::AtMost(0.28),
         ));
     }
-    if let Some(accounted) = sample
-        .details
-        .get("accounted_bytes")
-        .and_then(serde_json::Value::as_u64)
-    {
+    if let Some(accounted) = detail("accounted_bytes") {
         let unexplained = Pair {
-            ours: ours - gigabytes(accounted),
+            ours: ours - accounted,
             peer: None,
         };
         rows.push(TargetRow::own(

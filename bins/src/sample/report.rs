@@ -85,7 +85,7 @@ impl Report {
                     "estimated_bytes": pipeline.estimate(&self.settings, self.batch),
                     "peak_bytes": phases.iter().map(|phase| phase.memory.total.peak).max(),
                     "accounted_bytes": fullest(&phases).map(MemoryReport::accounted),
-                    "driver_peak_bytes": phases.iter().filter_map(|phase| phase.driver_bytes).max(),
+                    "driver_peak_bytes": driver_peak(&phases),
                 });
                 if let Some((profile, ceilings)) = &self.profile {
                     report["profile"] = crate::profile::json(profile, ceilings);
@@ -130,21 +130,22 @@ impl Report {
             let _ = writeln!(text, "{:>13}", phase.driver_bytes.map_or("-".into(), format_bytes));
         }
         let _ = writeln!(text, "{:<10}{:>8.3} s", "all", self.total.as_secs_f64());
-        let driver = phases.iter().filter_map(|phase| phase.driver_bytes).max();
-        if let Some((driver, fullest)) = driver.zip(fullest(phases)) {
-            let beside = fullest.beside_pool.parts();
-            let beside = beside.map(|(name, bytes)| format!("{name} {}", format_bytes(bytes)));
+        if let Some((driver, fullest)) = driver_peak(phases).zip(fullest(phases)) {
             let _ = writeln!(
                 text,
-                "of the driver's {}, {} are accounted for: pool {}, {}",
+                "of the driver's {}, {} are accounted for: {}",
                 format_bytes(driver),
                 format_bytes(fullest.accounted()),
-                format_bytes(fullest.reserved),
-                beside.join(", ")
+                fullest.account()
             );
         }
         text
     }
+}
+
+/// The most of the GPU's memory that its driver has counted.
+fn driver_peak(phases: &[Phase]) -> Option<u64> {
+    phases.iter().filter_map(|phase| phase.driver_bytes).max()
 }
 
 /// The memory of the phase with the most of the GPU's memory accounted for.

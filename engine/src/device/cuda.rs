@@ -123,9 +123,8 @@ impl CudaDevice {
         let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = check("cuDeviceGetAttribute", context.attribute(count))? as u32;
         let pool = Pool::new(context.cu_device(), total_memory)?;
-        let (free, total) = check("cuMemGetInfo", context.mem_get_info())?;
         let beside_pool = BesidePool {
-            context: (total - free) as u64,
+            context: memory_in_use(&context)?,
             ..BesidePool::default()
         };
         Ok(CudaDevice {
@@ -314,8 +313,7 @@ impl CudaDevice {
     /// # Errors
     /// When the driver cannot be asked.
     pub fn driver_memory_in_use(&self) -> Result<u64> {
-        let (free, total) = check("cuMemGetInfo", self.context.mem_get_info())?;
-        Ok((total - free) as u64)
+        memory_in_use(&self.context)
     }
 
     pub(super) fn memory_report(&self) -> MemoryReport {
@@ -399,6 +397,12 @@ impl CudaDevice {
             }
         })
     }
+}
+
+/// Bytes of the card in use as its driver counts them.
+fn memory_in_use(context: &CudaContext) -> Result<u64> {
+    let (free, total) = check("cuMemGetInfo", context.mem_get_info())?;
+    Ok((total - free) as u64)
 }
 
 /// Whether `L2P_PORTABLE` forces the portable images.

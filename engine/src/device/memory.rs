@@ -103,7 +103,7 @@ pub struct MemoryReport {
 pub struct BesidePool {
     /// In use when the device was opened: the context, and what other processes hold.
     pub context: u64,
-    /// Images and kernels, and the local memory of their threads.
+    /// Images and kernels.
     pub kernels: u64,
     /// cuBLASLt's handle and kernels.
     pub library: u64,
@@ -158,6 +158,13 @@ impl MemoryReport {
     /// All of a GPU's memory that is accounted for: the pool's, and what is beside it.
     pub fn accounted(&self) -> u64 {
         self.reserved + self.beside_pool.total()
+    }
+
+    /// The parts of [`MemoryReport::accounted`] for people: `pool 13.6 GB, context 292 MB, …`.
+    pub fn account(&self) -> String {
+        let parts = [("pool", self.reserved)].into_iter().chain(self.beside_pool.parts());
+        let parts = parts.map(|(name, bytes)| format!("{name} {}", format_bytes(bytes)));
+        parts.collect::<Vec<_>>().join(", ")
     }
 }
 

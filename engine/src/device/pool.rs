@@ -93,39 +93,34 @@ impl Recording {
     /// A block of at least `bytes` bytes, from what the recording has freed or from the pool.
     pub fn allocate(&mut self, pool: &mut Pool, bytes: u64) -> std::result::Result<u64, result::DriverError> {
         let size = block_size(bytes);
-        let address = match self.free_blocks.take(size) {
+        let own = self.free_blocks.take(size);
+        let address = match own.or_else(|| self.take_lengthened(pool, size)) {
             Some(address) => address,
             None => {
-                self.lengthen_a_block(pool, size);
-                match self.free_blocks.take(size) {
-                    Some(address) => address,
-                    None => {
-                        let address = pool.allocate(size)?;
-                        self.taken.push((address, size));
-                        address
-                    }
-                }
+                let address = pool.allocate(size)?;
+                self.taken.push((address, size));
+                address
             }
         };
         self.live += 1;
         Ok(address)
     }
 
-    /// Takes what is missing for a block of `size` bytes from behind one of the recording's own, where the pool has it free, so that
-    /// what small tensors have left serves large ones.
-    fn lengthen_a_block(&mut self, pool: &mut Pool, size: u64) {
-        let Pool::Arena(arena) = pool else { return };
+    /// A block of `size` bytes, of one of the recording's own and what is missing from behind it, where the pool has that free: what
+    /// small tensors have left serves large ones.
+    fn take_lengthened(&mut self, pool: &mut Pool, size: u64) -> Option<u64> {
+        let Pool::Arena(arena) = pool else { return None };
         let mine = self.free_blocks.by_address.iter();
         let fitting = mine.filter_map(|(&address, &own)| {
             let missing = size.checked_sub(own)?;
             let behind = *arena.free_blocks.by_address.get(&(address + own))?;
             (behind >= missing).then_some((missing, address + own))
         });
-        if let Some((missing, address)) = fitting.min() {
-            arena.free_blocks.take_at(address, missing);
-            self.taken.push((address, missing));
-            self.free_blocks.insert(address, missing);
-        }
+        let (missing, address) = fitting.min()?;
+        arena.free_blocks.take_at(address, missing);
+        self.taken.push((address, missing));
+        self.free_blocks.insert(address, missing);
+        self.free_blocks.take(size)
     }
 
     /// Takes back a block of `bytes` bytes if it is one of the recording's; says whether it was.
