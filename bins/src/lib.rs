@@ -1,6 +1,9 @@
 //! What the programs share: how they end, how they report progress, and how they stop when asked to.
 
+#![deny(clippy::print_stderr, clippy::print_stdout)]
+
 pub mod data;
+mod output;
 pub mod profile;
 mod progress;
 pub mod report;
@@ -8,10 +11,10 @@ pub mod sample;
 mod size;
 pub mod train;
 
-use std::io::{ErrorKind, Write};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+pub use output::{print, say};
 pub use progress::WriteProgress;
 pub use size::ByteSize;
 
@@ -31,7 +34,7 @@ pub fn run(work: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
     match work() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", one_line(&error));
+            say(format_args!("error: {}", one_line(&error)));
             match error.downcast_ref() {
                 Some(l2p_engine::Error::Interrupted) => ExitCode::from(INTERRUPTED),
                 _ => ExitCode::FAILURE,
@@ -57,18 +60,4 @@ fn one_line(error: &anyhow::Error) -> String {
 /// a second Ctrl-C ends the program at once.
 pub fn stop_requested() -> bool {
     STOP.load(Ordering::Relaxed)
-}
-
-/// Prints to standard output; that nobody reads it any more (`… | head`) is no error.
-///
-/// # Errors
-/// When standard output cannot be written for another reason.
-pub fn print(text: &str) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(anyhow::Error::new(error).context("cannot write to standard output"))
-        }
-        _ => Ok(()),
-    }
 }

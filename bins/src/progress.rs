@@ -100,7 +100,7 @@ impl PhaseBar {
             let (began, first) = self.began;
             let rate = (done - first) as f64 / began.elapsed().as_secs_f64();
             let left = (total - done) as f64 / rate.max(f64::MIN_POSITIVE);
-            eprintln!("{what} {done}/{total}  {rate:.1}/s  {left:.0} s left");
+            crate::say(format_args!("{what} {done}/{total}  {rate:.1}/s  {left:.0} s left"));
             self.told = Instant::now();
         }
     }

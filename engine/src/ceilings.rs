@@ -8,12 +8,13 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::device::{Device, MemoryTag};
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::cast::cast;
 use crate::ops::linear::linear;
 use crate::ops::noise::normal_noise;
 use crate::profile::Work;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Rates of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

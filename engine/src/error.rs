@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::tensor::{DType, Shape};
+use crate::dtype::DType;
+use crate::shape::Shape;
 
 /// What went wrong, in a form that can be shown to a user: it names the thing at fault and, where there is one, the way out.
 #[derive(Debug, thiserror::Error)]

@@ -5,24 +5,33 @@
 //! the operations.
 //! Operations know nothing of models; each defines itself by a plain CPU loop and launches the CUDA kernel that must equal it.
 
+#![deny(clippy::print_stderr, clippy::print_stdout)]
+
 pub mod ceilings;
 pub mod checkpoint;
 pub mod data;
 pub mod device;
+mod dtype;
 mod error;
-mod files;
+pub mod files;
 pub mod flow;
 pub mod image_io;
+pub mod limits;
 pub mod model;
 mod nvtx;
 pub mod ops;
 pub mod pipeline;
+mod printable;
 pub mod profile;
+mod shape;
 pub mod tensor;
 pub mod text;
 pub mod train;
 
 pub use device::{Device, DeviceChoice};
+pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use model::{MemoryParams, ParamSource};
-pub use tensor::{DType, Shape, Tensor};
+pub use printable::{printable, shown_name};
+pub use shape::Shape;
+pub use tensor::Tensor;

@@ -47,7 +47,7 @@ fn synthesize_set(arguments: &Synthesize) -> anyhow::Result<()> {
         extension: arguments.extension().into(),
         cache: arguments.cache.clone().unwrap_or_else(|| arguments.out.join("cache")),
     };
-    eprintln!(
+    crate::say(format_args!(
         "{} pictures of {}x{} on {}, {batch} at once: {} steps, shift {}, cfg {}",
         jobs.len(),
         settings.width,
@@ -56,7 +56,7 @@ fn synthesize_set(arguments: &Synthesize) -> anyhow::Result<()> {
         settings.steps,
         settings.shift,
         settings.cfg
-    );
+    ));
     let started = Instant::now();
     let mut display = PhaseBar::new(true);
     let report = synthesize(

@@ -75,7 +75,7 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
     }
     jobs::expect_writable(&jobs, &settings)?;
     let raw = arguments.save_raw.as_deref().map(RawImages::new).transpose()?;
-    eprintln!(
+    crate::say(format_args!(
         "{} {}x{} on {}: {}, shift {}, cfg {}",
         count(jobs.len(), "picture"),
         settings.width,
@@ -84,7 +84,7 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
         count(settings.steps, "step"),
         settings.shift,
         settings.cfg
-    );
+    ));
 
     let captions = match embeds {
         Some(captions) => captions,
@@ -177,7 +177,7 @@ fn settings(arguments: &Arguments, pipeline: &Pipeline) -> anyhow::Result<Settin
 
 /// Something that the user may not expect, and that stops nothing.
 fn notice(text: &str) {
-    eprintln!("note: {text}");
+    crate::say(format_args!("note: {text}"));
 }
 
 fn batch_size(arguments: &Arguments, pipeline: &Pipeline, settings: &Settings, pictures: usize) -> usize {
@@ -304,7 +304,7 @@ fn draw(
         raw.finish()?;
     }
     for job in jobs {
-        eprintln!("{}", job.out.display());
+        crate::say(format_args!("{}", job.out.display()));
     }
     Ok(())
 }

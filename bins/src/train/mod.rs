@@ -73,12 +73,12 @@ fn train_run(arguments: &Run) -> anyhow::Result<()> {
     let outcome = run::train(&config, &arguments.out, &device, &arguments.resume, &mut display);
     display.bar.clear();
     let summary = outcome?;
-    eprintln!("checkpoint {}", summary.checkpoint.display());
-    eprintln!("report     {}", summary.report.display());
-    eprintln!(
+    crate::say(format_args!("checkpoint {}", summary.checkpoint.display()));
+    crate::say(format_args!("report     {}", summary.report.display()));
+    crate::say(format_args!(
         "draw with it: l2p-sample --model {} --prompt \"…\"",
         summary.checkpoint.display()
-    );
+    ));
     Ok(())
 }
 
@@ -103,7 +103,7 @@ impl Display {
     }
 
     fn line(&self, text: &str) {
-        self.bar.suspend(|| eprintln!("{text}"));
+        self.bar.suspend(|| crate::say(text));
     }
 }
 

@@ -8,7 +8,7 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use crate::tensor::DType;
+use crate::dtype::DType;
 
 /// Elements that one task converts; its source and target together fit a second-level cache.
 const TASK_ELEMENTS: usize = 1 << 16;

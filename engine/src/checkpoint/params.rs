@@ -8,7 +8,8 @@ use super::set::{Checkpoint, CheckpointTensor};
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
 use crate::model::ParamSource;
-use crate::tensor::{Shape, Tensor};
+use crate::shape::Shape;
+use crate::tensor::Tensor;
 
 /// Elements that one task reorders.
 const TASK_ELEMENTS: usize = 1 << 14;

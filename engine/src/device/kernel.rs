@@ -5,8 +5,9 @@ use std::ffi::{CStr, CString, c_void};
 use cudarc::driver::{result, sys};
 
 use super::cuda::{CudaDevice, check};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// What a kernel says about its own launch (`L2P_LAUNCH` in `cuda/common/launch.cuh`).
 #[repr(C)]

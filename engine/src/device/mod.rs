@@ -28,8 +28,8 @@ pub use memory::{BesidePool, MemoryReport, MemoryTag, TagScope, format_bytes};
 pub use probe::{GpuReport, ProbeReport, probe};
 pub use trace::{Activity, Tracer, busy_nanoseconds};
 
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::DType;
 
 /// Where tensors live and operations run.
 #[derive(Clone)]

@@ -12,13 +12,14 @@ use std::sync::Arc;
 
 use super::schedule::Schedule;
 use crate::device::{CudaDevice, Device, Graph, Marker};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::dit::{Dit, Modulations, Prepared};
 use crate::ops::cast::cast;
 use crate::ops::conv::Canvas;
 use crate::ops::guidance::{Guidance, guided_euler_step};
 use crate::profile;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Modulation tables are made for at most this many steps at once, which bounds their memory.
 const STEPS_PER_TABLE: usize = 16;

@@ -13,6 +13,7 @@ mod backward;
 use super::limits::DeviceLimits;
 use super::params::ParamSource;
 use crate::device::Device;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::conv::{
     Activation, Canvas, Conv, Input, conv2d, conv3x3_silu_picture, conv3x3_silu_pool, conv3x3_silu_pooled,
@@ -20,7 +21,7 @@ use crate::ops::conv::{
 };
 use crate::ops::detail_stage::{DetailStage, DetailWeights, detail_stage};
 use crate::profile;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 pub use backward::SavedDetailer;
 

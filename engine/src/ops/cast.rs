@@ -8,8 +8,9 @@ use rayon::prelude::*;
 
 use super::grid;
 use crate::device::{Args, CudaDevice};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// `x` as `dtype`; `x` itself, sharing its buffer, where it has that type.
 ///

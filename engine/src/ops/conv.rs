@@ -32,9 +32,10 @@ use self::hopper::{Arranged, map_of};
 use super::expect_parameter;
 use super::guidance::guided_euler_step;
 use super::resize::NearestAxis;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::profile;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// What is applied to a sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

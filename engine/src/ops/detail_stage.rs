@@ -14,8 +14,9 @@ use super::conv::{
 };
 use super::grid;
 use crate::device::{Args, CudaDevice};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Channels of the map and of everything in between.
 const CHANNELS: usize = 16;

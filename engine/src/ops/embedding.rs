@@ -10,8 +10,9 @@ use rayon::prelude::*;
 
 use super::{TokenSizes, grid};
 use crate::device::{Args, CudaDevice};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// The rows of `table` that `ids` name; see the module's head comment.
 ///

@@ -12,8 +12,9 @@ use rayon::prelude::*;
 use super::grid;
 use super::sum_rows::cpu_row_sums;
 use crate::device::{Args, CudaDevice};
+use crate::dtype::DType;
 use crate::error::Result;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// The image between `image` and `noise`; see the module's head comment.
 ///

@@ -12,8 +12,9 @@ use super::conv::Activation;
 use super::elementwise::silu_scalar;
 use super::{expect_parameter, grid};
 use crate::device::{Args, CudaDevice};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// The normalisation's parameters.
 #[derive(Clone, Debug)]

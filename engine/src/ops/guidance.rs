@@ -10,8 +10,9 @@ use rayon::prelude::*;
 
 use super::grid;
 use crate::device::{Args, CudaDevice};
+use crate::dtype::DType;
 use crate::error::Result;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// What the velocity is moved away from.
 #[derive(Clone, Copy, Debug)]

@@ -7,8 +7,9 @@ use rayon::prelude::*;
 
 use super::grid;
 use crate::device::Args;
+use crate::dtype::DType;
 use crate::error::Result;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// `latent / scaling_factor + shift_factor`; see the module's head comment.
 ///

@@ -14,8 +14,9 @@ use super::rms_norm::{NormGradients, finish_sums};
 use super::sum_rows::cpu_row_sums;
 use super::{Modulation, TokenSizes, VectorGradient, grid, threads_per_row};
 use crate::device::{Args, CudaDevice};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// The normalised rows of `x`, times `1 + scale`; see the module's head comment.
 ///

@@ -13,8 +13,10 @@ use gemm::Parallelism;
 
 use super::{expect_parameter, grid};
 use crate::device::{Args, Matmul, MatmulOperands};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Shape, Tensor};
+use crate::shape::Shape;
+use crate::tensor::Tensor;
 
 pub use backward::{LinearGradients, linear_backward_input, linear_backward_weight, linear_vectors_backward};
 

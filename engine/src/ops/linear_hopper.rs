@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use crate::device::{CudaDevice, Kernel, TensorMap, TensorMapSpec};
+use crate::dtype::DType;
 use crate::error::Result;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// The kernels' image.
 pub(super) const IMAGE: &str = "linear_hopper";

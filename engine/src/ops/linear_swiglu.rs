@@ -9,7 +9,8 @@ use super::linear_hopper::{self, blocks, matrix_map};
 use super::swiglu::swiglu;
 use crate::device::{Args, CudaDevice};
 use crate::error::{Error, Result};
-use crate::tensor::{Shape, Tensor};
+use crate::shape::Shape;
+use crate::tensor::Tensor;
 
 /// `silu(x · w1ᵀ) · (x · w3ᵀ)`; see the module's head comment.
 ///

@@ -1,7 +1,8 @@
 //! Vectors that modulate every token of a batch item.
 
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// One vector per batch item, picked out of a table `[batch, vectors, dim]` in f32 (such as the output of an
 /// `adaLN_modulation` layer, which holds scale and gate vectors side by side). A table of batch 1 serves every item.

@@ -16,8 +16,10 @@ use rayon::prelude::*;
 
 use super::grid;
 use crate::device::{Args, Device};
+use crate::dtype::DType;
 use crate::error::Result;
-use crate::tensor::{DType, Shape, Tensor};
+use crate::shape::Shape;
+use crate::tensor::Tensor;
 
 /// Elements that one block of random words makes.
 const ELEMENTS_PER_COUNTER: usize = 4;

@@ -11,8 +11,9 @@ use super::linear::{LinearGradients, Matrix, cpu_matmul, linear_backward_weight}
 use super::unpatchify::patchify;
 use super::{expect_parameter, grid, linear_hopper};
 use crate::device::{Args, CudaDevice, TensorMap, TensorMapSpec};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// The sizes of an image and of its division into patches.
 #[derive(Clone, Copy)]

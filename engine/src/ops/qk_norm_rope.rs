@@ -19,8 +19,9 @@ use super::rms_norm::inverse_rms;
 use super::sum_rows::{cpu_add, cpu_row_sums, cuda_add_partial_sums};
 use super::{TokenSizes, expect_parameter, grid};
 use crate::device::{Args, CudaDevice, Kernel};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Which elements of a head form a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,8 +12,9 @@ use rayon::prelude::*;
 
 use super::grid;
 use crate::device::{Args, CudaDevice};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Bytes that a CUDA thread moves at a time where it can.
 const VECTOR_BYTES: usize = 16;

@@ -10,8 +10,9 @@ use rayon::prelude::*;
 
 use super::{TokenSizes, expect_parameter, grid};
 use crate::device::{Args, CudaDevice};
+use crate::dtype::DType;
 use crate::error::Result;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Rows that one task of the CPU sums; fixed, so that the order of additions does not depend on the number of threads.
 const ROWS_PER_TASK: usize = 32;

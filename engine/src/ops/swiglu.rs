@@ -13,7 +13,8 @@ use super::elementwise::{silu_scalar, silu_slope};
 use super::grid;
 use crate::device::{Args, CudaDevice, Kernel};
 use crate::error::{Error, Result};
-use crate::tensor::{Shape, Tensor};
+use crate::shape::Shape;
+use crate::tensor::Tensor;
 
 /// `silu(gate) · up`; see the module's head comment.
 ///

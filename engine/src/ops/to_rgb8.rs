@@ -7,8 +7,9 @@ use rayon::prelude::*;
 
 use super::grid;
 use crate::device::Args;
+use crate::dtype::DType;
 use crate::error::Result;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Channels of a picture.
 const CHANNELS: usize = 3;

@@ -14,8 +14,9 @@ use rayon::prelude::*;
 
 use super::{TokenSizes, expect_parameter, grid};
 use crate::device::{Args, CudaDevice};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// What a CUDA thread moves at once.
 const VECTOR_BYTES: u64 = 16;

@@ -12,8 +12,9 @@ use rayon::prelude::*;
 
 use super::{TokenSizes, grid};
 use crate::device::{Args, CudaDevice};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// The image that `tokens` hold, times `sign`; see the module's head comment.
 ///

@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::{Device, Event};
 use crate::error::Result;
-use crate::tensor::{Shape, Tensor};
+use crate::shape::Shape;
+use crate::tensor::Tensor;
 
 /// What work amounts to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -22,10 +22,11 @@ use rayon::prelude::*;
 
 use super::AdamWOptions;
 use crate::device::{Args, CudaDevice, Device, MemoryTag};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::cast::cast;
 use crate::ops::sum_rows::cpu_row_sums;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Added to a norm before it is divided by, when gradients are clipped.
 const CLIP_EPSILON: f32 = 1e-6;

@@ -14,8 +14,8 @@ use self::search::AlgorithmCache;
 use super::CudaBuffer;
 use super::cuda::CudaDevice;
 use super::memory::MemoryTag;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::DType;
 
 /// Scratch memory offered to cuBLASLt; what it asks for on Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;

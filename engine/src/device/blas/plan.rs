@@ -9,8 +9,8 @@ use cudarc::cublaslt::{result, sys};
 use super::{Matmul, MatmulOperands, WORKSPACE_BYTES, check};
 use crate::device::cuda::CudaDevice;
 use crate::device::memory::format_bytes;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::DType;
 
 /// A choice of algorithm, opaque but for its bytes; valid for one version of the library on one kind of GPU.
 pub(super) type Algorithm = sys::cublasLtMatmulAlgo_t;

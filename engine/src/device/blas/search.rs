@@ -191,7 +191,7 @@ unsafe fn search(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tensor::DType;
+    use crate::dtype::DType;
 
     #[test]
     fn products_have_keys_of_their_own() {

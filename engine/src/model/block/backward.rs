@@ -7,6 +7,7 @@
 
 use super::{AdaLn, Block, GATE_MLP, GATE_MSA, SCALE_MLP, SCALE_MSA, Sequence, VECTORS, Vectors, vector};
 use crate::device::MemoryTag;
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::model::config::DitConfig;
 use crate::model::parameters::{Parameter, Slot, list_tensors};
@@ -22,7 +23,7 @@ use crate::ops::rms_norm::{
 };
 use crate::ops::swiglu::{swiglu, swiglu_backward};
 use crate::profile;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Parameters of a block without modulation, and of one with.
 const PLAIN: usize = 10;

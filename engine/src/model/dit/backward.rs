@@ -6,6 +6,7 @@
 use super::layout::Layout;
 use super::{Dit, FinalLayer, HEAD_PREFIX, Modulations, Output, RopeTables};
 use crate::device::MemoryTag;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::block::{self, Condition, Keep, SavedBlock, VECTORS, backward_blocks, forward_blocks};
 use crate::model::config::{DitConfig, ModelKind};
@@ -22,7 +23,7 @@ use crate::ops::tokens::{concat_tokens, fill_pad_tokens, narrow_tokens, pad_toke
 use crate::ops::unpatchify::{patchify, unpatchify};
 use crate::ops::{Modulation, VectorGradient};
 use crate::profile;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// The input layers' parameters, in order: patch projection, pad tokens, caption embedder, timestep embedder.
 const INPUTS: usize = 11;

@@ -153,8 +153,8 @@ impl Padding<'_> {
 mod tests {
     use super::super::VaeConfig;
     use super::*;
+    use crate::dtype::DType;
     use crate::model::params::MemoryParams;
-    use crate::tensor::DType;
 
     #[test]
     fn zeros_that_fill_up_a_head_change_nothing() {

@@ -21,8 +21,9 @@ mod cuda;
 pub use backward::{AttentionBackwardKernel, AttentionResult, attention_backward, attention_backward_with};
 
 use super::TokenSizes;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// The heads of an attention layer and what its queries see.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -2,9 +2,10 @@
 
 use super::{Activation, Call, MAX_IMAGE_CHANNELS, PICTURE_CHANNELS, Sizes};
 use crate::device::{Args, CudaDevice};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::grid;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 // Flags of the kernels, as in `cuda/common/conv_tile.cuh`.
 const SILU: u32 = 1;

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use super::{Activation, Call, Canvas, Conv, Input, Sizes};
 use crate::device::{Args, CudaDevice, Kernel, TensorMap, TensorMapSpec};
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::grid;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 const IMAGE: &str = "conv_hopper";
 

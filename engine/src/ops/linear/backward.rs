@@ -2,11 +2,12 @@
 
 use super::{InputActivation, Matrix, cpu_matmul, expect_linear, with_last};
 use crate::device::{Args, CudaDevice, Matmul, MatmulOperands};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::elementwise::{silu, silu_slope};
 use crate::ops::sum_rows::add_row_sum;
 use crate::ops::{expect_parameter, grid};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Where the gradients of a layer's parameters go, in the device's compute type, added to; `None` for frozen ones.
 #[derive(Debug, Default)]

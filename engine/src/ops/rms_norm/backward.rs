@@ -2,11 +2,12 @@
 
 use super::{GatedResidual, RmsNorm, RowLaunch, cpu_gated_residual, inverse_rms};
 use crate::device::{Args, CudaDevice};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::modulation::{VectorGradient, expect_gradient_table};
 use crate::ops::sum_rows::{cpu_add, cpu_row_sums, cuda_add_partial_sums};
 use crate::ops::{Modulation, TokenSizes, grid};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 use rayon::prelude::*;
 

@@ -7,11 +7,12 @@ use std::collections::HashMap;
 
 use crate::data::{Caption, Content, DataSet, Draws, Item, Purpose, StoreKey};
 use crate::device::{Device, MemoryTag};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::flow::schedule::training_sigma;
 use crate::ops::from_rgb8::from_rgb8;
 use crate::ops::noise::{NoiseOrigin, normal_noise_items};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 use crate::train::Batch;
 
 use super::config::TrainConfig;

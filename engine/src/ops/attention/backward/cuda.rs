@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use super::{AttentionBackwardKernel, Gradient, OP};
 use crate::device::{Args, CudaDevice, Kernel, MemoryTag, TensorMap, TensorMapSpec};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::grid;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// The largest grid in its second and third dimension.
 const MAX_GRID_YZ: usize = 65535;

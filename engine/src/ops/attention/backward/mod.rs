@@ -21,8 +21,9 @@ mod cpu;
 mod cuda;
 
 use super::{Attention, Problem};
+use crate::dtype::DType;
 use crate::error::Result;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 const OP: &str = "attention_backward";
 

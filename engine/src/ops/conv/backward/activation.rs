@@ -7,9 +7,10 @@ use rayon::prelude::*;
 use super::super::{Activation, Conv, conv2d, cpu};
 use super::Gradient;
 use crate::device::{Args, CudaDevice, Kernel};
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{elementwise, grid};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 const IMAGE: &str = "conv_activation";
 

@@ -12,10 +12,11 @@ use super::super::{Activation, Conv, Input, conv2d, map_of};
 use super::activation::launch_windows;
 use super::{Gradient, SourceGrads};
 use crate::device::{Args, CudaDevice, MemoryTag};
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::grid;
 use crate::ops::resize::resize_nearest_backward;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 const HOPPER_IMAGE: &str = "conv_sources_hopper";
 

@@ -27,8 +27,9 @@ mod weights;
 pub use activation::{conv2d_silu_with_sum, conv3x3_silu_pool_with_sum};
 
 use super::{Activation, Call, Conv, MAX_IMAGE_CHANNELS, Sizes, conv2d};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// What a convolution read, and its sum where that was kept.
 pub struct ConvSaved<'a> {

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use super::weights::{Parts, add_parts};
 use super::{ConvGrads, Gradient};
 use crate::device::{Args, CudaDevice, Kernel, MemoryTag};
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::grid;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 const IMAGE: &str = "conv_picture_backward";
 

@@ -13,10 +13,11 @@ use super::super::hopper::TILE_WIDTH;
 use super::super::map_of;
 use super::{ConvGrads, Gradient};
 use crate::device::{Args, CudaDevice, Kernel, MemoryTag};
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::grid;
 use crate::ops::linear::{Matrix, cpu_matmul};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 const IMAGE: &str = "conv_weights";
 const HOPPER_IMAGE: &str = "conv_weights_hopper";

@@ -1,4 +1,4 @@
-//! Small files that are either whole or not there.
+//! Files that are either whole or not there, and what is needed to name them.
 
 use std::fs::File;
 use std::io::Write;

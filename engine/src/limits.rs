@@ -1,0 +1,182 @@
+//! Numbers from outside: what a file, a flag or a request may ask for, checked where it is read.
+//!
+//! A size that passed its type's bounds can be multiplied with two others of them without overflow, so that no arithmetic behind the
+//! door has to be checked again. Every bound stands in this file.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::de::{Deserializer, Error as _, Visitor};
+use serde::{Deserialize, Serialize};
+
+/// A whole number from `LEAST` to `MOST`, both included. Reading one from JSON, TOML or a flag fails with the range when it lies
+/// outside, whatever its sign or size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub struct Bounded<const LEAST: u64, const MOST: u64>(u64);
+
+/// Width of a residual stream, of a feed-forward network, of features; channels of a feature map.
+pub type Width = Bounded<1, { 1 << 18 }>;
+/// A width that may be absent.
+pub type WidthOrNone = Bounded<0, { 1 << 18 }>;
+/// Blocks or layers of one kind.
+pub type Layers = Bounded<0, 512>;
+/// Attention heads.
+pub type Heads = Bounded<1, 4096>;
+/// Entries of a vocabulary.
+pub type Vocabulary = Bounded<1, { 1 << 22 }>;
+/// Side of a patch, in pixels.
+pub type Patch = Bounded<1, 512>;
+/// Side of a picture, in pixels.
+pub type Side = Bounded<1, { 1 << 16 }>;
+/// Pictures in a batch, or micro-batches in a step.
+pub type Batch = Bounded<1, 65_536>;
+/// Denoising steps, or entries of a table of sigmas.
+pub type Steps = Bounded<1, 100_000>;
+/// Optimizer steps, and intervals between them (0: never).
+pub type TrainSteps = Bounded<0, 1_000_000_000_000>;
+/// Threads.
+pub type Threads = Bounded<1, 1024>;
+
+impl<const LEAST: u64, const MOST: u64> Bounded<LEAST, MOST> {
+    /// The number, if it lies in the range.
+    pub const fn new(value: u64) -> Option<Self> {
+        if value < LEAST || value > MOST {
+            return None;
+        }
+        Some(Bounded(value))
+    }
+
+    /// The number.
+    pub const fn get(self) -> usize {
+        self.0 as usize
+    }
+
+    /// The number if it lies in the range; otherwise a sentence that says so.
+    ///
+    /// # Errors
+    /// `expected a whole number from LEAST to MOST, found VALUE`.
+    pub fn checked(value: impl TryInto<u64> + fmt::Display + Copy) -> Result<Self, String> {
+        let small = value.try_into().ok().and_then(Self::new);
+        small.ok_or_else(|| Self::refusal(value))
+    }
+
+    fn refusal(found: impl fmt::Display) -> String {
+        format!("expected a whole number from {LEAST} to {MOST}, found {found}")
+    }
+}
+
+impl<const LEAST: u64, const MOST: u64> fmt::Display for Bounded<LEAST, MOST> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl<const LEAST: u64, const MOST: u64> FromStr for Bounded<LEAST, MOST> {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let value = text.parse().ok().and_then(Self::new);
+        value.ok_or_else(|| Self::refusal(format_args!("`{text}`")))
+    }
+}
+
+impl<'de, const LEAST: u64, const MOST: u64> Deserialize<'de> for Bounded<LEAST, MOST> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Number<const LEAST: u64, const MOST: u64>;
+        impl<const LEAST: u64, const MOST: u64> Visitor<'_> for Number<LEAST, MOST> {
+            type Value = Bounded<LEAST, MOST>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a whole number from {LEAST} to {MOST}")
+            }
+
+            fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Self::Value, E> {
+                Bounded::checked(value).map_err(E::custom)
+            }
+
+            fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<Self::Value, E> {
+                Bounded::checked(value).map_err(E::custom)
+            }
+
+            fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Self::Value, E> {
+                Err(E::custom(Bounded::<LEAST, MOST>::refusal(value)))
+            }
+        }
+        deserializer.deserialize_any(Number)
+    }
+}
+
+/// What a kind of file is called and how large it may be.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// The kind, for messages.
+    pub kind: &'static str,
+    /// The most bytes.
+    pub bytes: u64,
+}
+
+const MIB: u64 = 1 << 20;
+
+impl Budget {
+    /// A `config.json`, `scheduler_config.json`, `model_index.json` or `l2p.json`.
+    pub const CONFIG: Budget = Budget::new("configuration file", 4 * MIB);
+    /// The index of a model's safetensors files.
+    pub const SHARD_INDEX: Budget = Budget::new("index of safetensors files", 64 * MIB);
+    /// A training run's configuration.
+    pub const TRAIN_CONFIG: Budget = Budget::new("training configuration", MIB);
+    /// A file of a tokenizer's folder.
+    pub const TOKENIZER: Budget = Budget::new("tokenizer file", 256 * MIB);
+    /// A chat template.
+    pub const CHAT_TEMPLATE: Budget = Budget::new("chat template", MIB);
+    /// The metadata of a data set, or a file of prompts.
+    pub const METADATA: Budget = Budget::new("metadata file", 1024 * MIB);
+    /// A PNG, JPEG or WebP file; decoded pictures have a budget of their own.
+    pub const PICTURE: Budget = Budget::new("picture", 512 * MIB);
+    /// What a run wrote for programs.
+    pub const LOG: Budget = Budget::new("log", 1024 * MIB);
+
+    /// A budget of `bytes` for files of `kind`.
+    pub const fn new(kind: &'static str, bytes: u64) -> Self {
+        Budget { kind, bytes }
+    }
+}
+
+/// Reads a finite number; JSON and TOML can spell infinities (`1e999`, `inf`) that no setting means.
+///
+/// # Errors
+/// When the number is not finite.
+pub fn finite<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    let value = f64::deserialize(deserializer)?;
+    match value.is_finite() {
+        true => Ok(value),
+        false => Err(D::Error::custom(format!("expected a finite number, found {value}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_outside_are_refused_with_the_range_wherever_they_come_from() {
+        type Small = Bounded<1, 8>;
+        assert_eq!(serde_json::from_str::<Small>("8").unwrap().get(), 8);
+        for text in ["0", "9", "-1", "1.5", "18446744073709551615", "1e30"] {
+            let message = serde_json::from_str::<Small>(text).unwrap_err().to_string();
+            assert!(message.contains("a whole number from 1 to 8"), "{text}: {message}");
+        }
+        assert!(serde_json::from_str::<Small>("\"3\"").is_err());
+        assert_eq!("3".parse::<Small>().unwrap().get(), 3);
+        for text in ["0", "-1", "3.0", "", "99999999999999999999999"] {
+            assert!(text.parse::<Small>().unwrap_err().contains("from 1 to 8"));
+        }
+        assert!(Small::checked(-4i64).unwrap_err().contains("found -4"));
+    }
+
+    #[test]
+    fn three_sizes_multiply_without_overflow() {
+        let most = Bounded::<1, { 1 << 18 }>::new(1 << 18).unwrap().get();
+        assert!(most.checked_mul(most).and_then(|area| area.checked_mul(most)).is_some());
+    }
+}
