@@ -90,6 +90,13 @@ pub enum Error {
     /// An argument makes no sense; holds a sentence that says which and why.
     #[error("{0}")]
     Invalid(String),
+    /// A result holds NaN or an infinity. What was computed is of no use; weights, settings or inputs are at fault.
+    #[error("{what}: not finite (NaN or infinity)")]
+    NotFinite {
+        /// The result and how many of its values, such as "picture 2: 12 of 3072 values"; callers that know more put the
+        /// weight or part that is to blame behind it.
+        what: String,
+    },
     /// The user asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -113,6 +120,11 @@ impl Error {
             path: path.into(),
             reason: reason.into(),
         }
+    }
+
+    /// An [`Error::NotFinite`] of `what`.
+    pub fn not_finite(what: impl Into<String>) -> Self {
+        Error::NotFinite { what: what.into() }
     }
 
     /// An [`Error::Invalid`].
