@@ -17,24 +17,16 @@ constexpr int KEY_TILES = KEYS / 8;
 template <int HEAD_DIM>
 constexpr int SHARED_BYTES = (ROWS + 2 * KEYS) * HEAD_DIM * sizeof(bf16);
 
-// Starts copying rows `first` to first + COUNT - 1, COUNT a multiple of the rows that the block moves at once, into a
-// swizzled tile; rows at or past `limit` become zeros.
+// Starts copying COUNT rows from `first` on; twice unrolled, not more: the addresses would cost the registers that the result
+// needs.
 template <int COUNT, int UNITS>
 __device__ __forceinline__ void copy_tile(uint32_t tile, const bf16* from, int stride, int first, int limit) {
-    static_assert(COUNT * UNITS % THREADS == 0);
-#pragma unroll 2  // not more: the addresses would cost the registers that the result needs
-    for (int i = 0; i < COUNT * UNITS / THREADS; ++i) {
-        const int index = threadIdx.x + i * THREADS;
-        const int row = index / UNITS, unit = index % UNITS;
-        const bool valid = first + row < limit;
-        const bf16* source = from + static_cast<size_t>(valid ? first + row : 0) * stride + unit * UNIT;
-        copy16_async(tile + 16 * swizzled<UNITS>(row, unit), source, valid);
-    }
+    copy_rows<COUNT, UNITS, THREADS, 2>(tile, from, stride, first, limit);
 }
 
 template <int HEAD_DIM>
 __device__ __forceinline__ void attention(
-    const bf16* qkv, const int* lengths, bf16* output, float* log_sums, int tokens, int heads, int kv_heads, bool causal,
+    const bf16* qkv, const int* lengths, bf16* output, float* lse, int tokens, int heads, int kv_heads, bool causal,
     float scale) {
     constexpr int UNITS = HEAD_DIM / UNIT;
     extern __shared__ __align__(128) unsigned char shared[];
@@ -58,12 +50,12 @@ __device__ __forceinline__ void attention(
 
     copy_tile<ROWS, UNITS>(q_tile, q, stride, first, tokens);
     if (seen > 0) copy_tile<KEYS, UNITS>(k_tile, k, stride, 0, seen);
-    copy_commit();
+    cp_async_commit();
     for (int start = 0; start < seen; start += KEYS) {
-        copy_wait<0>();
+        cp_async_wait<0>();
         __syncthreads();  // queries and keys are there, and nobody reads the values of the step before any more
         copy_tile<KEYS, UNITS>(v_tile, k + kv_heads * HEAD_DIM, stride, start, seen);
-        copy_commit();
+        cp_async_commit();
         float scores[ROW_TILES][KEY_TILES][4] = {};
 #pragma unroll
         for (int unit = 0; unit < UNITS; unit += 2) {
@@ -76,15 +68,15 @@ __device__ __forceinline__ void attention(
                 load_b<UNITS>(b, k_tile, 8 * j, unit);
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; ++i) {
-                    multiply_add(scores[i][j], a[i], b[0], b[1]);
-                    multiply_add(scores[i][j + 1], a[i], b[2], b[3]);
+                    mma(scores[i][j], a[i], b[0], b[1]);
+                    mma(scores[i][j + 1], a[i], b[2], b[3]);
                 }
             }
         }
-        copy_wait<0>();
+        cp_async_wait<0>();
         __syncthreads();  // the values are there, and nobody reads these keys any more
         if (start + KEYS < seen) copy_tile<KEYS, UNITS>(k_tile, k, stride, start + KEYS, seen);
-        copy_commit();
+        cp_async_commit();
 #pragma unroll
         for (int i = 0; i < ROW_TILES; ++i) {
             const int row = first + warp_row + 16 * i;
@@ -111,13 +103,13 @@ __device__ __forceinline__ void attention(
                 load_b_transposed<UNITS>(b, v_tile, 8 * j, unit);
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; ++i) {
-                    multiply_add(result[i][unit], a[i], b[0], b[1]);
-                    multiply_add(result[i][unit + 1], a[i], b[2], b[3]);
+                    mma(result[i][unit], a[i], b[0], b[1]);
+                    mma(result[i][unit + 1], a[i], b[2], b[3]);
                 }
             }
         }
     }
-    copy_wait<0>();
+    cp_async_wait<0>();
     __syncthreads();  // nobody reads the queries any more: their tile takes the result
 
 #pragma unroll
@@ -128,8 +120,8 @@ __device__ __forceinline__ void attention(
             const float sum = group_sum(softmax[i].sum[half]);
             factor[half] = inverse_or_zero(sum);
             const int row = first + warp_row + 16 * i + group + 8 * half;
-            if (log_sums != nullptr && member == 0 && row < tokens) {
-                log_sums[(static_cast<size_t>(item) * heads + head) * tokens + row] =
+            if (lse != nullptr && member == 0 && row < tokens) {
+                lse[(static_cast<size_t>(item) * heads + head) * tokens + row] =
                     log_sum_exp(softmax[i].reference[half], sum, scale);
             }
         }
@@ -144,12 +136,12 @@ __device__ __forceinline__ void attention(
 }
 
 // qkv [items, tokens, heads + 2 kv_heads, head_dim]; lengths [items] or null; output [items, tokens, heads, head_dim];
-// log_sums [items, heads, tokens] or null; scale in powers of two; grid (query tiles, heads, items).
+// lse (the rows' log-sum-exp) [items, heads, tokens] or null; scale in powers of two; grid (query tiles, heads, items).
 #define ATTENTION_KERNEL(head_dim)                                                                            \
     extern "C" __global__ __launch_bounds__(THREADS, 2) void attention_##head_dim(                            \
-        const bf16* qkv, const int* lengths, bf16* output, float* log_sums, int tokens, int heads,            \
+        const bf16* qkv, const int* lengths, bf16* output, float* lse, int tokens, int heads,            \
         int kv_heads, int causal, float scale) {                                                              \
-        attention<head_dim>(qkv, lengths, output, log_sums, tokens, heads, kv_heads, causal != 0, scale);     \
+        attention<head_dim>(qkv, lengths, output, lse, tokens, heads, kv_heads, causal != 0, scale);     \
     }                                                                                                         \
     L2P_LAUNCH(attention_##head_dim, THREADS, SHARED_BYTES<head_dim>, ROWS)
 

@@ -26,23 +26,16 @@ struct Shared {
     static constexpr int BYTES = STATS + 2 * STAT_ROWS * sizeof(float);
 };
 
-// Starts copying ROWS rows from `first` on into a swizzled tile; rows at or past `limit` become zeros.
+// Starts copying ROWS rows from `first` on; not unrolled: the addresses would cost the registers that the results need.
 template <int UNITS>
 __device__ __forceinline__ void copy_tile(uint32_t tile, const bf16* from, int stride, int first, int limit) {
-    static_assert(ROWS == STEP && ROWS * UNITS % THREADS == 0);
-#pragma unroll 1  // not more: the addresses would cost the registers that the results need
-    for (int i = 0; i < ROWS * UNITS / THREADS; ++i) {
-        const int index = threadIdx.x + i * THREADS;
-        const int row = index / UNITS, unit = index % UNITS;
-        const bool valid = first + row < limit;
-        const bf16* source = from + static_cast<size_t>(valid ? first + row : 0) * stride + unit * UNIT;
-        copy16_async(tile + 16 * swizzled<UNITS>(row, unit), source, valid);
-    }
+    static_assert(ROWS == STEP);
+    copy_rows<ROWS, UNITS, THREADS, 1>(tile, from, stride, first, limit);
 }
 
 // Starts copying the stats of one tile of queries.
 __device__ __forceinline__ void copy_stats(uint32_t to, const float* from) {
-    if (threadIdx.x < 2 * STAT_ROWS / 4) copy16_async(to + 16 * threadIdx.x, from + 4 * threadIdx.x, true);
+    if (threadIdx.x < 2 * STAT_ROWS / 4) cp_async16(to + 16 * threadIdx.x, from + 4 * threadIdx.x, true);
 }
 
 using Products = float[STEP_TILES][4];
@@ -58,8 +51,8 @@ __device__ __forceinline__ void multiply_tiles(Products& products, uint32_t held
         for (int j = 0; j < STEP_TILES; j += 2) {
             uint32_t b[4];
             load_b<UNITS>(b, passed, 8 * j, unit);
-            multiply_add(products[j], a, b[0], b[1]);
-            multiply_add(products[j + 1], a, b[2], b[3]);
+            mma(products[j], a, b[0], b[1]);
+            mma(products[j + 1], a, b[2], b[3]);
         }
     }
 }
@@ -75,8 +68,8 @@ __device__ __forceinline__ void add_product(float (&sums)[UNITS][4], const Produ
         for (int unit = 0; unit < UNITS; unit += 2) {
             uint32_t b[4];
             load_b_transposed<UNITS>(b, passed, 8 * j, unit);
-            multiply_add(sums[unit], a, b[0], b[1]);
-            multiply_add(sums[unit + 1], a, b[2], b[3]);
+            mma(sums[unit], a, b[0], b[1]);
+            mma(sums[unit + 1], a, b[2], b[3]);
         }
     }
 }
@@ -139,16 +132,16 @@ __device__ __forceinline__ void keys_backward(
         copy_tile<UNITS>(k_tile, packed + layout.key_column(kv_head), layout.stride(), first, keys);
         copy_tile<UNITS>(v_tile, packed + layout.value_column(kv_head), layout.stride(), first, keys);
         copy_dy(0);
-        copy_commit();
+        cp_async_commit();
         copy_queries(0);
-        copy_commit();
+        cp_async_commit();
     }
     for (int step = 0; step < steps; ++step) {
         Products weights = {}, ds = {};
-        copy_wait<1>();
+        cp_async_wait<1>();
         __syncthreads();  // dy is there
         multiply_tiles<UNITS>(ds, v_tile, warp_row, dy_tile);
-        copy_wait<0>();
+        cp_async_wait<0>();
         __syncthreads();  // the queries and their stats are there
         multiply_tiles<UNITS>(weights, k_tile, warp_row, q_tile);
 #pragma unroll
@@ -168,11 +161,11 @@ __device__ __forceinline__ void keys_backward(
         add_product<UNITS>(dv, weights, dy_tile);
         __syncthreads();  // dy is no longer read
         if (step + 1 < steps) copy_dy(step + 1);
-        copy_commit();
+        cp_async_commit();
         add_product<UNITS>(dk, ds, q_tile);
         __syncthreads();  // nor are the queries
         if (step + 1 < steps) copy_queries(step + 1);
-        copy_commit();
+        cp_async_commit();
     }
     // What masked keys were multiplied with is of no interest: their sums may be anything.
 #pragma unroll
@@ -221,18 +214,18 @@ __device__ __forceinline__ void queries_backward(
     copy_tile<UNITS>(q_tile, packed + head * HEAD_DIM, layout.stride(), first, tokens);
     copy_tile<UNITS>(dy_tile, gradient + head * HEAD_DIM, layout.result_stride(), first, tokens);
     if (seen > 0) copy_values(0);
-    copy_commit();
+    cp_async_commit();
     if (seen > 0) copy_keys(0);
-    copy_commit();
+    cp_async_commit();
     for (int start = 0; start < seen; start += STEP) {
         Products weights = {}, ds = {};
-        copy_wait<1>();
+        cp_async_wait<1>();
         __syncthreads();  // the values are there
         multiply_tiles<UNITS>(ds, dy_tile, warp_row, v_tile);
-        copy_wait<0>();
+        cp_async_wait<0>();
         __syncthreads();  // the keys are there, and nobody reads the values any more
         if (start + STEP < seen) copy_values(start + STEP);
-        copy_commit();
+        cp_async_commit();
         multiply_tiles<UNITS>(weights, q_tile, warp_row, k_tile);
 #pragma unroll
         for (int j = 0; j < STEP_TILES; ++j)
@@ -246,9 +239,9 @@ __device__ __forceinline__ void queries_backward(
         add_product<UNITS>(dq, ds, k_tile);
         __syncthreads();  // nobody reads the keys any more
         if (start + STEP < seen) copy_keys(start + STEP);
-        copy_commit();
+        cp_async_commit();
     }
-    copy_wait<0>();
+    cp_async_wait<0>();
     __syncthreads();  // nothing arrives any more: the queries' tile takes the result
     bf16* const to = dqkv + (row + first + warp_row) * layout.stride() + head * HEAD_DIM;
     store_sums<UNITS>(to, layout.stride(), tokens - (first + warp_row), shared, warp_row, dq, factor);
@@ -272,11 +265,11 @@ ATTENTION_BACKWARD_KERNEL(queries, 128)
 
 constexpr int STAT_THREADS = 256;
 
-// stats from dy and output [items, tokens, heads, head_dim] and log_sums [items, heads, tokens]; head_dim a multiple of 8, at
+// stats from dy and output [items, tokens, heads, head_dim] and lse [items, heads, tokens]; head_dim a multiple of 8, at
 // most 256. One warp per row and head; a block takes as many heads of one row as it has warps. Bound by memory: reads 4 bytes
 // per element once. grid (rows of whole tiles, heads / warps of a block, items).
 extern "C" __global__ __launch_bounds__(STAT_THREADS) void attention_backward_rows(
-    const bf16* dy, const bf16* output, const float* log_sums, float* stats, int tokens, int heads, int head_dim) {
+    const bf16* dy, const bf16* output, const float* lse, float* stats, int tokens, int heads, int head_dim) {
     constexpr float LOG2_E = 1.0f / LN_2;
     const int row = blockIdx.x, item = blockIdx.z, lane = threadIdx.x % WARP;
     const int head = blockIdx.y * (STAT_THREADS / WARP) + threadIdx.x / WARP;
@@ -292,7 +285,7 @@ extern "C" __global__ __launch_bounds__(STAT_THREADS) void attention_backward_ro
             for (int i = 0; i < UNIT; ++i) delta += a[i] * b[i];
         }
         delta = warp_sum(delta);
-        const float log_sum = log_sums[(static_cast<size_t>(item) * heads + head) * tokens + row];
+        const float log_sum = lse[(static_cast<size_t>(item) * heads + head) * tokens + row];
         if (log_sum > -INFINITY) shift = log_sum * LOG2_E;  // a row without keys has no weights
     }
     if (lane == 0) {

@@ -8,6 +8,7 @@
 // Hopper at about 40 % of its tensor cores and an Ampere not at all.
 #include "common/attention.cuh"
 #include "common/launch.cuh"
+#include "common/named_barrier.cuh"
 
 constexpr int HEAD_DIM = 512;
 constexpr int UNITS = HEAD_DIM / UNIT;
@@ -21,6 +22,10 @@ constexpr int ROW_TILES = WARP_ROWS / 16;
 constexpr int WARP_KEYS = KEYS / QUARTERS;  // 32
 constexpr int KEY_TILES = WARP_KEYS / 8;
 constexpr int COLUMN_TILES = HEAD_DIM / QUARTERS / 8;  // of the result of one warp
+
+enum class NamedBarrier {
+    ROWS = 1,  // one for each half of the rows: the warps that share them
+};
 
 // Shared memory: queries, weights, the ring, and for each row one number of each quarter.
 template <int CHUNK_DIMS, int STAGES>
@@ -41,7 +46,7 @@ __device__ __forceinline__ void copy_tile(uint32_t tile, const bf16* from, size_
         const int index = threadIdx.x + i * THREADS;
         const int row = index / UNITS_PER_ROW, unit = index % UNITS_PER_ROW;
         const bf16* source = from + (row < valid ? row : 0) * stride + unit * UNIT;
-        copy16_async(tile + 16 * swizzled<UNITS_PER_ROW>(row, unit), source, row < valid);
+        cp_async16(tile + 16 * swizzled<UNITS_PER_ROW>(row, unit), source, row < valid);
     }
 }
 
@@ -78,12 +83,12 @@ struct Ring {
             fill = fill + 1 == STAGES ? 0 : fill + 1;
             if (++chunk == 2 * CHUNKS) chunk = 0, start += KEYS;
         }
-        copy_commit();
+        cp_async_commit();
     }
 
     // The slot of the next chunk, once it is there for the whole block.
     __device__ __forceinline__ uint32_t next() {
-        copy_wait<STAGES - 2>();
+        cp_async_wait<STAGES - 2>();
         __syncthreads();  // the chunk is there, and nobody reads the one before any more: its slot is free
         fetch();
         const uint32_t slot = address + drain * CHUNK_BYTES;
@@ -94,7 +99,7 @@ struct Ring {
 
 template <int CHUNK_DIMS, int STAGES>
 __device__ __forceinline__ void attention(
-    const bf16* qkv, const int* lengths, bf16* output, float* log_sums, int tokens, int heads, int kv_heads, bool causal,
+    const bf16* qkv, const int* lengths, bf16* output, float* lse, int tokens, int heads, int kv_heads, bool causal,
     float scale) {
     using Shared = Layout<CHUNK_DIMS, STAGES>;
     using Chunks = Ring<CHUNK_DIMS, STAGES>;
@@ -140,8 +145,8 @@ __device__ __forceinline__ void attention(
                     load_b<KEY_UNITS>(b, k_tile, quarter * WARP_KEYS + 8 * j, unit);
 #pragma unroll
                     for (int i = 0; i < ROW_TILES; ++i) {
-                        multiply_add(scores[i][j], a[i], b[0], b[1]);
-                        multiply_add(scores[i][j + 1], a[i], b[2], b[3]);
+                        mma(scores[i][j], a[i], b[0], b[1]);
+                        mma(scores[i][j + 1], a[i], b[2], b[3]);
                     }
                 }
             }
@@ -162,7 +167,7 @@ __device__ __forceinline__ void attention(
                 row_numbers[(row + group + 8) * QUARTERS + quarter] = top[1];
             }
         }
-        named_barrier_sync(1 + row_half, QUARTERS * WARP);  // the quarters' largest scores are written before they are read
+        named_barrier_sync(NamedBarrier::ROWS, row_half, QUARTERS * WARP);  // the quarters' largest scores are written before they are read
 #pragma unroll
         for (int i = 0; i < ROW_TILES; ++i) {
             const int row = warp_row + 16 * i;
@@ -201,8 +206,8 @@ __device__ __forceinline__ void attention(
                     load_b_transposed<VALUE_UNITS>(b, v_tile, 0, quarter * PART_TILES + j);
 #pragma unroll
                     for (int i = 0; i < ROW_TILES; ++i) {
-                        multiply_add(result[i][part * PART_TILES + j], a[i], b[0], b[1]);
-                        multiply_add(result[i][part * PART_TILES + j + 1], a[i], b[2], b[3]);
+                        mma(result[i][part * PART_TILES + j], a[i], b[0], b[1]);
+                        mma(result[i][part * PART_TILES + j + 1], a[i], b[2], b[3]);
                     }
                 }
             }
@@ -218,7 +223,7 @@ __device__ __forceinline__ void attention(
             const int row = warp_row + 16 * i + group + 8 * half;
             if (member == 0) row_numbers[row * QUARTERS + quarter] = sum;
         }
-    copy_wait<0>();
+    cp_async_wait<0>();
     __syncthreads();  // the quarters' sums are written before they are read; nobody reads the queries any more
 #pragma unroll
     for (int i = 0; i < ROW_TILES; ++i) {
@@ -229,8 +234,8 @@ __device__ __forceinline__ void attention(
             const float4 quarters = *reinterpret_cast<const float4*>(row_numbers + row * QUARTERS);
             const float sum = quarters.x + quarters.y + quarters.z + quarters.w;
             factor[half] = inverse_or_zero(sum);
-            if (log_sums != nullptr && quarter == 0 && member == 0 && first + row < tokens) {
-                log_sums[(static_cast<size_t>(item) * heads + head) * tokens + first + row] =
+            if (lse != nullptr && quarter == 0 && member == 0 && first + row < tokens) {
+                lse[(static_cast<size_t>(item) * heads + head) * tokens + first + row] =
                     log_sum_exp(softmax[i].reference[half], sum, scale);
             }
         }
@@ -252,14 +257,14 @@ __device__ __forceinline__ void attention(
     store_rows<UNITS, STORED_ROWS>(to, output_stride, tokens - row, shared, warp * STORED_ROWS);
 }
 
-// qkv [items, tokens, heads + 2 kv_heads, head_dim]; lengths [items] or null; output [items, tokens, heads, head_dim];
-// log_sums [items, heads, tokens] or null; scale in powers of two; grid (query tiles, heads, items). Further arguments are
-// entries of the launch information's tile.
+// qkv [items, tokens, heads + 2 kv_heads, head_dim]; lengths [items] or null; output [items, tokens, heads, head_dim]; lse
+// (the rows' log-sum-exp) [items, heads, tokens] or null; scale in powers of two; grid (query tiles, heads, items). Further
+// arguments are entries of the launch information's tile.
 #define ATTENTION_KERNEL(name, chunk_dims, stages, ...)                                                        \
     extern "C" __global__ __launch_bounds__(THREADS, 1) void name(                                             \
-        const bf16* qkv, const int* lengths, bf16* output, float* log_sums, int tokens, int heads,             \
+        const bf16* qkv, const int* lengths, bf16* output, float* lse, int tokens, int heads,             \
         int kv_heads, int causal, float scale) {                                                               \
-        attention<chunk_dims, stages>(qkv, lengths, output, log_sums, tokens, heads, kv_heads, causal != 0, scale); \
+        attention<chunk_dims, stages>(qkv, lengths, output, lse, tokens, heads, kv_heads, causal != 0, scale); \
     }                                                                                                          \
     constexpr int name##_bytes = Layout<chunk_dims, stages>::BYTES;                                            \
     L2P_LAUNCH(name, THREADS, name##_bytes, ROWS __VA_OPT__(, ) __VA_ARGS__)

@@ -28,7 +28,7 @@ __device__ __forceinline__ void convolve(const Operands& o) {
     load_step(0);
     for (int step = 0; step < steps; ++step) {
         const int chunk = step / P::STEPS_PER_CHUNK, group = step % P::STEPS_PER_CHUNK;
-        wait_for_copies();
+        cp_async_wait_all();
         __syncthreads();  // this step's operands are there, and the buffers of the step before are no longer read
         if (P::BUFFERS == 2 && step + 1 < steps) load_step(step + 1);
         multiply_step<P>(sums, tile, group, inputs + chunk % P::BUFFERS * P::INPUT, weights + step % P::BUFFERS * P::WEIGHTS);
@@ -119,7 +119,7 @@ __device__ __forceinline__ void multiply_image(
         }
         uint32_t b[P::N_TILES / 2][4];
 #pragma unroll
-        for (int n = 0; n < P::N_TILES / 2; ++n) load_matrices(b[n], weights_lane + n * 16 * Image::WEIGHT_ROW + k * 2);
+        for (int n = 0; n < P::N_TILES / 2; ++n) ldmatrix(b[n], weights_lane + n * 16 * Image::WEIGHT_ROW + k * 2);
 #pragma unroll
         for (int m = 0; m < P::M_TILES; ++m) {
             uint32_t a[4];
@@ -130,7 +130,7 @@ __device__ __forceinline__ void multiply_image(
                 a[part] = *reinterpret_cast<const uint32_t*>(&pair);
             }
 #pragma unroll
-            for (int n = 0; n < P::N_TILES; ++n) multiply_add(sums[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+            for (int n = 0; n < P::N_TILES; ++n) mma(sums[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
         }
     }
 }
@@ -150,7 +150,7 @@ __device__ __forceinline__ void convolve_image(const Operands& o) {
     for (int channel = 0; channel < o.channels; channel += P::CHUNK) {
         load_input<P>(o, tile, o.channels, channel, base);
         load_unaligned_weights<P>(o, tile, channel, shared + P::INPUT);
-        wait_for_copies();
+        cp_async_wait_all();
         __syncthreads();  // the chunk's operands are there
         multiply_step<P>(sums, tile, 0, base, base + P::INPUT);
         __syncthreads();  // and no longer read, before the next chunk's overwrite them

@@ -8,9 +8,6 @@
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #include "common/conv_hopper.cuh"
 
-constexpr unsigned SILU = 1;        // the result is x * sigmoid(x) of the sum
-constexpr unsigned F32_OUTPUT = 2;  // the output is f32, scaled
-
 constexpr int COLOURS = 3;
 
 // A 1x1 convolution to three colours after the activation, instead of an output of channels.
@@ -55,13 +52,13 @@ __device__ __forceinline__ void load_bias(float (&bias)[COUNT], const Operands& 
 // One square of a tile, in registers: this lane's two pixels, in rows `y` and y + 1 of the grid, column `x`.
 template <class P>
 __device__ __forceinline__ void finish_square(
-    const Sums64<P::OUTPUTS>& sums, const Operands& o, const Tile& tile, int y, int x, int member) {
-    using Lane = Channels<P::OUTPUTS>;
+    const Accumulators<P::BLOCK_N>& sums, const Operands& o, const Tile& tile, int y, int x, int member) {
+    using Lane = Channels<P::BLOCK_N>;
     const int height = P::UPSAMPLE ? 2 * o.height : o.height, width = P::UPSAMPLE ? 2 * o.width : o.width;
     const int output_x = P::UPSAMPLE ? 2 * x + tile.column_parity : x;
 #pragma unroll
     for (int group = 0; group < Lane::GROUPS; ++group) {
-        const int channel = tile.output_block * P::OUTPUTS + group * Lane::GROUP + member * Lane::OF_LANE;
+        const int channel = tile.output_block * P::BLOCK_N + group * Lane::GROUP + member * Lane::OF_LANE;
         const bool valid = channel < o.outputs;  // lanes without a channel take part in the exchange below
         float bias[Lane::OF_LANE];
         load_bias(bias, o, channel);
@@ -123,7 +120,7 @@ struct ToChannels {
     __device__ __forceinline__ explicit ToChannels(const Operands&) {}
 
     __device__ __forceinline__ void operator()(const typename P::Sums& sums, const Operands& o, const Tile& tile) const {
-        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPS;
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPGROUP_WARPS;
 #pragma unroll
         for (int block = 0; block < P::BLOCKS; ++block) {
             finish_square<P>(
@@ -136,18 +133,17 @@ struct ToChannels {
 // That is one more product, in registers: four neighbouring columns of sums are its left operand.
 template <class P>
 struct ToPicture {
-    static constexpr int DEPTHS = P::OUTPUTS / 16;
+    static constexpr int DEPTHS = P::BLOCK_N / 16;
     uint32_t weights[DEPTHS][2];
     float bias[2];
     float factor;  // of what is written or added
 
     // A lane has, for the colour lane / 4, the weights of the channels that columns 2 m, 2 m + 1 and eight on stand for.
     __device__ __forceinline__ explicit ToPicture(const Operands& o) {
-        using Lane = Channels<P::OUTPUTS>;
+        using Lane = Channels<P::BLOCK_N>;
         const int colour = threadIdx.x % WARP / 4, member = threadIdx.x % 4;
         const auto weight = [&](int column) {
-            const int within = column % Lane::GROUP;
-            const int channel = column / Lane::GROUP * Lane::GROUP + within % 8 / 2 * Lane::OF_LANE + within / 8 * 2 + within % 2;
+            const int channel = channel_of_column(column, Lane::GROUP);
             return colour < COLOURS && channel < o.outputs ? to_float(o.picture.weights[colour * o.outputs + channel]) : 0.0f;
         };
 #pragma unroll
@@ -163,11 +159,11 @@ struct ToPicture {
     }
 
     __device__ __forceinline__ void operator()(const typename P::Sums& sums, const Operands& o, const Tile& tile) const {
-        using Lane = Channels<P::OUTPUTS>;
-        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPS, member = lane % 4;
-        float channel_bias[P::OUTPUTS / 8][2];
+        using Lane = Channels<P::BLOCK_N>;
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPGROUP_WARPS, member = lane % 4;
+        float channel_bias[P::BLOCK_N / 8][2];
 #pragma unroll
-        for (int i = 0; i < P::OUTPUTS / 8; ++i)
+        for (int i = 0; i < P::BLOCK_N / 8; ++i)
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const int channel = i / (Lane::GROUP / 8) * Lane::GROUP + member * Lane::OF_LANE + i % (Lane::GROUP / 8) * 2 + j;
@@ -188,7 +184,7 @@ struct ToPicture {
                     }
                 uint32_t left[4];
                 pack_fragment(left, activated[0], activated[1]);
-                multiply_add(colours, left, weights[depth][0], weights[depth][1]);
+                mma(colours, left, weights[depth][0], weights[depth][1]);
             }
             const int y = tile.y + block / 2 * SIDE + 2 * warp, x = tile.x + block % 2 * SIDE + lane / 4;
 #pragma unroll
@@ -202,7 +198,7 @@ struct ToPicture {
     }
 };
 
-// first, second: maps of the sources [items, height, width, channels] by boxes of CHUNK channels and BOX_WIDTH x BOX_HEIGHT
+// first, second: maps of the sources [items, height, width, channels] by boxes of BLOCK_K channels and BOX_WIDTH x BOX_HEIGHT
 // pixels (the first one's map where there is no second). The launch's tile: outputs, channels of a chunk, rows of a tile,
 // pieces of weights that fit (0: any number). Threads are fixed; the grid is as many blocks as the GPU has multiprocessors.
 #define CONV_KERNEL(name, P)                                                                                              \
@@ -214,7 +210,7 @@ struct ToPicture {
                                    bias, residual, output, pooled, flags, scale, {}};                                     \
         convolve<P, ToChannels<P>>(first, second, operands);                                                              \
     }                                                                                                                     \
-    L2P_LAUNCH(name, THREADS, P::BYTES, P::OUTPUTS, P::CHUNK, P::TILE_HEIGHT, P::RESIDENT ? P::WEIGHT_STAGES : 0)
+    L2P_LAUNCH(name, THREADS, P::BYTES, P::BLOCK_N, P::BLOCK_K, P::TILE_HEIGHT, P::RESIDENT ? P::WEIGHT_STAGES : 0)
 
 #define CONV(name, ...)              \
     using Plan_##name = Plan<__VA_ARGS__>; \
@@ -231,7 +227,7 @@ struct ToPicture {
                                    {picture_weights, picture_bias, colours, delta}};                                      \
         convolve<P, ToPicture<P>>(first, second, operands);                                                               \
     }                                                                                                                     \
-    L2P_LAUNCH(name, THREADS, P::BYTES, P::OUTPUTS, P::CHUNK, P::TILE_HEIGHT, P::RESIDENT ? P::WEIGHT_STAGES : 0)
+    L2P_LAUNCH(name, THREADS, P::BYTES, P::BLOCK_N, P::BLOCK_K, P::TILE_HEIGHT, P::RESIDENT ? P::WEIGHT_STAGES : 0)
 
 // <kernel>_<outputs>x<channels of a chunk>; _resident: all weights in shared memory.
 CONV(conv3x3_128x64, 128, 2, 64, 3, SAME, false, 3, 9)
@@ -272,21 +268,16 @@ extern "C" __global__ __launch_bounds__(256) void conv_arrange(
     const int bytes = place * 2, row_bytes = chunk * 2;
     const int exchanged = bytes ^ ((bytes >> 7 & (row_bytes / 16 - 1)) << 4);
     const int column = exchanged / row_bytes, input = chunk_index * chunk + exchanged % row_bytes / 2;
-    // Column 8 t + 2 m + j of a group is channel m * (group / 4) + 2 t + j.
-    const int group = columns < 32 ? columns : 32, within = column % group;
-    const int channel = column / group * group + within % 8 / 2 * (group / 4) + within / 8 * 2 + within % 2;
-    const int output = output_block * columns + channel;
+    const int output = output_block * columns + channel_of_column(column, columns < 32 ? columns : 32);
     float sum = 0.0f;
     if (output < outputs) {
         const bf16* from = weight + static_cast<size_t>(output) * taps_along * taps_along * inputs + input;
         if (!upsample) {
             sum = to_float(from[static_cast<size_t>(tap) * inputs]);
         } else {
-            // Of an even row the first pixel meets kernel row 0 and the second one rows 1 and 2; of an odd row the first meets
-            // rows 0 and 1, the second one row 2. Columns alike.
-            const int ty = tap / 2, tx = tap % 2, py = parity / 2, px = parity % 2;
-            for (int dy = ty == 0 ? 0 : 1 + py; dy <= (ty == 0 ? py : 2); ++dy)
-                for (int dx = tx == 0 ? 0 : 1 + px; dx <= (tx == 0 ? px : 2); ++dx) sum += to_float(from[static_cast<size_t>(dy * 3 + dx) * inputs]);
+            const KernelRows rows = upsampled_rows(tap / 2, parity / 2), along = upsampled_rows(tap % 2, parity % 2);
+            for (int dy = rows.first; dy <= rows.last; ++dy)
+                for (int dx = along.first; dx <= along.last; ++dx) sum += to_float(from[static_cast<size_t>(dy * 3 + dx) * inputs]);
         }
     }
     arranged[element] = __float2bfloat16_rn(sum);

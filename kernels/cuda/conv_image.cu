@@ -3,6 +3,7 @@
 // A warp takes two rows of 16 pixels at a time (common/image_tile.cuh), so that a window of the maxima lies in one lane and its
 // neighbour. Bound by memory and by the special function units: 6 or 12 bytes read per pixel, 2 bytes and one tangent per
 // output channel, half a byte more for the maxima.
+#include "common/conv.cuh"
 #include "common/image_tile.cuh"
 #include "common/launch.cuh"
 
@@ -13,8 +14,6 @@ constexpr int SQUARES = TILE_WIDTH / 16;  // pairs of rows of 16 pixels, side by
 // With a margin of one pixel, and a further one on the left and right so that rows start at an even pixel.
 using Image = ImageTile<TILE_WIDTH + 4, TILE_HEIGHT + 2>;
 
-constexpr unsigned SILU = 1;
-
 struct Operands {
     const bf16* weight;  // [outputs, 27]
     const bf16* bias;    // [outputs]
@@ -24,26 +23,18 @@ struct Operands {
     unsigned flags;
 };
 
-// What a lane holds of a pixel's channels: OF_LANE of each GROUP (`channel_of_column`).
-template <int OUTPUTS>
-struct Channels {
-    static constexpr int GROUP = OUTPUTS < 32 ? OUTPUTS : 32;
-    static constexpr int OF_LANE = GROUP / 4;
-    static constexpr int GROUPS = OUTPUTS / GROUP;
-    static constexpr int TILES = OUTPUTS / 8;
-};
-
 template <int OUTPUTS, class Element>
 __device__ __forceinline__ void convolve(const Element* image, const Operands& o) {
     using Lane = Channels<OUTPUTS>;
+    constexpr int TILES = OUTPUTS / 8;
     __shared__ uint32_t words[Image::BYTES / 4];
     const Image tile{words};
     const int first = static_cast<int>(blockIdx.y) * OUTPUTS;
-    uint32_t weights[Lane::TILES][IMAGE_STEPS][2];
+    uint32_t weights[TILES][IMAGE_STEPS][2];
 #pragma unroll
-    for (int i = 0; i < Lane::TILES; ++i) {
+    for (int i = 0; i < TILES; ++i) {
         load_image_weights(weights[i], o.weight, o.outputs, [&](int column) {
-            return first + channel_of_column<Lane::GROUP>(8 * i + column);
+            return first + channel_of_column(8 * i + column, Lane::GROUP);
         });
     }
     const int lane = threadIdx.x % WARP, group = lane / 4, member = lane % 4;
@@ -73,7 +64,7 @@ __device__ __forceinline__ void convolve(const Element* image, const Operands& o
         for (int square = threadIdx.x / WARP; square < SQUARES * TILE_HEIGHT / 2; square += THREADS / WARP) {
             const int row = square / SQUARES * 2, column = square % SQUARES * 16;
             if (y + row >= o.height || x + column >= o.width) continue;
-            float sums[2][Lane::TILES][4] = {};
+            float sums[2][TILES][4] = {};
 #pragma unroll
             for (int below = 0; below < 2; ++below) {
                 uint32_t a[IMAGE_STEPS][4];
@@ -81,8 +72,8 @@ __device__ __forceinline__ void convolve(const Element* image, const Operands& o
 #pragma unroll
                 for (int step = 0; step < IMAGE_STEPS; ++step)
 #pragma unroll
-                    for (int i = 0; i < Lane::TILES; ++i) {
-                        multiply_add(sums[below][i], a[step], weights[i][step][0], weights[i][step][1]);
+                    for (int i = 0; i < TILES; ++i) {
+                        mma(sums[below][i], a[step], weights[i][step][0], weights[i][step][1]);
                     }
             }
 #pragma unroll

@@ -18,15 +18,15 @@ struct Operands : Problem {
 // Ends a tile whose sums are the gradients of up to two images.
 template <class P>
 struct ToSources {
-    using Lane = Channels<P::OUTPUTS>;
+    using Lane = Channels<P::BLOCK_N>;
 
     __device__ __forceinline__ explicit ToSources(const Operands&) {}
 
     __device__ __forceinline__ void operator()(const typename P::Sums& sums, const Operands& o, const Tile& tile) const {
-        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPS;
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPGROUP_WARPS;
 #pragma unroll
         for (int group = 0; group < Lane::GROUPS; ++group) {
-            int channel = tile.output_block * P::OUTPUTS + group * Lane::GROUP + lane % 4 * Lane::OF_LANE;
+            int channel = tile.output_block * P::BLOCK_N + group * Lane::GROUP + lane % 4 * Lane::OF_LANE;
             if (channel >= o.outputs) continue;
             const bool in_first = channel < o.first_outputs;
             bf16* const image = in_first ? o.first : o.second;
@@ -51,7 +51,7 @@ struct ToSources {
     }
 };
 
-// map: of the sum's gradient [items, height, width, channels] by boxes of CHUNK channels and BOX_WIDTH x BOX_HEIGHT pixels; for
+// map: of the sum's gradient [items, height, width, channels] by boxes of BLOCK_K channels and BOX_WIDTH x BOX_HEIGHT pixels; for
 // GATHERED of [items, height, 2, width, 2 channels], the rows and columns of the image by their parities. The launch's tile as
 // in conv_hopper.cu.
 #define SOURCES_KERNEL(name, ...)                                                                                          \
@@ -62,7 +62,7 @@ struct ToSources {
         const Operands operands = {{weights, items, height, width, outputs, chunks, chunks}, first, second, first_outputs}; \
         convolve<Plan_##name, ToSources<Plan_##name>>(map, map, operands);                                                 \
     }                                                                                                                      \
-    L2P_LAUNCH(name, THREADS, Plan_##name::BYTES, Plan_##name::OUTPUTS, Plan_##name::CHUNK, Plan_##name::TILE_HEIGHT,      \
+    L2P_LAUNCH(name, THREADS, Plan_##name::BYTES, Plan_##name::BLOCK_N, Plan_##name::BLOCK_K, Plan_##name::TILE_HEIGHT,      \
                Plan_##name::RESIDENT ? Plan_##name::WEIGHT_STAGES : 0)
 
 // <kernel>_<outputs>x<channels of a chunk>; _resident: all weights in shared memory.
@@ -112,18 +112,13 @@ extern "C" __global__ __launch_bounds__(256) void conv_arrange_sources(
         const bf16* const from = weight + static_cast<size_t>(chunk_index * chunk + unit * UNIT) * taps_along * taps_along * inputs + first + input;
         float sums[UNIT] = {};
         // Kernel rows and columns that lead here: the mirrored tap, or those whose weights were summed for the pixel.
-        int first_row = met - 1 - tap / met, last_row = first_row, first_column = met - 1 - tap % met, last_column = first_column;
+        KernelRows rows = {met - 1 - tap / met, met - 1 - tap / met}, along = {met - 1 - tap % met, met - 1 - tap % met};
         if (gather) {
-            // Of an even row the first pixel meets kernel row 0 and the second one rows 1 and 2; of an odd row the first meets
-            // rows 0 and 1, the second one row 2. Columns alike.
-            const int py = parity / 2, px = parity % 2;
-            last_row = first_row == 0 ? py : 2;
-            first_row = first_row == 0 ? 0 : 1 + py;
-            last_column = first_column == 0 ? px : 2;
-            first_column = first_column == 0 ? 0 : 1 + px;
+            rows = upsampled_rows(rows.first, parity / 2);
+            along = upsampled_rows(along.first, parity % 2);
         }
-        for (int row = first_row; row <= last_row; ++row)
-            for (int at = first_column; at <= last_column; ++at)
+        for (int row = rows.first; row <= rows.last; ++row)
+            for (int at = along.first; at <= along.last; ++at)
 #pragma unroll
                 for (int i = 0; i < UNIT; ++i) {
                     sums[i] += to_float(from[(static_cast<size_t>(i) * taps_along * taps_along + row * taps_along + at) * inputs]);

@@ -9,6 +9,8 @@
 // outputs, 8 channels and all taps; where channels are few, warps share the rows of a tile and each leaves its own sums. Rows in
 // shared memory are 16 bytes longer than their data, so that eight consecutive ones start in different banks. Several blocks per
 // multiprocessor overlap loading with products. Bound by the tensor cores, with few channels by memory.
+#include "common/conv.cuh"
+#include "common/conv_weights.cuh"
 #include "common/launch.cuh"
 #include "common/mma.cuh"
 
@@ -22,7 +24,8 @@ struct Plan {
     static constexpr int KERNEL = KERNEL_, TAPS = KERNEL * KERNEL;
     static constexpr bool UPSAMPLE = UPSAMPLE_;  // x is seen at twice its height and width
     static constexpr int ROW_TILES = ROW_TILES_, OUTPUTS = 16 * ROW_TILES, CHANNELS = CHANNELS_;
-    static constexpr int TILE_HEIGHT = TILE_HEIGHT_;
+    static constexpr int TILE_WIDTH = ::TILE_WIDTH, TILE_HEIGHT = TILE_HEIGHT_;
+    static constexpr int TURNS = 1, OUTPUT_BLOCK = OUTPUTS, CHANNEL_BLOCK = CHANNELS;
 
     static constexpr int CHANNEL_WARPS = CHANNELS / 8, PIXEL_PARTS = WARPS / CHANNEL_WARPS;
     static constexpr int SHRINK = UPSAMPLE ? 2 : 1, MARGIN = KERNEL / 2;
@@ -58,34 +61,7 @@ struct Operands {
     float row_ratio, column_ratio;  // second's grid over the first one's
 };
 
-// What a block works on.
-struct Task {
-    int split, first_output, first_channel;
-    bool second;
-    int first_unit, units;  // tiles of pixels
-};
-
-template <class P>
-__device__ __forceinline__ Task find_task(const Operands& o) {
-    int rest = blockIdx.x;
-    const auto next = [&rest](int count) {
-        const int here = rest % count;
-        rest /= count;
-        return here;
-    };
-    const auto blocks = [](int extent, int of) { return (extent + of - 1) / of; };
-    Task task;
-    const int first_blocks = blocks(o.first.channels, P::CHANNELS);
-    const int channel_block = next(first_blocks + blocks(o.second.channels, P::CHANNELS));
-    task.second = channel_block >= first_blocks;
-    task.first_channel = (channel_block - (task.second ? first_blocks : 0)) * P::CHANNELS;
-    task.first_output = next(blocks(o.outputs, P::OUTPUTS)) * P::OUTPUTS;
-    task.split = rest;
-    const long long units = static_cast<long long>(blocks(o.width, TILE_WIDTH)) * blocks(o.height, P::TILE_HEIGHT) * o.items;
-    task.first_unit = static_cast<int>(units * task.split / o.splits);
-    task.units = static_cast<int>(units * (task.split + 1) / o.splits) - task.first_unit;
-    return task;
-}
+using Task = WeightsTask;
 
 // Starts loading a tile of WIDTH pixels in a row and COLUMNS channels from `first` on; `pixel(row, column)` is the index of a
 // pixel in memory, negative outside the image. What is outside the image or past the last channel becomes zeros.
@@ -102,7 +78,7 @@ __device__ __forceinline__ void load_tile(
         const size_t element = valid ? at * channels + channel : 0;
         unsigned char* const place = to + position * ROW + unit * 16;
         if (whole) {
-            copy16_async(shared_address(place), static_cast<const bf16*>(values) + element, valid);
+            cp_async16(shared_address(place), static_cast<const bf16*>(values) + element, valid);
             continue;
         }
         float gathered[8];
@@ -114,11 +90,6 @@ __device__ __forceinline__ void load_tile(
         }
         store8(reinterpret_cast<bf16*>(place), gathered);
     }
-}
-
-// PyTorch's choice of the source index in a nearest resize.
-__device__ __forceinline__ int nearest(int index, float ratio, int extent) {
-    return min(static_cast<int>(static_cast<float>(index) * ratio), extent - 1);
 }
 
 template <class P>
@@ -146,7 +117,7 @@ __device__ __forceinline__ void load(unsigned char* memory, const Operands& o, c
 }
 
 // Two 8x8 matrices, transposed; lane l < 16 gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_pair_transposed(uint32_t (&tile)[2], uint32_t address) {
+__device__ __forceinline__ void ldmatrix_pair_trans(uint32_t (&tile)[2], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                  : "=r"(tile[0]), "=r"(tile[1])
                  : "r"(address)
@@ -163,12 +134,12 @@ __device__ __forceinline__ void multiply_row(
     for (int tile = 0; tile < P::ROW_TILES; ++tile) {
         // Of the four matrices the first two have the first eight pixels, the second of each pair the last eight outputs.
         const int from = row * TILE_WIDTH + lane % 8 + lane / 16 * 8;
-        load_matrices_transposed(a[tile], ds + from * P::DS_ROW + tile * 32 + lane / 8 % 2 * 16);
+        ldmatrix_trans(a[tile], ds + from * P::DS_ROW + tile * 32 + lane / 8 % 2 * 16);
     }
     if (with_bias) {
         constexpr uint32_t ONES = 0x3f803f80;
 #pragma unroll
-        for (int tile = 0; tile < P::ROW_TILES; ++tile) multiply_add(bias[tile], a[tile], ONES, ONES);
+        for (int tile = 0; tile < P::ROW_TILES; ++tile) mma(bias[tile], a[tile], ONES, ONES);
     }
 #pragma unroll
     for (int tap = 0; tap < P::TAPS; ++tap) {
@@ -177,9 +148,9 @@ __device__ __forceinline__ void multiply_row(
         const int down = row + tap / P::KERNEL, right = pixel + tap % P::KERNEL;
         const int x_row = P::UPSAMPLE ? (down + 1) >> 1 : down, x_column = P::UPSAMPLE ? (right + 1) >> 1 : right;
         uint32_t b[2];
-        load_pair_transposed(b, x + (x_row * P::X_WIDTH + x_column) * P::X_ROW);
+        ldmatrix_pair_trans(b, x + (x_row * P::X_WIDTH + x_column) * P::X_ROW);
 #pragma unroll
-        for (int tile = 0; tile < P::ROW_TILES; ++tile) multiply_add(sums[tap][tile], a[tile], b[0], b[1]);
+        for (int tile = 0; tile < P::ROW_TILES; ++tile) mma(sums[tap][tile], a[tile], b[0], b[1]);
     }
 }
 
@@ -210,7 +181,7 @@ __device__ __forceinline__ void store(
 template <class P>
 __device__ __forceinline__ void run(const Operands& o) {
     extern __shared__ __align__(16) unsigned char memory[];
-    const Task task = find_task<P>(o);
+    const Task task = find_task<P>(o.items, o.height, o.width, o.outputs, o.first.channels, o.second.channels, o.splits);
     const int warp = threadIdx.x / WARP, channel = warp % P::CHANNEL_WARPS * 8, part = warp / P::CHANNEL_WARPS;
     const bool with_bias = !task.second && task.first_channel + channel == 0;
     const uint32_t ds = shared_address(memory), x = ds + P::X + channel * 2;
@@ -219,8 +190,8 @@ __device__ __forceinline__ void run(const Operands& o) {
     for (int unit = 0; unit < task.units; ++unit) {
         __syncthreads();  // the tile before is no longer read
         load<P>(memory, o, task, task.first_unit + unit);
-        copy_commit();
-        copy_wait<0>();
+        cp_async_commit();
+        cp_async_wait<0>();
         __syncthreads();  // the tile is there
 #pragma unroll 1
         for (int row = part; row < P::TILE_HEIGHT; row += P::PIXEL_PARTS) multiply_row<P>(sums, bias, with_bias, ds, x, row);

@@ -8,8 +8,9 @@
 // kernel row; its left operand, where there are less than 64 outputs, panels of ds seen from one row further on each, which are
 // kernel rows. What remains of kernel rows is shared by the warpgroups, or there is none and these share the pixels.
 //
-// The convolution of an upsampled image has 2x2 taps for each parity of its output's rows and columns (conv_hopper.cu): the same
-// on x's grid, for the pixels of ds of one parity. What belongs to which tap of 3x3 is sorted out when parts are added up.
+// The convolution of an upsampled image has 2x2 taps for each parity of its output's rows and columns (conv_hopper.cu): the
+// same on x's grid, for the pixels of ds of one parity. What belongs to which tap of 3x3 is sorted out when parts are added
+// up.
 //
 // The bias's gradient is one more product, of ds and ones, in those blocks that have the first channels of x.
 //
@@ -19,25 +20,24 @@
 #include "common/launch.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#include "common/outer_products.cuh"
+#include "common/conv.cuh"
+#include "common/conv_weights.cuh"
+#include "common/pipeline.cuh"
 
-constexpr int WARPS = WARPGROUP / WARP;
-constexpr int PRODUCT_ROWS = 64;
-constexpr int TILE_WIDTH = PRODUCT_DEPTH;  // pixels: one product takes a row of a tile
-constexpr int PARITIES = 4;
+constexpr int TILE_WIDTH = MMA_K<bf16>;  // pixels: one product takes a row of a tile
 
 template <int OUTPUTS_, int CHANNELS_, int TAPS_ALONG_, int TILE_HEIGHT_, int STAGES_>
 struct Plan {
     static constexpr int OUTPUTS = OUTPUTS_, CHANNELS = CHANNELS_;  // of a box
     static constexpr int TAPS_ALONG = TAPS_ALONG_;                  // 1, 3, or 2: of an upsampled image
-    static constexpr int TILE_HEIGHT = TILE_HEIGHT_, STAGES = STAGES_;
+    static constexpr int TILE_WIDTH = ::TILE_WIDTH, TILE_HEIGHT = TILE_HEIGHT_, STAGES = STAGES_;
     static constexpr int TURNS = TAPS_ALONG == 2 ? PARITIES : 1;
 
     // With one tap there are no shifts: products are wider by more boxes of both.
     static constexpr int OUTPUT_BOXES = TAPS_ALONG == 1 ? 2 : 1, CHANNEL_BOXES = TAPS_ALONG == 1 ? 2 : 1;
     static constexpr int OUTPUT_BLOCK = OUTPUT_BOXES * OUTPUTS, CHANNEL_BLOCK = CHANNEL_BOXES * CHANNELS;
 
-    static constexpr int ROW_PANELS = PRODUCT_ROWS / OUTPUTS;  // kernel rows of one product
+    static constexpr int ROW_PANELS = MMA_M / OUTPUTS;  // kernel rows of one product
     static constexpr int ROW_GROUPS = (TAPS_ALONG + ROW_PANELS - 1) / ROW_PANELS;
     static constexpr int SHARES = ROW_GROUPS * OUTPUT_BOXES;  // of warpgroups with results of their own
     static constexpr int PIXEL_PARTS = SHARES == 1 ? 2 : 1;   // of warpgroups that share the pixels
@@ -46,8 +46,8 @@ struct Plan {
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP;
 
     // Bytes. Rows of ds past the last that a kernel row needs are left out: panels there read what follows, for results of no
-    // interest. Panels overlap; compute-sanitizer takes them to lie one behind the other, and of the last stage reports reads past
-    // the end that there are not.
+    // interest. Panels overlap; compute-sanitizer takes them to lie one behind the other, and of the last stage reports reads
+    // past the end that there are not.
     static constexpr int DS_ROW = OUTPUTS * 2, X_ROW = CHANNELS * 2;  // of a pixel
     static constexpr int DS_PITCH = TILE_WIDTH * DS_ROW, X_PITCH = (TILE_WIDTH + TAPS_ALONG - 1) * X_ROW;
     static constexpr int DS_HEIGHT = TILE_HEIGHT + TAPS_ALONG - 1;
@@ -61,10 +61,11 @@ struct Plan {
     static constexpr int ONES = STAGES * STAGE;  // eight columns of the bias's product
     static constexpr int ONES_BYTES = SWIZZLE_ATOM_BYTES;
     static constexpr int BARRIERS = ONES + ONES_BYTES;
-    static constexpr int BYTES = BARRIERS + 8 * 2 * STAGES;
-    static_assert(BYTES <= 227 << 10 && TILE_HEIGHT % PIXEL_PARTS == 0 && CONSUMERS <= 3);
+    using Ring = Pipeline<STAGES>;
+    static constexpr int BYTES = BARRIERS + Ring::BYTES;
+    static_assert(BYTES <= MAX_SHARED_BYTES && TILE_HEIGHT % PIXEL_PARTS == 0 && CONSUMERS <= 3);
 
-    using Sums = Sums64<COLUMNS>;
+    using Sums = Accumulators<COLUMNS>;
 };
 
 template <class P>
@@ -74,9 +75,7 @@ struct Shared {
     __device__ uint32_t ds(int stage, int box) const { return start + stage * P::STAGE + box * P::DS_TILE; }
     __device__ uint32_t x(int stage, int box) const { return start + stage * P::STAGE + P::OUTPUT_BOXES * P::DS_TILE + box * P::X_TILE; }
     __device__ uint32_t ones() const { return start + P::ONES; }
-    // `ready` is the producer's word to the consumers, `free` their answer when a stage may be overwritten.
-    __device__ uint32_t ready(int stage) const { return start + P::BARRIERS + 8 * stage; }
-    __device__ uint32_t free(int stage) const { return ready(P::STAGES + stage); }
+    __device__ typename P::Ring ring() const { return {start + P::BARRIERS}; }
 };
 
 struct Operands {
@@ -89,68 +88,37 @@ struct Operands {
 };
 
 // What a block works on.
-struct Task {
-    int split, turn;
+struct Task : WeightsTask {
     int row_parity, column_parity;  // of ds, with TAPS_ALONG == 2
-    int first_output, first_channel;  // of its blocks, the channel within its source
-    bool second;                      // the source
-    int first_unit, units;            // tiles of pixels
-};
 
-template <class P>
-__device__ __forceinline__ Task find_task(const Operands& o) {
-    int rest = blockIdx.x;
-    const auto next = [&rest](int count) {
-        const int here = rest % count;
-        rest /= count;
-        return here;
-    };
-    const auto blocks = [](int extent, int of) { return (extent + of - 1) / of; };
-    Task task;
-    task.turn = next(P::TURNS);
-    task.row_parity = task.turn / 2, task.column_parity = task.turn % 2;
-    const int first_blocks = blocks(o.first_channels, P::CHANNEL_BLOCK);
-    const int channel_block = next(first_blocks + blocks(o.second_channels, P::CHANNEL_BLOCK));
-    task.second = channel_block >= first_blocks;
-    task.first_channel = (channel_block - (task.second ? first_blocks : 0)) * P::CHANNEL_BLOCK;
-    task.first_output = next(blocks(o.outputs, P::OUTPUT_BLOCK)) * P::OUTPUT_BLOCK;
-    task.split = rest;
-    const long long units = static_cast<long long>(blocks(o.width, TILE_WIDTH)) * blocks(o.height, P::TILE_HEIGHT) * o.items;
-    task.first_unit = static_cast<int>(units * task.split / o.splits);
-    task.units = static_cast<int>(units * (task.split + 1) / o.splits) - task.first_unit;
-    return task;
-}
+    __device__ __forceinline__ explicit Task(const WeightsTask& task)
+        : WeightsTask(task), row_parity(turn / 2), column_parity(turn % 2) {}
+};
 
 template <class P>
 __device__ __forceinline__ void produce(
     const TensorMap& ds, const TensorMap& source, const Operands& o, const Shared<P>& shared, const Task& task) {
     const int across = (o.width + TILE_WIDTH - 1) / TILE_WIDTH, down = (o.height + P::TILE_HEIGHT - 1) / P::TILE_HEIGHT;
     for (int unit = 0; unit < task.units; ++unit) {
-        const int stage = unit % P::STAGES, index = task.first_unit + unit;
+        const typename P::Ring::State state = P::Ring::at(unit);
+        const int stage = state.stage(), index = task.first_unit + unit;
         const int x = index % across * TILE_WIDTH, y = index / across % down * P::TILE_HEIGHT, item = index / across / down;
-        const uint32_t ready = shared.ready(stage);
-        barrier_wait(shared.free(stage), unit / P::STAGES % 2 ^ 1);
-        barrier_arrive_expecting(ready, P::COPIED);
+        const uint32_t full = shared.ring().producer_acquire(state, P::COPIED);
         for (int box = 0; box < P::OUTPUT_BOXES; ++box) {
             const int output = task.first_output + box * P::OUTPUTS;
             if constexpr (P::TAPS_ALONG == 2) {
                 const int column = task.column_parity * o.outputs + output;
-                copy_box_5d(shared.ds(stage, box), ds, column, x, task.row_parity, y - task.row_parity, item, ready);
+                tma_load(shared.ds(stage, box), ds, full, column, x, task.row_parity, y - task.row_parity, item);
             } else {
-                copy_box_4d(shared.ds(stage, box), ds, output, x, y - P::TAPS_ALONG / 2, item, ready);
+                tma_load(shared.ds(stage, box), ds, full, output, x, y - P::TAPS_ALONG / 2, item);
             }
         }
         // The leftmost tap's pixels: output column 2 x + parity meets input columns x + parity - 1 and x + parity.
         const int left = P::TAPS_ALONG == 2 ? 1 - task.column_parity : P::TAPS_ALONG / 2;
         for (int box = 0; box < P::CHANNEL_BOXES; ++box) {
-            copy_box_4d(shared.x(stage, box), source, task.first_channel + box * P::CHANNELS, x - left, y, item, ready);
+            tma_load(shared.x(stage, box), source, full, task.first_channel + box * P::CHANNELS, x - left, y, item);
         }
     }
-}
-
-// Tells the producer that this warp's part of the products that read a stage is complete.
-__device__ __forceinline__ void release(uint32_t barrier) {
-    if (threadIdx.x % WARP == 0) barrier_arrive(barrier);
 }
 
 // What a warpgroup computes: one of OUTPUT_BOXES, one of ROW_GROUPS, one of PIXEL_PARTS.
@@ -165,32 +133,33 @@ struct Share {
 // The sums over all pixels of the task. The last kernel row meets the first row of ds, and so on upwards.
 template <class P, bool WITH_BIAS>
 __device__ __forceinline__ void accumulate(
-    typename P::Sums& sums, Sums64<8>& bias, const Shared<P>& shared, const Task& task, const Share<P>& share) {
+    typename P::Sums& sums, Accumulators<8>& bias, const Shared<P>& shared, const Task& task, const Share<P>& share) {
     constexpr int ROWS = P::TILE_HEIGHT / P::PIXEL_PARTS;
-    const uint64_t ones = operand_rows<128, SWIZZLE_ATOM_BYTES>(shared.ones());
+    const uint64_t ones = descriptor<128, SWIZZLE_ATOM_BYTES>(shared.ones());
     hold(sums);
     if constexpr (WITH_BIAS) hold(bias);
     int before = 0;
     for (int unit = 0; unit < task.units; ++unit) {
-        const int stage = unit % P::STAGES, first_row = share.part * ROWS;
-        barrier_wait(shared.ready(stage), unit / P::STAGES % 2);
-        const uint64_t left = operand_columns<P::DS_ROW, 8 * P::DS_ROW, P::DS_PITCH>(
+        const typename P::Ring::State state = P::Ring::at(unit);
+        const int stage = state.stage(), first_row = share.part * ROWS;
+        shared.ring().consumer_wait(state);
+        const uint64_t left = descriptor<P::DS_ROW, 8 * P::DS_ROW, P::DS_PITCH>(
             shared.ds(stage, share.box) + (first_row + share.group * P::ROW_PANELS) * P::DS_PITCH);
-        const uint64_t right = operand_columns<P::X_ROW, 8 * P::X_ROW, P::TAPS_ALONG == 1 ? P::X_TILE : P::X_ROW>(
+        const uint64_t right = descriptor<P::X_ROW, 8 * P::X_ROW, P::TAPS_ALONG == 1 ? P::X_TILE : P::X_ROW>(
             shared.x(stage, 0) + first_row * P::X_PITCH);
-        product_fence();
+        wgmma_fence();
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
-            const uint64_t a = left + (row * P::DS_PITCH >> 4);
-            issue_outer(sums, a, right + (row * P::X_PITCH >> 4));
-            if constexpr (WITH_BIAS) issue_columns_by_rows(bias, a, ones);
+            const uint64_t a = advance(left, row * P::DS_PITCH);
+            wgmma<bf16, Major::MN, Major::MN>(sums, a, advance(right, row * P::X_PITCH));
+            if constexpr (WITH_BIAS) wgmma<bf16, Major::MN, Major::K>(bias, a, ones);
         }
-        product_commit();
-        products_wait<1>();  // all but this stage's
-        if (unit > 0) release(shared.free(before));
+        wgmma_commit();
+        wgmma_wait<1>();  // all but this stage's
+        if (unit > 0) shared.ring().consumer_release(before);
         before = stage;
     }
-    products_wait<0>();
+    wgmma_wait<0>();
     hold(sums);
     if constexpr (WITH_BIAS) hold(bias);
 }
@@ -199,7 +168,7 @@ __device__ __forceinline__ void accumulate(
 template <class P>
 __device__ __forceinline__ void store(const typename P::Sums& sums, const Operands& o, const Task& task, const Share<P>& share) {
     constexpr int TAPS = P::TAPS_ALONG * P::TAPS_ALONG;
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPS;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPGROUP_WARPS;
     const int channels = task.second ? o.second_channels : o.first_channels;
     const size_t part = static_cast<size_t>(task.split * P::PIXEL_PARTS + share.part) * P::TURNS + task.turn;
 #pragma unroll
@@ -222,8 +191,9 @@ __device__ __forceinline__ void store(const typename P::Sums& sums, const Operan
 
 // And of the bias: the rows of the panel in which ds stands unshifted.
 template <class P>
-__device__ __forceinline__ void store_bias(const Sums64<8>& bias, const Operands& o, const Task& task, const Share<P>& share, int panel) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPS;
+__device__ __forceinline__ void store_bias(
+    const Accumulators<8>& bias, const Operands& o, const Task& task, const Share<P>& share, int panel) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % WARPGROUP_WARPS;
     if (lane % 4 != 0) return;
     const size_t part = static_cast<size_t>(task.split * P::PIXEL_PARTS + share.part) * P::TURNS + task.turn;
 #pragma unroll
@@ -240,7 +210,7 @@ __device__ __forceinline__ void consume(const Operands& o, const Shared<P>& shar
     // The row of ds that meets x's own row, counted from the tile's first.
     const int own_row = P::TAPS_ALONG == 2 ? task.row_parity : P::TAPS_ALONG / 2;
     typename P::Sums sums = {};
-    Sums64<8> bias = {};
+    Accumulators<8> bias = {};
     if (!task.second && task.first_channel == 0 && own_row / P::ROW_PANELS == share.group) {
         accumulate<P, true>(sums, bias, shared, task, share);
         store_bias<P>(bias, o, task, share, own_row % P::ROW_PANELS);
@@ -255,34 +225,30 @@ __device__ __forceinline__ void run(
     const TensorMap& ds, const TensorMap& first, const TensorMap& second, const Operands& o) {
     // All registers of the multiprocessor: what the launch gives each thread, shared out anew.
     constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = P::CONSUMERS == 2 ? 240 : 160;
-    static_assert((PRODUCER_REGISTERS + P::CONSUMERS * CONSUMER_REGISTERS) * WARPGROUP <= 65536);
+    static_assert((PRODUCER_REGISTERS + P::CONSUMERS * CONSUMER_REGISTERS) * WARPGROUP <= REGISTERS_OF_MULTIPROCESSOR);
     extern __shared__ __align__(1024) unsigned char memory[];
     const Shared<P> shared{shared_address(memory)};
-    const Task task = find_task<P>(o);
+    const Task task(find_task<P>(o.items, o.height, o.width, o.outputs, o.first_channels, o.second_channels, o.splits));
     if (threadIdx.x == 0) {
-        prefetch_map(ds);
-        prefetch_map(task.second ? second : first);
-        for (int stage = 0; stage < P::STAGES; ++stage) {
-            barrier_init(shared.ready(stage), 1);
-            barrier_init(shared.free(stage), P::CONSUMERS * WARPS);
-        }
-        barriers_ready();
+        tma_prefetch(ds);
+        tma_prefetch(task.second ? second : first);
+        shared.ring().init(P::CONSUMERS * WARPGROUP_WARPS);
+        mbarrier_init_fence();
     }
     for (int i = threadIdx.x; i < P::ONES_BYTES / 4; i += P::THREADS) {
         reinterpret_cast<uint32_t*>(memory + P::ONES)[i] = pack_pair(1.0f, 1.0f);
     }
-    writes_ready();
+    async_proxy_fence();
     __syncthreads();  // barriers and ones are there before anybody uses them
 
-    // The same for all threads of a warp, and known to the compiler as such.
-    const int warp = __shfl_sync(FULL_WARP, threadIdx.x / WARP, 0);
-    if (warp < WARPS) {
-        registers_give<PRODUCER_REGISTERS>();
+    const int warp = uniform_warp();
+    if (warp < WARPGROUP_WARPS) {
+        warpgroup_reg_dealloc<PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) produce<P>(ds, task.second ? second : first, o, shared, task);
         return;
     }
-    registers_take<CONSUMER_REGISTERS>();
-    consume<P>(o, shared, task, warp / WARPS - 1);
+    warpgroup_reg_alloc<CONSUMER_REGISTERS>();
+    consume<P>(o, shared, task, warp / WARPGROUP_WARPS - 1);
 }
 
 // ds: map of the sum's gradient [items, height, width, outputs] by boxes of OUTPUTS channels and TILE_WIDTH x DS_HEIGHT pixels;

@@ -13,6 +13,7 @@
 //           registers stay where they are.
 //
 // Bound by the tensor cores (2840 products of 16x8x16 per tile of 62x14) and, at half that, by the special function units.
+#include "common/conv.cuh"
 #include "common/image_tile.cuh"
 #include "common/launch.cuh"
 
@@ -98,9 +99,9 @@ __device__ __forceinline__ void load_map(const Operands& o, const Place& place, 
         const int y = first_y + pixel / MAP_WIDTH, x = first_x + pixel % MAP_WIDTH;
         const bool valid = static_cast<unsigned>(y) < static_cast<unsigned>(height) && static_cast<unsigned>(x) < static_cast<unsigned>(width);
         const size_t at = valid ? ((static_cast<size_t>(place.item) * height + y) * width + x) * CHANNELS + unit * 8 : 0;
-        copy16_async(map_address(to, pixel, unit), o.map + at, valid);
+        cp_async16(map_address(to, pixel, unit), o.map + at, valid);
     }
-    copy_commit();
+    cp_async_commit();
 }
 
 // The upsampled map's convolution into the halo, one parity of rows and columns per pair of warps. The halo's first row and
@@ -123,9 +124,9 @@ __device__ __forceinline__ void upsample(const Operands& o, const Place& place, 
         for (int tap = 0; tap < 4; ++tap) {
             const int pixel = (row + tap / 2) * MAP_WIDTH + column + tap % 2 + lane % 16;
             uint32_t a[4];
-            load_matrices(a, map_address(map, pixel, lane / 16));
-            multiply_add(sums[0], a, weights[4 * tap], weights[4 * tap + 1]);
-            multiply_add(sums[1], a, weights[4 * tap + 2], weights[4 * tap + 3]);
+            ldmatrix(a, map_address(map, pixel, lane / 16));
+            mma(sums[0], a, weights[4 * tap], weights[4 * tap + 1]);
+            mma(sums[1], a, weights[4 * tap + 2], weights[4 * tap + 3]);
         }
         const int halo_y = 2 * row + 1 - row_parity;
 #pragma unroll
@@ -158,7 +159,7 @@ __device__ __forceinline__ void encode(const Operands& o, const Place& place, co
 #pragma unroll
             for (int tile = 0; tile < 2; ++tile) {
                 const uint32_t* const pair = weights + (tile * IMAGE_STEPS + step) * 2;
-                multiply_add(sums[tile], a[step], pair[0], pair[1]);
+                mma(sums[tile], a[step], pair[0], pair[1]);
             }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -204,7 +205,7 @@ struct Painter {
         uint32_t left[4];
         pack_fragment(left, activated[0], activated[1]);
         float colours[4] = {bias[0], bias[1], bias[0], bias[1]};
-        multiply_add(colours, left, weights[0], weights[1]);
+        mma(colours, left, weights[0], weights[1]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int colour = 2 * member + i % 2, column = group + i / 2 * 8;
@@ -232,7 +233,7 @@ __device__ __forceinline__ void decode(const Operands& o, const Place& place, ui
             for (int source = 0; source < 2; ++source) {
                 const int pixel = (first_row + row) * HALO_WIDTH + column + dx + lane % 16;
                 uint32_t a[4];
-                load_matrices(a, halo_address(halo, pixel, 2 * source + lane / 16));
+                ldmatrix(a, halo_address(halo, pixel, 2 * source + lane / 16));
 #pragma unroll
                 for (int dy = 0; dy < 3; ++dy) {
                     const int target = row - dy;  // the picture's row whose kernel row dy this is
@@ -240,7 +241,7 @@ __device__ __forceinline__ void decode(const Operands& o, const Place& place, ui
 #pragma unroll
                     for (int tile = 0; tile < 2; ++tile) {
                         const uint32_t* const pair = weights + (((dy * 3 + dx) * 2 + source) * 2 + tile) * 2;
-                        multiply_add(sums[target % 3][tile], a, pair[0], pair[1]);
+                        mma(sums[target % 3][tile], a, pair[0], pair[1]);
                     }
                 }
             }
@@ -285,7 +286,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void detail_stage(
     Image::Words<THREADS> words;
     Image::fetch<THREADS>(words, image, place.item, place.y - 2, place.x - 2, height, width);
     image_tile.put<THREADS>(words);
-    copy_wait<0>();
+    cp_async_wait<0>();
     __syncthreads();  // map and image are there
     upsample(o, place, map_tile, halo);
     encode(o, place, image_tile, halo);
@@ -306,24 +307,22 @@ extern "C" __global__ __launch_bounds__(THREADS) void detail_stage_arrange(
     for (int i = 0; i < 2; ++i) {
         if (at < UP_START) {
             const int part = at % 2, tile = at / 2 % 2, source = at / 4 % 2, tap = at / 8;
-            const int output = channel_of_column<CHANNELS>(8 * tile + column);
+            const int output = channel_of_column(8 * tile + column, CHANNELS);
             pair[i] = to_float(decoder[(output * 9 + tap) * 2 * CHANNELS + source * CHANNELS + 8 * part + 2 * member + i]);
         } else if (at < ENCODER_START) {
             const int from_start = at - UP_START;
             const int part = from_start % 2, tile = from_start / 2 % 2, tap = from_start / 4 % 4, parity = from_start / UP_REGISTERS;
-            const int output = channel_of_column<CHANNELS>(8 * tile + column);
-            // Of an even row the first pixel of the map meets kernel row 0 and the second rows 1 and 2; of an odd row the first
-            // meets rows 0 and 1, the second row 2. Columns alike.
-            const int row_parity = parity / 2, column_parity = parity % 2;
+            const int output = channel_of_column(8 * tile + column, CHANNELS);
+            const KernelRows rows = upsampled_rows(tap / 2, parity / 2), along = upsampled_rows(tap % 2, parity % 2);
             pair[i] = 0.0f;
-            for (int dy = tap / 2 == 0 ? 0 : 1 + row_parity; dy <= (tap / 2 == 0 ? row_parity : 2); ++dy)
-                for (int dx = tap % 2 == 0 ? 0 : 1 + column_parity; dx <= (tap % 2 == 0 ? column_parity : 2); ++dx) {
+            for (int dy = rows.first; dy <= rows.last; ++dy)
+                for (int dx = along.first; dx <= along.last; ++dx) {
                     pair[i] += to_float(up[(output * 9 + dy * 3 + dx) * CHANNELS + 8 * part + 2 * member + i]);
                 }
         } else {
             const int from_start = at - ENCODER_START;
             const int part = from_start % 2, step = from_start / 2 % IMAGE_STEPS, tile = from_start / 2 / IMAGE_STEPS;
-            const int output = channel_of_column<CHANNELS>(8 * tile + column), k = 16 * step + 8 * part + 2 * member + i;
+            const int output = channel_of_column(8 * tile + column, CHANNELS), k = 16 * step + 8 * part + 2 * member + i;
             pair[i] = is_image_tap(k) ? to_float(encoder[output * 27 + image_tap(k)]) : 0.0f;
         }
     }

@@ -1,38 +1,42 @@
 // Patch embedding straight from the image; engine/src/ops/patch_embed.rs holds the contract.
 //
-// A product [tokens, K] x [dim, K]^T with K = patch * patch * channels, whose first operand is gathered from the image while
-// it is copied to shared memory: a row of a patch is contiguous there, so every 16-byte chunk of K is too. Tiles of
-// TILE_TOKENS x TILE_DIM, eight warps of 64x64 each, STAGES blocks of BLOCK_K in flight. Bound by the tensor cores for the
-// pixel patches (K from 768), by writing the tokens for the latent patch (K of 64).
-#include "common/gemm_mma.cuh"
+// A product [tokens, K] x [dim, K]^T with K = patch * patch * channels (an implicit GEMM), whose first operand is gathered
+// from the image while it is copied to shared memory: a row of a patch is contiguous there, so every 16-byte chunk of K is
+// too. Tiles of BLOCK_M x BLOCK_N, eight warps of 64x64 each, STAGES blocks of BLOCK_K in flight. Bound by the tensor cores
+// for the pixel patches (K from 768), by writing the tokens for the latent patch (K of 64).
+#include "common/mma.cuh"
 #include "common/launch.cuh"
 
 constexpr int THREADS = 256;
-constexpr int TILE_TOKENS = 128;
-constexpr int TILE_DIM = 256;
+constexpr int BLOCK_M = 128;  // tokens
+constexpr int BLOCK_N = 256;  // outputs
 constexpr int WARP_TILE = 64;  // in both directions
-constexpr int WARPS_ALONG_DIM = TILE_DIM / WARP_TILE;
+constexpr int WARPS_ALONG_DIM = BLOCK_N / WARP_TILE;
 constexpr int STAGES = 4;
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr int BLOCK_K = 64;  // 192 KB in all, of Hopper's 227
 #else
 constexpr int BLOCK_K = 32;  // 96 KB in all, which every GPU since Ampere has
 #endif
-using Tile = SwizzledTile<BLOCK_K>;
+constexpr int CHUNKS = BLOCK_K / UNIT;  // of 16 bytes, of a row of a stage
+constexpr int ROW_BYTES = BLOCK_K * sizeof(bf16);
 
 constexpr int STEPS_PER_BLOCK = BLOCK_K / 16;  // of the m16n8k16 product
-constexpr int IMAGE_BYTES = TILE_TOKENS * Tile::ROW_BYTES;
-constexpr int STAGE_BYTES = IMAGE_BYTES + TILE_DIM * Tile::ROW_BYTES;
-constexpr int COPY_ROWS = THREADS / Tile::CHUNKS;  // rows that one chunk per thread covers
-constexpr int IMAGE_COPIES = TILE_TOKENS / COPY_ROWS;
-constexpr int WEIGHT_COPIES = TILE_DIM / COPY_ROWS;
-constexpr int OUTPUT_STRIDE = TILE_DIM + 8;  // elements; the shift keeps the result's rows in different banks
+constexpr int IMAGE_BYTES = BLOCK_M * ROW_BYTES;
+constexpr int STAGE_BYTES = IMAGE_BYTES + BLOCK_N * ROW_BYTES;
+constexpr int COPY_ROWS = THREADS / CHUNKS;  // rows that one chunk per thread covers
+constexpr int IMAGE_COPIES = BLOCK_M / COPY_ROWS;
+constexpr int WEIGHT_COPIES = BLOCK_N / COPY_ROWS;
+constexpr int OUTPUT_STRIDE = BLOCK_N + 8;  // elements; the shift keeps the result's rows in different banks
 constexpr int SMEM_BYTES = STAGES * STAGE_BYTES;
 
-static_assert(TILE_TOKENS / WARP_TILE * WARPS_ALONG_DIM * WARP == THREADS);
+static_assert(BLOCK_M / WARP_TILE * WARPS_ALONG_DIM * WARP == THREADS);
 static_assert(COPY_ROWS % 8 == 0, "a thread's chunks share one swizzle key");
 static_assert(STEPS_PER_BLOCK % 2 == 0, "fragments alternate between two buffers");
-static_assert(TILE_TOKENS * OUTPUT_STRIDE * 2 <= SMEM_BYTES);
+static_assert(BLOCK_M * OUTPUT_STRIDE * 2 <= SMEM_BYTES);
+
+// Where a chunk of a row stands in a stage, in bytes.
+__device__ __forceinline__ uint32_t tile_offset(int row, int chunk) { return row * ROW_BYTES + (chunk ^ swizzle_key<CHUNKS>(row)) * 16; }
 
 // The sizes of the problem, in chunks of eight elements where that is said.
 struct Sizes {
@@ -59,7 +63,7 @@ struct Loader {
     __device__ __forceinline__ Loader(
         const bf16* image, const bf16* weight, const Sizes& sizes, int first_token, int first_dim)
         : image(reinterpret_cast<const uint4*>(image)), weight(reinterpret_cast<const uint4*>(weight)), token_valid(0) {
-        const int row = threadIdx.x / Tile::CHUNKS;
+        const int row = threadIdx.x / CHUNKS;
 #pragma unroll
         for (int i = 0; i < IMAGE_COPIES; ++i) {
             const int token = first_token + row + i * COPY_ROWS;
@@ -73,7 +77,7 @@ struct Loader {
         }
         first_output = first_dim + row;
         weight_start = static_cast<unsigned>(first_output) * sizes.chunks;
-        chunk = threadIdx.x % Tile::CHUNKS;
+        chunk = threadIdx.x % CHUNKS;
         column = chunk;
         in_patch = chunk;
         enter_row(sizes);
@@ -91,22 +95,22 @@ struct Loader {
     // output or no more K.
     __device__ __forceinline__ void copy_next(uint32_t stage, const Sizes& sizes) {
         const bool in_range = chunk < sizes.chunks;
-        const uint32_t target = stage + Tile::offset(threadIdx.x / Tile::CHUNKS, threadIdx.x % Tile::CHUNKS);
+        const uint32_t target = stage + tile_offset(threadIdx.x / CHUNKS, threadIdx.x % CHUNKS);
 #pragma unroll
         for (int i = 0; i < IMAGE_COPIES; ++i) {
             const bool valid = in_range && (token_valid >> i & 1);
             const unsigned from = valid ? token_start[i] + in_patch : 0;
-            copy_async16(target + i * COPY_ROWS * Tile::ROW_BYTES, image + from, valid);
+            cp_async16(target + i * COPY_ROWS * ROW_BYTES, image + from, valid);
         }
 #pragma unroll
         for (int i = 0; i < WEIGHT_COPIES; ++i) {
             const bool valid = in_range && first_output + i * COPY_ROWS < sizes.dim;
             const unsigned from = valid ? weight_start + i * COPY_ROWS * sizes.chunks + chunk : 0;
-            copy_async16(target + IMAGE_BYTES + i * COPY_ROWS * Tile::ROW_BYTES, weight + from, valid);
+            cp_async16(target + IMAGE_BYTES + i * COPY_ROWS * ROW_BYTES, weight + from, valid);
         }
-        chunk += Tile::CHUNKS;
-        column += Tile::CHUNKS;
-        in_patch += Tile::CHUNKS;
+        chunk += CHUNKS;
+        column += CHUNKS;
+        in_patch += CHUNKS;
         enter_row(sizes);
     }
 };
@@ -124,11 +128,11 @@ struct Fragments {
     __device__ __forceinline__ void load(uint32_t token_address, uint32_t weight_address, int step) {
 #pragma unroll
         for (int i = 0; i < TOKEN_FRAGMENTS; ++i) {
-            load_matrices(tokens[i], (token_address ^ (step * 32)) + i * 16 * Tile::ROW_BYTES);
+            ldmatrix(tokens[i], (token_address ^ (step * 32)) + i * 16 * ROW_BYTES);
         }
 #pragma unroll
         for (int i = 0; i < DIM_FRAGMENTS / 2; ++i) {
-            load_matrices(weights[i], (weight_address ^ (step * 32)) + i * 16 * Tile::ROW_BYTES);
+            ldmatrix(weights[i], (weight_address ^ (step * 32)) + i * 16 * ROW_BYTES);
         }
     }
 
@@ -137,7 +141,7 @@ struct Fragments {
         for (int i = 0; i < TOKEN_FRAGMENTS; ++i) {
 #pragma unroll
             for (int j = 0; j < DIM_FRAGMENTS; ++j) {
-                multiply_accumulate(sums[i][j], tokens[i], weights[j / 2][j % 2 * 2], weights[j / 2][j % 2 * 2 + 1]);
+                mma(sums[i][j], tokens[i], weights[j / 2][j % 2 * 2], weights[j / 2][j % 2 * 2 + 1]);
             }
         }
     }
@@ -150,28 +154,28 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void patch_embed(
     int patch_row_chunks, int image_row_chunks, int patch, int columns, int patches_per_item) {
     extern __shared__ __align__(128) unsigned char smem[];
     const Sizes sizes{tokens, dim, chunks, patch_row_chunks, image_row_chunks, patch, columns, patches_per_item};
-    const int tiles_along_dim = (dim + TILE_DIM - 1) / TILE_DIM;
-    const int first_token = blockIdx.x / tiles_along_dim * TILE_TOKENS;
-    const int first_dim = blockIdx.x % tiles_along_dim * TILE_DIM;
+    const int tiles_along_dim = (dim + BLOCK_N - 1) / BLOCK_N;
+    const int first_token = blockIdx.x / tiles_along_dim * BLOCK_M;
+    const int first_dim = blockIdx.x % tiles_along_dim * BLOCK_N;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int warp_token = warp / WARPS_ALONG_DIM * WARP_TILE, warp_dim = warp % WARPS_ALONG_DIM * WARP_TILE;
-    const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(smem));
-    const int blocks = (chunks + Tile::CHUNKS - 1) / Tile::CHUNKS;
+    const uint32_t stages = shared_address(smem);
+    const int blocks = (chunks + CHUNKS - 1) / CHUNKS;
 
     Loader loader(image, weight, sizes, first_token, first_dim);
 #pragma unroll
     for (int stage = 0; stage < STAGES - 1; ++stage) {
         if (stage < blocks) loader.copy_next(stages + stage * STAGE_BYTES, sizes);
-        commit_copies();  // also when empty, so that the groups count the stages
+        cp_async_commit();  // also when empty, so that the groups count the stages
     }
 
     // Rows of ldmatrix: tokens 0-7, 8-15 at chunk 0, then the same at chunk 1; outputs 0-7 at chunks 0 and 1, then 8-15.
-    const uint32_t token_lane = Tile::offset(warp_token + lane % 16, lane / 16);
-    const uint32_t weight_lane = IMAGE_BYTES + Tile::offset(warp_dim + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const uint32_t token_lane = tile_offset(warp_token + lane % 16, lane / 16);
+    const uint32_t weight_lane = IMAGE_BYTES + tile_offset(warp_dim + lane % 8 + lane / 16 * 8, lane / 8 % 2);
     float sums[TOKEN_FRAGMENTS][DIM_FRAGMENTS][4] = {};
     Fragments fragments[2];
 
-    wait_copies<STAGES - 2>();
+    cp_async_wait<STAGES - 2>();
     __syncthreads();  // the first stage has arrived, from all threads
     fragments[0].load(stages + token_lane, stages + weight_lane, 0);
     uint32_t stage = stages;
@@ -184,14 +188,14 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void patch_embed(
             if (step + 1 < STEPS_PER_BLOCK) {
                 fragments[(step + 1) % 2].load(stage + token_lane, stage + weight_lane, step + 1);
             } else {
-                wait_copies<STAGES - 2>();
+                cp_async_wait<STAGES - 2>();
                 __syncthreads();  // the next stage has arrived from all threads, and all have read this one
                 if (block + 1 < blocks) fragments[0].load(next_stage + token_lane, next_stage + weight_lane, 0);
             }
             if (step == 0) {
                 // Into the stage that was read before this one; the last barrier came after those reads.
                 if (block + STAGES - 1 < blocks) loader.copy_next(stages + free_stage * STAGE_BYTES, sizes);
-                commit_copies();
+                cp_async_commit();
                 free_stage = free_stage + 1 == STAGES ? 0 : free_stage + 1;
             }
             fragments[step % 2].multiply(sums);
@@ -219,8 +223,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void patch_embed(
         }
     }
     __syncthreads();  // the result is complete before it is read by rows
-    constexpr int VECTORS = TILE_DIM / 8;
-    for (int index = threadIdx.x; index < TILE_TOKENS * VECTORS; index += THREADS) {
+    constexpr int VECTORS = BLOCK_N / 8;
+    for (int index = threadIdx.x; index < BLOCK_M * VECTORS; index += THREADS) {
         const int row = index / VECTORS, column = index % VECTORS * 8;
         const int token = first_token + row;
         if (token >= tokens || first_dim + column >= dim) continue;
@@ -228,4 +232,4 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void patch_embed(
             *reinterpret_cast<const uint4*>(result + row * OUTPUT_STRIDE + column);
     }
 }
-L2P_LAUNCH(patch_embed, THREADS, SMEM_BYTES, TILE_TOKENS, TILE_DIM)
+L2P_LAUNCH(patch_embed, THREADS, SMEM_BYTES, BLOCK_M, BLOCK_N)

@@ -5,20 +5,14 @@ use std::path::{Path, PathBuf};
 
 use crate::Error;
 
-/// The hash of the names and contents of `files`.
-pub fn hash_files(files: &[PathBuf]) -> Result<u64, Error> {
+/// The key of one image: everything that can change its bytes. `files` are the source and the headers it reaches.
+pub fn key(files: &[PathBuf], flags: &[&str], compiler: &str) -> Result<u64, Error> {
     let mut hasher = DefaultHasher::new();
+    (flags, compiler).hash(&mut hasher);
     for file in files {
         file.hash(&mut hasher);
         read(file)?.hash(&mut hasher);
     }
-    Ok(hasher.finish())
-}
-
-/// The key of one image: everything that can change its bytes.
-pub fn key(source: &Path, headers: u64, flags: &[&str], compiler: &str) -> Result<u64, Error> {
-    let mut hasher = DefaultHasher::new();
-    (read(source)?, headers, flags, compiler).hash(&mut hasher);
     Ok(hasher.finish())
 }
 

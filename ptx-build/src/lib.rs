@@ -2,7 +2,7 @@
 //!
 //! Every `*.cu` file becomes one image per [`Target`]: sm_90a machine code for Hopper and compute_80 PTX, which the driver
 //! compiles when it is loaded on any other GPU from Ampere on. Images are cached by the hash of everything that went into
-//! them (source, headers, flags, compiler version), so a rebuild compiles only what changed.
+//! them (source, the headers it includes, flags, compiler version), so a rebuild compiles only what changed.
 //!
 //! A build script uses it like this:
 //!
@@ -14,6 +14,7 @@
 //! ```
 
 mod cache;
+mod includes;
 mod report;
 mod toolchain;
 
@@ -54,6 +55,10 @@ impl Target {
         }
     }
 }
+
+/// What every source is compiled with, whatever the target; one flag a line. A file of its own, so that scripts that compile a
+/// kernel on the side do it as the build does.
+const FLAGS: &str = include_str!("../nvcc-flags");
 
 /// Why a build failed.
 #[derive(Debug)]
@@ -107,19 +112,28 @@ pub struct Build {
 #[derive(Debug)]
 pub struct Builder {
     source_dir: PathBuf,
+    include_dir: PathBuf,
     out_dir: PathBuf,
     toolchain_dir: Option<PathBuf>,
 }
 
 impl Builder {
     /// A build of every `*.cu` directly in `source_dir`, with its images in `out_dir`. Headers are looked up in
-    /// `source_dir`.
+    /// `source_dir` too, unless [`Builder::include_dir`] names another folder.
     pub fn new(source_dir: impl Into<PathBuf>, out_dir: impl Into<PathBuf>) -> Self {
+        let source_dir = source_dir.into();
         Builder {
-            source_dir: source_dir.into(),
+            include_dir: source_dir.clone(),
+            source_dir,
             out_dir: out_dir.into(),
             toolchain_dir: None,
         }
+    }
+
+    /// Looks headers up in `dir` instead of the sources' folder.
+    pub fn include_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.include_dir = dir.into();
+        self
     }
 
     /// Also looks for `bin/nvcc` in `dir`, after all the standard places.
@@ -133,13 +147,14 @@ impl Builder {
     /// # Errors
     /// When a source does not compile, a file cannot be read or written, or `L2P_NVCC` names an unusable compiler.
     pub fn compile(&self) -> Result<Build, Error> {
-        let (sources, headers) = list_sources(&self.source_dir)?;
+        let sources = list_sources(&self.source_dir)?;
+        let headers = list_headers(&self.include_dir)?;
         let (nvcc, search) = find_nvcc(self.toolchain_dir.as_deref())?;
         let mut watched: Vec<PathBuf> = sources.iter().chain(&headers).cloned().collect();
-        watched.push(self.source_dir.clone());
+        watched.extend([self.source_dir.clone(), self.include_dir.clone()]);
         watched.extend(self.toolchain_dir.iter().cloned());
         let images = match &nvcc {
-            Some(nvcc) => self.compile_all(nvcc, &sources, &headers)?,
+            Some(nvcc) => self.compile_all(nvcc, &sources)?,
             None => Vec::new(),
         };
         Ok(Build {
@@ -150,8 +165,7 @@ impl Builder {
         })
     }
 
-    fn compile_all(&self, nvcc: &Nvcc, sources: &[PathBuf], headers: &[PathBuf]) -> Result<Vec<Image>, Error> {
-        let header_hash = cache::hash_files(headers)?;
+    fn compile_all(&self, nvcc: &Nvcc, sources: &[PathBuf]) -> Result<Vec<Image>, Error> {
         let jobs: Vec<(usize, Target)> = (0..sources.len())
             .flat_map(|index| Target::ALL.map(|target| (index, target)))
             .collect();
@@ -165,7 +179,7 @@ impl Builder {
             for _ in 0..workers {
                 scope.spawn(|| {
                     while let Some(&(index, target)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        match self.compile_one(nvcc, &sources[index], target, header_hash) {
+                        match self.compile_one(nvcc, &sources[index], target) {
                             Ok(compiled) => done.lock().unwrap().push((index, target, compiled)),
                             Err(error) => {
                                 failure.lock().unwrap().get_or_insert(error);
@@ -196,18 +210,10 @@ impl Builder {
             .collect())
     }
 
-    fn compile_one(&self, nvcc: &Nvcc, source: &Path, target: Target, headers: u64) -> Result<Compiled, Error> {
-        let flags = [
-            "-fatbin",
-            target.gencode(),
-            "-std=c++20",
-            "-O3",
-            "--expt-relaxed-constexpr",
-            "-lineinfo",
-            "-Xptxas=-v",
-            "--compress-mode=size",
-        ];
-        let key = cache::key(source, headers, &flags, &nvcc.version)?;
+    fn compile_one(&self, nvcc: &Nvcc, source: &Path, target: Target) -> Result<Compiled, Error> {
+        let flags: Vec<&str> = FLAGS.lines().chain([target.gencode()]).collect();
+        let files = includes::reached_from(source, &self.include_dir)?;
+        let key = cache::key(&files, &flags, &nvcc.version)?;
         let base = self.out_dir.join(format!("{}.{}", stem(source), target.name()));
         let file = base.with_extension(format!("{}.{key:016x}.fatbin", target.name()));
         let log = file.with_extension("log");
@@ -215,9 +221,9 @@ impl Builder {
             cache::remove_stale(&self.out_dir, &format!("{}.{}.", stem(source), target.name()))?;
             let partial = file.with_extension("partial");
             let output = Command::new(&nvcc.path)
-                .args(flags)
+                .args(&flags)
                 .arg("-I")
-                .arg(&self.source_dir)
+                .arg(&self.include_dir)
                 .arg("-o")
                 .arg(&partial)
                 .arg(source)
@@ -282,25 +288,42 @@ fn stem(source: &Path) -> String {
         .unwrap_or_default()
 }
 
-/// The sources directly in `dir` and the headers anywhere below it, each sorted by path.
-fn list_sources(dir: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>), Error> {
-    let (mut sources, mut headers, mut folders) = (Vec::new(), Vec::new(), vec![dir.to_path_buf()]);
+/// The sources directly in `dir`, sorted by path.
+fn list_sources(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let mut sources: Vec<PathBuf> = list_folder(dir)?
+        .into_iter()
+        .filter(|path| has_extension(path, &["cu"]) && !path.is_dir())
+        .collect();
+    sources.sort();
+    Ok(sources)
+}
+
+/// The headers anywhere below `dir`, sorted by path.
+fn list_headers(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let (mut headers, mut folders) = (Vec::new(), vec![dir.to_path_buf()]);
     while let Some(folder) = folders.pop() {
-        let entries = std::fs::read_dir(&folder).map_err(|error| Error::Io(folder.clone(), error))?;
-        for entry in entries {
-            let path = entry.map_err(|error| Error::Io(folder.clone(), error))?.path();
+        for path in list_folder(&folder)? {
             if path.is_dir() {
                 folders.push(path);
-                continue;
-            }
-            match path.extension().and_then(|extension| extension.to_str()) {
-                Some("cu") if folder == dir => sources.push(path),
-                Some("cuh" | "h") => headers.push(path),
-                _ => {}
+            } else if has_extension(&path, &["cuh", "h"]) {
+                headers.push(path);
             }
         }
     }
-    sources.sort();
     headers.sort();
-    Ok((sources, headers))
+    Ok(headers)
+}
+
+fn list_folder(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let failed = |error| Error::Io(dir.to_path_buf(), error);
+    std::fs::read_dir(dir)
+        .map_err(failed)?
+        .map(|entry| Ok(entry.map_err(failed)?.path()))
+        .collect()
+}
+
+fn has_extension(path: &Path, wanted: &[&str]) -> bool {
+    path.extension()
+        .and_then(|extension| extension.to_str())
+        .is_some_and(|extension| wanted.contains(&extension))
 }

@@ -1,11 +1,26 @@
-// What the attention kernels share: which keys a row sees, softmax over scores that arrive block by block, the way of a
-// finished tile to memory. Everything works on accumulator fragments (common/mma.cuh).
+// What the attention kernels share: which keys a row sees, softmax over scores that arrive block by block (an online
+// softmax), the way of a finished tile to memory. Everything works on accumulator fragments (common/mma.cuh).
 #pragma once
 #include "common/mma.cuh"
 
 // The keys of a batch item.
 __device__ __forceinline__ int key_length(const int* lengths, int item, int tokens) {
     return lengths == nullptr ? tokens : min(max(lengths[item], 0), tokens);
+}
+
+// Starts copying rows `first` to first + COUNT - 1, COUNT a multiple of the rows that the block's THREADS move at once, into
+// a swizzled tile; rows at or past `limit` become zeros.
+template <int COUNT, int UNITS, int THREADS, int UNROLL>
+__device__ __forceinline__ void copy_rows(uint32_t tile, const bf16* from, int stride, int first, int limit) {
+    static_assert(COUNT * UNITS % THREADS == 0);
+#pragma unroll(UNROLL)
+    for (int i = 0; i < COUNT * UNITS / THREADS; ++i) {
+        const int index = threadIdx.x + i * THREADS;
+        const int row = index / UNITS, unit = index % UNITS;
+        const bool valid = first + row < limit;
+        const bf16* source = from + static_cast<size_t>(valid ? first + row : 0) * stride + unit * UNIT;
+        cp_async16(tile + 16 * swizzled<UNITS>(row, unit), source, valid);
+    }
 }
 
 // A thread sees two rows of a 16-row fragment: its `group` and group + 8. The weights of a block are

@@ -6,15 +6,12 @@
 // memory are 16 bytes longer than their data: eight consecutive ones then start in different banks, so that ldmatrix has no
 // conflicts, and a tap's shift is a constant.
 #pragma once
-#include "common/conv_mma.cuh"
+#include "common/conv.cuh"
+#include "common/mma.cuh"
 
 constexpr int THREADS = 256;
 constexpr int TILE_WIDTH = 16;
 constexpr int ROW_PAD = 16;  // bytes
-
-constexpr unsigned SILU = 1;          // the result is x * sigmoid(x) of the sum
-constexpr unsigned F32_OUTPUT = 2;    // the output is f32, scaled
-constexpr unsigned F32_IMAGE = 4;     // the image source is f32
 
 // What a convolution reads and writes. Channels of `x` come first, then those of `second`, whose grid may differ.
 struct Operands {
@@ -101,11 +98,6 @@ __device__ __forceinline__ Tile find_tile(const Operands& o) {
     return tile;
 }
 
-// PyTorch's choice of the source index in a nearest resize.
-__device__ __forceinline__ int nearest(int index, float ratio, int extent) {
-    return min(static_cast<int>(static_cast<float>(index) * ratio), extent - 1);
-}
-
 // The pixel of the second source that stands at (y, x) of the first one's grid.
 __device__ __forceinline__ size_t second_pixel(const Operands& o, int item, int y, int x) {
     const int row = nearest(y, o.row_ratio, o.second_height), column = nearest(x, o.column_ratio, o.second_width);
@@ -133,7 +125,7 @@ __device__ __forceinline__ void load_input(const Operands& o, const Tile& tile, 
         } else if (valid) {
             from = static_cast<const bf16*>(o.second) + second_pixel(o, tile.item, y, x) * o.second_channels + (channel - o.channels);
         }
-        copy_16_bytes(to + position * P::ROW + part * 16, from, valid);
+        cp_async16(to + position * P::ROW + part * 16, from, valid);
     }
 }
 
@@ -150,7 +142,7 @@ __device__ __forceinline__ void load_weights(const Operands& o, const Tile& tile
         const int channel = first_channel + part * 8;
         const bool valid = output < o.outputs && channel < channels;
         const size_t at = (static_cast<size_t>(output) * (P::KERNEL * P::KERNEL) + tap) * channels + channel;
-        copy_16_bytes(to + row * P::ROW + part * 16, o.weight + (valid ? at : 0), valid);
+        cp_async16(to + row * P::ROW + part * 16, o.weight + (valid ? at : 0), valid);
     }
 }
 
@@ -175,15 +167,15 @@ __device__ __forceinline__ void multiply_row(typename P::Sums& sums, const Tile&
             uint32_t b[P::N_TILES / 2][4];
 #pragma unroll
             for (int n = 0; n < P::N_TILES / 2; ++n) {
-                load_matrices(b[n], weights_lane + (dx * P::OUTPUTS + n * 16) * P::ROW + k * 2);
+                ldmatrix(b[n], weights_lane + (dx * P::OUTPUTS + n * 16) * P::ROW + k * 2);
             }
 #pragma unroll
             for (int m = 0; m < P::M_TILES; ++m) {
                 uint32_t a[4];
-                load_matrices(a, (m % 2 == 0 ? even_row : odd_row) + m / 2 * 2 / SHRINK * INPUT_ROW + column + k * 2);
+                ldmatrix(a, (m % 2 == 0 ? even_row : odd_row) + m / 2 * 2 / SHRINK * INPUT_ROW + column + k * 2);
 #pragma unroll
                 for (int n = 0; n < P::N_TILES; ++n) {
-                    multiply_add(sums[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+                    mma(sums[m][n], a, b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
                 }
             }
         }

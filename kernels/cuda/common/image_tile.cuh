@@ -130,10 +130,3 @@ __device__ __forceinline__ void load_image_weights(
             b[step][part] = pack_pair(weight(k), weight(k + 1));
         }
 }
-
-// Channels are arranged so that a lane's results of `GROUP` columns are consecutive: column 8 t + 2 m + j of a group is channel
-// m * (GROUP / 4) + 2 t + j.
-template <int GROUP>
-__device__ __forceinline__ int channel_of_column(int column) {
-    return column / GROUP * GROUP + column % 8 / 2 * (GROUP / 4) + column % GROUP / 8 * 2 + column % 2;
-}

@@ -15,40 +15,47 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Where unit `unit` of row `row` stands in a tile of rows of UNITS units (a power of two, 4 at least), counted in units
-// from the tile's start. The position within each 128 bytes is exchanged by the row, so that eight consecutive rows of one
-// unit lie in eight different groups of four banks.
+// What the places of a row's units are exchanged by in a tile of rows of UNITS units (a power of two, 4 at least): within
+// each 128 bytes by the row, so that eight consecutive rows of one unit lie in eight different groups of four banks.
+template <int UNITS>
+__device__ __forceinline__ int swizzle_key(int row) {
+    static_assert(UNITS >= 4 && (UNITS & (UNITS - 1)) == 0);
+    return UNITS >= 8 ? row & 7 : (row >> 1) & 3;
+}
+
+// Where unit `unit` of row `row` stands in such a tile, counted in units from its start.
 template <int UNITS>
 __device__ __forceinline__ int swizzled(int row, int unit) {
-    static_assert(UNITS >= 4 && (UNITS & (UNITS - 1)) == 0);
-    if constexpr (UNITS >= 8) return row * UNITS + (unit ^ (row & 7));
-    return row * UNITS + (unit ^ ((row >> 1) & 3));
+    return row * UNITS + (unit ^ swizzle_key<UNITS>(row));
 }
 
 // Starts copying 16 bytes from global to shared memory; zeros are written where `valid` is false, and nothing is read.
-__device__ __forceinline__ void copy16_async(uint32_t to, const void* from, bool valid) {
+__device__ __forceinline__ void cp_async16(uint32_t to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
 // Closes this thread's group of copies started since the last one.
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most PENDING of this thread's groups are under way; a barrier must follow before others read.
 template <int PENDING>
-__device__ __forceinline__ void copy_wait() {
+__device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// Waits for all copies that this thread has started.
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Loads four 8 x 8 tiles; lane l gives the address of row l % 8 of tile l / 8. A thread gets of each tile row `group`,
 // columns 2 member and 2 member + 1; of the transposed load row 2 member and 2 member + 1, column `group`.
-__device__ __forceinline__ void load_matrices(uint32_t (&tile)[4], uint32_t address) {
+__device__ __forceinline__ void ldmatrix(uint32_t (&tile)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(tile[0]), "=r"(tile[1]), "=r"(tile[2]), "=r"(tile[3])
                  : "r"(address)
                  : "memory");
 }
 
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&tile)[4], uint32_t address) {
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&tile)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(tile[0]), "=r"(tile[1]), "=r"(tile[2]), "=r"(tile[3])
                  : "r"(address)
@@ -59,7 +66,7 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&tile)[4], ui
 template <int UNITS>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], uint32_t tile, int row, int unit) {
     const int lane = threadIdx.x % WARP;
-    load_matrices(a, tile + 16 * swizzled<UNITS>(row + lane % 16, unit ^ lane / 16));
+    ldmatrix(a, tile + 16 * swizzled<UNITS>(row + lane % 16, unit ^ lane / 16));
 }
 
 // Two B operands from a tile that holds one column of B per row: b[0..1] columns `row` to row + 7 of B, b[2..3] the next
@@ -67,7 +74,7 @@ __device__ __forceinline__ void load_a(uint32_t (&a)[4], uint32_t tile, int row,
 template <int UNITS>
 __device__ __forceinline__ void load_b(uint32_t (&b)[4], uint32_t tile, int row, int unit) {
     const int lane = threadIdx.x % WARP;
-    load_matrices(b, tile + 16 * swizzled<UNITS>(row + lane % 8 + lane / 16 * 8, unit ^ lane / 8 % 2));
+    ldmatrix(b, tile + 16 * swizzled<UNITS>(row + lane % 8 + lane / 16 * 8, unit ^ lane / 8 % 2));
 }
 
 // Two B operands from a tile that holds B row by row: b[0..1] the eight columns in unit `unit`, b[2..3] those in unit + 1,
@@ -75,11 +82,11 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[4], uint32_t tile, int row,
 template <int UNITS>
 __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[4], uint32_t tile, int row, int unit) {
     const int lane = threadIdx.x % WARP;
-    load_matrices_transposed(b, tile + 16 * swizzled<UNITS>(row + lane % 16, unit ^ lane / 16));
+    ldmatrix_trans(b, tile + 16 * swizzled<UNITS>(row + lane % 16, unit ^ lane / 16));
 }
 
 // d += a b for 16 rows, 8 columns and 16 summed elements.
-__device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -105,10 +112,4 @@ __device__ __forceinline__ float exp2_approximate(float x) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
-}
-
-// Waits until `threads` threads, a multiple of 32, have come to barrier `id`; it orders their accesses to shared memory.
-// Barrier 0 is __syncthreads().
-__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
-    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
