@@ -9,6 +9,7 @@ mod data;
 mod flow;
 mod graph;
 mod image_io;
+mod kernels;
 mod models;
 mod ops;
 mod runs;
@@ -28,6 +29,7 @@ fn main() -> std::process::ExitCode {
     flow::register(&mut suite);
     graph::register(&mut suite);
     image_io::register(&mut suite);
+    kernels::register(&mut suite);
     models::register(&mut suite);
     ops::register(&mut suite);
     runs::register(&mut suite);

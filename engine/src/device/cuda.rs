@@ -8,6 +8,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
 use super::blas::Blas;
 use super::cpu::{POISON_BYTE, poison_new_buffers};
 use super::kernel::Kernel;
+use super::lock::lock;
 use super::memory::{BesidePool, Ledger, MemoryReport, MemoryTag, format_bytes};
 use super::pool::{Pool, Recording};
 use super::{libraries, upload};
@@ -79,7 +80,7 @@ impl CudaDevice {
     /// without kernels.
     pub fn open(index: usize) -> Result<Arc<Self>> {
         static OPENED: Mutex<Vec<Arc<CudaDevice>>> = Mutex::new(Vec::new());
-        let mut opened = OPENED.lock().unwrap();
+        let mut opened = lock(&OPENED);
         if let Some(device) = opened.iter().find(|device| device.index == index) {
             return Ok(device.clone());
         }
@@ -208,7 +209,7 @@ impl CudaDevice {
     /// # Errors
     /// When the build has no such image or the driver cannot load it.
     pub fn kernel(&self, image: &'static str, name: &'static str) -> Result<Arc<Kernel>> {
-        let mut kernels = self.kernels.lock().unwrap();
+        let mut kernels = lock(&self.kernels);
         if let Some(kernel) = kernels.kernels.get(&(image, name)) {
             return Ok(kernel.clone());
         }
@@ -242,12 +243,12 @@ impl CudaDevice {
     ) -> Result<T> {
         let count = || {
             let in_use = self.driver_memory_in_use()?;
-            Ok::<_, Error>(in_use.saturating_sub(self.pool.lock().unwrap().reserved()))
+            Ok::<_, Error>(in_use.saturating_sub(lock(&self.pool).reserved()))
         };
         let before = count()?;
         let outcome = work()?;
         let grown = count()?.saturating_sub(before);
-        *part(&mut self.beside_pool.lock().unwrap()) += grown;
+        *part(&mut lock(&self.beside_pool)) += grown;
         Ok(outcome)
     }
 
@@ -299,12 +300,8 @@ impl CudaDevice {
     /// When the driver cannot be asked.
     pub fn available_memory(&self) -> Result<u64> {
         let (free, _) = check("cuMemGetInfo", self.context.mem_get_info())?;
-        let unused = self
-            .pool
-            .lock()
-            .unwrap()
-            .reserved()
-            .saturating_sub(self.ledger.report().total.current);
+        let held = self.ledger.report().total.current;
+        let unused = lock(&self.pool).reserved().saturating_sub(held);
         Ok(free as u64 + unused)
     }
 
@@ -318,8 +315,8 @@ impl CudaDevice {
 
     pub(super) fn memory_report(&self) -> MemoryReport {
         MemoryReport {
-            reserved: self.pool.lock().unwrap().reserved(),
-            beside_pool: *self.beside_pool.lock().unwrap(),
+            reserved: lock(&self.pool).reserved(),
+            beside_pool: *lock(&self.beside_pool),
             ..self.ledger.report()
         }
     }
@@ -330,7 +327,7 @@ impl CudaDevice {
 
     /// Runs `work` with the device's staging buffers for uploads, made on first use.
     pub(super) fn with_staging<T>(&self, work: impl FnOnce(&mut upload::Staging) -> Result<T>) -> Result<T> {
-        let mut staging = self.staging.lock().unwrap();
+        let mut staging = lock(&self.staging);
         if staging.is_none() {
             self.bind()?;
             *staging = Some(upload::Staging::new(&self.context)?);
@@ -340,7 +337,7 @@ impl CudaDevice {
 
     /// From now on until [`CudaDevice::end_recording`], blocks come from a recording of their own.
     pub(super) fn begin_recording(&self) -> Result<()> {
-        let mut recording = self.recording.lock().unwrap();
+        let mut recording = lock(&self.recording);
         if recording.is_some() {
             return Err(Error::invalid("work is being recorded on this device already"));
         }
@@ -350,20 +347,20 @@ impl CudaDevice {
 
     /// Ends what [`CudaDevice::begin_recording`] began.
     pub(super) fn end_recording(&self) -> Recording {
-        self.recording.lock().unwrap().take().unwrap_or_default()
+        lock(&self.recording).take().unwrap_or_default()
     }
 
     /// Returns blocks of a recording to the pool.
     pub(super) fn release_blocks(&self, blocks: &[(u64, u64)]) {
-        let mut pool = self.pool.lock().unwrap();
+        let mut pool = lock(&self.pool);
         for &(address, bytes) in blocks {
             pool.free(address, bytes);
         }
     }
 
     fn free(&self, address: u64, bytes: u64) {
-        let mut pool = self.pool.lock().unwrap();
-        let recorded = match &mut *self.recording.lock().unwrap() {
+        let mut pool = lock(&self.pool);
+        let recorded = match &mut *lock(&self.recording) {
             Some(recording) => recording.free(address, bytes),
             None => false,
         };
@@ -375,8 +372,8 @@ impl CudaDevice {
     fn allocate(&self, bytes: usize) -> Result<u64> {
         self.bind()?;
         let outcome = {
-            let mut pool = self.pool.lock().unwrap();
-            match &mut *self.recording.lock().unwrap() {
+            let mut pool = lock(&self.pool);
+            match &mut *lock(&self.recording) {
                 Some(recording) => recording.allocate(&mut pool, bytes as u64),
                 None => pool.allocate(bytes as u64),
             }

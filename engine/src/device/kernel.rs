@@ -1,10 +1,14 @@
 //! Loading and launching kernels.
 
 use std::ffi::{CStr, CString, c_void};
+use std::sync::Once;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::{result, sys};
 
+use super::args::{Args, Parameter};
 use super::cuda::{CudaDevice, check};
+use super::libraries;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -26,6 +30,10 @@ pub struct Kernel {
     name: CString,
     function: sys::CUfunction,
     info: LaunchInfo,
+    /// The image's word on the kernel's parameters; `None` where the driver does not pass it on.
+    parameters: Option<Vec<Parameter>>,
+    /// The layout of arguments that was last found to be that of the parameters; see [`Args::layout`].
+    checked: AtomicU64,
 }
 
 // SAFETY: a function handle may be used from any thread that has the device's context current, which `launch` sees to.
@@ -50,7 +58,14 @@ impl Kernel {
             };
             check(&format!("shared memory of {}", name.to_string_lossy()), outcome)?;
         }
-        Ok(Kernel { name, function, info })
+        let parameters = read_parameters(function)?;
+        Ok(Kernel {
+            name,
+            function,
+            info,
+            parameters,
+            checked: AtomicU64::new(Args::NO_LAYOUT),
+        })
     }
 
     /// What the kernel says about its launch; zeros when it says nothing.
@@ -70,13 +85,33 @@ impl Kernel {
         Ok(check("occupancy", blocks)? as u32)
     }
 
+    /// Compares the arguments with what the image says of the kernel's parameters: how many there are, and the size and offset of
+    /// each. Done once for each layout of arguments: a kernel that is launched in one way, as all are, costs a comparison of two
+    /// numbers from its second launch on. Drivers before CUDA 12.4 do not tell; then nothing is compared.
+    ///
+    /// # Errors
+    /// When they differ: names kernel and argument.
+    pub fn check(&self, args: &Args) -> Result<()> {
+        let Some(parameters) = &self.parameters else {
+            return Ok(());
+        };
+        let layout = args.layout();
+        if layout != Args::NO_LAYOUT && layout == self.checked.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        args.expect_parameters(&self.name.to_string_lossy(), parameters)?;
+        self.checked.store(layout, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Launches `grid` blocks of the kernel's own block size on the device's stream.
     ///
     /// # Errors
-    /// When the launch is refused. Errors while the kernel runs show at the next synchronisation.
+    /// When the arguments are not those of the image ([`Kernel::check`]) or the launch is refused. Errors while the kernel runs show at
+    /// the next synchronisation.
     ///
     /// # Safety
-    /// The arguments must be those the kernel takes, in number, order and type, every address must point to memory of
+    /// The arguments must be those the kernel takes, in order and type, every address must point to memory of
     /// the size the kernel accesses, and no address that the kernel writes may belong to a tensor that is shared.
     pub unsafe fn launch(&self, device: &CudaDevice, grid: [u32; 3], args: Args) -> Result<()> {
         // SAFETY: by the caller's promise.
@@ -94,6 +129,7 @@ impl Kernel {
         if grid.contains(&0) {
             return Ok(());
         }
+        self.check(&args)?;
         device.bind()?;
         let mut pointers = args.pointers();
         // SAFETY: by the caller's promise; the argument pointers live until the call returns, which copies them.
@@ -111,6 +147,35 @@ impl Kernel {
             &format!("launching {} on a grid of {grid:?}", self.name.to_string_lossy()),
             outcome,
         )
+    }
+}
+
+/// Offsets and sizes of a kernel's parameters, or `None` where the driver is too old to tell.
+fn read_parameters(function: sys::CUfunction) -> Result<Option<Vec<Parameter>>> {
+    /// `cuFuncGetParamInfo` came with this release of CUDA, as drivers count them.
+    const FIRST_RELEASE: i32 = 12040;
+    let release = libraries::driver_release().unwrap_or(0);
+    if release < FIRST_RELEASE {
+        static SAID: Once = Once::new();
+        SAID.call_once(|| {
+            tracing::debug!(
+                "arguments of kernels are not compared with the images: the driver supports CUDA {}, which cannot tell before 12.4",
+                libraries::format_release(release)
+            );
+        });
+        return Ok(None);
+    }
+    let mut parameters = Vec::new();
+    loop {
+        let (mut offset, mut bytes) = (0, 0);
+        // SAFETY: the function is loaded; plain out-parameters.
+        let told = unsafe { sys::cuFuncGetParamInfo(function, parameters.len(), &mut offset, &mut bytes) };
+        // Past the last parameter.
+        if told == sys::CUresult::CUDA_ERROR_INVALID_VALUE {
+            return Ok(Some(parameters));
+        }
+        check("cuFuncGetParamInfo", told.result())?;
+        parameters.push(Parameter { offset, bytes });
     }
 }
 
@@ -137,114 +202,15 @@ fn read_launch_info(module: sys::CUmodule, kernel: &CStr) -> Result<Option<Launc
     Ok(Some(info[0]))
 }
 
-/// The arguments of one launch, in the order of the kernel's parameters.
-#[derive(Default)]
-pub struct Args {
-    slots: Vec<Slot>,
-}
-
-enum Slot {
-    Word(u64),
-    Map(Box<TensorMap>),
-}
-
-impl Args {
-    /// No arguments yet.
-    pub fn new() -> Self {
-        Args {
-            slots: Vec::with_capacity(24),
-        }
-    }
-
-    /// A tensor that the kernel reads.
-    ///
-    /// # Errors
-    /// When the tensor is on the CPU.
-    pub fn input(self, tensor: &Tensor) -> Result<Self> {
-        let address = tensor.device_ptr()?;
-        Ok(self.word(address))
-    }
-
-    /// A tensor that the kernel reads, or a null pointer.
-    ///
-    /// # Errors
-    /// When the tensor is on the CPU.
-    pub fn optional(self, tensor: Option<&Tensor>) -> Result<Self> {
-        match tensor {
-            Some(tensor) => self.input(tensor),
-            None => Ok(self.word(0)),
-        }
-    }
-
-    /// A tensor that the kernel writes.
-    ///
-    /// # Errors
-    /// When the tensor is on the CPU or shares its buffer.
-    pub fn output(self, tensor: &mut Tensor) -> Result<Self> {
-        let address = tensor.device_ptr_mut()?;
-        Ok(self.word(address))
-    }
-
-    /// A tensor that the kernel writes, or a null pointer.
-    ///
-    /// # Errors
-    /// When the tensor is on the CPU or shares its buffer.
-    pub fn optional_output(self, tensor: Option<&mut Tensor>) -> Result<Self> {
-        match tensor {
-            Some(tensor) => self.output(tensor),
-            None => Ok(self.word(0)),
-        }
-    }
-
-    /// An `int` parameter.
-    ///
-    /// # Panics
-    /// When the value does not fit; operations check their sizes before.
-    pub fn int(self, value: usize) -> Self {
-        let value = i32::try_from(value).expect("operations check that sizes fit 32 bits");
-        self.word(u64::from(value as u32))
-    }
-
-    /// A `long long` or `size_t` parameter.
-    pub fn long(self, value: u64) -> Self {
-        self.word(value)
-    }
-
-    /// An `unsigned` parameter.
-    pub fn unsigned(self, value: u32) -> Self {
-        self.word(u64::from(value))
-    }
-
-    /// A `float` parameter.
-    pub fn float(self, value: f32) -> Self {
-        self.word(u64::from(value.to_bits()))
-    }
-
-    /// A `const __grid_constant__ CUtensorMap` parameter.
-    pub fn tensor_map(mut self, map: TensorMap) -> Self {
-        self.slots.push(Slot::Map(Box::new(map)));
-        self
-    }
-
-    fn word(mut self, value: u64) -> Self {
-        self.slots.push(Slot::Word(value));
-        self
-    }
-
-    /// Little-endian words: the address of a word is also that of its low 32 bits.
-    fn pointers(&mut self) -> Vec<*mut c_void> {
-        self.slots
-            .iter_mut()
-            .map(|slot| match slot {
-                Slot::Word(word) => std::ptr::from_mut(word).cast(),
-                Slot::Map(map) => std::ptr::from_mut(&mut map.0).cast(),
-            })
-            .collect()
-    }
-}
-
 /// A descriptor for Hopper's bulk tensor copies.
 pub struct TensorMap(sys::CUtensorMap);
+
+impl TensorMap {
+    /// The descriptor itself, for a kernel's parameter.
+    pub(super) fn as_argument(&mut self) -> *mut c_void {
+        std::ptr::from_mut(&mut self.0).cast()
+    }
+}
 
 /// What a [`TensorMap`] describes; dimensions are listed innermost first, as the hardware wants them.
 pub struct TensorMapSpec<'a> {

@@ -26,6 +26,24 @@ pub fn driver_present() -> bool {
     unsafe { cudarc::driver::sys::is_culib_present() }
 }
 
+/// The newest CUDA release that the driver supports, as it counts them: 13000 is 13.0. `None` without a driver.
+pub fn driver_release() -> Option<i32> {
+    if !driver_present() {
+        return None;
+    }
+    let mut release = 0;
+    // SAFETY: plain out-parameter; the library is present.
+    unsafe { cudarc::driver::sys::cuDriverGetVersion(&mut release) }
+        .result()
+        .ok()?;
+    Some(release)
+}
+
+/// A release of [`driver_release`] for people, such as `13.0`.
+pub fn format_release(release: i32) -> String {
+    format!("{}.{}", release / 1000, release % 1000 / 10)
+}
+
 /// Whether cuBLASLt can be loaded, after looking in the usual folders too.
 pub fn cublas_lt_present() -> bool {
     static PRESENT: OnceLock<bool> = OnceLock::new();

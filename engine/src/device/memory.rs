@@ -5,6 +5,8 @@ use std::sync::{Mutex, OnceLock};
 
 use serde::Serialize;
 
+use super::lock::lock;
+
 /// What an allocation is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -174,7 +176,7 @@ pub(super) struct Ledger(Mutex<MemoryReport>);
 
 impl Ledger {
     pub fn add(&self, tag: MemoryTag, bytes: u64) {
-        let mut report = self.0.lock().unwrap();
+        let mut report = lock(&self.0);
         let MemoryReport { by_tag, total, .. } = &mut *report;
         for usage in [&mut by_tag[tag as usize], total] {
             usage.current += bytes;
@@ -183,17 +185,20 @@ impl Ledger {
     }
 
     pub fn remove(&self, tag: MemoryTag, bytes: u64) {
-        let mut report = self.0.lock().unwrap();
-        report.by_tag[tag as usize].current -= bytes;
-        report.total.current -= bytes;
+        let mut report = lock(&self.0);
+        let MemoryReport { by_tag, total, .. } = &mut *report;
+        for usage in [&mut by_tag[tag as usize], total] {
+            // Called by what is dropped, which must not panic, not even over an account that is wrong.
+            usage.current = usage.current.saturating_sub(bytes);
+        }
     }
 
     pub fn report(&self) -> MemoryReport {
-        self.0.lock().unwrap().clone()
+        lock(&self.0).clone()
     }
 
     pub fn reset_peaks(&self) {
-        let mut report = self.0.lock().unwrap();
+        let mut report = lock(&self.0);
         let MemoryReport { by_tag, total, .. } = &mut *report;
         for usage in by_tag.iter_mut().chain([total]) {
             usage.peak = usage.current;
@@ -241,6 +246,24 @@ mod tests {
         ledger.reset_peaks();
         assert_eq!(ledger.report().total.peak, 120);
         assert_eq!(ledger.report().tag(MemoryTag::Activations).peak, 0);
+    }
+
+    /// A buffer that is dropped while a panic unwinds returns what it holds: a second panic would end the process.
+    #[test]
+    fn accounts_outlive_a_panic_under_their_lock() {
+        let ledger = Ledger::default();
+        ledger.add(MemoryTag::Saved, 100);
+        let panicked = std::panic::catch_unwind(|| {
+            let _held = ledger.0.lock().unwrap();
+            std::panic::resume_unwind(Box::new("on purpose"));
+        });
+        assert!(panicked.is_err() && ledger.0.is_poisoned());
+        ledger.remove(MemoryTag::Saved, 60);
+        ledger.add(MemoryTag::Weights, 1);
+        assert_eq!(ledger.report().total.current, 41);
+        // Nor does an account that is wrong.
+        ledger.remove(MemoryTag::Saved, 60);
+        assert_eq!(ledger.report().tag(MemoryTag::Saved).current, 0);
     }
 
     #[test]

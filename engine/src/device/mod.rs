@@ -2,6 +2,7 @@
 //!
 //! `unsafe` code lives in this module, in the launch functions of `ops`, and where `checkpoint` maps files; nowhere else.
 
+mod args;
 mod blas;
 mod cpu;
 mod cuda;
@@ -9,6 +10,7 @@ mod graph;
 mod host_memory;
 mod kernel;
 mod libraries;
+mod lock;
 mod memory;
 mod pool;
 mod probe;
@@ -19,11 +21,12 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+pub use args::Args;
 pub use blas::{Blas, Matmul, MatmulOperands};
 pub use cpu::{CpuBuffer, set_poison_new_buffers};
 pub use cuda::{CudaBuffer, CudaDevice, Event};
 pub use graph::Graph;
-pub use kernel::{Args, Kernel, LaunchInfo, TensorMap, TensorMapSpec};
+pub use kernel::{Kernel, LaunchInfo, TensorMap, TensorMapSpec};
 pub use memory::{BesidePool, MemoryReport, MemoryTag, TagScope, format_bytes};
 pub use probe::{GpuReport, ProbeReport, probe};
 pub use trace::{Activity, Tracer, busy_nanoseconds};

@@ -131,7 +131,7 @@ impl Recording {
             .any(|(start, size)| (*start..start + size).contains(&address));
         if mine {
             self.free_blocks.insert(address, block_size(bytes));
-            self.live -= 1;
+            self.live = self.live.saturating_sub(1);
         }
         mine
     }

@@ -75,7 +75,7 @@ pub fn probe() -> ProbeReport {
     ProbeReport {
         cpu_threads: rayon::current_num_threads(),
         cpu_available_bytes: host_memory::available_memory(),
-        driver: driver_version(),
+        driver: libraries::driver_release().map(libraries::format_release),
         cublas_lt,
         kernel_images,
         gpus,
@@ -114,16 +114,6 @@ fn fill(report: &mut GpuReport) -> Result<(), cudarc::driver::DriverError> {
         _ => "compute_80 PTX, compiled by the driver",
     };
     Ok(())
-}
-
-fn driver_version() -> Option<String> {
-    if !libraries::driver_present() {
-        return None;
-    }
-    let mut version = 0;
-    // SAFETY: plain out-parameter; the library is present.
-    unsafe { sys::cuDriverGetVersion(&mut version) }.result().ok()?;
-    Some(format!("{}.{}", version / 1000, version % 1000 / 10))
 }
 
 impl fmt::Display for ProbeReport {

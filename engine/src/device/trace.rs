@@ -10,6 +10,7 @@ use cudarc::driver::sys;
 
 use super::cuda::{CudaDevice, check};
 use super::libraries;
+use super::lock::lock;
 use crate::error::{Error, Result};
 
 /// Kinds of records.
@@ -56,7 +57,7 @@ impl Tracer {
             // SAFETY: takes a kind of record.
             cupti.check("cuptiActivityEnable", unsafe { (cupti.enable)(kind) })?;
         }
-        RECORDS.lock().unwrap().clear();
+        lock(&RECORDS).clear();
         Ok(Tracer {
             device: device.clone(),
             cupti,
@@ -72,7 +73,7 @@ impl Tracer {
         // SAFETY: takes a flag; calls `complete` below for every buffer.
         let flushed = unsafe { (self.cupti.flush)(FLUSH_FORCED) };
         self.cupti.check("cuptiActivityFlushAll", flushed)?;
-        let mut records = std::mem::take(&mut *RECORDS.lock().unwrap());
+        let mut records = std::mem::take(&mut *lock(&RECORDS));
         records.sort_by_key(|record| record.start);
         Ok(records)
     }
@@ -193,7 +194,7 @@ unsafe extern "C" fn complete(_context: *mut c_void, _stream: u32, buffer: *mut 
         return;
     }
     if let Ok(cupti) = Cupti::get() {
-        let mut records = RECORDS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut records = lock(&RECORDS);
         let mut record = std::ptr::null_mut();
         // SAFETY: the buffer is the library's, with `valid` bytes of whole records.
         while unsafe { (cupti.next)(buffer, valid, &mut record) } == 0 {

@@ -13,6 +13,7 @@ use self::plan::Plan;
 use self::search::AlgorithmCache;
 use super::CudaBuffer;
 use super::cuda::CudaDevice;
+use super::lock::lock;
 use super::memory::MemoryTag;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -96,12 +97,12 @@ impl Blas {
         }
         device.bind()?;
         let workspace = self.workspace(device)?;
-        let mut plans = self.plans.lock().unwrap();
+        let mut plans = lock(&self.plans);
         let plan = match plans.entry(product) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {
                 let mut plan = Plan::new(self.handle, product)?;
-                let mut algorithms = self.algorithms.lock().unwrap();
+                let mut algorithms = lock(&self.algorithms);
                 // The library loads its kernels when they run first.
                 let first_run = || {
                     // SAFETY: by the caller's promise; the workspace has the size that plans are made for.
@@ -120,7 +121,7 @@ impl Blas {
     }
 
     fn workspace(&self, device: &Arc<CudaDevice>) -> Result<u64> {
-        let mut workspace = self.workspace.lock().unwrap();
+        let mut workspace = lock(&self.workspace);
         if let Some(buffer) = &*workspace {
             return Ok(buffer.ptr());
         }
