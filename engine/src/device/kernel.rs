@@ -206,6 +206,13 @@ fn read_launch_info(module: sys::CUmodule, kernel: &CStr) -> Result<Option<Launc
 pub struct TensorMap(sys::CUtensorMap);
 
 impl TensorMap {
+    /// A descriptor of nothing.
+    #[cfg(test)]
+    pub(super) fn empty() -> Self {
+        // SAFETY: a plain C structure of numbers.
+        TensorMap(unsafe { std::mem::zeroed() })
+    }
+
     /// The descriptor itself, for a kernel's parameter.
     pub(super) fn as_argument(&mut self) -> *mut c_void {
         std::ptr::from_mut(&mut self.0).cast()
