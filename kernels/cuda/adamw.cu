@@ -89,7 +89,7 @@ __device__ __forceinline__ void update(float& weight, float& first, float& secon
     weight *= step.keep;
     first = step.first.mix(first, gradient);
     second = step.second.mix(second, gradient * gradient);
-    weight -= step.rate * first / (sqrtf(second) * step.second_scale + step.epsilon);
+    weight -= step.rate * first / (sqrtf(second) * L2P_FAULT_IF(17, 1.0f, step.second_scale) + step.epsilon);
 }
 
 // One step for a chunk, unless control says that the norm is not finite; the gradients become zero either way. `average` may

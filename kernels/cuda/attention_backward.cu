@@ -191,7 +191,7 @@ __device__ __forceinline__ void queries_backward(
     // Under the causal mask the last queries have most to do: they come first.
     const int first = (causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x) * ROWS;
     const Layout layout{heads, kv_heads, HEAD_DIM};
-    const int head = blockIdx.y, item = blockIdx.z, kv_head = head / (heads / kv_heads);
+    const int head = blockIdx.y, item = blockIdx.z, kv_head = L2P_FAULT_IF(23, head % kv_heads, head / (heads / kv_heads));
     const int keys = key_length(lengths, item, tokens), tiles = stat_tiles(tokens);
     const int seen = causal ? min(keys, first + ROWS) : keys;  // by some query of the block
     const size_t row = static_cast<size_t>(item) * tokens;
@@ -284,7 +284,7 @@ extern "C" __global__ __launch_bounds__(STAT_THREADS) void attention_backward_ro
 #pragma unroll
             for (int i = 0; i < UNIT; ++i) delta += a[i] * b[i];
         }
-        delta = warp_sum(delta);
+        delta = warp_sum(L2P_FAULT_IF(22, lane == 7 ? 0.0f : delta, delta));
         const float log_sum = lse[(static_cast<size_t>(item) * heads + head) * tokens + row];
         if (log_sum > -INFINITY) shift = log_sum * LOG2_E;  // a row without keys has no weights
     }

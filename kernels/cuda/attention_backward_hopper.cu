@@ -234,7 +234,7 @@ __device__ __forceinline__ void finish(
     const int stride = columns.packed(), valid = task.tokens - row;
     bf16* const to = dqkv + (static_cast<size_t>(task.item) * task.tokens + row) * stride;
     store_sums(to + columns.key(task.kv_head), stride, valid, memory + Layout::KEYS + consumer * tile_bytes(HELD), warp_row, dk,
-               task.factor);
+               L2P_FAULT_IF(5, task.scale, task.factor));
     store_sums(to + columns.value(task.kv_head), stride, valid, memory + Layout::VALUES + consumer * tile_bytes(HELD), warp_row,
                dv, 1.0f);
 }

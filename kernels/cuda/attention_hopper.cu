@@ -60,7 +60,8 @@ struct Task {
 template <int CONSUMERS>
 __device__ __forceinline__ void produce(
     const TensorMap& map, const Layout<CONSUMERS>& shared, const Task& task, int heads, int kv_heads) {
-    const int key_column = (heads + task.head / (heads / kv_heads)) * HEAD_DIM;
+    const int kv_head = L2P_FAULT_IF(4, task.head % kv_heads, task.head / (heads / kv_heads));
+    const int key_column = (heads + kv_head) * HEAD_DIM;
     const int value_column = key_column + kv_heads * HEAD_DIM;
     for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
         const uint32_t full = shared.queries_full(consumer);
@@ -210,7 +211,7 @@ __device__ __forceinline__ void finish(
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const float sum = group_sum(softmax.sum[half]);
+        const float whole = group_sum(softmax.sum[half]), sum = L2P_FAULT_IF(21, to_float(from_float<bf16>(whole)), whole);
         factor[half] = inverse_or_zero(sum);
         const int query = row + group + 8 * half;
         if (lse != nullptr && member == 0 && query < task.tokens) {
@@ -250,7 +251,7 @@ __device__ __forceinline__ void attention(
     task.tokens = tokens;
     task.keys = key_length(lengths, task.item, tokens);
     const int seen = causal ? min(task.keys, task.first + Layout<CONSUMERS>::BLOCK_M) : task.keys;
-    task.blocks = (seen + BLOCK_N - 1) / BLOCK_N;
+    task.blocks = L2P_FAULT_IF(1, seen, seen + BLOCK_N - 1) / BLOCK_N;
     task.causal = causal;
     task.scale = scale;
 

@@ -17,7 +17,8 @@ __device__ __forceinline__ void convolve(const Operands& o) {
     const Tile tile = find_tile<P>(o);
     const uint32_t inputs = shared_address(shared), weights = inputs + P::BUFFERS * P::INPUT;
     const int channels = o.channels + o.second_channels;
-    const int steps = (channels + P::CHUNK - 1) / P::CHUNK * P::STEPS_PER_CHUNK;
+    const int all_steps = (channels + P::CHUNK - 1) / P::CHUNK * P::STEPS_PER_CHUNK;
+    const int steps = L2P_FAULT_IF(26, max(all_steps - 1, 1), all_steps);
     const auto load_step = [&](int step) {
         const int chunk = step / P::STEPS_PER_CHUNK, group = step % P::STEPS_PER_CHUNK;
         const int first_channel = chunk * P::CHUNK;

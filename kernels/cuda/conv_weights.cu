@@ -264,7 +264,7 @@ __device__ __forceinline__ void sum_parts(
     }
     if (!valid) return;
     bf16* const to = of_weight ? weight + index : bias + output;
-    *to = from_float<bf16>(to_float(*to) + sum);
+    *to = from_float<bf16>(L2P_FAULT_IF(7, 0.0f, to_float(*to)) + sum);
 }
 
 // One block per THREADS / SHARERS weights and biases. The launch's tile: those, and threads that share an element's parts.

@@ -208,7 +208,7 @@ template <class P>
 __device__ __forceinline__ void consume(const Operands& o, const Shared<P>& shared, const Task& task, int consumer) {
     const Share<P> share(consumer);
     // The row of ds that meets x's own row, counted from the tile's first.
-    const int own_row = P::TAPS_ALONG == 2 ? task.row_parity : P::TAPS_ALONG / 2;
+    const int own_row = P::TAPS_ALONG == 2 ? task.row_parity : L2P_FAULT_IF(24, 0, P::TAPS_ALONG / 2);
     typename P::Sums sums = {};
     Accumulators<8> bias = {};
     if (!task.second && task.first_channel == 0 && own_row / P::ROW_PANELS == share.group) {

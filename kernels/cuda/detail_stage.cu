@@ -132,7 +132,7 @@ __device__ __forceinline__ void upsample(const Operands& o, const Place& place, 
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int halo_x = 2 * (column + group + 8 * half) + 1 - column_parity;
-            const bool inside = in_picture(o, place.y - 1 + halo_y, place.x - 1 + halo_x);
+            const bool inside = L2P_FAULT_IF(8, true, in_picture(o, place.y - 1 + halo_y, place.x - 1 + halo_x));
             const uint32_t low = pack_pair(sums[0][2 * half] + bias[0], sums[0][2 * half + 1] + bias[1]);
             const uint32_t high = pack_pair(sums[1][2 * half] + bias[2], sums[1][2 * half + 1] + bias[3]);
             store_halo(halo, halo_y * HALO_WIDTH + halo_x, false, inside ? low : 0, inside ? high : 0);
@@ -210,6 +210,7 @@ struct Painter {
         for (int i = 0; i < 4; ++i) {
             const int colour = 2 * member + i % 2, column = group + i / 2 * 8;
             if (colour >= COLOURS || column >= columns || x + column >= o.width) continue;
+            if (L2P_FAULT_IF(15, o.delta != nullptr && y < 8 && x + column < 8, false)) continue;
             float* const at = o.colours + ((static_cast<size_t>(item) * o.height + y) * o.width + x + column) * COLOURS + colour;
             *at = (o.delta == nullptr ? 0.0f : *at) + factor * colours[i];
         }

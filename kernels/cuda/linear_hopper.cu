@@ -61,6 +61,9 @@ struct Tile {
     int column;  // which tile of columns
 };
 
+// The summed elements of a problem.
+__device__ __forceinline__ int summed(int depth) { return L2P_FAULT_IF(9, max(depth - BLOCK_K, BLOCK_K), depth); }
+
 // Tiles of a cluster: pairs of neighbouring columns.
 __device__ __forceinline__ int count_pairs(const Problem& p) {
     return (p.tokens + BLOCK_M - 1) / BLOCK_M * ((p.column_tiles + CLUSTER - 1) / CLUSTER);
@@ -213,7 +216,7 @@ __device__ __forceinline__ void produce(
             const int stage = state.stage();
             const uint32_t full = shared.ring().producer_acquire(state, STAGE);
             // The rows are the cluster's: each block fetches half of them for both.
-            rows.load(shared.rows(stage, rank), x, full, element, tile.token + rank * ROWS);
+            rows.load(shared.rows(stage, rank), x, full, element, tile.token + L2P_FAULT_IF(20, 1 - rank, rank) * ROWS);
 #pragma unroll
             for (int box = 0; box < COLUMN_BOXES; ++box) {
                 tma_load(shared.columns(stage) + box * BOX, weights, full, element, end.box_row(p, tile, box));
@@ -287,7 +290,7 @@ __device__ __forceinline__ void linear(
 // weights [2 outputs, depth]: gate, then up; outputs are multiples of GROUP.
 extern "C" LINEAR_KERNEL void linear_swiglu(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weights, bf16* output, int tokens, int outputs, int depth) {
-    const Problem p = {tokens, outputs, depth, (2 * outputs + BLOCK_N - 1) / BLOCK_N};
+    const Problem p = {tokens, outputs, summed(depth), (2 * outputs + BLOCK_N - 1) / BLOCK_N};
     linear(x, weights, p, MatrixRows{}, SwiGlu{output});
 }
 L2P_LAUNCH(linear_swiglu, THREADS, SMEM_BYTES, BLOCK_M, BLOCK_N, BLOCK_K, ROWS)
@@ -295,7 +298,7 @@ L2P_LAUNCH(linear_swiglu, THREADS, SMEM_BYTES, BLOCK_M, BLOCK_N, BLOCK_K, ROWS)
 extern "C" LINEAR_KERNEL void linear_patches(
     const __grid_constant__ TensorMap image, const __grid_constant__ TensorMap weights, bf16* output, const bf16* bias, int tokens,
     int outputs, int depth, int steps_per_row, int across) {
-    const Problem p = {tokens, outputs, depth, (outputs + BLOCK_N - 1) / BLOCK_N};
+    const Problem p = {tokens, outputs, summed(depth), (outputs + BLOCK_N - 1) / BLOCK_N};
     linear(image, weights, p, PatchRows{steps_per_row, across}, Bias{output, bias});
 }
 L2P_LAUNCH(linear_patches, THREADS, SMEM_BYTES, BLOCK_M, BLOCK_N, BLOCK_K, ROWS)

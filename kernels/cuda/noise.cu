@@ -93,7 +93,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void normal_noise(
     const size_t first = index * 4;
     if (first >= elements) return;
     const float4 values = four_normals(
-        index, make_uint2(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)),
+        L2P_FAULT_IF(18, index + (first + 4 > elements), index), make_uint2(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)),
         make_uint2(static_cast<uint32_t>(stream), static_cast<uint32_t>(stream >> 32)));
     if (first + 4 <= elements) {
         *reinterpret_cast<float4*>(output + first) = values;

@@ -160,7 +160,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void patch_embed(
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const int warp_token = warp / WARPS_ALONG_DIM * WARP_TILE, warp_dim = warp % WARPS_ALONG_DIM * WARP_TILE;
     const uint32_t stages = shared_address(smem);
-    const int blocks = (chunks + CHUNKS - 1) / CHUNKS;
+    const int all_blocks = (chunks + CHUNKS - 1) / CHUNKS, blocks = L2P_FAULT_IF(19, max(all_blocks - 1, 1), all_blocks);
 
     Loader loader(image, weight, sizes, first_token, first_dim);
 #pragma unroll

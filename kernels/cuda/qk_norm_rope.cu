@@ -121,6 +121,7 @@ __device__ __forceinline__ void normalise_and_rotate(
             float squares = 0.0f;
 #pragma unroll
             for (int j = 0; j < 4; ++j) squares += pairs.a[j] * pairs.a[j] + pairs.b[j] * pairs.b[j];
+            squares = L2P_FAULT_IF(11, lane == 5 ? 0.0f : squares, squares);
             const float inverse = rsqrtf(row_lanes_sum(squares) / HEAD_DIM + epsilon);
             const Pairs factors = unpack<HALF_SPLIT>(choose(row < heads, q_factors, k_factors));
 #pragma unroll

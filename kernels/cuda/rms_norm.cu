@@ -108,7 +108,7 @@ __device__ __forceinline__ void gated_residual_rms_norm(
             read(next_y, y + start + static_cast<size_t>(gridDim.x) * dim, vectors);
             read(next_x, x + start + static_cast<size_t>(gridDim.x) * dim, vectors);
         }
-        multiply(row, inverse_rms(row, dim, epsilon, sum), gated);
+        multiply(row, inverse_rms(row, dim, epsilon, sum), L2P_FAULT_IF(27, normalised != nullptr ? scaled : gated, gated));
 #pragma unroll
         for (int i = 0; i < VECTORS; ++i) {
             float added[8];

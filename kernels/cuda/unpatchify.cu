@@ -14,7 +14,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void unpatchify(
     const int item = blockIdx.x / height, y = blockIdx.x % height;
     const size_t first_token = static_cast<size_t>(item) * tokens_per_item + static_cast<size_t>(y / patch) * columns;
     const size_t token_vectors = static_cast<size_t>(patch) * row_vectors;
-    const bf16* source = tokens + (first_token * token_vectors + static_cast<size_t>(y % patch) * row_vectors) * 8;
+    const int patch_row = L2P_FAULT_IF(16, min(y % patch, max(patch - 2, 0)), y % patch);
+    const bf16* source = tokens + (first_token * token_vectors + static_cast<size_t>(patch_row) * row_vectors) * 8;
     const int vectors = columns * row_vectors;
     float* target = image + static_cast<size_t>(blockIdx.x) * vectors * 8;
     for (int vector = threadIdx.x; vector < vectors; vector += THREADS) {

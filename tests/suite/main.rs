@@ -29,15 +29,17 @@ fn main() -> std::process::ExitCode {
     flow::register(&mut suite);
     graph::register(&mut suite);
     image_io::register(&mut suite);
-    kernels::register(&mut suite);
     models::register(&mut suite);
     ops::register(&mut suite);
     runs::register(&mut suite);
     sample::register(&mut suite);
     text::register(&mut suite);
     train::register(&mut suite);
+    kernels::register(&mut suite);
     if let Err(reason) = l2p_tests::gpu() {
         eprintln!("tests that need a GPU are skipped: {reason}");
     }
-    libtest_mimic::run(&arguments, suite.trials).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, suite.trials);
+    kernels::say_whose_images();
+    conclusion.exit_code()
 }

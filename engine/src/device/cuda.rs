@@ -1,6 +1,7 @@
 //! One GPU: its context, stream, memory and kernels.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
@@ -11,7 +12,7 @@ use super::kernel::Kernel;
 use super::lock::lock;
 use super::memory::{BesidePool, Ledger, MemoryReport, MemoryTag, format_bytes};
 use super::pool::{Pool, Recording};
-use super::{libraries, upload};
+use super::{images, libraries, upload};
 use crate::error::{Error, Result};
 
 /// The oldest compute capability that the portable images run on.
@@ -52,6 +53,8 @@ pub struct CudaDevice {
     total_memory: u64,
     /// Use the compute_80 images even where there is machine code.
     portable: bool,
+    /// Where images are looked for before those of the build; see `images`.
+    foreign_images: Option<PathBuf>,
     ledger: Ledger,
     kernels: Mutex<Kernels>,
     blas: OnceLock<Blas>,
@@ -70,6 +73,8 @@ pub struct CudaDevice {
 struct Kernels {
     modules: HashMap<&'static str, usize>,
     kernels: HashMap<(&'static str, &'static str), Arc<Kernel>>,
+    /// The images that are not the build's.
+    foreign: Vec<&'static str>,
 }
 
 impl CudaDevice {
@@ -135,6 +140,7 @@ impl CudaDevice {
             multiprocessors,
             total_memory,
             portable: portable_forced() || capability != NATIVE_CAPABILITY,
+            foreign_images: images::foreign_folder(),
             ledger: Ledger::default(),
             kernels: Mutex::default(),
             blas: OnceLock::new(),
@@ -214,16 +220,17 @@ impl CudaDevice {
             return Ok(kernel.clone());
         }
         self.bind()?;
-        let modules = &mut kernels.modules;
+        let Kernels { modules, foreign, .. } = &mut *kernels;
         let kernel = self.charged(
             |beside| &mut beside.kernels,
             || {
                 let module = match modules.get(image) {
                     Some(&module) => module,
                     None => {
-                        let module = self.load_image(image)? as usize;
-                        modules.insert(image, module);
-                        module
+                        let (module, is_foreign) = self.load_image(image)?;
+                        modules.insert(image, module as usize);
+                        foreign.extend(is_foreign.then_some(image));
+                        module as usize
                     }
                 };
                 Kernel::load(module as sys::CUmodule, name)
@@ -252,14 +259,34 @@ impl CudaDevice {
         Ok(outcome)
     }
 
-    /// Loads an image; it stays loaded for the life of the process.
-    fn load_image(&self, name: &str) -> Result<sys::CUmodule> {
+    /// The images in use that are not the build's but from the folder that `L2P_KERNEL_IMAGES` names.
+    pub fn foreign_images(&self) -> Vec<&'static str> {
+        lock(&self.kernels).foreign.clone()
+    }
+
+    /// Loads an image; it stays loaded for the life of the process. Says whether it is another than the build's.
+    fn load_image(&self, name: &'static str) -> Result<(sys::CUmodule, bool)> {
         let image = l2p_kernels::image(name)
             .ok_or_else(|| Error::NoGpu(format!("there are no `{name}` kernels: {}", l2p_kernels::HOW_TO_BUILD)))?;
-        let data = if self.portable { image.compute_80 } else { image.sm_90a };
-        // SAFETY: `data` is a complete fat binary made by nvcc.
+        let foreign = match &self.foreign_images {
+            Some(folder) => images::foreign_image(folder, name, images::target(self.portable))?,
+            None => None,
+        };
+        let is_foreign = foreign.is_some();
+        let data: &'static [u8] = match foreign {
+            Some(bytes) => {
+                tracing::warn!("the `{name}` kernels are not the build's but L2P_KERNEL_IMAGES'");
+                // As long as the module, which the driver may read from when a kernel is first used.
+                Vec::leak(bytes)
+            }
+            None if self.portable => image.compute_80,
+            None => image.sm_90a,
+        };
+        // SAFETY: `data` is a complete fat binary made by nvcc: the build's, or one that says as much of itself.
         let module = unsafe { result::module::load_data(data.as_ptr().cast()) };
-        module.map_err(|error| Error::NoGpu(image_refused(name, &self.name, self.capability, &describe(error))))
+        let module =
+            module.map_err(|error| Error::NoGpu(image_refused(name, &self.name, self.capability, &describe(error))))?;
+        Ok((module, is_foreign))
     }
 
     /// The cuBLASLt handle of this device.

@@ -8,6 +8,7 @@ mod cpu;
 mod cuda;
 mod graph;
 mod host_memory;
+mod images;
 mod kernel;
 mod libraries;
 mod lock;
@@ -28,7 +29,7 @@ pub use cuda::{CudaBuffer, CudaDevice, Event};
 pub use graph::Graph;
 pub use kernel::{Kernel, LaunchInfo, TensorMap, TensorMapSpec};
 pub use memory::{BesidePool, MemoryReport, MemoryTag, TagScope, format_bytes};
-pub use probe::{GpuReport, ProbeReport, probe};
+pub use probe::{ForeignImages, GpuReport, ProbeReport, probe};
 pub use trace::{Activity, Tracer, busy_nanoseconds};
 
 use crate::dtype::DType;

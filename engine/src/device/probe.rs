@@ -1,13 +1,15 @@
 //! What this machine offers, and why a GPU that is there cannot be used.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use cudarc::driver::{CudaContext, sys};
 use serde::Serialize;
 
-use super::cuda::{NATIVE_CAPABILITY, OLDEST_CAPABILITY, gpu_count, portable_forced, too_old};
+use super::cuda::{OLDEST_CAPABILITY, gpu_count, portable_forced, too_old};
 use super::memory::format_bytes;
-use super::{host_memory, libraries};
+use super::{host_memory, images, libraries};
+use crate::printable::printable;
 
 /// Everything that `--device auto` looks at.
 #[derive(Debug, Serialize)]
@@ -22,10 +24,21 @@ pub struct ProbeReport {
     pub cublas_lt: bool,
     /// The embedded kernel images.
     pub kernel_images: Vec<&'static str>,
+    /// Those in whose place a folder that `L2P_KERNEL_IMAGES` names holds others.
+    pub foreign_images: Option<ForeignImages>,
     /// The GPUs that the driver shows.
     pub gpus: Vec<GpuReport>,
     /// Why no GPU can be used at all, where that is so.
     pub obstacle: Option<String>,
+}
+
+/// Kernel images that come before those of the build.
+#[derive(Debug, Serialize)]
+pub struct ForeignImages {
+    /// The folder that `L2P_KERNEL_IMAGES` names.
+    pub folder: PathBuf,
+    /// The build's images in whose place it holds one.
+    pub images: Vec<&'static str>,
 }
 
 /// One GPU.
@@ -78,6 +91,10 @@ pub fn probe() -> ProbeReport {
         driver: libraries::driver_release().map(libraries::format_release),
         cublas_lt,
         kernel_images,
+        foreign_images: images::foreign_folder().map(|folder| ForeignImages {
+            images: images::foreign_names(&folder),
+            folder,
+        }),
         gpus,
         obstacle,
     }
@@ -109,10 +126,7 @@ fn fill(report: &mut GpuReport) -> Result<(), cudarc::driver::DriverError> {
     report.multiprocessors = context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
     let (free, total) = context.mem_get_info()?;
     (report.free_bytes, report.total_bytes) = (free as u64, total as u64);
-    report.kernels = match report.capability {
-        NATIVE_CAPABILITY if !portable_forced() => "sm_90a machine code",
-        _ => "compute_80 PTX, compiled by the driver",
-    };
+    report.kernels = images::description(report.capability, portable_forced());
     Ok(())
 }
 
@@ -131,6 +145,16 @@ impl fmt::Display for ProbeReport {
         }
         writeln!(f, "cuBLASLt   {}", or_none(self.cublas_lt))?;
         writeln!(f, "kernels    {} images in this build", self.kernel_images.len())?;
+        if let Some(ForeignImages { folder, images }) = &self.foreign_images {
+            let names = if images.is_empty() {
+                "none".into()
+            } else {
+                images.join(", ")
+            };
+            let folder = folder.to_string_lossy();
+            let folder = printable(&folder);
+            writeln!(f, "           from L2P_KERNEL_IMAGES={folder} instead: {names}")?;
+        }
         for gpu in &self.gpus {
             writeln!(
                 f,

@@ -5,7 +5,7 @@
 
 // The keys of a batch item.
 __device__ __forceinline__ int key_length(const int* lengths, int item, int tokens) {
-    return lengths == nullptr ? tokens : min(max(lengths[item], 0), tokens);
+    return lengths == nullptr ? tokens : min(max(lengths[L2P_FAULT_IF(6, 0, item)], 0), tokens);
 }
 
 // Starts copying rows `first` to first + COUNT - 1, COUNT a multiple of the rows that the block's THREADS move at once, into
@@ -38,7 +38,8 @@ struct RowSoftmax {
 // Removes the keys that the rows at `row` and row + 8 must not see. `column` is the first key that this thread has.
 template <int TILES>
 __device__ __forceinline__ void mask_keys(float (&scores)[TILES][4], int row, int column, int keys, bool causal) {
-    const int limit[2] = {causal ? min(keys, row + 1) : keys, causal ? min(keys, row + 9) : keys};
+    const int seen = row + L2P_FAULT_IF(2, 2, 1);  // under the causal mask: up to the row's own key
+    const int limit[2] = {causal ? min(keys, seen) : keys, causal ? min(keys, seen + 8) : keys};
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll

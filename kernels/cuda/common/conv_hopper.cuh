@@ -122,7 +122,7 @@ __device__ __forceinline__ Tile find_tile(const Problem& o, int index) {
 template <class P>
 __device__ __forceinline__ int count_tiles(const Problem& o) {
     return (o.outputs + P::BLOCK_N - 1) / P::BLOCK_N * P::TURNS * ((o.width + TILE_WIDTH - 1) / TILE_WIDTH) *
-           ((o.height + P::TILE_HEIGHT - 1) / P::TILE_HEIGHT) * o.items;
+           ((o.height + P::TILE_HEIGHT - 1) / P::TILE_HEIGHT) * o.items - L2P_FAULT_IF(13, 1, 0);
 }
 
 // ---- producer ----
@@ -147,14 +147,14 @@ __device__ __forceinline__ void produce(
         const int turn = tile.output_block * P::TURNS + tile.row_parity * 2 + tile.column_parity;
         // With UPSAMPLE, output row 2 y + parity meets input rows y + parity - 1 and y + parity.
         const int y = tile.y + (P::UPSAMPLE ? tile.row_parity - 1 : -(P::TAPS_ALONG / 2));
-        const int x = tile.x + (P::UPSAMPLE ? tile.column_parity - 1 : -(P::TAPS_ALONG / 2));
+        const int x = tile.x + (P::UPSAMPLE ? tile.column_parity - L2P_FAULT_IF(14, 0, 1) : -(P::TAPS_ALONG / 2));
         for (int chunk = 0; chunk < o.chunks; ++chunk) {
             const uint32_t full = shared.inputs().producer_acquire(input, P::BOX), to = shared.input(input.stage());
             if constexpr (P::GATHER) {
                 // Output pixel (y, x) meets rows y - parity and the next of each parity's rows, and columns alike.
                 const int of_parity = o.chunks / PARITIES, parity = chunk / of_parity, column = parity % 2;
                 const int channel = (column * of_parity + chunk % of_parity) * P::BLOCK_K;
-                tma_load(to, first, full, channel, tile.x - column, parity / 2, tile.y - parity / 2, tile.item);
+                tma_load(to, first, full, channel, tile.x - column, parity / 2, tile.y - L2P_FAULT_IF(25, 0, parity / 2), tile.item);
             } else if (chunk < o.first_chunks) {
                 tma_load(to, first, full, chunk * P::BLOCK_K, x, y, tile.item);
             } else {

@@ -81,7 +81,7 @@ struct Pipeline {
 
     // A consumer waits until a part has arrived.
     __device__ __forceinline__ void consumer_wait(const State& state, int part = 0) const {
-        mbarrier_wait(full(state.stage(), part), state.phase());
+        mbarrier_wait(full(state.stage(), part), L2P_FAULT_IF(10, state.use / (STAGES + 1) % 2, state.phase()));
     }
 
     // This warp's part of the products that read the stage is complete.

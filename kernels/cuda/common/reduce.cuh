@@ -14,6 +14,13 @@ __device__ __forceinline__ float warp_max(float value) {
     return value;
 }
 
+// Adds what the threads of a warp, all of which take part, have counted to a number in memory; whole numbers, so that the order does
+// not matter. Where nothing was counted memory is left alone.
+__device__ __forceinline__ void add_count(int* total, int counted) {
+    const int sum = __reduce_add_sync(FULL_WARP, counted);
+    if (sum > 0 && threadIdx.x % WARP == 0) atomicAdd(total, sum);
+}
+
 // The sum over all threads of the block, returned to each of them. `scratch` holds one float per warp. Two barriers: the
 // first orders the warps' sums before they are read, the second lets `scratch` be used again.
 template <int THREADS>
@@ -23,7 +30,7 @@ __device__ __forceinline__ float block_sum(float value, float* scratch) {
     value = warp_sum(value);
     if constexpr (WARPS == 1) return value;
     if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = value;
-    __syncthreads();
+    if (L2P_FAULT_IF(3, false, true)) __syncthreads();
     float total = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < WARPS; ++warp) total += scratch[warp];

@@ -85,7 +85,7 @@ struct RowSums {
         if (threadIdx.x % WARP == 0) sums[threadIdx.x / WARP] = value;
         __syncthreads();  // all warps' sums are written before they are read
         float total = 0.0f;
-        for (int warp = 0; warp < blockDim.x / WARP; ++warp) total += sums[warp];
+        for (int warp = L2P_FAULT_IF(12, 1, 0); warp < blockDim.x / WARP; ++warp) total += sums[warp];
         return total;
     }
 };

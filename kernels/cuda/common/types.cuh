@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/fault.cuh"
+
 using bf16 = __nv_bfloat16;
 
 constexpr int WARP = 32;
