@@ -294,7 +294,7 @@ fn image_ops(side: usize, dim: usize) -> Vec<Op> {
         op(
             "to_rgb8",
             vec![picture(side).in_f32()],
-            Box::new(|inputs| Ok(vec![to_rgb8(&inputs[0])?])),
+            Box::new(|inputs| Ok(vec![to_rgb8(&inputs[0])?.bytes])),
         ),
         op(
             "group_norm",

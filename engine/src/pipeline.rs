@@ -409,20 +409,21 @@ impl Pipeline {
     /// [`Pipeline::decode`] and [`Pipeline::to_bytes`] for many small pictures, several at a time.
     ///
     /// # Errors
-    /// When the device has no room.
+    /// When the device has no room, and [`Error::NotFinite`] naming the first picture that holds NaN or an infinity.
     pub fn pictures(&mut self, drawn: &Tensor) -> Result<Vec<Vec<u8>>> {
         let cell = self.vae_config().map_or(1, VaeConfig::downsampling);
         let pixels = drawn.dim(1) * drawn.dim(2) * cell * cell;
         let at_once = (DECODED_PIXELS / pixels.max(1)).max(1);
         self.phase("decode", |pipeline| {
-            let mut pictures = Vec::with_capacity(drawn.dim(0));
-            for first in (0..drawn.dim(0)).step_by(at_once) {
-                let part = drawn.narrow(first, at_once.min(drawn.dim(0) - first))?;
+            let count = drawn.dim(0);
+            let mut pictures = Vec::with_capacity(count);
+            for first in (0..count).step_by(at_once) {
+                let part = drawn.narrow(first, at_once.min(count - first))?;
                 let images = match &pipeline.vae {
                     Some(vae) => vae.decode(&part)?,
                     None => part,
                 };
-                pictures.extend(pipeline.to_bytes(&images)?);
+                pictures.extend(to_rgb8(&images)?.into_pictures(first, count)?);
             }
             Ok(pictures)
         })
@@ -431,13 +432,9 @@ impl Pipeline {
     /// The pictures of `images` as bytes on the host, one buffer of `height · width · 3` per item.
     ///
     /// # Errors
-    /// When the copy from the device fails.
+    /// [`Error::NotFinite`] naming the first picture that holds NaN or an infinity; when the copy from the device fails.
     pub fn to_bytes(&self, images: &Tensor) -> Result<Vec<Vec<u8>>> {
-        let bytes = to_rgb8(images)?.to_vec::<u8>()?;
-        Ok(bytes
-            .chunks(images.elements() / images.dim(0))
-            .map(<[u8]>::to_vec)
-            .collect())
+        to_rgb8(images)?.into_pictures(0, images.dim(0))
     }
 
     /// Runs `work` as one phase: timed to the device's end of work, with memory peaks of its own.

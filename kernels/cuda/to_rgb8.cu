@@ -1,8 +1,9 @@
-// Images of floats to bytes; engine/src/ops/to_rgb8.rs holds the contract.
+// Images of floats to bytes, and how many of each image's values are not finite; engine/src/ops/to_rgb8.rs holds the contract.
 //
-// Four values per thread, those of a warp side by side. Bound by memory: 4 bytes read and 1 written per value.
+// Four values per thread, those of a warp side by side. Bound by memory: 4 bytes read and 1 written per value. Counting costs a vote
+// per warp: only where something is not finite is anything added in memory.
 #include "common/launch.cuh"
-#include "common/types.cuh"
+#include "common/reduce.cuh"
 
 constexpr int THREADS = 256;
 constexpr int VALUES = 4;
@@ -13,12 +14,20 @@ __device__ __forceinline__ unsigned char to_byte(float value) {
     return static_cast<unsigned char>(__float2int_rn(unit * 255.0f));
 }
 
-extern "C" __global__ __launch_bounds__(THREADS) void to_rgb8(const float* x, unsigned char* y, size_t values) {
-    const size_t first = static_cast<size_t>(blockIdx.x) * THREADS * VALUES + threadIdx.x;
+// x, y [items, values]; not_finite [items], zeros before. `blocks` of the grid for each item.
+extern "C" __global__ __launch_bounds__(THREADS) void to_rgb8(
+    const float* x, unsigned char* y, int* not_finite, size_t values, int blocks) {
+    const size_t item = blockIdx.x / blocks, start = item * values;
+    const size_t first = static_cast<size_t>(blockIdx.x % blocks) * THREADS * VALUES + threadIdx.x;
+    int bad = 0;
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) {
         const size_t at = first + i * THREADS;
-        if (at < values) y[at] = to_byte(x[at]);
+        if (at >= values) continue;
+        const float value = x[start + at];
+        y[start + at] = to_byte(value);
+        bad += !isfinite(value);
     }
+    add_count(not_finite + item, bad);
 }
 L2P_LAUNCH(to_rgb8, THREADS, 0, THREADS * VALUES)

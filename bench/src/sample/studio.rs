@@ -106,7 +106,7 @@ impl Studio<'_> {
         watch.part(2)?;
         let image = self.decode(drawn)?;
         watch.part(3)?;
-        let pixels = to_rgb8(&image)?.to_vec::<u8>()?;
+        let pixels = to_rgb8(&image)?.into_pictures(0, 1)?.concat();
         watch.part(4)?;
         let picture = RgbImage::new(self.side, self.side, pixels)?;
         let options = WriteOptions {
@@ -141,7 +141,12 @@ impl Studio<'_> {
     /// How far the written picture is from what the CPU makes of the image.
     pub fn file_error(&self, image: &Tensor) -> anyhow::Result<f64> {
         let on_cpu = Tensor::from_slice(&Device::Cpu, &image.to_vec::<f32>()?, image.shape())?;
-        let expected: Vec<f32> = to_rgb8(&on_cpu)?.to_vec::<u8>()?.into_iter().map(f32::from).collect();
+        let expected: Vec<f32> = to_rgb8(&on_cpu)?
+            .bytes
+            .to_vec::<u8>()?
+            .into_iter()
+            .map(f32::from)
+            .collect();
         let found: Vec<f32> = read_image(&self.out)?.pixels().iter().copied().map(f32::from).collect();
         Ok(match image.to_vec::<f32>()?.iter().all(|value| value.is_finite()) {
             true => relative_error(&found, &expected),

@@ -12,6 +12,7 @@ pub mod detail_stage;
 pub mod downsample_conv;
 mod elementwise;
 pub mod embedding;
+pub mod finite;
 pub mod flow_loss;
 pub mod from_rgb8;
 pub mod group_norm;

@@ -18,7 +18,7 @@ fn bytes_go_there_and_back() -> Outcome {
         let exact = f64::from(*byte) / 127.5 - 1.0;
         assert!((f64::from(*value) - exact).abs() < 1e-7, "{byte}: {value}");
     }
-    assert_eq!(to_rgb8(&picture)?.to_vec::<u8>()?, bytes);
+    assert_eq!(to_rgb8(&picture)?.bytes.to_vec::<u8>()?, bytes);
     Ok(())
 }
 

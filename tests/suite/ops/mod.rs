@@ -10,6 +10,7 @@ mod conv_backward;
 mod detail_stage;
 mod downsample_conv;
 mod embedding;
+mod finite;
 mod from_rgb8;
 mod group_norm;
 mod guidance;
@@ -42,6 +43,7 @@ pub fn register(suite: &mut Suite) {
     conv_backward::register(suite);
     detail_stage::register(suite);
     embedding::register(suite);
+    finite::register(suite);
     from_rgb8::register(suite);
     group_norm::register(suite);
     guidance::register(suite);

@@ -4,6 +4,7 @@ mod cuda;
 mod draw;
 mod faults;
 mod files;
+mod finite;
 mod inputs;
 mod interrupt;
 
@@ -19,6 +20,7 @@ pub fn register(suite: &mut Suite) {
     cuda::register(suite);
     draw::register(suite);
     faults::register(suite);
+    finite::register(suite);
     files::register(suite);
     inputs::register(suite);
     interrupt::register(suite);

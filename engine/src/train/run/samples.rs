@@ -41,7 +41,7 @@ impl Sheet {
     /// Draws the sheet: samples in rows from left to right. `go_on` is asked after each step; an error from it ends the work.
     ///
     /// # Errors
-    /// When the device has no room, or `go_on` says so.
+    /// When the device has no room, a sample holds NaN or an infinity, or `go_on` says so.
     pub fn draw(&self, dit: &Dit, go_on: &mut dyn FnMut() -> Result<()>) -> Result<RgbImage> {
         let device = dit.device();
         let Settings { width, height, .. } = self.settings;
@@ -70,7 +70,7 @@ impl Sheet {
                     Some(vae) => vae.decode(&drawn)?,
                     None => drawn,
                 };
-                samples.push(to_rgb8(&image)?.to_vec::<u8>()?);
+                samples.extend(to_rgb8(&image)?.into_pictures(samples.len(), self.captions.len())?);
             }
         }
         tiled(&samples, width, height)

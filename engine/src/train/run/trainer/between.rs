@@ -144,7 +144,15 @@ impl Trainer<'_> {
         let mut progress = Progress {
             observer: &mut *self.observer,
         };
-        let image = sheet.draw(self.model.dit(), &mut || progress.go_on())?;
+        let image = match sheet.draw(self.model.dit(), &mut || progress.go_on()) {
+            // Steps have a guard of their own against weights that diverge: a sheet alone ends no run.
+            Err(error @ Error::NotFinite { .. }) => {
+                let (step, text) = (self.state.step, format!("no sheet of samples: {error}"));
+                self.record(Record::Notice { step, text });
+                return Ok(());
+            }
+            drawn => drawn?,
+        };
         let folder = self.run.join(SAMPLES);
         std::fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
         let step = self.state.step;
