@@ -161,6 +161,9 @@ fn faults_are_tried_and_told() -> Outcome {
 
     assert_eq!(run(&["1", "2"])?.code, 1);
     assert_eq!(run(&["1", "5"])?.code, 0);
+    // What is known of the others is kept.
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(path("out/report.json"))?)?;
+    assert_eq!(report["counts"], json!({"caught": 3, "survived": 2, "not tried": 3}));
     let unknown = run(&["99"])?;
     assert_eq!(
         (unknown.code, unknown.stderr.contains("there is no fault 99")),
