@@ -37,8 +37,33 @@ pub type Steps = Bounded<1, 100_000>;
 pub type TrainSteps = Bounded<0, 1_000_000_000_000>;
 /// Threads.
 pub type Threads = Bounded<1, 1024>;
+/// Pictures that one command draws, and how often it draws each prompt.
+pub type Pictures = Bounded<1, 1_000_000>;
+/// Entries of a data set's metadata.
+pub type Entries = Bounded<0, 10_000_000>;
+/// Tokens of a caption whose features come from a file.
+pub type CaptionTokens = Bounded<1, 4096>;
+/// Quality of JPEG files.
+pub type Quality = Bounded<1, 100>;
+
+/// Pixels of a picture from a file: as many as 16384 x 16384 have. Checked against its header, before anything is decoded; it
+/// bounds the time that decoding takes.
+pub const PICTURE_PIXELS: u64 = 1 << 28;
+
+/// Bytes that decoding may take: those of the file, the decoder's own and the pixels that are kept, of all pictures together that
+/// are decoded at one time. A picture that needs more by itself is refused by its header. Enough for 10240 x 10240 pixels in any
+/// format.
+pub const DECODING_BYTES: u64 = 5 << 28;
+
+/// Bytes that a picture's file may hold beside the picture: text, profiles, previews.
+pub const PICTURE_METADATA: u64 = 64 << 20;
 
 impl<const LEAST: u64, const MOST: u64> Bounded<LEAST, MOST> {
+    /// The least number.
+    pub const LEAST: u64 = LEAST;
+    /// The largest number.
+    pub const MOST: u64 = MOST;
+
     /// The number, if it lies in the range.
     pub const fn new(value: u64) -> Option<Self> {
         if value < LEAST || value > MOST {
@@ -133,6 +158,8 @@ impl Budget {
     pub const METADATA: Budget = Budget::new("metadata file", 1024 * MIB);
     /// A PNG, JPEG or WebP file; decoded pictures have a budget of their own.
     pub const PICTURE: Budget = Budget::new("picture", 512 * MIB);
+    /// Features or latents that a model made, kept for later.
+    pub const FEATURES: Budget = Budget::new("file of features", 1024 * MIB);
     /// What a run wrote for programs.
     pub const LOG: Budget = Budget::new("log", 1024 * MIB);
 

@@ -33,7 +33,7 @@ pub use inspect::{Inspection, PartReport, Resolution, TypeCount, inspect};
 pub use manifest::{Defaults, MANIFEST, MANIFEST_FORMAT, Manifest, OneOrMany};
 pub use paths::{Container, ModelPaths, PathOverrides};
 pub use set::{Checkpoint, CheckpointTensor, Layout};
-pub use values::{Values, read_values, write_values};
+pub use values::{Values, read_chosen_values, read_values, write_values};
 pub use write::{
     Content, Fetch, OutputFile, OutputTensor, WriteObserver, Written, expect_free, expect_writable, write_file,
     write_folder,

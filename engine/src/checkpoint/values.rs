@@ -24,9 +24,30 @@ pub struct Values {
 /// # Errors
 /// When the file is damaged or holds another type.
 pub fn read_values(path: &Path) -> Result<BTreeMap<String, Values>> {
+    read_chosen_values(path, &mut |_, _| Ok(true))
+}
+
+/// Reads some tensors of a safetensors file as [`read_values`] does: those of which `chosen` says by name and shape that they are
+/// wanted. Nothing is read before it has been asked about all.
+///
+/// # Errors
+/// When the file is damaged, a tensor holds another type, or `chosen` says so; an [`Error::Invalid`] gets the file's name.
+pub fn read_chosen_values(
+    path: &Path,
+    chosen: &mut dyn FnMut(&str, &[usize]) -> Result<bool>,
+) -> Result<BTreeMap<String, Values>> {
     let file = SafetensorsFile::open(path)?;
-    let tensors = file.tensors().iter();
+    let mut tensors = Vec::new();
+    for (name, tensor) in file.tensors() {
+        match chosen(name, &tensor.shape) {
+            Ok(true) => tensors.push((name, tensor)),
+            Ok(false) => (),
+            Err(Error::Invalid(reason)) => return Err(Error::file(path, reason)),
+            Err(error) => return Err(error),
+        }
+    }
     tensors
+        .into_iter()
         .map(|(name, tensor)| {
             let bytes = file.bytes(tensor);
             let values = match (tensor.dtype, Float::stored(tensor.dtype)) {

@@ -60,15 +60,11 @@ pub fn encode_captions(
         match encoder.encode(text) {
             Ok(encoded) => {
                 let features = Features::from_tensor(&encoded.features)?;
-                match features.is_finite() {
-                    true => {
-                        store.write(&store.key(&[text.as_bytes()]), &features)?;
-                        report.longest = report.longest.max(tokens(&features));
-                    }
-                    false => report.refuse(text, "its features are not finite"),
-                }
+                store.write(&store.key(&[text.as_bytes()]), &features)?;
+                report.longest = report.longest.max(tokens(&features));
                 report.cut += usize::from(encoded.dropped_tokens > 0);
             }
+            Err(Error::NotFinite { .. }) => report.refuse(text, "its features are not finite"),
             // The tokenizer's word for a text that it does not take; everything else ends the work.
             Err(Error::File { reason, .. }) => report.refuse(text, &reason),
             Err(error) => return Err(error),

@@ -17,6 +17,8 @@ use sha2::{Digest, Sha256};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::files;
+use crate::limits::Budget;
 use crate::tensor::Tensor;
 
 /// The tensor's name in its file, and that of its checksum.
@@ -136,7 +138,7 @@ impl FeatureStore {
 
     /// The entry of this name; `None` when there is none or it is damaged.
     pub fn read(&self, key: &StoreKey) -> Option<Features> {
-        let bytes = fs::read(self.path(key)).ok()?;
+        let bytes = files::read(&self.path(key), Budget::FEATURES).ok()?;
         let (_, header) = SafeTensors::read_metadata(&bytes).ok()?;
         let checksum = header.metadata().as_ref()?.get(CHECKSUM)?.clone();
         let file = SafeTensors::deserialize(&bytes).ok()?;

@@ -11,7 +11,7 @@ use super::set::{DataSet, damage_of};
 use super::sizing::PictureSize;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::image_io::{Filter, RgbImage, cover, read_image};
+use crate::image_io::{Filter, RgbImage, read_cover};
 use crate::model::vae::VaeEncoder;
 use crate::ops::from_rgb8::from_rgb8;
 use crate::tensor::Tensor;
@@ -24,7 +24,8 @@ const CHUNK: usize = 16;
 /// `progress(done, missing)` is called after each picture; an error from it ends the work, and what was made so far stays.
 ///
 /// # Errors
-/// When the autoencoder cannot be loaded, too much is damaged, the disk does not take the latents, or `progress` says so.
+/// When the autoencoder cannot be loaded or makes latents that are not finite, too much is damaged, the disk does not take the
+/// latents, or `progress` says so.
 pub fn encode_latents(
     store: &FeatureStore,
     set: &DataSet,
@@ -62,7 +63,17 @@ pub fn encode_latents(
         let pictures_in_order = pictures_in_order;
         for (done, (index, image)) in pictures_in_order.iter().enumerate() {
             match image {
-                Ok(image) => store.write(&keys[index], &encode(&encoder, device, &image)?)?,
+                Ok(image) => {
+                    let latent = encode(&encoder, device, &image)?;
+                    // Every picture is finite, so this is the autoencoder's fault, and that of all pictures.
+                    if !latent.is_finite() {
+                        let name = &pictures[index].0.name;
+                        return Err(Error::not_finite(format!(
+                            "the latent of {name}, so that the VAE's weights are damaged"
+                        )));
+                    }
+                    store.write(&keys[index], &latent)?;
+                }
                 Err(error) => {
                     set.damages().note(damage_of(pictures[index].0, &error));
                     set.damages().check()?;
@@ -90,7 +101,7 @@ fn key(store: &FeatureStore, record: &Record, size: PictureSize) -> StoreKey {
 }
 
 fn decode(record: &Record, size: PictureSize) -> Result<RgbImage> {
-    cover(&read_image(&record.path)?, size.width, size.height, Filter::default())
+    read_cover(&record.path, size.width, size.height, Filter::default())
 }
 
 fn encode(encoder: &VaeEncoder, device: &Device, image: &RgbImage) -> Result<Features> {

@@ -20,7 +20,7 @@ use super::sizing::PictureSize;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
-use crate::image_io::{Filter, cover, read_image};
+use crate::image_io::{Filter, read_cover};
 
 /// What a picture is to the model.
 #[derive(Clone, Debug, PartialEq)]
@@ -125,7 +125,7 @@ impl ItemSource {
     pub fn caption(&self, text: &str) -> Result<Caption> {
         let key = self.captions.key(&[text.as_bytes()]);
         let read = || {
-            let features = self.captions.read(&key);
+            let features = self.captions.read(&key).filter(|features| features.shape().len() == 3);
             features.ok_or_else(|| Error::invalid("the features of its caption in the cache are damaged"))
         };
         let features = self.kept_captions.get(&key, |features| features.bytes().len(), read)?;
@@ -134,12 +134,12 @@ impl ItemSource {
 
     fn content(&self, set: &DataSet, picture: usize) -> Result<Content> {
         if let Some((store, keys)) = self.latents.as_deref() {
-            let latent = store.read(&keys[picture]);
+            let latent = store.read(&keys[picture]).filter(|latent| latent.shape().len() == 4);
             let latent = latent.ok_or_else(|| Error::invalid("its latent in the cache is damaged"))?;
             return Ok(Content::Latent(latent));
         }
         let (record, size) = (&set.records()[picture], set.sizes()[picture]);
-        let image = cover(&read_image(&record.path)?, size.width, size.height, Filter::default())?;
+        let image = read_cover(&record.path, size.width, size.height, Filter::default())?;
         let bytes = image.into_pixels();
         Ok(Content::Rgb { bytes, size })
     }
@@ -281,9 +281,9 @@ impl Shared {
     /// Where the batch stands that comes `batches` after the start.
     fn place(&self, batches: u64) -> Position {
         let per_epoch = self.order.batches_per_epoch() as u64;
-        let batch = self.start.batch as u64 + batches;
+        let batch = (self.start.batch as u64).saturating_add(batches);
         Position {
-            epoch: self.start.epoch + (batch / per_epoch) as u32,
+            epoch: self.start.epoch.saturating_add((batch / per_epoch) as u32),
             batch: (batch % per_epoch) as usize,
         }
     }

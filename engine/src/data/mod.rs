@@ -13,6 +13,7 @@ mod kept;
 mod latents;
 mod loader;
 mod metadata;
+mod notes;
 mod order;
 mod random;
 mod set;

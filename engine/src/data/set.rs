@@ -8,10 +8,11 @@ use rayon::prelude::*;
 
 use super::damage::{Damage, DamageLog};
 use super::metadata::{Metadata, Record};
+use super::notes::{Notes, unnamed_pictures};
 use super::random::{Draws, Purpose};
 use super::sizing::{PictureSize, Sizing};
 use crate::error::{Error, Result};
-use crate::image_io::read_size;
+use crate::image_io::read_header;
 
 /// Pictures whose sizes are read between two looks at whether to go on.
 const CHUNK: usize = 4096;
@@ -23,6 +24,7 @@ pub struct DataSet {
     sizes: Vec<PictureSize>,
     /// Of a set that was split, of both parts.
     damages: Arc<DamageLog>,
+    notes: Vec<String>,
 }
 
 impl DataSet {
@@ -46,20 +48,27 @@ impl DataSet {
             records: Vec::with_capacity(metadata.records.len()),
             sizes: Vec::with_capacity(metadata.records.len()),
             damages,
+            notes: unnamed_pictures(&metadata).into_iter().collect(),
         };
         let size_of = |record: &Record| {
-            let (width, height) = read_size(&record.path)?;
-            sizing.size_for(PictureSize { width, height }, multiple)
+            let header = read_header(&record.path)?;
+            let found = PictureSize {
+                width: header.width,
+                height: header.height,
+            };
+            Ok((header.colours, found, sizing.size_for(found, multiple)?))
         };
+        let mut notes = Notes::default();
         let total = metadata.records.len();
         let mut records = metadata.records.into_iter();
         for first in (0..total).step_by(CHUNK) {
             progress(first, total)?;
             let chunk: Vec<Record> = records.by_ref().take(CHUNK).collect();
-            let sizes: Vec<Result<PictureSize>> = chunk.par_iter().map(size_of).collect();
+            let sizes: Vec<Result<_>> = chunk.par_iter().map(size_of).collect();
             for (record, size) in chunk.into_iter().zip(sizes) {
                 match size {
-                    Ok(size) => {
+                    Ok((colours, found, size)) => {
+                        notes.add(&record.name, colours, found, size);
                         set.records.push(record);
                         set.sizes.push(size);
                     }
@@ -68,6 +77,7 @@ impl DataSet {
             }
         }
         set.damages.check()?;
+        set.notes.extend(notes.told(set.records.len()));
         match set.records.is_empty() {
             true => Err(Error::file(path, "lists no picture that can be used")),
             false => Ok(set),
@@ -116,6 +126,7 @@ impl DataSet {
             records: Vec::with_capacity(count),
             sizes: Vec::with_capacity(count),
             damages: self.damages.clone(),
+            notes: Vec::new(),
         };
         let all = std::mem::take(&mut self.records)
             .into_iter()
@@ -140,6 +151,12 @@ impl DataSet {
     /// The size at which each of them is used.
     pub fn sizes(&self) -> &[PictureSize] {
         &self.sizes
+    }
+
+    /// What stops nothing, but is not what one would expect of a data set; a sentence each. Of a set that was split, the larger
+    /// part has them.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// What cannot be used.

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 use crate::image_io::fitted_size;
+use crate::limits::Side;
 
 /// A size in pixels, written `WIDTHxHEIGHT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -19,6 +20,12 @@ impl PictureSize {
     /// The number of pixels.
     pub fn pixels(self) -> usize {
         self.width * self.height
+    }
+
+    /// How much larger than a picture of size `found` one is that covers this size, keeping its proportions.
+    pub fn enlargement(self, found: PictureSize) -> f64 {
+        let ratio = |side: usize, found: usize| side as f64 / found as f64;
+        ratio(self.width, found.width).max(ratio(self.height, found.height))
     }
 
     /// The logarithm of the proportions, in which "twice as wide" and "twice as high" are equally far from square.
@@ -38,11 +45,13 @@ impl FromStr for PictureSize {
 
     fn from_str(text: &str) -> Result<Self> {
         let sides = text.split_once(['x', '×']);
-        let side = |text: &str| text.trim().parse().ok().filter(|side| (1..=1 << 22).contains(side));
+        let side = |text: &str| text.trim().parse().ok().map(Side::get);
         match sides.map(|(width, height)| (side(width), side(height))) {
             Some((Some(width), Some(height))) => Ok(PictureSize { width, height }),
             _ => Err(Error::invalid(format!(
-                "`{text}` is no size in pixels; write for example 1024x768"
+                "`{text}` is no size in pixels; write for example 1024x768, with sides of {} to {}",
+                Side::LEAST,
+                Side::MOST
             ))),
         }
     }

@@ -2,13 +2,14 @@
 //!
 //! The folder gets `metadata.jsonl` with a line for each picture (`file_name`, `prompt`, `seed`) in the order of the jobs, the
 //! pictures in folders of a thousand, and `synthesis.json`, which says what they were drawn with. A line is added when its
-//! picture is whole, so that a run that was interrupted, however it ended, goes on after the last line.
+//! picture is on the disk, so that a run that was interrupted, however it ended, goes on after the last line; pictures that are
+//! damaged or gone by then are drawn again. The folder is held meanwhile: a second run in it is refused.
 //!
 //! While the device draws a batch, the pictures of the one before are encoded by all processors.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 
@@ -19,10 +20,12 @@ use serde_json::{Value, json};
 use super::captions::encode_captions;
 use super::features::{FeatureStore, hex};
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, FolderLock};
 use crate::flow::noise_source::NoiseSource;
-use crate::image_io::{RgbImage, WriteOptions, write_image};
+use crate::image_io::{RgbImage, WriteOptions, read_image, write_image};
+use crate::limits::Budget;
 use crate::pipeline::{Captions, Pipeline, PromptFiles, Settings};
+use crate::shown_name;
 use crate::tensor::Tensor;
 
 const METADATA: &str = "metadata.jsonl";
@@ -30,6 +33,9 @@ const SETTINGS: &str = "synthesis.json";
 
 /// Pictures in a folder.
 const PER_FOLDER: usize = 1000;
+
+/// Pictures that are looked at between two looks at whether to go on.
+const CHUNK: usize = 256;
 
 /// What guidance moves away from.
 const EMPTY: &str = "";
@@ -65,24 +71,40 @@ pub struct SynthesisReport {
     pub found: usize,
     /// Pictures that were drawn.
     pub drawn: usize,
+    /// Those of them that had been there, but were damaged or gone.
+    pub redrawn: usize,
     /// Prompts that were encoded; the features of all others were in the cache.
     pub encoded: usize,
+    /// Whether the folder could be held against other runs; some file systems know no locks.
+    pub held: bool,
 }
 
 /// A line of the metadata.
-#[derive(Serialize, Deserialize)]
+#[derive(PartialEq, Serialize, Deserialize)]
 struct Line {
     file_name: String,
     prompt: String,
     seed: u64,
 }
 
+impl Line {
+    /// The line of a job's picture.
+    fn of(number: usize, job: &SynthesisJob, extension: &str) -> Self {
+        Line {
+            file_name: format!("{:03}/{number:06}.{extension}", number / PER_FOLDER),
+            prompt: job.prompt.clone(),
+            seed: job.seed,
+        }
+    }
+}
+
 /// Draws the pictures of `jobs` that `folder` does not hold yet. `progress(what, done, total)` is called between parts of the
 /// work; an error from it ends the work, and what was drawn so far stays.
 ///
 /// # Errors
-/// When the folder holds pictures of other jobs or settings, a prompt cannot be encoded, the device has no room, the disk does
-/// not take a picture, or `progress` says so.
+/// When another run holds the folder, or it holds pictures of other jobs or settings; when a prompt cannot be encoded, a picture
+/// holds numbers that are not finite, the device has no room, the disk does not take a picture, or `progress` says so. A batch
+/// with a fault leaves nothing behind.
 pub fn synthesize(
     pipeline: &mut Pipeline,
     folder: &Path,
@@ -91,44 +113,54 @@ pub fn synthesize(
     progress: &mut dyn FnMut(&'static str, usize, usize) -> Result<()>,
 ) -> Result<SynthesisReport> {
     fs::create_dir_all(folder).map_err(|error| Error::io(folder, error))?;
+    let lock = FolderLock::acquire(folder, "l2p-data")?;
+    remove_leftovers(folder);
     expect_settings(folder, pipeline, options)?;
-    let found = drawn_so_far(folder, jobs)?;
+    let lines = lines_so_far(folder, jobs, &options.extension)?;
+    let damaged = damaged_pictures(folder, &jobs[..lines], options, progress)?;
     let mut report = SynthesisReport {
-        found,
+        found: lines - damaged.len(),
+        redrawn: damaged.len(),
+        held: lock.is_held(),
         ..SynthesisReport::default()
     };
-    if found == jobs.len() {
+    let missing: Vec<usize> = damaged.into_iter().chain(lines..jobs.len()).collect();
+    if missing.is_empty() {
         return Ok(report);
     }
-    let store = encode(pipeline, &jobs[found..], options, &mut report, progress)?;
+    let store = encode(pipeline, jobs, &missing, options, &mut report, progress)?;
     pipeline.load(&mut |done, total| progress("loading the model", done, total))?;
     let writer = Writer {
         folder,
         jobs,
+        lines,
         settings: options.settings,
         extension: &options.extension,
     };
-    let metadata = folder.join(METADATA);
-    let file = OpenOptions::new().create(true).append(true).open(&metadata);
-    let file = file.map_err(|error| Error::io(&metadata, error))?;
-    let (drawn, batches) = sync_channel::<(usize, Vec<Vec<u8>>)>(1);
+    let (drawn, batches) = sync_channel::<(Vec<usize>, Vec<Vec<u8>>)>(1);
     let outcome = std::thread::scope(|scope| {
-        let writing = scope.spawn(|| writer.write_all(batches, file));
+        let writing = scope.spawn(|| writer.write_all(batches));
         let drawing = || -> Result<()> {
             // Moved in, so that the writer learns of the end.
             let drawn = drawn;
-            for first in (found..jobs.len()).step_by(options.batch.max(1)) {
-                progress("drawing", first, jobs.len())?;
-                let part = &jobs[first..jobs.len().min(first + options.batch.max(1))];
-                let pictures = draw(pipeline, &store, part, options, &mut || {
-                    progress("drawing", first, jobs.len())
+            let mut step = Steps {
+                done: 0,
+                total: missing.len() * options.settings.steps,
+                progress: &mut *progress,
+            };
+            for numbers in missing.chunks(options.batch.max(1)) {
+                step.tell(0)?;
+                let part: Vec<&SynthesisJob> = numbers.iter().map(|&number| &jobs[number]).collect();
+                let pictures = draw(pipeline, &store, &part, options, &mut |steps| {
+                    step.tell(steps * part.len())
                 })?;
-                if drawn.send((first, pictures)).is_err() {
+                step.done += options.settings.steps * part.len();
+                if drawn.send((numbers.to_vec(), pictures)).is_err() {
                     // The writer has ended with an error, which is the one to tell.
                     break;
                 }
             }
-            Ok(())
+            step.tell(0)
         };
         let drawing = drawing();
         let written = writing.join();
@@ -138,8 +170,38 @@ pub fn synthesize(
         written.and_then(|count| drawing.map(|()| count))
     });
     report.drawn = outcome?;
-    progress("drawing", jobs.len(), jobs.len())?;
     Ok(report)
+}
+
+/// Deletes what a run that was killed had begun to write, which nobody will rename any more. What cannot be deleted does no harm.
+fn remove_leftovers(folder: &Path) {
+    let entries = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten();
+    let folders = entries(folder).filter(|entry| {
+        let name = entry.file_name();
+        name.as_encoded_bytes().iter().all(u8::is_ascii_digit)
+    });
+    let folders: Vec<PathBuf> = folders.map(|entry| entry.path()).chain([folder.into()]).collect();
+    for file in folders.iter().flat_map(|folder| entries(folder)) {
+        let name = file.file_name();
+        let name = name.as_encoded_bytes();
+        if name.starts_with(b".l2p-") && name.ends_with(b".tmp") {
+            let _ = fs::remove_file(file.path());
+        }
+    }
+}
+
+/// Tells how far the drawing is, in denoising steps of one picture.
+struct Steps<'a> {
+    /// Those of the batches before.
+    done: usize,
+    total: usize,
+    progress: &'a mut dyn FnMut(&'static str, usize, usize) -> Result<()>,
+}
+
+impl Steps<'_> {
+    fn tell(&mut self, more: usize) -> Result<()> {
+        (self.progress)("drawing, in steps of a picture", self.done + more, self.total)
+    }
 }
 
 /// Refuses a folder whose pictures were drawn otherwise, and notes in a new one how they are.
@@ -153,16 +215,11 @@ fn expect_settings(folder: &Path, pipeline: &Pipeline, options: &SynthesisOption
         "compute": pipeline.device().compute_dtype().to_string(),
         "extension": options.extension,
     });
-    let bytes = match fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            let text = format!("{drawn_with:#}\n");
-            return files::replace(&path, text.as_bytes());
-        }
-        Err(error) => return Err(Error::io(&path, error)),
+    let Some(bytes) = files::read_if_there(&path, Budget::CONFIG)? else {
+        let text = format!("{drawn_with:#}\n");
+        return files::replace(&path, text.as_bytes());
     };
-    let found: Value =
-        serde_json::from_slice(&bytes).map_err(|error| Error::file(&path, format!("is not JSON: {error}")))?;
+    let found: Value = files::from_json(&bytes).map_err(|reason| Error::file(&path, reason))?;
     // Through text, as the file went: a number of f32 reads as another of f64.
     let expected: Value = serde_json::from_str(&drawn_with.to_string()).unwrap_or_default();
     let differing = expected.as_object().into_iter().flatten();
@@ -182,56 +239,83 @@ fn expect_settings(folder: &Path, pipeline: &Pipeline, options: &SynthesisOption
     }
 }
 
-/// How many of the jobs are done: lines at the metadata's beginning that belong to them and whose pictures are there. What
-/// follows is cut off.
-fn drawn_so_far(folder: &Path, jobs: &[SynthesisJob]) -> Result<usize> {
+/// How many lines at the metadata's beginning are those of the jobs, in their order. What follows them, such as a line of which a
+/// crash left a part, is cut off.
+fn lines_so_far(folder: &Path, jobs: &[SynthesisJob], extension: &str) -> Result<usize> {
     let path = folder.join(METADATA);
-    let bytes = match fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
-        Err(error) => return Err(Error::io(&path, error)),
+    let Some(bytes) = files::read_if_there(&path, Budget::METADATA)? else {
+        return Ok(0);
     };
-    let (mut done, mut kept) = (0, 0);
+    let (mut lines, mut kept) = (0, 0);
     for text in bytes.split_inclusive(|&byte| byte == b'\n') {
         let Ok(line) = serde_json::from_slice::<Line>(text) else {
             break;
         };
-        let there = folder.join(&line.file_name).metadata().is_ok_and(|file| file.len() > 0);
-        if !text.ends_with(b"\n") || !there {
+        let Some(job) = jobs.get(lines).filter(|_| text.ends_with(b"\n")) else {
             break;
+        };
+        let expected = Line::of(lines, job, extension);
+        if line != expected {
+            return Err(Error::file(
+                &path,
+                format!(
+                    "line {} is {} of \"{}\" with seed {}, the prompts call for {} of \"{}\" with seed {}: use the same prompts \
+                     and seed again, or another folder",
+                    lines + 1,
+                    shown_name(&line.file_name),
+                    shown_name(&line.prompt),
+                    line.seed,
+                    expected.file_name,
+                    shown_name(&expected.prompt),
+                    expected.seed
+                ),
+            ));
         }
-        match jobs.get(done) {
-            None => break,
-            Some(job) if job.prompt == line.prompt && job.seed == line.seed => {}
-            Some(job) => {
-                return Err(Error::file(
-                    &path,
-                    format!(
-                        "line {} is \"{}\" with seed {}, the prompts call for \"{}\" with seed {}: use the same prompts and \
-                         seed again, or another folder",
-                        done + 1,
-                        line.prompt,
-                        line.seed,
-                        job.prompt,
-                        job.seed
-                    ),
-                ));
-            }
-        }
-        done += 1;
+        lines += 1;
         kept += text.len();
     }
     // Lines beyond the jobs are a larger set, which stays as it is.
-    if done < jobs.len() && kept < bytes.len() {
+    if lines < jobs.len() && kept < bytes.len() {
         files::replace(&path, &bytes[..kept])?;
     }
-    Ok(done)
+    Ok(lines)
+}
+
+/// The numbers of those of the jobs whose pictures are not whole, or of another size. Every one of them is decoded, since the
+/// length of a file says nothing of what a crash or a copy left of it.
+fn damaged_pictures(
+    folder: &Path,
+    jobs: &[SynthesisJob],
+    options: &SynthesisOptions,
+    progress: &mut dyn FnMut(&'static str, usize, usize) -> Result<()>,
+) -> Result<Vec<usize>> {
+    let size = (options.settings.width, options.settings.height);
+    let is_damaged = |number: usize| {
+        let name = Line::of(number, &jobs[number], &options.extension).file_name;
+        match read_image(&folder.join(name)) {
+            Ok(image) => Ok((image.width(), image.height()) != size),
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(true),
+            Err(error @ Error::Io { .. }) => Err(error),
+            Err(_) => Ok(true),
+        }
+    };
+    let mut damaged = Vec::new();
+    for first in (0..jobs.len()).step_by(CHUNK) {
+        progress("checking the pictures that are there", first, jobs.len())?;
+        let numbers = (first..jobs.len().min(first + CHUNK)).into_par_iter();
+        let found: Vec<Option<usize>> = numbers
+            .map(|number| Ok(is_damaged(number)?.then_some(number)))
+            .collect::<Result<_>>()?;
+        damaged.extend(found.into_iter().flatten());
+    }
+    Ok(damaged)
 }
 
 /// The store of all features that the jobs need.
 fn encode(
     pipeline: &Pipeline,
     jobs: &[SynthesisJob],
+    numbers: &[usize],
     options: &SynthesisOptions,
     report: &mut SynthesisReport,
     progress: &mut dyn FnMut(&'static str, usize, usize) -> Result<()>,
@@ -239,7 +323,7 @@ fn encode(
     let device = pipeline.device();
     let files = PromptFiles::open(pipeline.paths(), device, pipeline.config().caption_width)?;
     let store = FeatureStore::open(&options.cache.join("captions"), &files.identity(device)?)?;
-    let mut texts: BTreeSet<&str> = jobs.iter().map(|job| job.prompt.as_str()).collect();
+    let mut texts: BTreeSet<&str> = numbers.iter().map(|&number| jobs[number].prompt.as_str()).collect();
     if options.settings.cfg != 1.0 {
         texts.insert(EMPTY);
     }
@@ -249,7 +333,8 @@ fn encode(
     })?;
     if let Some((text, reason)) = captions.refused.first() {
         return Err(Error::invalid(format!(
-            "the prompt \"{text}\" cannot be used: {reason}"
+            "the prompt \"{}\" cannot be used: {reason}",
+            shown_name(text)
         )));
     }
     report.encoded = captions.encoded;
@@ -260,15 +345,19 @@ fn encode(
 fn draw(
     pipeline: &mut Pipeline,
     store: &FeatureStore,
-    jobs: &[SynthesisJob],
+    jobs: &[&SynthesisJob],
     options: &SynthesisOptions,
-    go_on: &mut dyn FnMut() -> Result<()>,
+    go_on: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Vec<u8>>> {
     let device = pipeline.device().clone();
     let feature = |text: &str| -> Result<Tensor> {
         let features = store.read(&store.key(&[text.as_bytes()]));
-        let features =
-            features.ok_or_else(|| Error::invalid(format!("the features of \"{text}\" in the cache are damaged")))?;
+        let features = features.ok_or_else(|| {
+            Error::invalid(format!(
+                "the features of \"{}\" in the cache are damaged",
+                shown_name(text)
+            ))
+        })?;
         features.to_tensor(&device)
     };
     let prompts: Vec<Tensor> = jobs.iter().map(|job| feature(&job.prompt)).collect::<Result<_>>()?;
@@ -279,7 +368,7 @@ fn draw(
     let seeds: Vec<u64> = jobs.iter().map(|job| job.seed).collect();
     let noise = pipeline.noise(options.rng, &seeds, &options.settings)?;
     let captions = Captions { prompts, negatives };
-    let drawn = pipeline.denoise(&captions, noise, &options.settings, &mut |_| go_on())?;
+    let drawn = pipeline.denoise(&captions, noise, &options.settings, &mut |step| go_on(step.done))?;
     pipeline.pictures(&drawn)
 }
 
@@ -287,44 +376,69 @@ fn draw(
 struct Writer<'a> {
     folder: &'a Path,
     jobs: &'a [SynthesisJob],
+    /// Jobs that have a line.
+    lines: usize,
     settings: Settings,
     extension: &'a str,
 }
 
 impl Writer<'_> {
-    /// Writes batches until there are no more; each comes with the number of its first job. Returns the number of pictures.
-    fn write_all(&self, batches: Receiver<(usize, Vec<Vec<u8>>)>, mut metadata: File) -> Result<usize> {
-        let failed = |error| Error::io(self.folder.join(METADATA), error);
+    /// Writes batches until there are no more; each comes with the numbers of its jobs. Returns the number of pictures.
+    fn write_all(&self, batches: Receiver<(Vec<usize>, Vec<Vec<u8>>)>) -> Result<usize> {
+        let path = self.folder.join(METADATA);
+        let failed = |error| Error::io(&path, error);
+        let mut metadata = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(failed)?;
+        files::sync_folder(self.folder);
         let mut count = 0;
-        for (first, pictures) in batches {
-            let numbered: Vec<(usize, Vec<u8>)> = (first..).zip(pictures).collect();
-            count += numbered.len();
+        for (numbers, pictures) in batches {
+            count += numbers.len();
+            let numbered: Vec<(usize, Vec<u8>)> = numbers.into_iter().zip(pictures).collect();
             let lines = numbered
                 .into_par_iter()
-                .map(|(number, pixels)| self.write(number, pixels));
-            let lines: Vec<Vec<u8>> = lines.collect::<Result<_>>()?;
-            metadata.write_all(&lines.concat()).map_err(failed)?;
-            metadata.sync_data().map_err(failed)?;
+                .map(|(number, pixels)| Ok((number, self.write(number, pixels)?)));
+            let lines: Vec<(usize, Line)> = lines.collect::<Result<_>>()?;
+            self.sync_folders(&lines);
+            self.add_lines(&mut metadata, lines)?;
         }
         Ok(count)
     }
 
     /// Writes one picture, and returns its line.
-    fn write(&self, number: usize, pixels: Vec<u8>) -> Result<Vec<u8>> {
-        let job = &self.jobs[number];
-        let file_name = format!("{:03}/{number:06}.{}", number / PER_FOLDER, self.extension);
-        let path = self.folder.join(&file_name);
+    fn write(&self, number: usize, pixels: Vec<u8>) -> Result<Line> {
+        let line = Line::of(number, &self.jobs[number], self.extension);
+        let path = self.folder.join(&line.file_name);
         let folder = files::folder_of(&path);
         fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
         let image = RgbImage::new(self.settings.width, self.settings.height, pixels)?;
-        write_image(&path, &image, &WriteOptions::default())?;
-        let line = Line {
-            file_name,
-            prompt: job.prompt.clone(),
-            seed: job.seed,
+        let options = WriteOptions {
+            durable: true,
+            ..WriteOptions::default()
         };
-        let mut line = serde_json::to_vec(&line).map_err(|error| Error::invalid(error.to_string()))?;
-        line.push(b'\n');
+        write_image(&path, &image, &options)?;
         Ok(line)
+    }
+
+    /// Brings the names of these pictures onto the disk.
+    fn sync_folders(&self, lines: &[(usize, Line)]) {
+        let paths = lines.iter().map(|(_, line)| self.folder.join(&line.file_name));
+        let folders: BTreeSet<PathBuf> = paths.map(|path| files::folder_of(&path)).collect();
+        folders.iter().for_each(|folder| files::sync_folder(folder));
+        // A folder of a thousand may be new.
+        files::sync_folder(self.folder);
+    }
+
+    /// Adds the lines that are not there yet, and brings them onto the disk.
+    fn add_lines(&self, metadata: &mut File, lines: Vec<(usize, Line)>) -> Result<()> {
+        let mut text = Vec::new();
+        for (_, line) in lines.iter().filter(|(number, _)| *number >= self.lines) {
+            serde_json::to_writer(&mut text, line).map_err(|error| Error::invalid(error.to_string()))?;
+            text.push(b'\n');
+        }
+        let written = metadata.write_all(&text).and_then(|()| metadata.sync_data());
+        written.map_err(|error| Error::io(self.folder.join(METADATA), error))
     }
 }

@@ -9,4 +9,5 @@ mod replace;
 
 pub use lock::FolderLock;
 pub use read::{decode_text, from_json, open_regular, read, read_json, read_text};
+pub(crate) use read::{read_if_there, text_of, without_mark};
 pub(crate) use replace::{folder_of, relative, replace, sync_folder};

@@ -59,6 +59,18 @@ pub fn read(path: &Path, budget: Budget) -> Result<Vec<u8>> {
     }
 }
 
+/// [`read`]; `None` when there is no such file.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn read_if_there(path: &Path, budget: Budget) -> Result<Option<Vec<u8>>> {
+    match read(path, budget) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// The text of a regular file, which must be UTF-8; a byte order mark is left out.
 ///
 /// # Errors
@@ -71,7 +83,15 @@ pub fn read_text(path: &Path, budget: Budget) -> Result<String> {
 ///
 /// # Errors
 /// A sentence that begins with its verb, for [`Error::file`].
-pub fn decode_text(mut bytes: Vec<u8>) -> std::result::Result<String, String> {
+pub fn decode_text(bytes: Vec<u8>) -> std::result::Result<String, String> {
+    String::from_utf8(without_mark(bytes)?).map_err(|error| not_utf8(error.as_bytes(), error.utf8_error(), 1))
+}
+
+/// `bytes` without a byte order mark, to be read as text by parts.
+///
+/// # Errors
+/// A sentence that begins with its verb, for [`Error::file`], when they are UTF-16.
+pub(crate) fn without_mark(mut bytes: Vec<u8>) -> std::result::Result<Vec<u8>, String> {
     const UTF8_MARK: &[u8] = b"\xef\xbb\xbf";
     if bytes.starts_with(b"\xff\xfe") || bytes.starts_with(b"\xfe\xff") || bytes.iter().take(2).any(|byte| *byte == 0) {
         return Err("is UTF-16 text or no text at all; save it as UTF-8".into());
@@ -79,14 +99,24 @@ pub fn decode_text(mut bytes: Vec<u8>) -> std::result::Result<String, String> {
     if bytes.starts_with(UTF8_MARK) {
         bytes.drain(..UTF8_MARK.len());
     }
-    String::from_utf8(bytes).map_err(|error| {
-        let (valid, bytes) = (error.utf8_error().valid_up_to(), error.as_bytes());
-        let line = bytes[..valid].iter().filter(|byte| **byte == b'\n').count() + 1;
-        let byte = bytes[valid];
-        format!(
-            "is not UTF-8: line {line} has the byte {byte:#04x} (an older Windows or Latin encoding?); save it as UTF-8"
-        )
-    })
+    Ok(bytes)
+}
+
+/// A part of a file as text, its first line being the file's line `first`.
+///
+/// # Errors
+/// As [`decode_text`], when it is not UTF-8.
+pub(crate) fn text_of(part: &[u8], first: usize) -> std::result::Result<&str, String> {
+    std::str::from_utf8(part).map_err(|error| not_utf8(part, error, first))
+}
+
+fn not_utf8(bytes: &[u8], error: std::str::Utf8Error, first: usize) -> String {
+    let valid = error.valid_up_to();
+    let line = bytes[..valid].iter().filter(|byte| **byte == b'\n').count() + first;
+    let byte = bytes[valid];
+    format!(
+        "is not UTF-8: line {line} has the byte {byte:#04x} (an older Windows or Latin encoding?); save it as UTF-8"
+    )
 }
 
 /// A JSON file as `T`.

@@ -4,6 +4,7 @@
 //! 0; training draws from the table of all `s(u)`. Source: Esser et al., "Scaling Rectified Flow Transformers" (2024).
 
 use crate::error::{Error, Result};
+use crate::limits::Steps;
 
 /// `s(u)` of the module's head comment.
 pub fn shifted_sigma(u: f64, shift: f64) -> f64 {
@@ -14,9 +15,6 @@ pub fn shifted_sigma(u: f64, shift: f64) -> f64 {
 pub fn training_sigma(index: usize, entries: usize, shift: f64) -> f32 {
     shifted_sigma(1.0 - index as f64 / entries as f64, shift) as f32
 }
-
-/// More steps than this are taken for a slip.
-const MOST_STEPS: usize = 1 << 16;
 
 /// A sampling schedule: `steps + 1` sigmas from 1 down to 0.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,9 +31,10 @@ impl Schedule {
         if steps == 0 {
             return Err(Error::invalid("sampling needs at least one step"));
         }
-        if steps > MOST_STEPS {
+        if steps as u64 > Steps::MOST {
             return Err(Error::invalid(format!(
-                "{steps} steps are more than make sense: use at most {MOST_STEPS}"
+                "{steps} steps are more than make sense: use at most {}",
+                Steps::MOST
             )));
         }
         if !(shift.is_finite() && shift > 0.0) {

@@ -3,17 +3,16 @@
 //! Writing ([`write_image`]): PNG, JPEG and lossless WebP by the path's extension, from 8-bit RGB, beside the target and
 //! renamed into place. A PNG carries the [`Settings`] that drew it, and [`read_settings`] gets them back.
 //!
-//! Reading ([`read_image`]): the same formats, recognised by content, to 8-bit RGB; [`fit_to_multiple`] and [`cover`] bring a
-//! picture to a size that a model takes.
+//! Reading ([`read_image`]): the same formats, recognised by content, to 8-bit RGB, within the limits that [`crate::limits`] states;
+//! [`fit_to_multiple`], [`cover`] and [`read_cover`] bring a picture to a size that a model takes.
 
-mod jpeg_end;
 mod png;
 mod read;
 mod resize;
 mod settings;
 mod write;
 
-pub use read::{read_image, read_size};
+pub use read::{Colours, Header, read_cover, read_header, read_image};
 pub use resize::{Filter, centre_crop, cover, fit_to_multiple, fitted_size, resize};
 pub use settings::{Settings, read_settings};
 pub use write::{ImageFormat, WriteOptions, expect_writable, write_image};

@@ -1,14 +1,16 @@
 //! The settings that drew a picture, kept in its PNG file.
 
-use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io::{BufReader, Read, Seek};
 use std::path::Path;
 
 use flate2::read::ZlibDecoder;
+use serde::de::{Deserializer, Error as _};
 use serde::{Deserialize, Serialize};
 
 use super::png::{SIGNATURE, Text, chunk_crc};
 use crate::error::{Error, Result};
+use crate::files;
+use crate::limits::{self, Side, Steps};
 
 /// The keyword of the text chunk that holds the settings as JSON.
 const KEYWORD: &str = "l2p";
@@ -27,19 +29,43 @@ pub struct Settings {
     /// The seed of the noise.
     pub seed: u64,
     /// Steps from noise to picture.
+    #[serde(deserialize_with = "steps")]
     pub steps: usize,
     /// The guidance scale; 1 means none.
+    #[serde(deserialize_with = "finite")]
     pub cfg: f32,
     /// The shift of the noise schedule.
+    #[serde(deserialize_with = "finite")]
     pub shift: f32,
     /// Pixels in a row.
+    #[serde(deserialize_with = "side")]
     pub width: usize,
     /// Rows.
+    #[serde(deserialize_with = "side")]
     pub height: usize,
-    /// The model as it was named.
+    /// The model: a path as it was named, or a name alone where the path would say how a machine is laid out.
     pub model: String,
     /// The noise generator.
     pub rng: String,
+}
+
+fn steps<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<usize, D::Error> {
+    Steps::deserialize(deserializer).map(Steps::get)
+}
+
+fn side<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<usize, D::Error> {
+    Side::deserialize(deserializer).map(Side::get)
+}
+
+/// A number that is finite in f32 too.
+fn finite<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<f32, D::Error> {
+    let value = limits::finite(deserializer)?;
+    match (value as f32).is_finite() {
+        true => Ok(value as f32),
+        false => Err(D::Error::custom(format!(
+            "expected a number that fits f32, found {value}"
+        ))),
+    }
 }
 
 impl Settings {
@@ -50,15 +76,24 @@ impl Settings {
         Ok([(KEYWORD, json), (WORDS, self.in_words())])
     }
 
-    /// The layout that picture viewers know from other generators. A zero byte would end the chunk's text early.
+    /// The layout that picture viewers know from other generators; of the model its name alone. A zero byte would end the chunk's
+    /// text early.
     fn in_words(&self) -> String {
+        let name = Path::new(&self.model).file_name().and_then(|name| name.to_str());
         let mut words = self.prompt.clone();
         if !self.negative.is_empty() {
             words += &format!("\nNegative prompt: {}", self.negative);
         }
         words += &format!(
             "\nSteps: {}, CFG scale: {}, Seed: {}, Size: {}x{}, Model: {}, Shift: {}, RNG: {}",
-            self.steps, self.cfg, self.seed, self.width, self.height, self.model, self.shift, self.rng
+            self.steps,
+            self.cfg,
+            self.seed,
+            self.width,
+            self.height,
+            name.unwrap_or(&self.model),
+            self.shift,
+            self.rng
         );
         words.replace('\0', "\u{fffd}")
     }
@@ -73,9 +108,9 @@ impl<'a> From<&'a (&'static str, String)> for Text<'a> {
 /// The settings that a PNG file carries.
 ///
 /// # Errors
-/// When the file is no PNG, is damaged, or carries none.
+/// When the file is no PNG, is damaged, or carries none, or one that makes no sense, which is named.
 pub fn read_settings(path: &Path) -> Result<Settings> {
-    let file = File::open(path).map_err(|source| Error::io(path, source))?;
+    let file = files::open_regular(path)?;
     let text = find_text(&mut BufReader::new(file)).map_err(|source| match source.kind() {
         std::io::ErrorKind::UnexpectedEof => Error::file(path, "the file ends before the picture does"),
         std::io::ErrorKind::InvalidData => Error::file(path, source.to_string()),
@@ -87,7 +122,7 @@ pub fn read_settings(path: &Path) -> Result<Settings> {
             "carries no settings; only PNG files as l2p wrote them do, not copies that an editor saved",
         )
     })?;
-    serde_json::from_str(&text).map_err(|error| Error::file(path, format!("its settings cannot be used: {error}")))
+    files::from_json(text.as_bytes()).map_err(|reason| Error::file(path, format!("its text of settings {reason}")))
 }
 
 /// Walks the chunks up to the one with the settings.
@@ -117,7 +152,7 @@ fn find_text(file: &mut (impl Read + Seek)) -> std::io::Result<Option<String>> {
                 }
             }
             _ => {
-                file.seek(SeekFrom::Current(length as i64 + 4))?;
+                file.seek_relative(length as i64 + 4)?;
             }
         }
     }

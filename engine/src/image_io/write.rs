@@ -67,6 +67,10 @@ pub struct WriteOptions<'a> {
     pub jpeg_quality: u8,
     /// Kept in the file where it is a PNG.
     pub settings: Option<&'a Settings>,
+    /// Whether a file that is there is replaced, rather than that an error.
+    pub replace: bool,
+    /// Whether to wait until the picture is on the disk, for whoever keeps account of it.
+    pub durable: bool,
 }
 
 impl Default for WriteOptions<'_> {
@@ -74,6 +78,8 @@ impl Default for WriteOptions<'_> {
         WriteOptions {
             jpeg_quality: 92,
             settings: None,
+            replace: true,
+            durable: false,
         }
     }
 }
@@ -101,7 +107,8 @@ pub fn expect_writable(path: &Path, width: usize, height: usize) -> Result<()> {
 /// there is a whole picture or, on an error, whatever was there before.
 ///
 /// # Errors
-/// Those of [`expect_writable`], and when the disk is full.
+/// Those of [`expect_writable`], and when the disk is full, or there is a file that is not to be replaced (an [`Error::Io`] of
+/// kind `AlreadyExists`).
 pub fn write_image(path: &Path, image: &RgbImage, options: &WriteOptions<'_>) -> Result<()> {
     expect_writable(path, image.width, image.height)?;
     let file = new_beside(path)?;
@@ -113,7 +120,15 @@ pub fn write_image(path: &Path, image: &RgbImage, options: &WriteOptions<'_>) ->
     }
     output.flush().map_err(|source| Error::io(path, source))?;
     drop(output);
-    file.persist(path).map_err(|error| Error::io(path, error.error))?;
+    if options.durable {
+        // Before the rename: a name that outlives a crash must not be that of a file that does not.
+        file.as_file().sync_all().map_err(|source| Error::io(path, source))?;
+    }
+    let kept = match options.replace {
+        true => file.persist(path),
+        false => file.persist_noclobber(path),
+    };
+    kept.map_err(|error| Error::io(path, error.error))?;
     Ok(())
 }
 

@@ -1,14 +1,13 @@
 //! From a prompt to the features that the transformer takes: tokenizer and text encoder as one.
 
-use std::fs;
-use std::path::Path;
-
 use sha2::{Digest, Sha256};
 
 use super::of_file;
 use crate::checkpoint::{Checkpoint, ModelPaths};
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
+use crate::files;
+use crate::limits::Budget;
 use crate::model::DeviceLimits;
 use crate::model::config::TextConfig;
 use crate::model::text::TextEncoder;
@@ -89,7 +88,7 @@ impl<'a> PromptFiles<'a> {
         add(format!("{:?} {}", self.config, device.compute_dtype()).as_bytes());
         let tokenizer = self.paths.tokenizer()?;
         for name in PromptTokenizer::FILES {
-            add(&read_if_there(&tokenizer.join(name))?);
+            add(&files::read_if_there(&tokenizer.join(name), Budget::TOKENIZER)?.unwrap_or_default());
         }
         add(&self.checkpoint.identity());
         Ok(hash.finalize().to_vec())
@@ -100,19 +99,19 @@ impl PromptEncoder {
     /// The features of a prompt.
     ///
     /// # Errors
-    /// When the tokenizer or its template refuses it, or the device has no room.
+    /// When the tokenizer or its template refuses it, the features are not finite, which would spoil every picture of them, or the
+    /// device has no room.
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
         let tokens = self.tokenizer.encode(prompt)?;
+        let features = self.encoder.encode(&tokens.ids)?;
+        if features.to_vec_f32()?.iter().any(|value| !value.is_finite()) {
+            return Err(Error::not_finite(
+                "what the text encoder makes of a prompt, so that its weights are damaged",
+            ));
+        }
         Ok(Encoded {
-            features: self.encoder.encode(&tokens.ids)?,
+            features,
             dropped_tokens: tokens.dropped,
         })
-    }
-}
-
-fn read_if_there(path: &Path) -> Result<Vec<u8>> {
-    match fs::read(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        outcome => outcome.map_err(|error| Error::io(path, error)),
     }
 }

@@ -4,9 +4,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::flow::schedule::Schedule;
-
-/// The longest side that is not taken for a slip; sizes of pictures and their tensors then stay far from overflowing.
-const LONGEST_SIDE: usize = 1 << 22;
+use crate::limits::Side;
 
 /// What to draw with.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -30,9 +28,11 @@ impl Settings {
     /// Naming the value and what it should be.
     pub fn check(&self) -> Result<()> {
         for (name, side) in [("width", self.width), ("height", self.height)] {
-            if !(1..=LONGEST_SIDE).contains(&side) {
+            if Side::new(side as u64).is_none() {
                 return Err(Error::invalid(format!(
-                    "a {name} of {side} cannot be drawn: use 1 to {LONGEST_SIDE} pixels"
+                    "a {name} of {side} cannot be drawn: use {} to {} pixels",
+                    Side::LEAST,
+                    Side::MOST
                 )));
             }
         }

@@ -1,5 +1,6 @@
 //! Data sets: what metadata says, in which order pictures come, and what is kept of them on disk.
 
+mod hostile;
 mod loader;
 mod metadata;
 mod stores;
@@ -11,6 +12,7 @@ use l2p_engine::image_io::{RgbImage, WriteOptions, write_image};
 use l2p_tests::{Outcome, Suite};
 
 pub fn register(suite: &mut Suite) {
+    hostile::register(suite);
     loader::register(suite);
     metadata::register(suite);
     stores::register(suite);

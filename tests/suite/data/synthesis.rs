@@ -15,6 +15,9 @@ pub fn register(suite: &mut Suite) {
     suite.cpu("data::synthesis::sets_are_drawn_continued_and_grown", on_the_cpu);
     suite.cuda("data::synthesis::many_at_once_on_cuda", on_cuda);
     suite.cpu("data::synthesis::other_jobs_are_refused", refused);
+    suite.cpu("data::synthesis::one_run_at_a_time", one_at_a_time);
+    suite.cpu("data::synthesis::what_is_there_is_verified", verified);
+    suite.cpu("data::synthesis::numbers_and_files_out_of_range", out_of_range);
 }
 
 const PROMPTS: &str =
@@ -131,7 +134,9 @@ fn refused() -> Outcome {
     };
     let seed = message(&["--seed", "3", "--out", "set"])?;
     assert!(
-        seed.contains("line 1 is \"fox\" with seed 0, the prompts call for \"fox\" with seed 3"),
+        seed.contains(
+            "line 1 is 000/000000.png of \"fox\" with seed 0, the prompts call for 000/000000.png of \"fox\" with seed 3"
+        ),
         "{seed}"
     );
     let cfg = message(&["--cfg", "1", "--out", "set"])?;
@@ -145,11 +150,181 @@ fn refused() -> Outcome {
         "{}",
         again.stdout
     );
+    std::fs::write(folder.path().join("empty.jsonl"), "\n")?;
+    let empty = folder.path().join("empty.jsonl").display().to_string();
     let empty = run(
         "l2p-data",
-        ["synthesize", "--model", "m", "--prompts", "/dev/null", "--out", "o"],
+        ["synthesize", "--model", "m", "--prompts", &empty, "--out", "o"],
     )?;
     assert!(empty.stderr.contains("holds no prompts"), "{}", empty.stderr);
+    Ok(())
+}
+
+/// Two runs in one folder, and one after another was killed.
+fn one_at_a_time() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let out = folder.path().join("set");
+    let arguments = ["--count", "20", "--out", "set"];
+    let mut first = command(folder.path(), "cpu", &arguments)?
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let started = Instant::now();
+    while lines(&out).map_or(0, |lines| lines.lines().count()) < 2 && started.elapsed() < Duration::from_secs(120) {
+        std::thread::sleep(Duration::from_millis(2));
+        assert!(first.try_wait()?.is_none(), "the program ended by itself");
+    }
+    let second = synthesize(folder.path(), "cpu", &arguments)?;
+    let process = format!("l2p-data, process {}", first.id());
+    first.kill()?;
+    first.wait()?;
+    assert_eq!(second.code, 1, "{}", second.stderr);
+    assert!(
+        second.stderr.contains("set: is in use by ") && second.stderr.contains(&process),
+        "{}",
+        second.stderr
+    );
+    // The dead hold nothing.
+    let third = synthesize(folder.path(), "cpu", &["--count", "1", "--out", "set"])?.success()?;
+    assert!(third.stdout.contains(" were there"), "{}", third.stdout);
+    let all = lines(&out)?;
+    let mut names: Vec<&str> = all.lines().collect();
+    names.dedup();
+    assert_eq!(names.len(), all.lines().count());
+    Ok(())
+}
+
+/// Pictures that a crash, a copy or a hand left damaged are drawn again, and only these.
+fn verified() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    for format in ["png", "webp", "jpg"] {
+        let out = folder.path().join(format);
+        let arguments = ["--count", "2", "--format", format, "--out", format];
+        synthesize(folder.path(), "cpu", &arguments)?.success()?;
+        let path = |index: usize| out.join(format!("000/{index:06}.{format}"));
+        let pictures = || {
+            (0..6)
+                .map(|index| std::fs::read(path(index)))
+                .collect::<std::io::Result<Vec<_>>>()
+        };
+        let (whole, metadata) = (pictures()?, lines(&out)?);
+        // Two cut, to a hundred bytes and to all but twenty, one gone, one of another size.
+        std::fs::write(path(0), &whole[0][..100])?;
+        std::fs::write(path(2), &whole[2][..whole[2].len() - 20])?;
+        std::fs::remove_file(path(3))?;
+        super::write_grey(&path(4), 16, 16, 90)?;
+        // And what a killed run had begun to write.
+        for name in ["000/.l2p-x.tmp", ".l2p-y.tmp"] {
+            std::fs::write(out.join(name), "a part")?;
+        }
+        let kept = std::fs::metadata(path(1))?.modified()?;
+        let again = synthesize(folder.path(), "cpu", &[&arguments[..], &["--json"]].concat())?.success()?;
+        let report: serde_json::Value = serde_json::from_str(&again.stdout)?;
+        let numbers = ["found", "drawn", "redrawn"].map(|key| report[key].as_u64());
+        assert_eq!(numbers, [Some(2), Some(4), Some(4)], "{format}");
+        assert!(pictures()? == whole && lines(&out)? == metadata, "{format}");
+        assert_eq!(std::fs::metadata(path(1))?.modified()?, kept, "{format}");
+        assert!(!out.join("000/.l2p-x.tmp").exists() && !out.join(".l2p-y.tmp").exists());
+        // A part of a line at the end, and one in the middle, are not taken for lines.
+        for cut in [metadata.len() - 1, metadata.len() - 30] {
+            std::fs::write(out.join("metadata.jsonl"), &metadata[..cut])?;
+            let again = synthesize(folder.path(), "cpu", &arguments)?.success()?;
+            assert!(
+                again.stdout.contains("1 pictures drawn") && again.stdout.contains("5 were there"),
+                "{}",
+                again.stdout
+            );
+            assert!(pictures()? == whole && lines(&out)? == metadata, "{format}");
+        }
+    }
+    let other = lines(&folder.path().join("png"))?.replacen("000/000000.png", "../../other.png", 1);
+    std::fs::write(folder.path().join("png/metadata.jsonl"), other)?;
+    let refused = synthesize(
+        folder.path(),
+        "cpu",
+        &["--count", "2", "--format", "png", "--out", "png"],
+    )?;
+    assert!(
+        refused.stderr.contains("line 1 is ../../other.png of \"fox\""),
+        "{}",
+        refused.stderr
+    );
+    Ok(())
+}
+
+fn out_of_range() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    for (arguments, message) in [
+        (
+            "--count 4294967296",
+            "'--count <N>': expected a whole number from 1 to 1000000",
+        ),
+        (
+            "--count -1",
+            "'--count <N>': expected a whole number from 1 to 1000000, found `-1`",
+        ),
+        ("--limit 0", "'--limit <N>': expected a whole number from 1 to 1000000"),
+        (
+            "--batch 18446744073709551615",
+            "'--batch <N>': expected a whole number from 1 to 65536",
+        ),
+        (
+            "--width 65537",
+            "'--width <PIXELS>': expected a whole number from 1 to 65536, found `65537`",
+        ),
+        (
+            "--height 0",
+            "'--height <PIXELS>': expected a whole number from 1 to 65536",
+        ),
+        ("--seed -1", "there is no random seed (-1 in other programs)"),
+    ] {
+        let arguments: Vec<&str> = arguments.split(' ').collect();
+        let finished = synthesize(folder.path(), "cpu", &[&arguments[..], &["--out", "o"]].concat())?;
+        assert!(
+            finished.code == 2 && finished.stderr.contains(message),
+            "{message}\n{}",
+            finished.stderr
+        );
+    }
+    let line = "{\"prompt\": \"fox\"}\n";
+    let with = |text: Vec<u8>, count: &str| -> Result<Finished, Failed> {
+        std::fs::write(folder.path().join("p.jsonl"), text)?;
+        let path = folder.path().join("p.jsonl").display().to_string();
+        run(
+            "l2p-data",
+            [
+                "synthesize",
+                "--model",
+                "m",
+                "--out",
+                "o",
+                "--count",
+                count,
+                "--prompts",
+                &path,
+            ],
+        )
+    };
+    let many = with(line.repeat(11).into_bytes(), "1000000")?;
+    assert!(
+        many.stderr
+            .contains("11 prompts, 1000000 pictures of each (--count), are more than the 10000000 pictures"),
+        "{}",
+        many.stderr
+    );
+    let latin = with([line.as_bytes(), b"{\"prompt\": \"caf\xe9\"}\n"].concat(), "1")?;
+    let word =
+        "p.jsonl: is not UTF-8: line 2 has the byte 0xe9 (an older Windows or Latin encoding?); save it as UTF-8\n";
+    assert!(latin.code == 1 && latin.stderr.ends_with(word), "{}", latin.stderr);
+    let wide = with(b"\xff\xfe{\0}\0".to_vec(), "1")?;
+    assert!(wide.stderr.contains("p.jsonl: is UTF-16 text"), "{}", wide.stderr);
+    // What few mean gets a word.
+    let zero = synthesize(folder.path(), "cpu", &["--cfg", "0", "--limit", "1", "--out", "zero"])?.success()?;
+    assert!(
+        zero.stderr.contains("note: cfg 0 ignores the prompt"),
+        "{}",
+        zero.stderr
+    );
     Ok(())
 }
 

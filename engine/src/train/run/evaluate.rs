@@ -62,9 +62,20 @@ pub fn evaluate(
     )?;
     let validation = setup.validation.as_ref();
     let validation = validation.ok_or_else(|| Error::invalid("there is no picture to evaluate on"))?;
+    // A run tells of these in its log; here the mean would quietly be one of fewer pictures.
+    for damage in validation.damages().take_fresh() {
+        progress.notice(&format!("damaged, skipped: {damage}"));
+    }
     let mut feeder = Feeder::new(&config, device, false);
+    let loss = validation.loss(&model, &mut feeder, &mut || progress.go_on())?;
+    if !loss.is_finite() {
+        return Err(Error::not_finite(format!(
+            "the loss of {} is {loss}",
+            transformer.checkpoint.path().display()
+        )));
+    }
     Ok(Evaluation {
-        loss: validation.loss(&model, &mut feeder, &mut || progress.go_on())?,
+        loss,
         pictures: validation.pictures(),
     })
 }

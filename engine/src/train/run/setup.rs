@@ -234,20 +234,29 @@ fn open_data(
         width: defaults.width.next_multiple_of(multiple),
         height: defaults.height.next_multiple_of(multiple),
     });
-    let mut open = |path: &Path, tolerance: f64| {
-        DataSet::open(path, &sizing, multiple, tolerance, &mut |done, total| {
+    let mut open = |path: &Path| {
+        DataSet::open(path, &sizing, multiple, config.max_damaged, &mut |done, total| {
             progress.report("reading the pictures' sizes", done, total)
         })
     };
-    let all = open(&config.data, config.max_damaged)?;
-    match &config.validation {
-        Some(path) => Ok((all, Some(open(path, config.max_damaged)?))),
+    let all = open(&config.data)?;
+    let (train, held_out) = match &config.validation {
+        Some(path) => (all, Some(open(path)?)),
         None if config.held_out > 0 => {
             let (train, held_out) = all.hold_out(config.held_out, config.seed)?;
-            Ok((train, Some(held_out)))
+            (train, Some(held_out))
         }
-        None => Ok((all, None)),
+        None => (all, None),
+    };
+    // One sentence is enough where both are of the same pictures.
+    let mut notes: Vec<&String> = train.notes().iter().collect();
+    for note in held_out.iter().flat_map(DataSet::notes) {
+        if !notes.contains(&note) {
+            notes.push(note);
+        }
     }
+    notes.into_iter().for_each(|note| progress.notice(note));
+    Ok((train, held_out))
 }
 
 /// Whether a picture's noise is that of its own seed.

@@ -8,12 +8,15 @@
 //!
 //! Other columns are ignored. A line that cannot be used is damaged, like a picture that cannot be decoded.
 
-use std::path::{Path, PathBuf};
+mod csv;
+mod json;
 
-use serde_json::Value;
+use std::path::{Path, PathBuf};
 
 use super::damage::Damage;
 use crate::error::{Error, Result};
+use crate::files;
+use crate::limits::{Budget, Entries};
 
 /// The names that a folder's metadata may have.
 const FILES: [&str; 3] = ["metadata.jsonl", "metadata.json", "metadata.csv"];
@@ -22,6 +25,9 @@ const FILES: [&str; 3] = ["metadata.jsonl", "metadata.json", "metadata.csv"];
 const IMAGE: [&str; 2] = ["image", "file_name"];
 const CAPTION: [&str; 2] = ["prompt", "text"];
 const SEED: &str = "seed";
+
+/// Damaged lines after which a file is taken for one of another kind.
+const MOST_DAMAGED: usize = 100_000;
 
 /// One picture.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +51,8 @@ pub struct Metadata {
     pub records: Vec<Record>,
     /// The lines that cannot be used.
     pub damaged: Vec<Damage>,
+    /// The pictures that such lines name all the same.
+    pub(super) named_by_damaged: Vec<PathBuf>,
 }
 
 impl Metadata {
@@ -54,17 +62,21 @@ impl Metadata {
     /// When there is none or more than one, or no picture or caption is in it at all.
     pub fn read(path: &Path) -> Result<Self> {
         let path = find(path)?;
-        let bytes = std::fs::read(&path).map_err(|error| Error::io(&path, error))?;
-        // Editors on Windows begin a file with a byte order mark.
-        let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(&bytes);
+        let bytes = files::read(&path, Budget::METADATA)?;
+        let bytes = files::without_mark(bytes).map_err(|reason| Error::file(&path, reason))?;
         let mut reader = Reader::new(&path);
         match path.extension().and_then(|extension| extension.to_str()) {
-            Some("jsonl") => reader.json_lines(bytes),
-            Some("json") => reader.json(bytes)?,
-            Some("csv") => reader.csv(bytes)?,
+            Some("jsonl") => json::read_lines(&mut reader, &bytes)?,
+            Some("json") => json::read_list(&mut reader, &bytes)?,
+            Some("csv") => csv::read(&mut reader, &bytes)?,
             _ => return Err(Error::file(path, "metadata is a .jsonl, .json or .csv file")),
         }
-        let Reader { records, damaged, .. } = reader;
+        let Reader {
+            records,
+            damaged,
+            named_by_damaged,
+            ..
+        } = reader;
         if records.is_empty() {
             let reason = match damaged.first() {
                 None => "lists no pictures".to_owned(),
@@ -75,7 +87,12 @@ impl Metadata {
             };
             return Err(Error::file(path, reason));
         }
-        Ok(Metadata { path, records, damaged })
+        Ok(Metadata {
+            path,
+            records,
+            damaged,
+            named_by_damaged,
+        })
     }
 
     /// Entries of the file, damaged ones included.
@@ -91,7 +108,7 @@ fn find(path: &Path) -> Result<PathBuf> {
     let found: Vec<PathBuf> = FILES
         .iter()
         .map(|name| path.join(name))
-        .filter(|path| path.is_file())
+        .filter(|path| path.exists())
         .collect();
     match &found[..] {
         [one] => Ok(one.clone()),
@@ -113,9 +130,11 @@ struct Reader<'a> {
     folder: &'a Path,
     records: Vec<Record>,
     damaged: Vec<Damage>,
+    named_by_damaged: Vec<PathBuf>,
 }
 
 /// The three columns of a row, as text.
+#[derive(Clone, Copy, Default)]
 struct Row<'a> {
     image: Option<&'a str>,
     caption: Option<&'a str>,
@@ -129,93 +148,44 @@ impl<'a> Reader<'a> {
             folder: path.parent().unwrap_or(Path::new("")),
             records: Vec::new(),
             damaged: Vec::new(),
+            named_by_damaged: Vec::new(),
         }
     }
 
-    fn json_lines(&mut self, bytes: &[u8]) {
-        for (index, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
-            if line.trim_ascii().is_empty() {
-                continue;
-            }
-            let value = serde_json::from_slice(line).map_err(|error| format!("is not JSON: {error}"));
-            let outcome = value.and_then(|value| self.record_of_json(&value));
-            self.add(&format!("line {}", index + 1), outcome);
+    /// Adds what a row says. `place` is where it stands.
+    fn add_row(&mut self, place: impl Fn() -> String, row: Row<'_>) -> Result<()> {
+        match self.record(row) {
+            Ok(record) => self.records.push(record),
+            Err(reason) => return self.add_damaged(place(), reason, row.image),
+        }
+        match self.records.len() as u64 > Entries::MOST {
+            true => Err(Error::file(
+                self.path,
+                format!(
+                    "lists more than {} pictures, the most that a data set may have",
+                    Entries::MOST
+                ),
+            )),
+            false => Ok(()),
         }
     }
 
-    fn json(&mut self, bytes: &[u8]) -> Result<()> {
-        let values: Vec<Value> = serde_json::from_slice(bytes)
-            .map_err(|error| Error::file(self.path, format!("is not a list of JSON objects: {error}")))?;
-        for (index, value) in values.iter().enumerate() {
-            let outcome = self.record_of_json(value);
-            self.add(&format!("entry {}", index + 1), outcome);
-        }
-        Ok(())
-    }
-
-    fn csv(&mut self, bytes: &[u8]) -> Result<()> {
-        let path = self.path;
-        let refuse = |error: csv::Error| Error::file(path, format!("is not CSV: {error}"));
-        let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(bytes);
-        let header = reader.headers().map_err(refuse)?.clone();
-        let column = |name: &str| header.iter().position(|found| found.trim() == name);
-        let one_of = |names: [&str; 2]| {
-            let found = names.iter().find_map(|name| column(name));
-            found.ok_or_else(|| {
-                let columns: Vec<_> = header.iter().collect();
-                let reason = format!(
-                    "has no column `{}`; its columns are {}",
-                    names.join("` or `"),
-                    columns.join(", ")
-                );
-                Error::file(path, reason)
-            })
-        };
-        let (image, caption, seed) = (one_of(IMAGE)?, one_of(CAPTION)?, column(SEED));
-        let mut row = csv::ByteRecord::new();
-        while reader.read_byte_record(&mut row).map_err(refuse)? {
-            let place = format!("line {}", row.position().map_or(0, csv::Position::line));
-            let text = |column: Option<usize>| {
-                let bytes = column.and_then(|column| row.get(column));
-                bytes
-                    .map(std::str::from_utf8)
-                    .transpose()
-                    .map_err(|_| "is not UTF-8".to_owned())
-            };
-            let fields = || {
-                self.record(Row {
-                    image: text(Some(image))?,
-                    caption: text(Some(caption))?,
-                    seed: text(seed)?,
-                })
-            };
-            let outcome = fields();
-            self.add(&place, outcome);
-        }
-        Ok(())
-    }
-
-    fn record_of_json(&self, value: &Value) -> std::result::Result<Record, String> {
-        let first_of = |names: &[&str]| {
-            names
-                .iter()
-                .find_map(|name| value.get(name))
-                .filter(|value| !value.is_null())
-        };
-        let text = |names: &[&str]| match first_of(names) {
-            None => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text.as_str())),
-            Some(other) => Err(format!("says {} = {other}, expected a text", names.join(" or "))),
-        };
-        let seed = first_of(&[SEED]).map(|seed| match seed {
-            Value::String(text) => text.clone(),
-            other => other.to_string(),
+    /// Adds a row that cannot be used, which may name a picture.
+    fn add_damaged(&mut self, place: String, reason: String, image: Option<&str>) -> Result<()> {
+        self.named_by_damaged
+            .extend(image.map(|image| self.folder.join(image.trim())));
+        self.damaged.push(Damage {
+            what: format!("{}, {place}", self.path.display()),
+            reason,
         });
-        self.record(Row {
-            image: text(&IMAGE)?,
-            caption: text(&CAPTION)?,
-            seed: seed.as_deref(),
-        })
+        if self.damaged.len() <= MOST_DAMAGED {
+            return Ok(());
+        }
+        let first = &self.damaged[0];
+        Err(Error::file(
+            self.path,
+            format!("holds more than {MOST_DAMAGED} lines that cannot be used; the first of them: {first}"),
+        ))
     }
 
     fn record(&self, row: Row<'_>) -> std::result::Result<Record, String> {
@@ -230,16 +200,6 @@ impl<'a> Reader<'a> {
             seed: seed.map(parse_seed).transpose()?,
         })
     }
-
-    fn add(&mut self, place: &str, outcome: std::result::Result<Record, String>) {
-        match outcome {
-            Ok(record) => self.records.push(record),
-            Err(reason) => self.damaged.push(Damage {
-                what: format!("{}, {place}", self.path.display()),
-                reason,
-            }),
-        }
-    }
 }
 
 /// A seed; tables with gaps are often saved with whole numbers as `123.0`, and PyTorch takes negative ones modulo 2⁶⁴.
@@ -247,5 +207,8 @@ fn parse_seed(text: &str) -> std::result::Result<u64, String> {
     let digits = text.strip_suffix(".0").unwrap_or(text);
     let unsigned = digits.parse::<u64>().ok();
     let seed = unsigned.or_else(|| digits.parse::<i64>().ok().map(|seed| seed as u64));
-    seed.ok_or_else(|| format!("says seed = {text}, expected a whole number of 64 bits"))
+    seed.ok_or_else(|| {
+        let text = crate::shown_name(text);
+        format!("says seed = {text}, expected a whole number of 64 bits")
+    })
 }
