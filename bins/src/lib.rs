@@ -6,6 +6,7 @@ pub mod data;
 mod output;
 pub mod profile;
 mod progress;
+mod prompts;
 pub mod report;
 pub mod sample;
 mod size;

@@ -109,11 +109,7 @@ impl Studio<'_> {
         let pixels = to_rgb8(&image)?.into_pictures(0, 1)?.concat();
         watch.part(4)?;
         let picture = RgbImage::new(self.side, self.side, pixels)?;
-        let options = WriteOptions {
-            jpeg_quality: 92,
-            settings: None,
-        };
-        write_image(&self.out, &picture, &options)?;
+        write_image(&self.out, &picture, &WriteOptions::default())?;
         watch.part(5)?;
         Ok(Drawn {
             parts: watch.parts,

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use l2p_engine::DeviceChoice;
 use l2p_engine::checkpoint::PathOverrides;
 use l2p_engine::flow::noise_source::NoiseSource;
+use l2p_engine::limits::{Batch, Pictures, Side, Steps};
 
 /// Makes data sets for training.
 #[derive(Parser, Clone, Debug)]
@@ -28,7 +29,7 @@ Has a model draw many prompts, into a folder that l2p-train reads: pictures, and
 seed of each. The features of the prompts go to a cache, so that training does not encode them again.
 
 A run that was interrupted goes on where it stopped when the same command is given again. Given a larger --count, the \
-same folder grows.";
+same folder grows. Pictures that are damaged or gone by then are drawn again. One run at a time writes into a folder.";
 
 const EXAMPLES: &str = "\
 Example:
@@ -48,11 +49,11 @@ pub struct Synthesize {
     #[arg(long, value_name = "FILE.jsonl")]
     pub prompts: PathBuf,
     /// Pictures per prompt, each with a seed of its own
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
-    pub count: u32,
+    #[arg(long, value_name = "N", default_value = "1", allow_negative_numbers = true)]
+    pub count: Pictures,
     /// Use only the first so many prompts
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub limit: Option<u32>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub limit: Option<Pictures>,
     /// The folder
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -60,29 +61,29 @@ pub struct Synthesize {
     #[arg(long, value_name = "DIR")]
     pub cache: Option<PathBuf>,
     /// Seed of the first picture's noise; each further picture takes the next
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true, value_parser = crate::prompts::seed)]
     pub seed: u64,
     /// Format of the pictures
     #[arg(long, value_enum, default_value_t = Format::Png)]
     pub format: Format,
-    /// Guidance: 1 is none [default: the model's]
-    #[arg(long, value_name = "SCALE")]
+    /// Guidance: 1 is none, 0 would ignore the prompt; diffusers' guidance_scale plus 1 [default: the model's]
+    #[arg(long, value_name = "SCALE", allow_negative_numbers = true)]
     pub cfg: Option<f32>,
     /// Denoising steps [default: the model's, or 28]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub steps: Option<u32>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub steps: Option<Steps>,
     /// How far the schedule is shifted towards noise [default: the model's, or 3]
-    #[arg(long, value_name = "SHIFT")]
+    #[arg(long, value_name = "SHIFT", allow_negative_numbers = true)]
     pub shift: Option<f32>,
     /// Pixels [default: the model's]
-    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..))]
-    pub width: Option<u32>,
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
+    pub width: Option<Side>,
     /// Pixels [default: the model's]
-    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..))]
-    pub height: Option<u32>,
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
+    pub height: Option<Side>,
     /// Pictures drawn at once [default: as many as fill the device]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub batch: Option<u32>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub batch: Option<Batch>,
     /// Noise generator: philox (same bits on CPU and GPU) or torch (PyTorch's CPU generator)
     #[arg(long, value_name = "NAME", default_value = "philox", value_parser = noise_source)]
     pub rng: NoiseSource,

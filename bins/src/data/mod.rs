@@ -2,12 +2,12 @@
 
 mod arguments;
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use l2p_engine::checkpoint::ModelPaths;
 use l2p_engine::data::{SynthesisJob, SynthesisOptions, SynthesisReport, synthesize};
+use l2p_engine::limits::{Batch, Entries, Side, Steps};
 use l2p_engine::pipeline::{Pipeline, Settings};
 use l2p_engine::{Device, Error};
 use serde::Deserialize;
@@ -16,6 +16,7 @@ pub use arguments::Arguments;
 use arguments::{Command, Synthesize};
 
 use crate::progress::PhaseBar;
+use crate::prompts;
 
 /// Pictures are drawn together as long as a batch has at most this many image tokens.
 const TOKENS_PER_BATCH: usize = 16384;
@@ -57,6 +58,9 @@ fn synthesize_set(arguments: &Synthesize) -> anyhow::Result<()> {
         settings.shift,
         settings.cfg
     ));
+    if let Some(word) = prompts::word_on_guidance(settings.cfg) {
+        crate::say(format_args!("note: {word}"));
+    }
     let started = Instant::now();
     let mut display = PhaseBar::new(true);
     let report = synthesize(
@@ -73,7 +77,14 @@ fn synthesize_set(arguments: &Synthesize) -> anyhow::Result<()> {
         },
     );
     display.clear();
-    tell(arguments, &report?, started.elapsed())
+    let report = report?;
+    if !report.held {
+        crate::say(format_args!(
+            "note: the file system of {} knows no locks: see to it that no other run writes into it",
+            arguments.out.display()
+        ));
+    }
+    tell(arguments, &report, started.elapsed())
 }
 
 fn tell(arguments: &Synthesize, report: &SynthesisReport, taken: Duration) -> anyhow::Result<()> {
@@ -83,10 +94,14 @@ fn tell(arguments: &Synthesize, report: &SynthesisReport, taken: Duration) -> an
         return crate::print(&format!("{value:#}\n"));
     }
     crate::print(&format!(
-        "{}: {} pictures drawn in {:.1} s, {} were there; {} prompts encoded\n",
+        "{}: {} pictures drawn in {:.1} s{}, {} were there; {} prompts encoded\n",
         arguments.out.display(),
         report.drawn,
         taken.as_secs_f64(),
+        match report.redrawn {
+            0 => String::new(),
+            redrawn => format!(" ({redrawn} of them in place of damaged ones)"),
+        },
         report.found,
         report.encoded
     ))
@@ -102,19 +117,28 @@ struct Line {
 
 /// Every prompt once, then every prompt a second time and so on, so that a larger count adds at the end.
 fn jobs(arguments: &Synthesize) -> anyhow::Result<Vec<SynthesisJob>> {
-    let mut lines = read_lines(&arguments.prompts)?;
+    let mut lines = prompts::read::<Line>(&arguments.prompts)?;
     if let Some(limit) = arguments.limit {
-        lines.truncate(limit as usize);
+        lines.truncate(limit.get());
     }
-    let mut jobs = Vec::with_capacity(lines.len() * arguments.count as usize);
-    for copy in 0..u64::from(arguments.count) {
+    let pictures = lines.len().saturating_mul(arguments.count.get());
+    let pictures = Entries::new(pictures as u64).with_context(|| {
+        format!(
+            "{} prompts, {} pictures of each (--count), are more than the {} pictures that a data set may have",
+            lines.len(),
+            arguments.count,
+            Entries::MOST
+        )
+    })?;
+    let mut jobs = Vec::with_capacity(pictures.get());
+    for copy in 0..arguments.count.get() as u64 {
         for line in &lines {
-            let seed = match line.seed {
+            let seed = match line.content.seed {
                 Some(seed) => seed.wrapping_add(copy),
                 None => arguments.seed.wrapping_add(jobs.len() as u64),
             };
             jobs.push(SynthesisJob {
-                prompt: line.prompt.clone(),
+                prompt: line.content.prompt.clone(),
                 seed,
             });
         }
@@ -122,40 +146,14 @@ fn jobs(arguments: &Synthesize) -> anyhow::Result<Vec<SynthesisJob>> {
     Ok(jobs)
 }
 
-fn read_lines(path: &Path) -> anyhow::Result<Vec<Line>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
-    // Editors on Windows begin a file with a byte order mark.
-    let lines = text.strip_prefix('\u{feff}').unwrap_or(&text).lines().enumerate();
-    let lines: Vec<Line> = lines
-        .filter(|(_, line)| !line.trim().is_empty())
-        .map(|(index, line)| {
-            let expected = || {
-                format!(
-                    "{}, line {}: expected {{\"prompt\": \"...\"}}",
-                    path.display(),
-                    index + 1
-                )
-            };
-            serde_json::from_str(line).with_context(expected)
-        })
-        .collect::<anyhow::Result<_>>()?;
-    if lines.is_empty() {
-        bail!(
-            "{}: holds no prompts; write one JSON object per line, {{\"prompt\": \"...\"}}",
-            path.display()
-        );
-    }
-    Ok(lines)
-}
-
 /// The settings: what was asked for, then what the model says.
 fn settings(arguments: &Synthesize, pipeline: &Pipeline) -> anyhow::Result<Settings> {
     let defaults = pipeline.defaults()?;
-    let side = |asked: Option<u32>, default: usize| asked.map_or(default, |side| side as usize);
+    let side = |asked: Option<Side>, default: usize| asked.map_or(default, Side::get);
     let settings = Settings {
         width: side(arguments.width, defaults.width),
         height: side(arguments.height, defaults.height),
-        steps: arguments.steps.map_or(defaults.steps, |steps| steps as usize),
+        steps: arguments.steps.map_or(defaults.steps, Steps::get),
         shift: arguments.shift.unwrap_or(defaults.shift),
         cfg: arguments.cfg.unwrap_or(defaults.cfg),
     };
@@ -178,5 +176,5 @@ fn batch_size(arguments: &Synthesize, pipeline: &Pipeline, settings: &Settings) 
         Device::Cpu => 1,
         Device::Cuda(_) => (TOKENS_PER_BATCH / pipeline.image_tokens(settings).max(1)).clamp(1, LARGEST_BATCH),
     };
-    arguments.batch.map_or(automatic, |batch| batch as usize)
+    arguments.batch.map_or(automatic, Batch::get)
 }

@@ -7,6 +7,7 @@ use l2p_engine::DeviceChoice;
 use l2p_engine::checkpoint::PathOverrides;
 use l2p_engine::flow::noise_source::NoiseSource;
 use l2p_engine::image_io::Settings as PictureSettings;
+use l2p_engine::limits::{Batch, Pictures, Quality, Side, Steps};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -19,7 +20,11 @@ Examples:
   l2p-sample devices
 
 A line of --prompts is a JSON object: {\"prompt\": \"...\", \"negative\": \"...\", \"seed\": 1, \"out\": \"name.png\"}, all but the
-prompt optional. Settings that are not given come from --like, then from the model.";
+prompt optional; \"out\" is a name within --out. Settings that are not given come from --like, then from the model.
+
+Guidance by another scale: cfg = 1 + guidance_scale of diffusers' Z-Image pipelines, whose 0 (none) is 1 here.
+
+Pictures in a folder are numbered on from those that are there, so that none is overwritten; a file that is named is replaced.";
 
 /// Draws pictures from prompts, with a latent or a pixel model, on a GPU or on the CPU.
 #[derive(Parser, Clone, Debug)]
@@ -41,39 +46,40 @@ pub struct Arguments {
     /// A file with one JSON object per line, instead of --prompt
     #[arg(long, value_name = "FILE.jsonl", conflicts_with = "prompt")]
     pub prompts: Option<PathBuf>,
-    /// Guidance: 1 is none (one pass per step), more follows the prompt closer (two passes) [default: the model's]
+    /// Guidance: 1 is none (one pass per step), more follows the prompt closer (two passes), 0 ignores the prompt; diffusers'
+    /// guidance_scale plus 1 [default: the model's]
     #[arg(long, value_name = "SCALE", allow_negative_numbers = true)]
     pub cfg: Option<f32>,
     /// Denoising steps [default: the model's, or 28]
-    #[arg(long, value_name = "N", value_parser = positive)]
-    pub steps: Option<usize>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub steps: Option<Steps>,
     /// How far the schedule is shifted towards noise; larger pictures need more [default: the model's, or 3]
     #[arg(long, value_name = "SHIFT", allow_negative_numbers = true)]
     pub shift: Option<f32>,
     /// Seed of the first picture's noise; each further picture takes the next [default: 0]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = crate::prompts::seed)]
     pub seed: Option<u64>,
     /// Pictures per prompt
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = positive)]
-    pub count: usize,
+    #[arg(long, value_name = "N", default_value = "1", allow_negative_numbers = true)]
+    pub count: Pictures,
     /// Pictures drawn at once [default: as many as fill the device]
-    #[arg(long, value_name = "N", value_parser = positive)]
-    pub batch: Option<usize>,
-    /// Pixels [default: the model's]
-    #[arg(long, value_name = "PIXELS", value_parser = positive)]
-    pub width: Option<usize>,
-    /// Pixels [default: the model's]
-    #[arg(long, value_name = "PIXELS", value_parser = positive)]
-    pub height: Option<usize>,
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub batch: Option<Batch>,
+    /// Pixels, rounded up to what the model draws [default: the model's]
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
+    pub width: Option<Side>,
+    /// Pixels, rounded up to what the model draws [default: the model's]
+    #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
+    pub height: Option<Side>,
     /// Noise generator: philox (same bits on CPU and GPU) or torch (PyTorch's CPU generator) [default: philox]
     #[arg(long, value_name = "NAME", value_parser = noise_source)]
     pub rng: Option<NoiseSource>,
-    /// A .png, .jpg or .webp file, or a folder for several pictures
+    /// A .png, .jpg or .webp file, or a folder for several pictures (a name that ends with / is one)
     #[arg(long, value_name = "FILE|DIR", default_value = "out.png")]
     pub out: PathBuf,
     /// Quality of JPEG files, 1 to 100
-    #[arg(long, value_name = "N", default_value_t = 92, value_parser = clap::value_parser!(u8).range(1..=100))]
-    pub quality: u8,
+    #[arg(long, value_name = "N", default_value = "92", allow_negative_numbers = true)]
+    pub quality: Quality,
     /// Where to run: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device_choice)]
     pub device: DeviceChoice,
@@ -165,11 +171,11 @@ impl Arguments {
         self.negative.get_or_insert_with(|| like.negative.clone());
         self.model.get_or_insert_with(|| PathBuf::from(&like.model));
         self.cfg.get_or_insert(like.cfg);
-        self.steps.get_or_insert(like.steps);
+        self.steps = self.steps.or(Steps::new(like.steps as u64));
         self.shift.get_or_insert(like.shift);
         self.seed.get_or_insert(like.seed);
-        self.width.get_or_insert(like.width);
-        self.height.get_or_insert(like.height);
+        self.width = self.width.or(Side::new(like.width as u64));
+        self.height = self.height.or(Side::new(like.height as u64));
         if self.rng.is_none() {
             self.rng = Some(like.rng.parse()?);
         }
@@ -184,14 +190,6 @@ impl Arguments {
             tokenizer: self.tokenizer.clone(),
             vae: self.vae.clone(),
         }
-    }
-}
-
-fn positive(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(0) => Err("must be at least 1".into()),
-        Ok(number) => Ok(number),
-        Err(error) => Err(format!("{error}")),
     }
 }
 
@@ -231,7 +229,7 @@ mod tests {
         let arguments = given.clone().completed(Some(&like)).unwrap();
         assert_eq!(
             (arguments.seed, arguments.steps, arguments.width),
-            (Some(9), Some(8), Some(128))
+            (Some(9), Steps::new(8), Side::new(128))
         );
         assert_eq!(arguments.prompt.as_deref(), Some("a fox"));
         assert_eq!(arguments.model, Some(PathBuf::from("other")));

@@ -3,33 +3,47 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use l2p_engine::checkpoint::{Values, expect_writable, read_values, write_values};
+use l2p_engine::checkpoint::{Values, expect_writable, read_chosen_values, write_values};
+use l2p_engine::limits::CaptionTokens;
 use l2p_engine::pipeline::{Captions, Pipeline, Settings};
-use l2p_engine::{Error, Result, Tensor};
+use l2p_engine::{Error, Result, Tensor, shown_name};
 
 /// The noise of `path`, f32 `[1, height, width, channels]` on the device, of the size that the settings need.
 pub fn read_noise(path: &Path, pipeline: &Pipeline, settings: &Settings) -> Result<Tensor> {
-    let mut values = read_values(path)?;
+    let [height, width, channels] = pipeline.canvas(settings);
+    let mut values = read_chosen_values(path, &mut |name, shape| {
+        if name != "noise" {
+            return Ok(false);
+        }
+        let planes = shape.strip_prefix(&[1]).filter(|planes| planes.len() == 3);
+        match *planes.unwrap_or(shape) == [channels, height, width] {
+            true => Ok(true),
+            false => Err(Error::invalid(format!(
+                "tensor `noise` has shape {shape:?}, expected [{channels}, {height}, {width}]"
+            ))),
+        }
+    })?;
     let noise = values
         .remove("noise")
         .ok_or_else(|| Error::file(path, "holds no tensor `noise`"))?;
-    let [height, width, channels] = pipeline.canvas(settings);
-    let shape = noise
-        .shape
-        .strip_prefix(&[1])
-        .filter(|shape| shape.len() == 3)
-        .unwrap_or(&noise.shape);
-    if *shape != [channels, height, width] {
-        return Err(Error::file(
-            path,
-            format!(
-                "tensor `noise` has shape {:?}, expected [{channels}, {height}, {width}]",
-                noise.shape
-            ),
-        ));
-    }
+    expect_finite(path, "noise", &noise)?;
     let values = transpose(&noise.values, channels, height * width);
     Tensor::from_slice(pipeline.device(), &values, [1, height, width, channels])
+}
+
+/// Refuses a tensor with a number that would spoil every picture.
+fn expect_finite(path: &Path, name: &str, values: &Values) -> Result<()> {
+    match values.values.iter().position(|value| !value.is_finite()) {
+        None => Ok(()),
+        Some(index) => Err(Error::file(
+            path,
+            format!(
+                "tensor `{name}` holds a number that is not finite: {}, number {index} of {}",
+                values.values[index],
+                values.values.len()
+            ),
+        )),
+    }
 }
 
 /// `count` copies of a batch of one.
@@ -44,7 +58,25 @@ pub fn repeat(noise: &Tensor, count: usize) -> Result<Tensor> {
 
 /// The caption features `cap.0`, … of `path` (and `neg.0`, … with guidance), one per picture or one for all.
 pub fn read_embeds(path: &Path, pipeline: &Pipeline, pictures: usize, guided: bool) -> Result<Captions> {
-    let values = read_values(path)?;
+    let width = pipeline.config().caption_width;
+    let values = read_chosen_values(path, &mut |name, shape| {
+        if !(is_one("cap", name) || guided && is_one("neg", name)) {
+            return Ok(false);
+        }
+        let name = shown_name(name);
+        match *shape {
+            [tokens, found] if found == width => match CaptionTokens::checked(tokens) {
+                Ok(_) => Ok(true),
+                Err(reason) => Err(Error::invalid(format!("tensor `{name}` has {tokens} tokens: {reason}"))),
+            },
+            _ => Err(Error::invalid(format!(
+                "tensor `{name}` has shape {shape:?}, expected [tokens, {width}]"
+            ))),
+        }
+    })?;
+    for (name, values) in &values {
+        expect_finite(path, &shown_name(name), values)?;
+    }
     let list = |prefix: &str| {
         read_list(&values, prefix, pipeline, pictures).map_err(|error| match error {
             Error::Invalid(reason) => Error::file(path, reason),
@@ -57,6 +89,11 @@ pub fn read_embeds(path: &Path, pipeline: &Pipeline, pictures: usize, guided: bo
     })
 }
 
+/// Whether a tensor is one of a list.
+fn is_one(prefix: &str, name: &str) -> bool {
+    name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'))
+}
+
 /// The tensors `{prefix}.0`, … , as many as there are pictures.
 fn read_list(
     values: &BTreeMap<String, Values>,
@@ -64,15 +101,13 @@ fn read_list(
     pipeline: &Pipeline,
     pictures: usize,
 ) -> Result<Vec<Tensor>> {
-    let is_one = |name: &String| name.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'));
-    let found = values.keys().filter(|name| is_one(name)).count();
+    let found = values.keys().filter(|name| is_one(prefix, name)).count();
     if found > 1 && found != pictures {
         return Err(Error::invalid(format!(
             "holds {found} tensors `{prefix}.N` for {}; one each or one for all are needed",
             super::count(pictures, "picture")
         )));
     }
-    let width = pipeline.config().caption_width;
     let read = |index: usize| {
         let name = format!("{prefix}.{index}");
         match values.get(&name) {
@@ -80,14 +115,7 @@ fn read_list(
                 "holds no tensor `neg.0`, which guidance needs: add it, or draw with --cfg 1",
             )),
             None => Err(Error::invalid(format!("holds no tensor `{name}`"))),
-            Some(Values { shape, values }) => match shape[..] {
-                [tokens, found] if found == width && tokens > 0 => {
-                    Tensor::from_f32(pipeline.device(), values, [1, tokens, width])
-                }
-                _ => Err(Error::invalid(format!(
-                    "tensor `{name}` has shape {shape:?}, expected [tokens, {width}]"
-                ))),
-            },
+            Some(Values { shape, values }) => Tensor::from_f32(pipeline.device(), values, [1, shape[0], shape[1]]),
         }
     };
     let tensors: Vec<Tensor> = (0..found.max(1)).map(read).collect::<Result<_>>()?;

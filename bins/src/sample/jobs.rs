@@ -1,21 +1,22 @@
 //! What to draw: one job per picture.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::ffi::OsString;
+use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, bail};
 use l2p_engine::flow::noise_source::NoiseSource;
 use l2p_engine::image_io::{self, ImageFormat};
+use l2p_engine::limits::Pictures;
 use l2p_engine::pipeline::Settings;
+use l2p_engine::printable;
 use serde::Deserialize;
 
 use super::arguments::Arguments;
+use crate::prompts;
 
 /// Characters of a prompt that fit beside a progress bar.
 const TITLE_LENGTH: usize = 32;
-
-/// More pictures than this are taken for a slip.
-const MOST_PICTURES: usize = 1_000_000;
 
 /// One picture.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,6 +29,8 @@ pub struct Job {
     pub seed: u64,
     /// Where it goes.
     pub out: PathBuf,
+    /// Whether that name was made up here, so that no file of that name is meant to be replaced.
+    pub numbered: bool,
 }
 
 /// One line of a prompt file.
@@ -58,12 +61,21 @@ impl Job {
     }
 }
 
-/// A prompt's beginning, on one line.
+/// A prompt's beginning, on one line, without what would move a terminal's cursor.
 pub fn title(prompt: &str) -> String {
-    let line = prompt.replace(char::is_control, " ");
+    let line = printable(prompt);
     match line.char_indices().nth(TITLE_LENGTH) {
         Some((end, _)) => format!("{}…", &line[..end]),
-        None => line,
+        None => line.into_owned(),
+    }
+}
+
+/// What a picture says of the model that drew it, for `--like` to find it again. A whole path says how a machine is laid out and
+/// who uses it, so that of one only the name is published.
+pub fn published(model: &Path) -> String {
+    match (model.is_absolute(), model.file_name()) {
+        (true, Some(name)) => Path::new(name).display().to_string(),
+        _ => model.display().to_string(),
     }
 }
 
@@ -78,28 +90,25 @@ pub fn jobs(arguments: &Arguments) -> anyhow::Result<Vec<Job>> {
         (None, None) if arguments.embeds.is_some() => vec![Line::default()],
         (None, None) => bail!("nothing to draw: give --prompt TEXT or --prompts FILE.jsonl"),
     };
-    let pictures = lines
-        .len()
-        .checked_mul(arguments.count)
-        .filter(|pictures| *pictures <= MOST_PICTURES)
-        .with_context(|| {
-            format!(
-                "{} with {} each are more pictures than the {MOST_PICTURES} that one run draws",
-                super::count(lines.len(), "prompt"),
-                arguments.count
-            )
-        })?;
-    let names = Names::new(&arguments.out, pictures)?;
+    let copies = arguments.count.get();
+    let pictures = Pictures::new(lines.len().saturating_mul(copies) as u64).with_context(|| {
+        format!(
+            "{} with {copies} each (--count) are more pictures than the {} that one run draws",
+            super::count(lines.len(), "prompt"),
+            Pictures::MOST
+        )
+    })?;
+    let names = Names::new(&arguments.out, pictures.get())?;
     let negative = arguments.negative.clone().unwrap_or_default();
-    let mut jobs = Vec::with_capacity(pictures);
+    let mut jobs = Vec::with_capacity(pictures.get());
     for line in lines {
-        for copy in 0..arguments.count {
+        for copy in 0..copies {
             let seed = match line.seed {
                 Some(seed) => seed.wrapping_add(copy as u64),
                 None => arguments.seed.unwrap_or(0).wrapping_add(jobs.len() as u64),
             };
             let out = match &line.out {
-                Some(name) => names.named(name, copy, arguments.count),
+                Some(name) => names.named(name, copy, copies),
                 None => names.numbered(jobs.len(), seed),
             };
             let negative = line.negative.clone().unwrap_or_else(|| negative.clone());
@@ -108,6 +117,7 @@ pub fn jobs(arguments: &Arguments) -> anyhow::Result<Vec<Job>> {
                 negative,
                 seed,
                 out,
+                numbered: line.out.is_none() && !matches!(names, Names::One(_)),
             });
         }
     }
@@ -115,30 +125,25 @@ pub fn jobs(arguments: &Arguments) -> anyhow::Result<Vec<Job>> {
 }
 
 fn read_lines(path: &Path) -> anyhow::Result<Vec<Line>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
-    // Editors on Windows begin a file with a byte order mark.
-    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    let lines: Vec<Line> = text
-        .lines()
-        .enumerate()
-        .filter(|(_, line)| !line.trim().is_empty())
-        .map(|(index, line)| {
-            serde_json::from_str(line).with_context(|| {
-                format!(
-                    "{}, line {}: expected {{\"prompt\": \"...\"}}",
-                    path.display(),
-                    index + 1
-                )
-            })
-        })
-        .collect::<anyhow::Result<_>>()?;
-    if lines.is_empty() {
-        bail!(
-            "{}: holds no prompts; write one JSON object per line, {{\"prompt\": \"...\"}}",
-            path.display()
-        );
-    }
-    Ok(lines)
+    let lines = prompts::read::<Line>(path)?.into_iter().map(|line| {
+        let out = line.content.out.as_deref();
+        match out.filter(|out| !stays_within(out)) {
+            None => Ok(line.content),
+            Some(out) => bail!(
+                "{}, line {}: \"out\" is {}, which is no name of a file within --out",
+                path.display(),
+                line.number,
+                out.display()
+            ),
+        }
+    });
+    lines.collect()
+}
+
+/// Whether a name, taken as within a folder, is: a list of prompts from elsewhere must not write where it likes.
+fn stays_within(name: &Path) -> bool {
+    let sound = |component: Component<'_>| matches!(component, Component::Normal(_) | Component::CurDir);
+    name.components().all(sound) && name.file_name().is_some()
 }
 
 /// How pictures are named.
@@ -148,28 +153,50 @@ enum Names {
     /// `folder/stem-0001.extension`
     Numbered {
         folder: PathBuf,
-        stem: String,
-        extension: String,
+        stem: OsString,
+        extension: OsString,
+        first: usize,
     },
     /// `folder/0001-seed.png`
-    Folder(PathBuf),
+    Folder { folder: PathBuf, first: usize },
 }
+
+/// Numbers of names have at least so many digits.
+const DIGITS: usize = 4;
 
 impl Names {
     fn new(out: &Path, pictures: usize) -> anyhow::Result<Self> {
-        let looks_like_folder = out.is_dir() || out.extension().is_none();
-        if looks_like_folder {
-            return Ok(Names::Folder(out.into()));
+        if out.is_dir() || out.extension().is_none() || ends_with_separator(out) {
+            return Ok(Names::Folder {
+                first: first_free(out, |name| {
+                    let (number, _) = name.split_once('-')?;
+                    Some(number)
+                })?,
+                folder: out.into(),
+            });
+        }
+        let extension = out.extension().unwrap_or_default();
+        if extension.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
+            bail!(
+                "{}: pictures are written as .png, .jpg, .jpeg or .webp; end the name of a folder with /",
+                out.display()
+            );
         }
         ImageFormat::of(out)?;
         if pictures == 1 {
             return Ok(Names::One(out.into()));
         }
-        let text = |part: Option<&std::ffi::OsStr>| part.unwrap_or_default().to_string_lossy().into_owned();
+        let folder = out.parent().unwrap_or(Path::new(""));
+        let stem = out.file_stem().unwrap_or_default();
+        let (start, end) = (
+            format!("{}-", stem.to_string_lossy()),
+            format!(".{}", extension.to_string_lossy()),
+        );
         Ok(Names::Numbered {
-            folder: out.parent().unwrap_or(Path::new("")).into(),
-            stem: text(out.file_stem()),
-            extension: text(out.extension()),
+            first: first_free(folder, |name| name.strip_prefix(&start)?.strip_suffix(&end))?,
+            folder: folder.into(),
+            stem: stem.into(),
+            extension: extension.into(),
         })
     }
 
@@ -180,8 +207,15 @@ impl Names {
                 folder,
                 stem,
                 extension,
-            } => folder.join(format!("{stem}-{:04}.{extension}", index + 1)),
-            Names::Folder(folder) => folder.join(format!("{:04}-{seed}.png", index + 1)),
+                first,
+            } => {
+                // Not by way of text, for a name need not be any.
+                let mut name = stem.clone();
+                name.push(format!("-{:0DIGITS$}.", first + index));
+                name.push(extension);
+                folder.join(name)
+            }
+            Names::Folder { folder, first } => folder.join(format!("{:0DIGITS$}-{seed}.png", first + index)),
         }
     }
 
@@ -189,7 +223,7 @@ impl Names {
     fn named(&self, name: &Path, copy: usize, copies: usize) -> PathBuf {
         let folder = match self {
             Names::One(path) => path.parent().unwrap_or(Path::new("")),
-            Names::Numbered { folder, .. } | Names::Folder(folder) => folder,
+            Names::Numbered { folder, .. } | Names::Folder { folder, .. } => folder,
         };
         let mut name = name.to_path_buf();
         if copies > 1 {
@@ -201,6 +235,35 @@ impl Names {
         }
         folder.join(name)
     }
+}
+
+fn ends_with_separator(path: &Path) -> bool {
+    let last = path.as_os_str().as_encoded_bytes().last();
+    last.is_some_and(|byte| std::path::is_separator(char::from(*byte)))
+}
+
+/// The number behind the largest that names in `folder` hold, so that no picture of an earlier run is overwritten. `number_in`
+/// finds the number's digits in a name.
+fn first_free(folder: &Path, number_in: impl Fn(&str) -> Option<&str>) -> anyhow::Result<usize> {
+    let folder = match folder.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => folder,
+    };
+    if !folder.is_dir() {
+        // What is wrong with it, if anything, shows when it is made.
+        return Ok(1);
+    }
+    let entries = folder
+        .read_dir()
+        .with_context(|| format!("cannot look into {}", folder.display()))?;
+    let numbers = entries.flatten().filter_map(|entry| {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let digits = number_in(&name)?;
+        let sound = digits.len() >= DIGITS && digits.bytes().all(|byte| byte.is_ascii_digit());
+        digits.parse::<u32>().ok().filter(|_| sound)
+    });
+    Ok(numbers.max().map_or(1, |number| number as usize + 1))
 }
 
 /// Checks before the work begins that every picture can be written, and makes the folders they go to.
@@ -266,17 +329,72 @@ mod tests {
                 .contains("x.gif")
         );
         assert!(jobs_of(&[]).unwrap_err().to_string().contains("--prompt"));
-        let many = jobs_of(&["--prompt", "a", "--count", "18446744073709551615"]);
-        assert!(
-            many.unwrap_err()
-                .to_string()
-                .contains("1 prompt with 18446744073709551615")
+    }
+
+    #[test]
+    fn numbers_go_on_behind_those_that_are_there() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in [
+            "0007-3.png",
+            "0012-4.png",
+            "9-1.png",
+            "99999999999-1.png",
+            "0100x-1.png",
+            "fox-0031.jpg",
+        ] {
+            std::fs::write(folder.path().join(name), "mine").unwrap();
+        }
+        let names = |out: &Path, count: &str| -> Vec<String> {
+            let jobs = jobs_of(&["--prompt", "a", "--count", count, "--out", &out.display().to_string()]).unwrap();
+            let names = jobs
+                .iter()
+                .map(|job| job.out.file_name().unwrap().display().to_string());
+            names.collect()
+        };
+        assert_eq!(names(folder.path(), "2"), ["0013-0.png", "0014-1.png"]);
+        assert_eq!(
+            names(&folder.path().join("fox.jpg"), "2"),
+            ["fox-0032.jpg", "fox-0033.jpg"]
         );
+        assert_eq!(
+            names(&folder.path().join("frog.jpg"), "2"),
+            ["frog-0001.jpg", "frog-0002.jpg"]
+        );
+    }
+
+    #[test]
+    fn a_name_with_a_dot_can_be_a_folders() {
+        let one = jobs_of(&["--prompt", "a fox", "--out", "v1.6/"]).unwrap();
+        assert_eq!(one[0].out, Path::new("v1.6/0001-0.png"));
+        let message = jobs_of(&["--prompt", "a fox", "--out", "v1.6"])
+            .unwrap_err()
+            .to_string();
+        assert!(message.contains("end the name of a folder with /"), "{message}");
+    }
+
+    #[test]
+    fn names_of_a_list_stay_within_the_folder() {
+        for good in ["a.png", "b/a.png", "./a.png"] {
+            assert!(stays_within(Path::new(good)), "{good}");
+        }
+        for bad in ["../a.png", "b/../../a.png", "/a.png", "..", "", "."] {
+            assert!(!stays_within(Path::new(bad)), "{bad}");
+        }
+    }
+
+    #[test]
+    fn of_whole_paths_the_name_is_published() {
+        assert_eq!(published(Path::new("models/demo/pixel")), "models/demo/pixel");
+        if cfg!(unix) {
+            assert_eq!(published(Path::new("/home/jane/models/pixel/")), "pixel");
+            assert_eq!(published(Path::new("/")), "/");
+        }
     }
 
     #[test]
     fn long_prompts_are_cut_between_characters() {
         assert_eq!(title(&"字".repeat(40)).chars().count(), TITLE_LENGTH + 1);
         assert_eq!(title("two\nlines"), "two lines");
+        assert_eq!(title("\x1b[2J\u{202e}"), "\\u{1b}[2J\\u{202e}");
     }
 }

@@ -6,6 +6,7 @@ mod jobs;
 mod report;
 mod writer;
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -14,6 +15,7 @@ use l2p_engine::ceilings::Ceilings;
 use l2p_engine::checkpoint::ModelPaths;
 use l2p_engine::device::probe;
 use l2p_engine::flow::sampler::StepReport;
+use l2p_engine::limits::{Batch, Side, Steps};
 use l2p_engine::pipeline::{Captions, EncodeReport, Pipeline, Settings};
 use l2p_engine::profile::Profile;
 use l2p_engine::{Device, DeviceChoice, Error, Tensor};
@@ -24,6 +26,8 @@ use inputs::RawImages;
 use jobs::Job;
 use report::Report;
 use writer::{Finished, Writer};
+
+use crate::prompts;
 
 /// Pictures are drawn together as long as a batch has at most this many image tokens: fewer do not fill a GPU.
 const TOKENS_PER_BATCH: usize = 4096;
@@ -46,12 +50,20 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
         .as_deref()
         .map(l2p_engine::image_io::read_settings)
         .transpose()?;
+    let named = arguments.model.is_some();
     let arguments = arguments.completed(like.as_ref())?;
     let jobs = jobs::jobs(&arguments)?;
     let path = arguments
         .model
         .as_deref()
         .context("no model: name one with --model DIR|FILE")?;
+    if let Some(picture) = arguments.like.as_deref().filter(|_| !named && !path.exists()) {
+        anyhow::bail!(
+            "{}: was drawn with a model named {}, which is not here: name it with --model DIR|FILE",
+            picture.display(),
+            l2p_engine::shown_name(&path.display().to_string())
+        );
+    }
     let paths = ModelPaths::resolve(path, &arguments.path_overrides())?;
     let device = open_device(&arguments)?;
     let mut pipeline = Pipeline::open(paths, device, arguments.keep_text_encoder)?;
@@ -85,6 +97,9 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
         settings.shift,
         settings.cfg
     ));
+    if let Some(word) = prompts::word_on_guidance(settings.cfg) {
+        notice(&word);
+    }
 
     let captions = match embeds {
         Some(captions) => captions,
@@ -151,9 +166,9 @@ fn open_device(arguments: &Arguments) -> anyhow::Result<Device> {
 fn settings(arguments: &Arguments, pipeline: &Pipeline) -> anyhow::Result<Settings> {
     let defaults = pipeline.defaults()?;
     let asked = Settings {
-        width: arguments.width.unwrap_or(defaults.width),
-        height: arguments.height.unwrap_or(defaults.height),
-        steps: arguments.steps.unwrap_or(defaults.steps),
+        width: arguments.width.map_or(defaults.width, Side::get),
+        height: arguments.height.map_or(defaults.height, Side::get),
+        steps: arguments.steps.map_or(defaults.steps, Steps::get),
         shift: arguments.shift.unwrap_or(defaults.shift),
         cfg: arguments.cfg.unwrap_or(defaults.cfg),
     };
@@ -186,7 +201,7 @@ fn batch_size(arguments: &Arguments, pipeline: &Pipeline, settings: &Settings, p
         Device::Cpu => 1,
         Device::Cuda(_) => (TOKENS_PER_BATCH / pipeline.image_tokens(settings).max(1)).clamp(1, LARGEST_BATCH),
     };
-    arguments.batch.unwrap_or(automatic).min(pictures)
+    arguments.batch.map_or(automatic, Batch::get).min(pictures)
 }
 
 /// Caption features of every job.
@@ -272,9 +287,8 @@ fn draw(
     } = *work;
     let bar = bar("{msg} [{bar:32}] step {pos}/{len}  {per_step}  {eta} left");
     bar.set_length((jobs.len().div_ceil(batch) * settings.steps) as u64);
-    let mut writer = Writer::start(arguments.quality);
-    let model = arguments.model.as_deref().map(|path| path.display().to_string());
-    let model = model.unwrap_or_default();
+    let mut writer = Writer::start(arguments.quality.get() as u8);
+    let model = jobs::published(arguments.model.as_deref().unwrap_or(Path::new("")));
     let rng = arguments.rng.unwrap_or_default();
     for (index, part) in jobs.chunks(batch).enumerate() {
         bar.set_message(jobs::title(&part[0].prompt));
@@ -290,21 +304,22 @@ fn draw(
             raw.add(&drawn, &images)?;
         }
         for (job, pixels) in part.iter().zip(pipeline.to_bytes(&images)?) {
-            report.add(job);
             writer.write(Finished {
                 path: job.out.clone(),
+                keep_others: job.numbered,
                 pixels,
                 settings: job.settings(settings, &model, rng),
             })?;
         }
     }
     bar.finish_and_clear();
-    writer.finish()?;
+    let written = writer.finish()?;
     if let Some(raw) = raw {
         raw.finish()?;
     }
-    for job in jobs {
-        crate::say(format_args!("{}", job.out.display()));
+    for (job, file) in jobs.iter().zip(&written) {
+        report.add(job, file);
+        crate::say(format_args!("{}", file.display()));
     }
     Ok(())
 }

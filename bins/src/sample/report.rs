@@ -1,6 +1,7 @@
 //! What a run took: time and memory by phase and tag, and time by operation.
 
 use std::fmt::Write;
+use std::path::Path;
 use std::time::Duration;
 
 use l2p_engine::ceilings::Ceilings;
@@ -56,10 +57,11 @@ impl Report {
         self.profile = Some((profile, ceilings));
     }
 
-    /// Adds a picture.
-    pub fn add(&mut self, job: &Job) {
+    /// Adds a picture that was written to `file`, whose name need not be UTF-8.
+    pub fn add(&mut self, job: &Job, file: &Path) {
+        let file = file.display().to_string();
         self.pictures
-            .push(json!({ "file": job.out, "prompt": job.prompt, "negative": job.negative, "seed": job.seed }));
+            .push(json!({ "file": file, "prompt": job.prompt, "negative": job.negative, "seed": job.seed }));
     }
 
     /// The whole report: phases when a format is given, the operations of a step when they were timed.

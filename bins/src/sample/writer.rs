@@ -1,10 +1,12 @@
 //! Writes pictures on a thread of its own, so that the next one is drawn meanwhile.
 
-use std::path::PathBuf;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use l2p_engine::image_io::{RgbImage, Settings, WriteOptions, write_image};
+use l2p_engine::{Error, Result};
 
 /// Pictures that may wait to be written before drawing waits for them.
 const QUEUE: usize = 2;
@@ -13,6 +15,8 @@ const QUEUE: usize = 2;
 pub struct Finished {
     /// Where to.
     pub path: PathBuf,
+    /// Whether a file that is there stays, the picture getting another name.
+    pub keep_others: bool,
     /// RGB bytes, row by row.
     pub pixels: Vec<u8>,
     /// What goes into the file beside the picture, its size included.
@@ -22,7 +26,7 @@ pub struct Finished {
 /// The writing thread.
 pub struct Writer {
     queue: Option<SyncSender<Finished>>,
-    thread: Option<JoinHandle<l2p_engine::Result<()>>>,
+    thread: Option<JoinHandle<Result<Vec<PathBuf>>>>,
 }
 
 impl Writer {
@@ -30,18 +34,10 @@ impl Writer {
     pub fn start(jpeg_quality: u8) -> Self {
         let (queue, pictures) = sync_channel::<Finished>(QUEUE);
         let thread = std::thread::spawn(move || {
-            for Finished { path, pixels, settings } in pictures {
-                let image = RgbImage::new(settings.width, settings.height, pixels)?;
-                write_image(
-                    &path,
-                    &image,
-                    &WriteOptions {
-                        jpeg_quality,
-                        settings: Some(&settings),
-                    },
-                )?;
-            }
-            Ok(())
+            pictures
+                .into_iter()
+                .map(|picture| write(picture, jpeg_quality))
+                .collect()
         });
         Writer {
             queue: Some(queue),
@@ -55,17 +51,17 @@ impl Writer {
     /// The reason why an earlier one could not be written.
     pub fn write(&mut self, picture: Finished) -> anyhow::Result<()> {
         let accepted = self.queue.as_ref().is_some_and(|queue| queue.send(picture).is_ok());
-        if accepted { Ok(()) } else { self.finish() }
+        if accepted { Ok(()) } else { self.finish().map(|_| ()) }
     }
 
-    /// Waits until everything is written.
+    /// Waits until everything is written. Returns where the pictures are, in the order in which they came.
     ///
     /// # Errors
     /// The first reason why a picture could not be written.
-    pub fn finish(&mut self) -> anyhow::Result<()> {
+    pub fn finish(&mut self) -> anyhow::Result<Vec<PathBuf>> {
         self.queue = None;
         match self.thread.take().map(JoinHandle::join) {
-            None => Ok(()),
+            None => Ok(Vec::new()),
             Some(Ok(outcome)) => Ok(outcome?),
             Some(Err(_)) => anyhow::bail!("the thread that writes pictures stopped unexpectedly"),
         }
@@ -76,5 +72,87 @@ impl Drop for Writer {
     /// Pictures already handed over are still written when drawing ends early.
     fn drop(&mut self) {
         let _ = self.finish();
+    }
+}
+
+/// Writes a picture, and returns where it is.
+fn write(picture: Finished, jpeg_quality: u8) -> Result<PathBuf> {
+    let Finished {
+        path,
+        keep_others,
+        pixels,
+        settings,
+    } = picture;
+    let image = RgbImage::new(settings.width, settings.height, pixels)?;
+    let options = WriteOptions {
+        jpeg_quality,
+        settings: Some(&settings),
+        replace: !keep_others,
+        durable: false,
+    };
+    let mut target = path.clone();
+    let mut copy = 1;
+    loop {
+        match write_image(&target, &image, &options) {
+            // Another program has taken the name since names were given.
+            Err(Error::Io { source, .. }) if keep_others && source.kind() == ErrorKind::AlreadyExists => {
+                copy += 1;
+                target = beside(&path, copy);
+            }
+            outcome => return outcome.map(|()| target),
+        }
+    }
+}
+
+/// `name-2.png` for `name.png` and 2.
+fn beside(path: &Path, copy: usize) -> PathBuf {
+    let mut name = path.file_stem().unwrap_or_default().to_owned();
+    name.push(format!("-{copy}."));
+    name.push(path.extension().unwrap_or_default());
+    path.with_file_name(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn picture(path: &Path, keep_others: bool, grey: u8) -> Finished {
+        Finished {
+            path: path.into(),
+            keep_others,
+            pixels: vec![grey; 3],
+            settings: Settings {
+                prompt: String::new(),
+                negative: String::new(),
+                seed: 0,
+                steps: 1,
+                cfg: 1.0,
+                shift: 3.0,
+                width: 1,
+                height: 1,
+                model: "m".into(),
+                rng: "philox".into(),
+            },
+        }
+    }
+
+    #[test]
+    fn names_that_others_took_meanwhile_stay_theirs() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("0001-0.png");
+        std::fs::write(&path, "mine").unwrap();
+        let mut writer = Writer::start(92);
+        writer.write(picture(&path, true, 1)).unwrap();
+        writer.write(picture(&path, true, 2)).unwrap();
+        let written = writer.finish().unwrap();
+        assert_eq!(
+            written,
+            ["0001-0-2.png", "0001-0-3.png"].map(|name| folder.path().join(name))
+        );
+        assert_eq!(std::fs::read(&path).unwrap(), b"mine");
+        let mut writer = Writer::start(92);
+        writer.write(picture(&path, false, 3)).unwrap();
+        assert_eq!(writer.finish().unwrap(), std::slice::from_ref(&path));
+        assert_ne!(std::fs::read(&path).unwrap(), b"mine");
     }
 }

@@ -114,7 +114,7 @@ fn wrong_models_end_with_1() -> Outcome {
 }
 
 /// A copy of the demo model with links in place of its files.
-fn linked_demo(folder: &Path) -> Outcome {
+pub fn linked_demo(folder: &Path) -> Outcome {
     let demo = demo()?;
     let all = names(&demo)?;
     for name in all.iter().filter(|name| demo.join(name).is_dir()) {
@@ -217,7 +217,7 @@ fn damaged_parts_end_with_1() -> Outcome {
 }
 
 /// Puts a changed copy in the place of a file or link.
-fn replace(file: &Path, change: impl Fn(&mut Vec<u8>)) -> Outcome {
+pub fn replace(file: &Path, change: impl Fn(&mut Vec<u8>)) -> Outcome {
     let mut bytes = std::fs::read(file)?;
     change(&mut bytes);
     std::fs::remove_file(file)?;

@@ -7,6 +7,7 @@ mod files;
 mod finite;
 mod inputs;
 mod interrupt;
+mod outputs;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -22,8 +23,10 @@ pub fn register(suite: &mut Suite) {
     faults::register(suite);
     finite::register(suite);
     files::register(suite);
+    finite::register(suite);
     inputs::register(suite);
     interrupt::register(suite);
+    outputs::register(suite);
 }
 
 /// The demo source model.
