@@ -1,5 +1,6 @@
 //! Data sets: what metadata says, in which order pictures come, and what is kept of them on disk.
 
+mod finite;
 mod hostile;
 mod loader;
 mod metadata;
@@ -12,6 +13,7 @@ use l2p_engine::image_io::{RgbImage, WriteOptions, write_image};
 use l2p_tests::{Outcome, Suite};
 
 pub fn register(suite: &mut Suite) {
+    finite::register(suite);
     hostile::register(suite);
     loader::register(suite);
     metadata::register(suite);

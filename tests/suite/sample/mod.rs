@@ -3,8 +3,7 @@
 mod cuda;
 mod draw;
 mod faults;
-mod files;
-mod finite;
+pub mod files;
 mod inputs;
 mod interrupt;
 mod outputs;
@@ -23,7 +22,6 @@ pub fn register(suite: &mut Suite) {
     faults::register(suite);
     finite::register(suite);
     files::register(suite);
-    finite::register(suite);
     inputs::register(suite);
     interrupt::register(suite);
     outputs::register(suite);
@@ -81,7 +79,7 @@ fn draw(folder: &Path, arguments: &[&str]) -> Result<Finished, Failed> {
 }
 
 /// The names in a folder and those below it, hidden ones too.
-fn names(folder: &Path) -> Result<Vec<String>, Failed> {
+pub fn names(folder: &Path) -> Result<Vec<String>, Failed> {
     let mut names = Vec::new();
     for entry in folder.read_dir()? {
         let entry = entry?;
