@@ -51,8 +51,8 @@ pub type Quality = Bounded<1, 100>;
 pub const PICTURE_PIXELS: u64 = 1 << 28;
 
 /// Bytes that decoding may take: those of the file, the decoder's own and the pixels that are kept, of all pictures together that
-/// are decoded at one time. A picture that needs more by itself is refused by its header. Enough for 10240 x 10240 pixels in any
-/// format.
+/// are decoded at one time. A picture that needs more by itself is refused by its header. Enough for 10240 x 10240 pixels in every
+/// usual format.
 pub const DECODING_BYTES: u64 = 5 << 28;
 
 /// Bytes that a picture's file may hold beside the picture: text, profiles, previews.
