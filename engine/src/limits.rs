@@ -151,9 +151,9 @@ impl Budget {
     /// A training run's configuration.
     pub const TRAIN_CONFIG: Budget = Budget::new("training configuration", MIB);
     /// A file of a tokenizer's folder.
-    pub const TOKENIZER: Budget = Budget::new("tokenizer file", 256 * MIB);
-    /// A chat template.
-    pub const CHAT_TEMPLATE: Budget = Budget::new("chat template", MIB);
+    pub const TOKENIZER: Budget = Budget::new("tokenizer file", 64 * MIB);
+    /// A chat template; published ones have up to 30 kB.
+    pub const CHAT_TEMPLATE: Budget = Budget::new("chat template", MIB / 4);
     /// The metadata of a data set, or a file of prompts.
     pub const METADATA: Budget = Budget::new("metadata file", 1024 * MIB);
     /// A PNG, JPEG or WebP file; decoded pictures have a budget of their own.
@@ -168,6 +168,32 @@ impl Budget {
         Budget { kind, bytes }
     }
 }
+
+/// The most bytes of a prompt or caption.
+pub const LONGEST_PROMPT: usize = 1 << 16;
+/// The most bytes of a prompt with its chat template around it.
+pub const LONGEST_RENDERED: usize = 1 << 20;
+/// The most bytes that a tokenizer's normalizer and pre-tokenizer may make of that, by an estimate that is never too low. Each takes
+/// some 35 bytes of memory.
+pub const LONGEST_NORMALIZED: f64 = (1 << 24) as f64;
+/// Operators in one expression of a chat template: each can nest once more, and the time to compile them grows with their square.
+pub const TEMPLATE_OPERATORS: usize = 1000;
+/// `elif` branches of a chat template, each of which nests once more.
+pub const TEMPLATE_BRANCHES: usize = 1000;
+/// What rendering a chat template may cost: an instruction, or 64 bytes of text, each. Published ones need about a thousand.
+pub const TEMPLATE_FUEL: u64 = 200_000;
+/// Spaces by which a chat template may indent JSON.
+pub const TEMPLATE_INDENT: usize = 64;
+/// How deep values may be nested that a chat template keeps in a namespace.
+pub const TEMPLATE_DEPTH: usize = 64;
+/// Seconds in which a chat template is rendered, or a prompt tokenized; both usually take less than a millisecond.
+pub const PROMPT_SECONDS: u64 = 3;
+/// Seconds in which a tokenizer's file is brought into memory; large ones take about one.
+pub const TOKENIZER_SECONDS: u64 = 60;
+/// The most bytes of a tokenizer's steps (normalizer, pre-tokenizer and so on); the largest published ones have 0.4 MB.
+pub const TOKENIZER_STEPS: usize = 4 << 20;
+/// The most tokens that a tokenizer may add to every text.
+pub const TOKENIZER_ADDED: usize = 256;
 
 /// Reads a finite number; JSON and TOML can spell infinities (`1e999`, `inf`) that no setting means.
 ///

@@ -1,5 +1,7 @@
 //! Prompts to token ids, against what Hugging Face's libraries give with the real tokenizer of Qwen3.
 
+mod hostile;
+
 use std::io::Read;
 use std::path::Path;
 
@@ -15,6 +17,7 @@ pub fn register(suite: &mut Suite) {
         template_beside_takes_precedence,
     );
     suite.cpu("text::wrong_files_are_named", wrong_files_are_named);
+    hostile::register(suite);
 }
 
 fn unpack(path: &Path) -> Result<Vec<u8>, std::io::Error> {

@@ -4,6 +4,9 @@
 //! enabled, and the rendered text is tokenized and cut to a largest number of tokens, as the published pipeline does. There
 //! is no padding: only real tokens go on to the text encoder.
 
+mod contained;
+mod growth;
+mod outline;
 mod template;
 mod tokenizer;
 

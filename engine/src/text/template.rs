@@ -1,19 +1,33 @@
 //! Chat templates: the Jinja program that turns messages into the text a language model was trained on.
+//!
+//! A template comes with a model and is trusted no more than other files: it is compiled and rendered on a thread of its own, with
+//! bounds on its length and depth, on the work that it does and on the text that it makes.
+
+mod functions;
+mod source;
+
+use std::sync::Arc;
+use std::time::Duration;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Kwargs;
-use minijinja::{AutoEscape, Environment, Error as TemplateError, ErrorKind, Value, context};
-use serde::Serialize;
-use serde_json::ser::Formatter;
+use minijinja::{AutoEscape, Environment, Error as TemplateError, Value, context};
+
+use super::contained::contained;
+use crate::limits::{LONGEST_RENDERED, PROMPT_SECONDS, TEMPLATE_FUEL};
 
 /// The name under which the environment holds the one template.
 const NAME: &str = "chat_template";
+
+/// The filter through which values go that a template keeps in a namespace.
+const PLAIN: &str = "_plain";
+
+const TIME: Duration = Duration::from_secs(PROMPT_SECONDS);
 
 /// A compiled chat template. Templates are written for Jinja2 in Python; the environment offers them what they use of it:
 /// string methods, `raise_exception`, a `tojson` that does not escape HTML, and white space trimmed around blocks.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
     /// Names such as `eos_token` and their text, visible to the template.
     special_tokens: Vec<(String, String)>,
 }
@@ -22,20 +36,12 @@ impl ChatTemplate {
     /// Compiles `source`. `special_tokens` are variables that the template may use, such as `bos_token`.
     ///
     /// # Errors
-    /// The template engine's words on a syntax error, with its line.
+    /// The template engine's words on a syntax error, with its line; or which bound the source exceeds.
     pub fn compile(source: &str, special_tokens: Vec<(String, String)>) -> Result<Self, String> {
-        let mut environment = Environment::new();
-        let whitespace = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(whitespace.map_err(|error| describe(&error))?);
-        environment.set_auto_escape_callback(|_| AutoEscape::None);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", raise_exception);
-        environment.add_filter("tojson", to_json);
-        environment
-            .add_template_owned(NAME, source.to_owned())
-            .map_err(|error| describe(&error))?;
+        let source = source.to_owned();
+        let environment = contained(TIME, move || compiled(&source)).map_err(|failure| failure.reason())??;
         Ok(ChatTemplate {
-            environment,
+            environment: Arc::new(environment),
             special_tokens,
         })
     }
@@ -43,22 +49,63 @@ impl ChatTemplate {
     /// The text for one user message `prompt`, up to the point where the assistant would begin to answer.
     ///
     /// # Errors
-    /// The template's own complaint, or the template engine's with its line.
+    /// The template's own complaint, or the template engine's with its line; or which bound it exceeds.
     pub fn render(&self, prompt: &str) -> Result<String, String> {
-        let message = context! { role => "user", content => prompt };
-        let conversation = context! {
-            messages => vec![message],
-            tools => Value::from(()),
-            documents => Value::from(()),
-            add_generation_prompt => true,
-            enable_thinking => true,
-        };
-        let tokens = Value::from_pairs(self.special_tokens.iter().cloned());
-        self.environment
-            .get_template(NAME)
-            .and_then(|template| template.render(context! { ..conversation, ..tokens }))
-            .map_err(|error| describe(&error))
+        let (environment, tokens) = (self.environment.clone(), self.special_tokens.clone());
+        let prompt = prompt.to_owned();
+        let text = contained(TIME, move || rendered(&environment, tokens, &prompt));
+        let text = text.map_err(|failure| failure.reason())??;
+        match text.len() > LONGEST_RENDERED {
+            true => Err(format!(
+                "it makes {} bytes of the prompt, more than the {LONGEST_RENDERED} that are tokenized",
+                text.len()
+            )),
+            false => Ok(text),
+        }
     }
+}
+
+/// An environment with the one template.
+fn compiled(source: &str) -> Result<Environment<'static>, String> {
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    let syntax = syntax.map_err(|error| describe(&error))?;
+    let guarded = source::guarded(source, &syntax)?;
+    let mut environment = Environment::new();
+    environment.set_syntax(syntax);
+    environment.set_fuel(Some(TEMPLATE_FUEL));
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    // The library's own prints everything there is, however often it holds itself.
+    environment.add_function("debug", functions::refuse_debug);
+    environment.add_function("raise_exception", functions::raise_exception);
+    environment.add_filter("tojson", functions::to_json);
+    environment.add_filter(PLAIN, functions::plain);
+    // First as it stands, so that errors are about that, and only what is valid is edited.
+    for source in [source, &guarded] {
+        let added = environment.add_template_owned(NAME, source.to_owned());
+        added.map_err(|error| describe(&error))?;
+    }
+    Ok(environment)
+}
+
+fn rendered(
+    environment: &Environment<'static>,
+    special_tokens: Vec<(String, String)>,
+    prompt: &str,
+) -> Result<String, String> {
+    let message = context! { role => "user", content => prompt };
+    let conversation = context! {
+        messages => vec![message],
+        tools => Value::from(()),
+        documents => Value::from(()),
+        add_generation_prompt => true,
+        enable_thinking => true,
+    };
+    let tokens = Value::from_pairs(special_tokens);
+    environment
+        .get_template(NAME)
+        .and_then(|template| template.render(context! { ..conversation, ..tokens }))
+        .map_err(|error| describe(&error))
 }
 
 /// The error with those that caused it, without the excerpt of the source.
@@ -69,46 +116,7 @@ fn describe(error: &TemplateError) -> String {
         text = format!("{text}: {error}");
         cause = error.source();
     }
-    text
-}
-
-/// How a template refuses a conversation.
-fn raise_exception(message: String) -> Result<Value, TemplateError> {
-    Err(TemplateError::new(ErrorKind::InvalidOperation, message))
-}
-
-/// JSON as Python's `json.dumps(ensure_ascii=False)` writes it; the engine's own filter escapes for HTML.
-fn to_json(value: &Value, options: Kwargs) -> Result<String, TemplateError> {
-    let indent: Option<usize> = options.get("indent")?;
-    options.assert_all_used()?;
-    let mut text = Vec::new();
-    let outcome = match indent {
-        Some(indent) => {
-            let indent = " ".repeat(indent);
-            let formatter = serde_json::ser::PrettyFormatter::with_indent(indent.as_bytes());
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, formatter))
-        }
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut text, SpacedFormatter)),
-    };
-    outcome.map_err(|error| TemplateError::new(ErrorKind::BadSerialization, error.to_string()))?;
-    String::from_utf8(text).map_err(|error| TemplateError::new(ErrorKind::BadSerialization, error.to_string()))
-}
-
-/// One line of JSON with a space after every comma and colon.
-struct SpacedFormatter;
-
-impl Formatter for SpacedFormatter {
-    fn begin_array_value<W: std::io::Write + ?Sized>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: std::io::Write + ?Sized>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: std::io::Write + ?Sized>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        writer.write_all(b": ")
-    }
+    crate::shown_name(&text).into_owned()
 }
 
 #[cfg(test)]

@@ -1,25 +1,41 @@
 //! The tokenizer and its files.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use serde_json::Value;
 use tokenizers::{PostProcessor, Tokenizer, TruncationDirection};
 
 use super::ChatTemplate;
+use super::contained::{Failure, contained};
+use super::growth::Growth;
+use super::outline::{Outline, expect_few_added};
 use crate::error::{Error, Result};
+use crate::files;
+use crate::limits::{Budget, LONGEST_NORMALIZED, LONGEST_PROMPT, PROMPT_SECONDS, TOKENIZER_SECONDS};
+use crate::shown_name;
 
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
 
 /// Turns prompts into the token ids that the text encoder was trained on.
+///
+/// The library behind it is meant for sound files. It is called on a thread of its own, with a bound on time and on what it may make
+/// of a text; its panics become errors that name the file.
 #[derive(Debug)]
 pub struct PromptTokenizer {
     dir: PathBuf,
-    tokenizer: Tokenizer,
+    tokenizer: Arc<Tokenizer>,
+    growth: Growth,
     template: ChatTemplate,
+    template_file: PathBuf,
     max_tokens: usize,
     cut_side: TruncationDirection,
+    /// A text took too long, and whatever works on it may still go on.
+    given_up: AtomicBool,
 }
 
 /// A prompt's tokens.
@@ -45,27 +61,25 @@ impl PromptTokenizer {
     /// Naming the file that is missing or wrong, and what to do about it.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join(TOKENIZER);
-        let text = read(&path)?;
-        let mut tokenizer = Tokenizer::from_bytes(text.as_bytes())
-            .map_err(|error| Error::file(&path, format!("not a tokenizer that can be used: {error}")))?;
-        // The file may ask for both; what is cut is decided here, and nothing is padded.
-        tokenizer.with_padding(None);
-        tokenizer
-            .with_truncation(None)
-            .map_err(|error| Error::file(&path, error.to_string()))?;
+        let text = read(&path, Budget::TOKENIZER)?;
+        let (tokenizer, growth) =
+            load(text).map_err(|reason| Error::file(&path, format!("not a tokenizer that can be used: {reason}")))?;
         let path = dir.join(CONFIG);
-        let config: Value = serde_json::from_str(&read(&path)?)
+        let config: Value = serde_json::from_str(&read(&path, Budget::TOKENIZER)?)
             .map_err(|error| Error::file(&path, format!("not valid JSON: {error}")))?;
         expect_same_tokens(&tokenizer, &config).map_err(|reason| Error::file(&path, reason))?;
-        let (path, source) = read_template(dir, &config)?;
+        let (template_file, source) = read_template(dir, &config)?;
         let template = ChatTemplate::compile(&source, special_tokens(&config))
-            .map_err(|reason| Error::file(path, format!("the chat template cannot be used: {reason}")))?;
+            .map_err(|reason| Error::file(&template_file, format!("the chat template cannot be used: {reason}")))?;
         Ok(PromptTokenizer {
             dir: dir.to_owned(),
-            tokenizer,
+            tokenizer: Arc::new(tokenizer),
+            growth,
             template,
+            template_file,
             max_tokens: Self::DEFAULT_MAX_TOKENS,
             cut_side: cut_side(&config),
+            given_up: AtomicBool::new(false),
         })
     }
 
@@ -74,7 +88,7 @@ impl PromptTokenizer {
     /// # Errors
     /// When that leaves no room for a prompt.
     pub fn set_max_tokens(&mut self, max_tokens: usize) -> Result<()> {
-        let added = self.added_tokens();
+        let added = added_tokens(&self.tokenizer);
         if max_tokens <= added {
             return Err(Error::invalid(format!(
                 "a prompt cannot be cut to {max_tokens} tokens; it needs at least {}",
@@ -85,54 +99,127 @@ impl PromptTokenizer {
         Ok(())
     }
 
-    /// Tokens that the tokenizer itself adds to every text.
-    fn added_tokens(&self) -> usize {
-        self.tokenizer
-            .get_post_processor()
-            .map_or(0, |processor| processor.added_tokens(false))
-    }
-
     /// The text that is tokenized for `prompt`: the chat template around it.
     ///
     /// # Errors
-    /// When the template refuses it.
+    /// When it is too long, or the template refuses it.
     pub fn render(&self, prompt: &str) -> Result<String> {
-        self.template
-            .render(prompt)
-            .map_err(|reason| Error::file(&self.dir, format!("the chat template failed: {reason}")))
+        if prompt.len() > LONGEST_PROMPT {
+            return Err(self.refusal(format!(
+                "the prompt has {} bytes, more than the {LONGEST_PROMPT} that one may have",
+                prompt.len()
+            )));
+        }
+        let failed = |reason| Error::file(&self.template_file, format!("the chat template failed: {reason}"));
+        self.template.render(prompt).map_err(failed)
     }
 
     /// The token ids of `prompt`.
     ///
     /// # Errors
-    /// When the template refuses it, or the tokenizer has no token for a part of it.
+    /// An [`Error::File`] when the prompt is too long, the template refuses it, or the tokenizer has no token for a part of it.
+    /// When the tokenizer takes too long, [`Error::Invalid`], and from then on for every prompt.
     pub fn encode(&self, prompt: &str) -> Result<PromptTokens> {
         let text = self.render(prompt)?;
-        let fail = |error: tokenizers::Error| {
-            Error::file(self.dir.join(TOKENIZER), format!("cannot tokenize the prompt: {error}"))
-        };
-        let mut encoding = self.tokenizer.encode_fast(text, false).map_err(fail)?;
-        let room = self.max_tokens.saturating_sub(self.added_tokens());
-        let dropped = encoding.len().saturating_sub(room);
-        encoding.truncate(room, 0, self.cut_side);
-        let encoding = self.tokenizer.post_process(encoding, None, true).map_err(fail)?;
-        Ok(PromptTokens {
-            ids: encoding.get_ids().to_vec(),
-            dropped,
-        })
+        let most = self.growth.of(text.len());
+        if most > LONGEST_NORMALIZED {
+            return Err(self.refusal(format!(
+                "it may make {most:.0} bytes of the prompt's {}, more than {LONGEST_NORMALIZED:.0}",
+                text.len()
+            )));
+        }
+        if self.given_up.load(Ordering::Relaxed) {
+            return Err(self.gave_up("it took too long for another one"));
+        }
+        let (tokenizer, room, side) = (self.tokenizer.clone(), self.room(), self.cut_side);
+        match contained(PROMPT_TIME, move || tokens(&tokenizer, text, room, side)) {
+            Ok(outcome) => outcome.map_err(|error| self.refusal(shown_name(&error.to_string()))),
+            Err(failure @ Failure::TooLong(_)) => {
+                self.given_up.store(true, Ordering::Relaxed);
+                Err(self.gave_up(&failure.reason()))
+            }
+            Err(failure) => Err(self.refusal(failure.reason())),
+        }
+    }
+
+    /// Tokens of the text itself that are kept.
+    fn room(&self) -> usize {
+        self.max_tokens.saturating_sub(added_tokens(&self.tokenizer))
+    }
+
+    /// The tokenizer does not take a prompt.
+    fn refusal(&self, reason: impl std::fmt::Display) -> Error {
+        Error::file(
+            self.dir.join(TOKENIZER),
+            format!("cannot tokenize the prompt: {reason}"),
+        )
+    }
+
+    fn gave_up(&self, reason: &str) -> Error {
+        let path = self.dir.join(TOKENIZER);
+        Error::invalid(format!("{}: cannot tokenize the prompt: {reason}", path.display()))
     }
 }
 
-fn read(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).map_err(|source| {
-        if source.kind() == std::io::ErrorKind::NotFound {
-            return Error::file(
-                path,
-                "no such file; a tokenizer folder holds tokenizer.json and tokenizer_config.json, \
-                 as the `tokenizer` folder of a published model does",
-            );
-        }
-        Error::io(path, source)
+const PROMPT_TIME: Duration = Duration::from_secs(PROMPT_SECONDS);
+const LOAD_TIME: Duration = Duration::from_secs(TOKENIZER_SECONDS);
+
+/// Tokens that the tokenizer itself adds to every text.
+fn added_tokens(tokenizer: &Tokenizer) -> usize {
+    let processor = tokenizer.get_post_processor();
+    processor.map_or(0, |processor| processor.added_tokens(false))
+}
+
+/// The tokenizer that `text` describes, and how long it may make a prompt.
+fn load(text: String) -> std::result::Result<(Tokenizer, Growth), String> {
+    let loaded = contained(LOAD_TIME, move || {
+        let outline = Outline::read(&text)?;
+        let growth = outline.check()?;
+        let mut tokenizer = Tokenizer::from_bytes(text.as_bytes()).map_err(|error| error.to_string())?;
+        // The file may ask for both; what is cut is decided here, and nothing is padded.
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(|error| error.to_string())?;
+        outline.expect_listed_ids(&tokenizer)?;
+        expect_few_added(added_tokens(&tokenizer))?;
+        Ok((tokenizer, growth))
+    });
+    let (tokenizer, growth) = match loaded {
+        Ok(outcome) => outcome.map_err(|reason: String| shown_name(&reason).into_owned())?,
+        Err(failure) => return Err(failure.reason()),
+    };
+    // Some faults show only when a text is tokenized; whether it has tokens for this one does not matter.
+    let tried = contained(PROMPT_TIME, move || {
+        let _ = tokens(&tokenizer, "a".into(), 1, TruncationDirection::Right);
+        tokenizer
+    });
+    Ok((tried.map_err(|failure| failure.reason())?, growth))
+}
+
+/// The ids of `text`, of which `room` are kept before the tokenizer adds its own.
+fn tokens(
+    tokenizer: &Tokenizer,
+    text: String,
+    room: usize,
+    cut_side: TruncationDirection,
+) -> std::result::Result<PromptTokens, tokenizers::Error> {
+    let mut encoding = tokenizer.encode_fast(text, false)?;
+    let dropped = encoding.len().saturating_sub(room);
+    encoding.truncate(room, 0, cut_side);
+    let encoding = tokenizer.post_process(encoding, None, true)?;
+    Ok(PromptTokens {
+        ids: encoding.get_ids().to_vec(),
+        dropped,
+    })
+}
+
+fn read(path: &Path, budget: Budget) -> Result<String> {
+    files::read_text(path, budget).map_err(|error| match error {
+        Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Error::file(
+            path,
+            "no such file; a tokenizer folder holds tokenizer.json and tokenizer_config.json, \
+             as the `tokenizer` folder of a published model does",
+        ),
+        error => error,
     })
 }
 
@@ -140,7 +227,7 @@ fn read(path: &Path) -> Result<String> {
 fn read_template(dir: &Path, config: &Value) -> Result<(PathBuf, String)> {
     let path = dir.join(TEMPLATE);
     if path.exists() {
-        let source = read(&path)?;
+        let source = read(&path, Budget::CHAT_TEMPLATE)?;
         return Ok((path, source));
     }
     let path = dir.join(CONFIG);
@@ -186,6 +273,7 @@ fn expect_same_tokens(tokenizer: &Tokenizer, config: &Value) -> std::result::Res
         let found = tokenizer.token_to_id(text);
         if found.map(|id| id.to_string()).as_ref() != Some(id) {
             let found = found.map_or("does not know it".to_owned(), |found| format!("gives it id {found}"));
+            let (text, id) = (shown_name(text), shown_name(id));
             return Err(format!(
                 "lists the token {text} as id {id}, but {TOKENIZER} {found}; the files are of two different models"
             ));
