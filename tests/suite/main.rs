@@ -7,6 +7,7 @@ mod checkpoint;
 mod convert;
 mod data;
 mod flow;
+mod fuzz;
 mod graph;
 mod image_io;
 mod kernels;
@@ -27,6 +28,7 @@ fn main() -> std::process::ExitCode {
     convert::register(&mut suite);
     data::register(&mut suite);
     flow::register(&mut suite);
+    fuzz::register(&mut suite);
     graph::register(&mut suite);
     image_io::register(&mut suite);
     models::register(&mut suite);

@@ -1,0 +1,238 @@
+//! Readers that read and draw nothing.
+
+use clap::Parser;
+use l2p_engine::checkpoint::{
+    self, Checkpoint, ExportOptions, InitOptions, ModelPaths, PathOverrides, Transformer, inspect as inspected,
+    read_values, write_file,
+};
+use l2p_engine::data::{FeatureStore, Metadata};
+use l2p_engine::image_io::{read_image, read_settings, read_size};
+use l2p_engine::text::PromptTokenizer;
+use l2p_engine::train::run::{KEYS, TrainConfig};
+
+use super::{Ended, ended};
+use crate::case::Case;
+use crate::json::NUMBERS;
+
+/// A file of tensors by itself.
+pub fn tensors(case: &mut Case) -> Ended {
+    let path = case.path(&case.changed[0]);
+    let outcome = ended(read_values(&path));
+    // As weights, whatever they are.
+    let _ = Checkpoint::open_plain(&path);
+    let _ = Checkpoint::open_transformer(&path).and_then(|checkpoint| Transformer::new(checkpoint, None));
+    outcome
+}
+
+/// A transformer's folder with shards.
+pub fn shards(case: &mut Case) -> Ended {
+    let folder = case.path("latent/transformer");
+    let paths = ModelPaths::resolve(&folder, &PathOverrides::default());
+    ended(paths.and_then(|paths| paths.open_transformer().map(|transformer| transformer.audit())))
+}
+
+/// What `l2p-convert inspect` says.
+pub fn inspect(case: &mut Case) -> Ended {
+    let paths = ModelPaths::resolve(&case.path("latent"), &PathOverrides::default());
+    let inspection = paths.and_then(|paths| inspected(&paths));
+    ended(inspection.map(|inspection| serde_json::to_string(&inspection)))
+}
+
+/// What `l2p-convert init`, `merge` and `export` do.
+pub fn convert(case: &mut Case) -> Ended {
+    let open = |name: &str| ModelPaths::resolve(&case.path(name), &PathOverrides::default());
+    let convert = || -> l2p_engine::Result<()> {
+        let (latent, pixel) = (open("latent")?, open("pixel")?);
+        let source = latent.open_transformer()?;
+        let options = InitOptions {
+            patch: 16,
+            seed: 1,
+            head_widths: Some(vec![2, 2, 4, 4]),
+            head_bottleneck: Some(4),
+        };
+        let made = checkpoint::init(&source, &options)?;
+        write_file(&case.path("init.safetensors"), &made.output, true, &mut ())?;
+        let whole = pixel.open_tensors()?;
+        let exported = checkpoint::export(&whole, &ExportOptions::default())?;
+        write_file(&case.path("out.safetensors"), &exported, true, &mut ())?;
+        let over = pixel.open_tensors()?.over(latent.open_tensors()?)?;
+        Transformer::new(over, pixel.transformer_config()?.as_ref()).map(drop)
+    };
+    ended(convert())
+}
+
+/// A tokenizer's folder: it gives the same tokens each time, and few enough.
+pub fn tokenizer(case: &mut Case) -> Ended {
+    let changed = case.changed[0].clone();
+    let folder = case.path(changed.rsplit_once('/').map_or("", |(folder, _)| folder));
+    let prompts = [
+        "a fox",
+        "",
+        "The <|im_end|> café, 💥 ﷺ ßİ  x\n\t",
+        "aaaa-bbbb 1234567890 fofofofoxfox",
+    ];
+    let encode = || -> l2p_engine::Result<Vec<Vec<u32>>> {
+        let tokenizer = PromptTokenizer::open(&folder)?;
+        prompts.iter().map(|prompt| Ok(tokenizer.encode(prompt)?.ids)).collect()
+    };
+    let first = match encode() {
+        Ok(first) => first,
+        Err(error) => return Ended::Refused(error.to_string()),
+    };
+    if first.iter().any(|ids| ids.len() > PromptTokenizer::DEFAULT_MAX_TOKENS) {
+        return Ended::Wrong(
+            "too many tokens",
+            format!("{:?}", first.iter().map(Vec::len).collect::<Vec<_>>()),
+        );
+    }
+    match encode() {
+        Ok(second) if second == first => Ended::Accepted,
+        Ok(second) => Ended::Wrong("other tokens the second time", format!("{first:?} {second:?}")),
+        Err(error) => Ended::Wrong("refused the second time", error.to_string()),
+    }
+}
+
+/// A chat template beside a tokenizer.
+pub fn template(case: &mut Case) -> Ended {
+    let template = case.path(&case.changed[0]);
+    let folder = case.path("tokenizers/bytes");
+    if let Err(error) = std::fs::copy(template, folder.join("chat_template.jinja")) {
+        return Ended::Refused(error.to_string());
+    }
+    let tokenizer = PromptTokenizer::open(&folder);
+    ended(tokenizer.and_then(|tokenizer| tokenizer.encode("a fox")))
+}
+
+/// A training run's configuration.
+pub fn training_configuration(case: &mut Case) -> Ended {
+    let config = TrainConfig::read(Some(&case.path("train.toml")), &[]);
+    ended(config.and_then(|config| {
+        let _ = config.pictures_per_step();
+        let _ = config.train_options();
+        config.expect_named(true)
+    }))
+}
+
+/// Values of flags, of all programs.
+pub fn flags(case: &mut Case) -> Ended {
+    let random = &mut case.random;
+    let words = [
+        "",
+        "-",
+        "a",
+        "64x64",
+        "1x",
+        "0x0",
+        "9999999999x1",
+        "all",
+        "paper:1",
+        "paper:-1",
+        "layers.*",
+        "true",
+        "1,2",
+        "é",
+        "\0",
+    ];
+    let mut value = || match random.one_in(2) {
+        true => random.pick(&NUMBERS).to_owned(),
+        false => random.pick(&words).to_owned(),
+    };
+    let (first, second) = (value(), value());
+    let key = random.pick(KEYS).name;
+    let flags =
+        [("model", "m"), ("data", "d"), (key, &first)].map(|(name, value)| (name.to_owned(), vec![value.to_owned()]));
+    let read = TrainConfig::read(None, &flags);
+    let sample = random.pick(&[
+        "cfg", "steps", "shift", "seed", "count", "batch", "width", "height", "rng", "quality", "device",
+    ]);
+    let arguments = ["l2p-sample".to_owned(), format!("--{sample}={second}")];
+    let _ = l2p_bins::sample::Arguments::try_parse_from(arguments);
+    let data = random.pick(&[
+        "cfg", "steps", "shift", "seed", "count", "batch", "width", "height", "rng", "limit", "format",
+    ]);
+    let arguments = ["l2p-data", "synthesize", "--model", "m", "--prompts", "p", "--out", "o"].map(str::to_owned);
+    let _ = l2p_bins::data::Arguments::try_parse_from(arguments.into_iter().chain([format!("--{data}={second}")]));
+    let arguments = ["l2p-train".to_owned(), format!("--{}={second}", key.replace('_', "-"))];
+    if let Ok(arguments) = l2p_bins::train::Arguments::try_parse_from(arguments) {
+        let _ = arguments.run.source.read();
+    }
+    ended(read)
+}
+
+/// Metadata of a data set.
+pub fn metadata(case: &mut Case) -> Ended {
+    ended(Metadata::read(&case.path(&case.changed[0])))
+}
+
+/// A picture, and what its header says.
+pub fn pictures(case: &mut Case) -> Ended {
+    let path = case.path(&case.changed[0]);
+    let size = read_size(&path);
+    let image = match read_image(&path) {
+        Ok(image) => image,
+        Err(error) => return Ended::Refused(error.to_string()),
+    };
+    let found = (image.width(), image.height());
+    match size {
+        Ok(size) if size == found => Ended::Accepted,
+        Ok(size) => Ended::Wrong("another size than its header says", format!("{size:?}, {found:?}")),
+        Err(error) => Ended::Wrong("its size is refused", error.to_string()),
+    }
+}
+
+/// The settings that a picture carries.
+pub fn like(case: &mut Case) -> Ended {
+    ended(read_settings(&case.path("inputs/like.png")))
+}
+
+/// Features in a cache: damaged ones count as missing.
+pub fn stores(case: &mut Case) -> Ended {
+    let path = case.path(&case.changed[0]);
+    let Some(folder) = path.parent().and_then(|folder| folder.parent()) else {
+        return Ended::Refused("no store".into());
+    };
+    let store = match FeatureStore::open(folder, b"fuzz") {
+        Ok(store) => store,
+        Err(error) => return Ended::Refused(error.to_string()),
+    };
+    // Under the name by which it is looked for.
+    let key = store.key(&[b"x"]);
+    let _ = store.write(&key, &l2p_engine::data::Features::from_f32(&[1.0], &[1]));
+    let bytes = std::fs::read(&path).unwrap_or_default();
+    for entry in walk(folder) {
+        let _ = std::fs::write(entry, &bytes);
+    }
+    match store.read(&key) {
+        None => Ended::Refused("damaged".into()),
+        Some(features) => {
+            let size: usize = features.shape().iter().product();
+            match size * 4 == features.bytes().len() || size * 2 == features.bytes().len() {
+                true => Ended::Accepted,
+                false => Ended::Wrong("a shape that its bytes do not have", format!("{:?}", features.shape())),
+            }
+        }
+    }
+}
+
+/// The files below a folder.
+fn walk(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = folder
+        .read_dir()
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path());
+    entries
+        .flat_map(|path| if path.is_dir() { walk(&path) } else { vec![path] })
+        .collect()
+}
+
+/// Records of benchmarks, to the README's tables.
+pub fn bench_records(case: &mut Case) -> Ended {
+    let root = case.path("tree").display().to_string();
+    let arguments = l2p_bench::report::Arguments::try_parse_from(["bench-report", "--root", &root]);
+    match arguments {
+        Ok(arguments) => ended(l2p_bench::report::run(&arguments)),
+        Err(error) => Ended::Wrong("the arguments do not fit", error.to_string()),
+    }
+}
