@@ -114,11 +114,11 @@ impl Error {
         }
     }
 
-    /// An [`Error::File`] for `path`.
+    /// An [`Error::File`] for `path`. A reason that goes on and on, for it quotes the file, is cut.
     pub fn file(path: impl Into<PathBuf>, reason: impl Into<String>) -> Self {
         Error::File {
             path: path.into(),
-            reason: reason.into(),
+            reason: bounded(reason.into()),
         }
     }
 
@@ -127,8 +127,40 @@ impl Error {
         Error::NotFinite { what: what.into() }
     }
 
-    /// An [`Error::Invalid`].
+    /// An [`Error::Invalid`]. A reason that goes on and on, for it quotes a file, is cut.
     pub fn invalid(reason: impl Into<String>) -> Self {
-        Error::Invalid(reason.into())
+        Error::Invalid(bounded(reason.into()))
+    }
+}
+
+/// Characters of a reason; what is longer quotes names or values of a file that no one reads.
+const LONGEST_REASON: usize = 2000;
+
+fn bounded(reason: String) -> String {
+    match reason.char_indices().nth(LONGEST_REASON) {
+        None => reason,
+        Some((end, _)) => format!("{}… ({} bytes)", &reason[..end], reason.len()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_do_not_quote_whole_files() {
+        let name = "é".repeat(1 << 20);
+        for error in [
+            Error::file("a.json", format!("has `{name}`")),
+            Error::invalid(format!("has `{name}`")),
+        ] {
+            let text = error.to_string();
+            assert!(
+                text.len() < 5000 && text.ends_with("é… (2097158 bytes)"),
+                "{}",
+                &text[text.len() - 40..]
+            );
+        }
+        assert_eq!(Error::file("a", "is short").to_string(), "a: is short");
     }
 }

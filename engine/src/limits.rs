@@ -172,7 +172,7 @@ impl Budget {
 /// The most bytes of a prompt or caption.
 pub const LONGEST_PROMPT: usize = 1 << 16;
 /// The most bytes of a prompt with its chat template around it.
-pub const LONGEST_RENDERED: usize = 1 << 20;
+pub const LONGEST_RENDERED: usize = 1 << 18;
 /// The most bytes that a tokenizer's normalizer and pre-tokenizer may make of that, by an estimate that is never too low. Each takes
 /// some 35 bytes of memory.
 pub const LONGEST_NORMALIZED: f64 = (1 << 24) as f64;

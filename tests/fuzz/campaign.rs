@@ -53,6 +53,7 @@ pub struct Tally {
     /// Of all cases together, and of the slowest.
     seconds: f64,
     slowest_seconds: f64,
+    slowest_case: u64,
 }
 
 /// A case that did not end as it may.
@@ -122,7 +123,9 @@ impl State {
         tally.cases += 1;
         tally.peak_bytes = tally.peak_bytes.max(report.peak);
         tally.seconds += report.seconds;
-        tally.slowest_seconds = tally.slowest_seconds.max(report.seconds);
+        if report.seconds > tally.slowest_seconds {
+            (tally.slowest_seconds, tally.slowest_case) = (report.seconds, case);
+        }
         match report.end.as_str() {
             "accepted" => tally.accepted += 1,
             "drawn" => tally.drawn += 1,

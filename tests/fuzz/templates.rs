@@ -119,42 +119,46 @@ const OPERATORS: [&str; 18] = [
     "|",
 ];
 
-/// Whole statements; `@` stands for an expression.
-const STATEMENTS: [&str; 34] = [
+/// Statements without a body; `@` stands for an expression.
+const SINGLE: [&str; 16] = [
     "{{ @ }}",
     "{{- @ -}}",
-    "{% if @ %}",
-    "{% elif @ %}",
-    "{% else %}",
-    "{% endif %}",
-    "{% for x in @ %}",
-    "{% for x in @ recursive %}{{ loop(@) }}",
-    "{% for a, b in @ %}",
-    "{% endfor %}",
+    "{{ @ }}text",
     "{% set ns = namespace(a=@) %}",
     "{% set ns.a = @ %}",
     "{% set ns.a.b = @ %}",
     "{% set x = @ %}",
     "{% set x, y = @ %}",
-    "{% set ns.a %}",
-    "{% set ns.a|upper %}",
-    "{% endset %}",
-    "{% macro m(x) %}{{ m(@) }}{% endmacro %}{{ m(1) }}",
-    "{% macro m(x=@) %}",
-    "{% endmacro %}",
-    "{% call m(@) %}",
-    "{% endcall %}",
-    "{% filter upper %}",
-    "{% endfilter %}",
-    "{% raw %}",
-    "{% endraw %}",
+    "{% set x, ns.a = @, @ %}",
     "{# @ #}",
     "{% include @ %}",
     "{% extends @ %}",
-    "{% block a %}",
-    "{% endblock %}",
     "{% break %}",
-    "{% with x = @ %}{% endwith %}",
+    "{% continue %}",
+    "{% do @ %}",
+    "{% elif @ %}",
+];
+
+/// Statements with one.
+const AROUND: [(&str, &str); 18] = [
+    ("{% if @ %}", "{% endif %}"),
+    ("{% if @ %}a{% elif @ %}", "{% else %}b{% endif %}"),
+    ("{%- if @ -%}", "{%- endif -%}"),
+    ("{% for x in @ %}", "{% endfor %}"),
+    ("{% for x in @ recursive %}{{ loop(@) }}", "{% endfor %}"),
+    ("{% for a, b in @ %}", "{% else %}{% endfor %}"),
+    ("{% for x in @ if @ %}", "{% endfor %}"),
+    ("{% for i in range(90000) %}", "{% endfor %}"),
+    ("{% set ns.a %}", "{% endset %}"),
+    ("{% set ns.a|upper %}", "{% endset %}"),
+    ("{% set x %}", "{% endset %}"),
+    ("{% macro m(x, y=@) %}", "{% endmacro %}{{ m(@) }}"),
+    ("{% macro m(x) %}{{ m(@) }}", "{% endmacro %}{{ m(1) }}"),
+    ("{% call m(@) %}", "{% endcall %}"),
+    ("{% filter upper %}", "{% endfilter %}"),
+    ("{% raw %}", "{% endraw %}"),
+    ("{% with x = @ %}", "{% endwith %}"),
+    ("{% block a %}", "{% endblock %}"),
 ];
 
 /// Changes a template; `other` is one to take pieces from.
@@ -163,19 +167,22 @@ pub fn mutate(file: &mut Vec<u8>, other: &[u8], random: &mut Random) {
         return bytes::mutate(file, other, random);
     }
     let mut text = match random.one_in(2) {
-        true => String::new(),
+        true => "{% set x = 1 %}{% set ns = namespace(a=1) %}{% macro m(x) %}{{ x }}{% endmacro %}".to_owned(),
         false => String::from_utf8_lossy(file).into_owned(),
     };
-    for _ in 0..1 + random.length(12) {
-        let piece = statement(random);
+    for _ in 0..1 + random.length(8) {
+        let piece = statement(random, 4);
         let piece = match random.one_in(30) {
             true => piece.repeat(1 + random.length(20_000)),
             false => piece,
         };
-        // Not within a character.
-        let place = (0..=random.below(text.len() + 1))
-            .rev()
-            .find(|&place| text.is_char_boundary(place));
+        // Mostly between statements, sometimes within one; not within a character.
+        let place = match random.one_in(10) {
+            true => (0..=random.below(text.len() + 1))
+                .rev()
+                .find(|&place| text.is_char_boundary(place)),
+            false => Some(text.len()),
+        };
         text.insert_str(place.unwrap_or(0), &piece);
         if text.len() > 300_000 {
             break;
@@ -187,13 +194,29 @@ pub fn mutate(file: &mut Vec<u8>, other: &[u8], random: &mut Random) {
     *file = text.into_bytes();
 }
 
-fn statement(random: &mut Random) -> String {
-    let mut text = String::new();
-    for part in random.pick(&STATEMENTS).split('@') {
-        if !text.is_empty() {
-            text.push_str(&expression(random));
-        }
-        text.push_str(part);
+/// Statements within statements, most of them closed.
+fn statement(random: &mut Random, depth: usize) -> String {
+    if depth == 0 || random.one_in(2) {
+        return filled(random.pick(&SINGLE), random);
+    }
+    let (open, close) = random.pick(&AROUND);
+    let mut text = filled(open, random);
+    for _ in 0..random.length(3) {
+        text += &statement(random, depth - 1);
+    }
+    match random.one_in(20) {
+        true => text,
+        false => text + &filled(close, random),
+    }
+}
+
+/// A statement with expressions in their places.
+fn filled(statement: &str, random: &mut Random) -> String {
+    let mut parts = statement.split('@');
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        text += &expression(random);
+        text += part;
     }
     text
 }
