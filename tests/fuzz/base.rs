@@ -388,7 +388,11 @@ fn run(folder: &Path) -> anyhow::Result<()> {
 
 /// Records that come with the source tree, cut to a few rows.
 fn records(folder: &Path) -> anyhow::Result<()> {
-    let results = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../bench/results/h200");
+    let source = match std::env::var_os("L2P_SOURCE") {
+        Some(source) => source.into(),
+        None => PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".."),
+    };
+    let results = source.join("bench/results/h200");
     for name in ["parity.json", "step.json", "train.json", "4k.json"] {
         let text = std::fs::read(results.join(name)).with_context(|| name.to_owned())?;
         let mut record: Value = serde_json::from_slice(&text)?;
