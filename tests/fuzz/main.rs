@@ -140,15 +140,20 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// The folder of a campaign, with its base in it.
+/// The folder of a campaign, with its base in it. What another build of this program left there is removed: its base may be of
+/// another format, and its results are not this one's.
 fn campaign_folder(folder: &Path, seed: u64) -> anyhow::Result<PathBuf> {
     std::fs::create_dir_all(folder)?;
     let folder = folder.canonicalize()?.join(format!("seed-{seed}"));
-    if !folder.join("base").is_dir() {
-        std::fs::create_dir_all(&folder)?;
-        let beside = tempfile::tempdir_in(&folder)?;
-        base::make(beside.path())?;
-        std::fs::rename(beside.keep(), folder.join("base"))?;
+    let program = std::env::current_exe()?.metadata()?;
+    let build = format!("{:?} {}\n", program.modified()?, program.len());
+    if std::fs::read_to_string(folder.join("build")).unwrap_or_default() != build {
+        match std::fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => std::fs::create_dir_all(&folder)?,
+        }
+        base::make(&folder.join("base"))?;
+        std::fs::write(folder.join("build"), build)?;
     }
     Ok(folder)
 }
