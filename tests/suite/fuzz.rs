@@ -11,6 +11,7 @@ use serde_json::Value;
 const CASES: &str = "100000";
 
 pub fn register(suite: &mut Suite) {
+    suite.cpu("fuzz::planted_faults_are_found", planted_faults_are_found);
     suite.cpu(
         "fuzz::every_reader_stands_broken_files",
         every_reader_stands_broken_files,
