@@ -9,9 +9,11 @@ use crate::random::Random;
 pub enum Node {
     /// A number, `true`, `null`, or something that is none of these.
     Raw(String),
+    /// A string.
     Text(String),
+    /// An array.
     List(Vec<Node>),
-    /// Keys may repeat.
+    /// An object, whose keys may repeat.
     Map(Vec<(String, Node)>),
 }
 
@@ -93,6 +95,7 @@ impl Node {
         serde_json::from_slice(bytes).ok().map(|value| Node::of(&value))
     }
 
+    /// The tree of a value.
     pub fn of(value: &Value) -> Self {
         match value {
             Value::String(text) => Node::Text(text.clone()),
@@ -107,6 +110,7 @@ impl Node {
         }
     }
 
+    /// Appends the tree as text.
     pub fn write(&self, out: &mut String) {
         match self {
             Node::Raw(text) => out.push_str(text),
@@ -136,6 +140,7 @@ impl Node {
         }
     }
 
+    /// The tree as the bytes of a file.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = String::new();
         self.write(&mut out);
