@@ -13,7 +13,7 @@ struct Known {
     reason: &'static str,
 }
 
-const KNOWN: [Known; 3] = [
+const KNOWN: [Known; 2] = [
     Known {
         reader: "pictures",
         end: "memory",
@@ -25,12 +25,6 @@ const KNOWN: [Known; 3] = [
         end: "hang",
         message: "",
         reason: "decoded pictures have no budget yet",
-    },
-    Known {
-        reader: "",
-        end: "a picture that is not finite",
-        message: "",
-        reason: "pictures are not looked at yet",
     },
 ];
 
