@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use crate::{Outcome, hash_uniform_seeded, relative_error};
+use crate::{Outcome, expect_sample_close, hash_uniform_seeded};
 
 /// The folder of the fixtures: `L2P_FIXTURES`, or the one in the source tree.
 pub fn folder() -> PathBuf {
@@ -243,19 +243,19 @@ impl Case<'_> {
         let reference = self
             .group
             .stored_f32(entry["key"].as_str().expect("an output has a key"));
-        let error = relative_error(&sampled, &reference);
         let norm = found.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
-        let norm_error = (norm - number("norm")).abs() / number("norm").max(f64::MIN_POSITIVE);
         // An all-zero reference has no relative error; then the values themselves must be small.
-        let error = if number("norm") == 0.0 {
-            norm
-        } else {
-            error.max(norm_error)
+        let norm_error = match number("norm") {
+            0.0 => norm,
+            expected => (norm - expected).abs() / expected,
         };
-        if error <= tolerance {
+        if norm_error.is_nan() || norm_error > tolerance {
+            return Err(format!("{what}: the norm is off by {norm_error:.3e}, more than {tolerance:.1e}").into());
+        }
+        if number("norm") == 0.0 {
             return Ok(());
         }
-        Err(format!("{what}: relative error {error:.3e} is above {tolerance:.1e}").into())
+        expect_sample_close(&what, &sampled, &reference, &shape, (start, step), tolerance)
     }
 
     fn seed(&self) -> u64 {

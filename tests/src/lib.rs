@@ -1,8 +1,10 @@
 //! What the tests share: registration, deterministic data, comparison.
 
+pub mod cli;
+mod compare;
 pub mod fixtures;
 
-pub mod cli;
+pub use compare::{expect_close, expect_sample_close, relative_error};
 
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock};
@@ -96,41 +98,6 @@ pub fn random_bf16(name: &str, count: usize) -> Vec<f32> {
         .collect()
 }
 
-/// ‖a − b‖ / ‖b‖ in f64; infinite when a value is not finite or the counts differ.
-pub fn relative_error(a: &[f32], b: &[f32]) -> f64 {
-    if a.len() != b.len() || a.iter().chain(b).any(|value| !value.is_finite()) {
-        return f64::INFINITY;
-    }
-    let difference: f64 = a
-        .iter()
-        .zip(b)
-        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2))
-        .sum();
-    let norm: f64 = b.iter().map(|b| f64::from(*b).powi(2)).sum();
-    difference.sqrt() / norm.sqrt().max(f64::MIN_POSITIVE)
-}
-
-/// Fails unless `found` is within `tolerance` of `expected` by [`relative_error`].
-///
-/// # Errors
-/// Naming `what` and the error found.
-pub fn expect_close(what: &str, found: &[f32], expected: &[f32], tolerance: f64) -> Outcome {
-    let error = relative_error(found, expected);
-    if error <= tolerance {
-        return Ok(());
-    }
-    let first_bad = found
-        .iter()
-        .zip(expected)
-        .position(|(a, b)| !a.is_finite() || (a - b).abs() > 0.05 * b.abs().max(1.0));
-    Err(format!(
-        "{what}: relative error {error:.3e} is above {tolerance:.1e} ({} values, {} expected, first far off: {first_bad:?})",
-        found.len(),
-        expected.len()
-    )
-    .into())
-}
-
 /// The largest relative error of one bf16 operation against the same in f32, from the same inputs: the rounding of its
 /// result and of what it keeps in bf16 on the way.
 pub const BF16_TOLERANCE: f64 = 4e-3;
@@ -165,6 +132,7 @@ pub fn expect_like_cpu(
             &format!("{what}, output {index}"),
             &found.to_vec_f32()?,
             &expected.to_vec_f32()?,
+            expected.shape(),
             tolerance,
         )?;
     }

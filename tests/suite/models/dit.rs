@@ -123,7 +123,8 @@ fn items_do_not_touch() -> Outcome {
     };
     let together = run(0..3)?;
     for (item, expected) in together.chunks(together.len() / 3).enumerate() {
-        expect_close(&format!("item {item}"), &run(item..item + 1)?, expected, 5e-6)?;
+        let shape = x.narrow(item, 1)?.shape();
+        expect_close(&format!("item {item}"), &run(item..item + 1)?, expected, shape, 5e-6)?;
     }
     Ok(())
 }

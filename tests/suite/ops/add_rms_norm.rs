@@ -28,9 +28,21 @@ fn cpu_equals_formula() -> Outcome {
     let tensor = |values: &[f32]| Tensor::from_f32(&Device::Cpu, values, [1, rows, dim]);
     let weight = Tensor::from_f32(&Device::Cpu, &weight, [dim])?;
     let found = add_rms_norm(&tensor(&x)?, &tensor(&y)?, &weight, EPSILON)?;
-    expect_close("sum", found.0.as_slice()?, &sum, F32_TOLERANCE)?;
-    expect_close("normalised", found.1.as_slice()?, &normalised, F32_TOLERANCE)?;
-    expect_close("add", add(&tensor(&x)?, &tensor(&y)?)?.as_slice()?, &sum, F32_TOLERANCE)
+    expect_close("sum", found.0.as_slice()?, &sum, found.0.shape(), F32_TOLERANCE)?;
+    expect_close(
+        "normalised",
+        found.1.as_slice()?,
+        &normalised,
+        found.1.shape(),
+        F32_TOLERANCE,
+    )?;
+    expect_close(
+        "add",
+        add(&tensor(&x)?, &tensor(&y)?)?.as_slice()?,
+        &sum,
+        found.0.shape(),
+        F32_TOLERANCE,
+    )
 }
 
 fn wrong_shapes_are_named() -> Outcome {

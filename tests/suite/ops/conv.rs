@@ -134,7 +134,7 @@ fn cpu_equals_plain_loops() -> Outcome {
         Activation::None,
         Some(&tensor(&residual, &[batch, height, width, outputs])?),
     )?;
-    expect_close("conv2d", found.as_slice()?, &expected, F32_TOLERANCE)
+    expect_close("conv2d", found.as_slice()?, &expected, found.shape(), F32_TOLERANCE)
 }
 
 fn odd_images_are_pooled() -> Outcome {

@@ -51,7 +51,13 @@ fn cpu_equals_every_second_of_all() -> Outcome {
             .filter(|pixel| pixel % width % 2 == 1 && pixel / width % height % 2 == 1)
             .flat_map(|pixel| all[pixel * outputs..(pixel + 1) * outputs].to_vec())
             .collect();
-        expect_close(&format!("{shape:?}"), &found.to_vec::<f32>()?, &expected, F32_TOLERANCE)?;
+        expect_close(
+            &format!("{shape:?}"),
+            &found.to_vec::<f32>()?,
+            &expected,
+            found.shape(),
+            F32_TOLERANCE,
+        )?;
     }
     Ok(())
 }

@@ -38,7 +38,7 @@ fn cpu_equals_references() -> Outcome {
         None,
         &scalar(&Device::Cpu, -0.25)?,
     )?;
-    expect_close("without guidance", x.as_slice()?, &expected, 1e-6)
+    expect_close("without guidance", x.as_slice()?, &expected, x.shape(), 1e-6)
 }
 
 fn wrong_velocities_are_named() -> Outcome {

@@ -44,6 +44,7 @@ fn is_the_transpose() -> Outcome {
             &format!("{rows}x{columns} to {height}x{width}"),
             found.as_slice()?,
             &expected,
+            found.shape(),
             1e-6,
         )?;
     }

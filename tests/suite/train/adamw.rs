@@ -154,7 +154,7 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
             cpu.set_gradients(step)?;
             cuda.set_gradients(step)?;
             let (expected, found) = (cpu.step()?, cuda.step()?);
-            expect_close("norm", &found[..1], &expected[..1], F32_TOLERANCE)?;
+            expect_close("norm", &found[..1], &expected[..1], [1], F32_TOLERANCE)?;
             assert_eq!(found[1], 0.0);
         }
         for index in 0..SIZES.len() {
@@ -164,7 +164,7 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
                 .state(StateArray::Master, index)?
                 .expect("CUDA keeps one")
                 .to_vec_f32()?;
-            expect_close("master", &master, &weight, F32_TOLERANCE)?;
+            expect_close("master", &master, &weight, [weight.len()], F32_TOLERANCE)?;
             // The weight is its master, rounded.
             let rounded: Vec<f32> = master
                 .iter()
@@ -174,10 +174,17 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
                 cuda.weights[index].to_vec_f32()? == rounded,
                 "a weight does not follow its master"
             );
-            expect_close("weight", &rounded, &weight, BF16_TOLERANCE)?;
+            expect_close("weight", &rounded, &weight, [weight.len()], BF16_TOLERANCE)?;
             for array in [StateArray::FirstMoment, StateArray::SecondMoment, StateArray::Average] {
                 let values = |run: &Run| run.optimizer.state(array, index)?.expect("it is kept").to_vec_f32();
-                expect_close(&format!("{array:?}"), &values(&cuda)?, &values(&cpu)?, F32_TOLERANCE)?;
+                let (found, expected) = (values(&cuda)?, values(&cpu)?);
+                expect_close(
+                    &format!("{array:?}"),
+                    &found,
+                    &expected,
+                    [expected.len()],
+                    F32_TOLERANCE,
+                )?;
             }
             assert!(
                 cuda.gradients[index].to_vec_f32()?.iter().all(|value| *value == 0.0),

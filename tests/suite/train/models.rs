@@ -4,7 +4,7 @@ use l2p_engine::model::config::ModelKind;
 use l2p_engine::train::{Recompute, StatePart};
 use l2p_engine::{Device, Result, Tensor};
 use l2p_tests::fixtures::{Case, Group};
-use l2p_tests::{Outcome, Suite, relative_error};
+use l2p_tests::{Outcome, Suite, expect_close};
 
 use super::{Inputs, load, options, trained_names};
 use crate::models::dit::{caption, config};
@@ -15,8 +15,8 @@ pub fn register(suite: &mut Suite) {
     suite.cuda("train::models::cuda_gradients_equal_cpu", cuda_gradients_equal_cpu);
 }
 
-/// Gradients by name.
-type Gradients = Vec<(String, Vec<f32>)>;
+/// Gradients by name, with their shapes.
+type Gradients = Vec<(String, (Vec<usize>, Vec<f32>))>;
 
 const POLICIES: [&str; 7] = [
     "full",
@@ -102,7 +102,7 @@ fn cuda_gradients_equal_cpu(device: &Device) -> Outcome {
                 let loss = inputs.batch(|batch| model.accumulate(batch, 1.0))?.to_vec_f32()?[0];
                 let gradients = model.trained().into_iter().map(|tensor| {
                     let gradient = tensor.read(StatePart::Gradient)?.expect("it is trained");
-                    Ok((tensor.name, gradient))
+                    Ok((tensor.name, (tensor.shape, gradient)))
                 });
                 Ok((loss, gradients.collect::<Result<_>>()?))
             };
@@ -112,14 +112,16 @@ fn cuda_gradients_equal_cpu(device: &Device) -> Outcome {
                 "{found_loss} {expected_loss}"
             );
             let mut far = Vec::new();
-            for ((name, expected), (_, found)) in expected.iter().zip(&found) {
-                let error = relative_error(found, expected);
-                if error > BF16_GRADIENT_TOLERANCE {
-                    far.push(format!("{name}: {error:.1e}"));
-                }
+            for ((name, (shape, expected)), (_, (_, found))) in expected.iter().zip(&found) {
+                let outcome = expect_close(name, found, expected, shape.as_slice(), BF16_GRADIENT_TOLERANCE);
+                far.extend(
+                    outcome
+                        .err()
+                        .map(|failed| failed.message().unwrap_or_default().to_owned()),
+                );
             }
             if !far.is_empty() {
-                return Err(format!("{kind} patch {patch}, recompute {recompute}: {}", far.join(", ")).into());
+                return Err(format!("{kind} patch {patch}, recompute {recompute}: {}", far.join("\n")).into());
             }
         }
     }

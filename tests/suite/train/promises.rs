@@ -254,7 +254,8 @@ fn micro_batches_add_up() -> Outcome {
         let gradient = |tensor: &l2p_engine::train::TrainedTensor<'_>| -> Result<Vec<f32>> {
             Ok(tensor.read(StatePart::Gradient)?.expect("it is trained"))
         };
-        expect_close(&together.name, &gradient(apart)?, &gradient(together)?, 2e-5)?;
+        let shape = together.shape.as_slice();
+        expect_close(&together.name, &gradient(apart)?, &gradient(together)?, shape, 2e-5)?;
     }
     Ok(())
 }

@@ -84,10 +84,9 @@ fn expect_kernels_like_cpu(device: &Device, shape: &Shape) -> Outcome {
     )?;
     for kernel in kernels(device, shape.head_dim) {
         let found = parts(shape, &from_cpu_forward(shape, device, kernel)?)?;
-        for ((name, found), expected) in ["dv", "dk", "dq"]
+        for ((name, heads), (found, expected)) in [("dv", shape.kv_heads), ("dk", shape.kv_heads), ("dq", shape.heads)]
             .into_iter()
-            .zip(found.iter().rev())
-            .zip(expected.iter().rev())
+            .zip(found.iter().zip(&expected).rev())
         {
             // With one key to see, dq and dk are differences of equal numbers.
             let tiny = expected.iter().all(|value| value.abs() < 1e-3);
@@ -98,6 +97,7 @@ fn expect_kernels_like_cpu(device: &Device, shape: &Shape) -> Outcome {
                 &format!("{kernel:?} {shape:?}, {name}"),
                 found,
                 expected,
+                [shape.batch, shape.tokens, heads, shape.head_dim],
                 BF16_TOLERANCE,
             )?;
         }

@@ -4,7 +4,7 @@ use l2p_engine::ops::conv::{
     Activation, ConvSaved, conv2d_backward, conv2d_f32_backward, conv3x3_silu_pool, conv3x3_silu_pool_backward,
     upsample_conv3x3_backward,
 };
-use l2p_engine::{Device, Tensor};
+use l2p_engine::{Device, Shape, Tensor};
 use l2p_tests::{Outcome, Suite, expect_close, random_bf16};
 
 use super::{Layer, image};
@@ -62,6 +62,17 @@ impl Loops {
             }
         }
         sums
+    }
+
+    /// The shape of one of the four arguments; of no elements for a source that there is not.
+    fn shape_of(&self, argument: usize) -> Shape {
+        let inputs: usize = self.sources.iter().map(|[_, _, channels]| channels).sum();
+        match (argument, self.sources.get(argument)) {
+            (0 | 1, Some(&[height, width, channels])) => [self.grid[0], height, width, channels].into(),
+            (0 | 1, None) => [0].into(),
+            (2, _) => [self.outputs, self.kernel * self.kernel, inputs].into(),
+            _ => [self.outputs].into(),
+        }
     }
 
     /// The gradients of a function of the four arguments, each in its own order.
@@ -199,14 +210,16 @@ fn equals_differences(pool: bool) -> Outcome {
             added(&layer.weight, &untouched.weight)?,
             added(&layer.bias, &untouched.bias)?,
         ];
-        compare(&what, found, expected)?;
+        compare(&what, &loops, found, expected)?;
     }
     Ok(())
 }
 
-fn compare(what: &str, found: [Vec<f32>; 4], expected: [Vec<f32>; 4]) -> Outcome {
-    for ((name, found), expected) in ["x", "second", "weight", "bias"].iter().zip(found).zip(expected) {
-        expect_close(&format!("{what}, {name}"), &found, &expected, TOLERANCE)?;
+fn compare(what: &str, loops: &Loops, found: [Vec<f32>; 4], expected: [Vec<f32>; 4]) -> Outcome {
+    for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        let name = ["x", "second", "weight", "bias"][index];
+        let shape = loops.shape_of(index);
+        expect_close(&format!("{what}, {name}"), found, expected, shape, TOLERANCE)?;
     }
     Ok(())
 }
@@ -237,7 +250,7 @@ fn upsample_equals_differences() -> Outcome {
             added(&layer.weight, &untouched.weight)?,
             added(&layer.bias, &untouched.bias)?,
         ];
-        compare(&format!("{batch}x{height}x{width}"), found, expected)?;
+        compare(&format!("{batch}x{height}x{width}"), &loops, found, expected)?;
     }
     Ok(())
 }
@@ -270,7 +283,7 @@ fn f32_equals_differences() -> Outcome {
             added(&layer.weight, &untouched.weight)?,
             added(&layer.bias, &untouched.bias)?,
         ];
-        compare(&format!("{kernel}x{kernel}"), found, expected)?;
+        compare(&format!("{kernel}x{kernel}"), &loops, found, expected)?;
     }
     Ok(())
 }
