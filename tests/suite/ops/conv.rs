@@ -1,5 +1,6 @@
 mod cuda;
 mod hopper;
+mod plain;
 
 use l2p_engine::model::params::{MemoryParams, ParamSource};
 use l2p_engine::ops::conv::{Activation, Conv, conv2d, conv3x3_silu_pool, upsample_conv3x3};
@@ -20,6 +21,7 @@ pub fn register(suite: &mut Suite) {
     suite.cpu("ops::conv::mistakes_are_named", mistakes_are_named);
     cuda::register(suite);
     hopper::register(suite);
+    plain::register(suite);
 }
 
 fn fixture_conv(case: &Case<'_>, channels: &[usize]) -> Result<Conv> {

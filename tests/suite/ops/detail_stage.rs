@@ -3,7 +3,10 @@ use l2p_engine::ops::detail_stage::{DetailStage, detail_stage};
 use l2p_engine::{DType, Device, Result, Tensor};
 use l2p_tests::{Outcome, Suite, expect_like_cpu, random, random_bf16};
 
+use super::loops::{Loops, exact, expect_exact, silu};
+
 pub fn register(suite: &mut Suite) {
+    suite.cpu("ops::detail_stage::cpu_equals_plain_loops", cpu_equals_plain_loops);
     suite.cpu("ops::detail_stage::mistakes_are_named", mistakes_are_named);
     suite.cuda("ops::detail_stage::cuda_equals_cpu", cuda_equals_cpu);
     suite.cuda("ops::detail_stage::cuda_repeats_its_bits", cuda_repeats_its_bits);
@@ -57,6 +60,56 @@ fn run(layers: &[Conv; 4], map: &Tensor, image: &Tensor, canvas: Canvas<'_>) -> 
 
 fn image(device: &Device, name: &str, shape: [usize; 4]) -> Result<Tensor> {
     Tensor::from_f32(device, &random_bf16(name, shape.iter().product()), shape)
+}
+
+fn cpu_equals_plain_loops() -> Outcome {
+    let cpu = &Device::Cpu;
+    let layers = layers(cpu)?;
+    for [batch, height, width] in [[1, 2, 2], [2, 6, 10], [1, 16, 4]] {
+        let grid = [batch, height, width];
+        let what = format!("{batch}x{height}x{width}");
+        let map = image(cpu, "map", [batch, height / 2, width / 2, 16])?;
+        let picture = image(cpu, "image", [batch, height, width, 3])?;
+        let before = image(cpu, "canvas", [batch, height, width, 3])?;
+
+        let sums = |conv: &Conv, sources: [(Vec<f64>, [usize; 3]); 2]| -> Result<Vec<f64>> {
+            let [(first, of_first), (second, of_second)] = sources;
+            let loops = Loops {
+                kernel: conv.kernel(),
+                grid,
+                outputs: conv.outputs(),
+                sources: [of_first, of_second][..conv.channels().iter().filter(|count| **count > 0).count()].to_vec(),
+            };
+            Ok(loops.sums(&[first, second, exact(conv.weight())?, exact(conv.bias())?]))
+        };
+        let nothing = || (Vec::new(), [0; 3]);
+        let [encoder, up, decoder, output] = &layers;
+        let encoded = sums(encoder, [(exact(&picture)?, [height, width, 3]), nothing()])?;
+        let encoded = encoded.into_iter().map(silu).collect();
+        let upsampled = sums(up, [(exact(&map)?, [height / 2, width / 2, 16]), nothing()])?;
+        let whole = [height, width, 16];
+        let decoded = sums(decoder, [(upsampled, whole), (encoded, whole)])?;
+        let decoded = decoded.into_iter().map(silu).collect();
+        let result = sums(output, [(decoded, whole), nothing()])?;
+
+        let mut written = Tensor::empty(cpu, picture.shape(), DType::F32)?;
+        let mut added = before.clone().into_unshared()?;
+        let delta = Tensor::from_slice(cpu, &[-0.75f32], [1])?;
+        for (target, delta) in [(&mut written, None), (&mut added, Some(&delta))] {
+            let canvas = Canvas {
+                picture: target,
+                scale: -1.5,
+                delta,
+            };
+            run(&layers, &map, &picture, canvas)?;
+        }
+        let expected: Vec<f64> = result.iter().map(|value| -1.5 * value).collect();
+        expect_exact(&format!("{what}, written"), &written, &expected)?;
+        let expected = exact(&before)?.into_iter().zip(&expected);
+        let expected: Vec<f64> = expected.map(|(before, value)| before - 0.75 * value).collect();
+        expect_exact(&format!("{what}, added"), &added, &expected)?;
+    }
+    Ok(())
 }
 
 /// One window, a tile and less, one row and column more, several tiles with a rest, two items.

@@ -5,10 +5,13 @@ use l2p_engine::{DType, Device, Tensor};
 use l2p_tests::fixtures::Group;
 use l2p_tests::{BF16_TOLERANCE, Outcome, Suite, expect_like_cpu, random, random_bf16};
 
+use super::loops::{exact, expect_exact};
+
 const EPSILON: f32 = 1e-6;
 
 pub fn register(suite: &mut Suite) {
     suite.cpu("ops::layer_norm::cpu_equals_references", cpu_equals_references);
+    suite.cpu("ops::layer_norm::cpu_equals_plain_loops", cpu_equals_plain_loops);
     suite.cpu("ops::layer_norm::wrong_shapes_are_named", wrong_shapes_are_named);
     suite.cuda("ops::layer_norm::cuda_equals_cpu", cuda_equals_cpu);
 }
@@ -22,6 +25,43 @@ fn cpu_equals_references() -> Outcome {
         case.check("y", y.as_slice()?)?;
     }
     Ok(())
+}
+
+/// Without vectors, with one per item among others in the table, and with one for all items.
+fn cpu_equals_plain_loops() -> Outcome {
+    let (batch, tokens, dim) = (3, 5, 37);
+    let x: Vec<f32> = random("x", batch * tokens * dim)
+        .into_iter()
+        .map(|value| value + 2.0)
+        .collect();
+    let vectors = random("table", batch * 3 * dim);
+    let x = Tensor::from_slice(&Device::Cpu, &x, [batch, tokens, dim])?;
+    let table = Tensor::from_slice(&Device::Cpu, &vectors, [batch, 3, dim])?;
+    let shared = table.narrow(1, 1)?;
+    let normalised: Vec<f64> = exact(&x)?
+        .chunks(dim)
+        .flat_map(|row| {
+            let mean = row.iter().sum::<f64>() / dim as f64;
+            let variance = row.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / dim as f64;
+            let inverse = 1.0 / (variance + f64::from(EPSILON)).sqrt();
+            row.iter().map(move |x| (x - mean) * inverse).collect::<Vec<_>>()
+        })
+        .collect();
+    let scaled = |item_of: &dyn Fn(usize) -> usize, index: usize| -> Vec<f64> {
+        let values = normalised.iter().enumerate();
+        values
+            .map(|(at, value)| {
+                let item = item_of(at / (tokens * dim));
+                value * (1.0 + f64::from(vectors[(item * 3 + index) * dim + at % dim]))
+            })
+            .collect()
+    };
+    let run = |scale: Option<Modulation<'_>>| layer_norm_modulate(&x, scale, EPSILON);
+    expect_exact("plain", &run(None)?, &normalised)?;
+    let own = run(Some(Modulation::new(&table, 2)?))?;
+    expect_exact("own vectors", &own, &scaled(&|item| item, 2))?;
+    let same = run(Some(Modulation::new(&shared, 1)?))?;
+    expect_exact("one vector", &same, &scaled(&|_| 1, 1))
 }
 
 fn wrong_shapes_are_named() -> Outcome {

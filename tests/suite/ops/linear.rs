@@ -1,9 +1,17 @@
 use l2p_engine::ops::linear::{InputActivation, linear, linear_vectors};
 use l2p_engine::{DType, Device, Tensor};
+use l2p_tests::fixtures::Group;
 use l2p_tests::{BF16_TOLERANCE, F32_TOLERANCE, Outcome, Suite, expect_close, expect_like_cpu, random, random_bf16};
+
+use super::loops::{exact, expect_exact, product, silu};
 
 pub fn register(suite: &mut Suite) {
     suite.cpu("ops::linear::cpu_equals_plain_loops", cpu_equals_plain_loops);
+    suite.cpu("ops::linear::cpu_equals_references", cpu_equals_references);
+    suite.cpu(
+        "ops::linear::cpu_vectors_equal_plain_loops",
+        cpu_vectors_equal_plain_loops,
+    );
     suite.cpu("ops::linear::wrong_shapes_are_named", wrong_shapes_are_named);
     suite.cuda("ops::linear::cuda_equals_cpu", cuda_equals_cpu);
     suite.cuda("ops::linear::cuda_vectors_equal_cpu", cuda_vectors_equal_cpu);
@@ -30,6 +38,57 @@ fn cpu_equals_plain_loops() -> Outcome {
         Some(&tensor(&bias, &[outputs])?),
     )?;
     expect_close("linear", y.as_slice()?, &expected, y.shape(), F32_TOLERANCE)
+}
+
+fn cpu_equals_references() -> Outcome {
+    let group = Group::load("ops");
+    for case in group.cases("linear.") {
+        let (x, shape) = case.input("x");
+        let weights = case.weights();
+        let weight = |name: &str| {
+            let (shape, values) = &weights[name];
+            Tensor::from_slice(&Device::Cpu, values, shape.as_slice())
+        };
+        let x = Tensor::from_slice(&Device::Cpu, &x, shape.as_slice())?;
+        let (weight, bias) = (weight("linear.weight")?, weight("linear.bias")?);
+        case.check("y", linear(&x, &weight, Some(&bias))?.as_slice()?)?;
+        let vectors = linear_vectors(&x, InputActivation::None, &weight, Some(&bias))?;
+        case.check("y", vectors.as_slice()?)?;
+    }
+    Ok(())
+}
+
+/// With and without activation and bias; a product without terms is its bias.
+fn cpu_vectors_equal_plain_loops() -> Outcome {
+    for (vectors, inputs, outputs) in [(1, 1, 1), (3, 40, 13), (2, 0, 5)] {
+        let tensor = |name: &str, shape: &[usize]| {
+            Tensor::from_slice(&Device::Cpu, &random(name, shape.iter().product()), shape)
+        };
+        let (x, weight) = (tensor("x", &[vectors, inputs])?, tensor("w", &[outputs, inputs])?);
+        let bias = tensor("b", &[outputs])?;
+        for activation in [InputActivation::None, InputActivation::Silu] {
+            let activated: Vec<f64> = match activation {
+                InputActivation::None => exact(&x)?,
+                InputActivation::Silu => exact(&x)?.into_iter().map(silu).collect(),
+            };
+            let products = match inputs {
+                0 => vec![0.0; vectors * outputs],
+                _ => product(&activated, &exact(&weight)?, inputs),
+            };
+            let added = exact(&bias)?;
+            let sums: Vec<f64> = products.iter().zip(added.iter().cycle()).map(|(a, b)| a + b).collect();
+            let what = format!("{vectors}x{inputs}x{outputs} {activation:?}");
+            for (bias, expected) in [(None, &products), (Some(&bias), &sums)] {
+                let found = linear_vectors(&x, activation, &weight, bias)?;
+                assert_eq!(found.shape().to_vec(), [vectors, outputs]);
+                expect_exact(&what, &found, expected)?;
+                if activation == InputActivation::None {
+                    expect_exact(&what, &linear(&x, &weight, bias)?, expected)?;
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 fn wrong_shapes_are_named() -> Outcome {

@@ -1,11 +1,11 @@
-use l2p_engine::ops::linear::linear;
 use l2p_engine::ops::linear_swiglu::linear_swiglu;
-use l2p_engine::ops::swiglu::swiglu;
 use l2p_engine::{Device, Result, Tensor};
 use l2p_tests::{BF16_TOLERANCE, Outcome, Suite, expect_like_cpu, random, random_bf16};
 
+use super::loops::{exact, expect_exact, product, silu};
+
 pub fn register(suite: &mut Suite) {
-    suite.cpu("ops::linear_swiglu::is_what_it_is_made_of", is_what_it_is_made_of);
+    suite.cpu("ops::linear_swiglu::cpu_equals_plain_loops", cpu_equals_plain_loops);
     suite.cpu("ops::linear_swiglu::mistakes_are_named", mistakes_are_named);
     suite.cuda("ops::linear_swiglu::cuda_equals_cpu", cuda_equals_cpu);
     suite.cuda("ops::linear_swiglu::cuda_repeats_its_bits", cuda_repeats_its_bits);
@@ -24,12 +24,18 @@ fn inputs(device: &Device, batch: usize, tokens: usize, dim: usize, hidden: usiz
     ])
 }
 
-fn is_what_it_is_made_of() -> Outcome {
-    let [x, weight] = inputs(&Device::Cpu, 2, 7, 24, 10)?;
-    let found = linear_swiglu(&x, &weight)?;
-    let expected = swiglu(&linear(&x, &weight, None)?)?;
-    assert_eq!(found.shape(), expected.shape());
-    assert_eq!(found.as_slice::<f32>()?, expected.as_slice::<f32>()?);
+fn cpu_equals_plain_loops() -> Outcome {
+    for [batch, tokens, dim, hidden] in [[2, 7, 24, 10], [1, 1, 1, 1], [1, 33, 200, 65]] {
+        let [x, weight] = inputs(&Device::Cpu, batch, tokens, dim, hidden)?;
+        let found = linear_swiglu(&x, &weight)?;
+        assert_eq!(found.shape().to_vec(), [batch, tokens, hidden]);
+        let projections = product(&exact(&x)?, &exact(&weight)?, dim);
+        let expected: Vec<f64> = projections
+            .chunks(2 * hidden)
+            .flat_map(|row| (0..hidden).map(|column| silu(row[column]) * row[hidden + column]))
+            .collect();
+        expect_exact(&format!("{batch}x{tokens}x{dim} to {hidden}"), &found, &expected)?;
+    }
     Ok(())
 }
 

@@ -1,9 +1,11 @@
-use l2p_engine::ops::resize::{resize_nearest, resize_nearest_backward};
+use l2p_engine::ops::resize::resize_nearest_backward;
 use l2p_engine::{DType, Device, Tensor};
-use l2p_tests::{BF16_TOLERANCE, Outcome, Suite, expect_close, expect_like_cpu, random_bf16};
+use l2p_tests::{BF16_TOLERANCE, Outcome, Suite, expect_like_cpu, random_bf16};
+
+use super::loops::{exact, expect_exact, pixels};
 
 pub fn register(suite: &mut Suite) {
-    suite.cpu("ops::resize_backward::is_the_transpose_of_resize", is_the_transpose);
+    suite.cpu("ops::resize_backward::cpu_equals_plain_loops", cpu_equals_plain_loops);
     suite.cpu("ops::resize_backward::mistakes_are_named", mistakes_are_named);
     suite.cuda("ops::resize_backward::cuda_equals_cpu", cuda_equals_cpu);
 }
@@ -20,33 +22,26 @@ const GRIDS: [[[usize; 2]; 2]; 8] = [
     [[13, 97], [31, 53]],
 ];
 
-/// ⟨resize(x), dy⟩ = ⟨x, resize_backward(dy)⟩, for the unit images x: the gradient's elements one by one.
-fn is_the_transpose() -> Outcome {
-    let device = Device::Cpu;
+/// The source index that stands at `index` of the output: quotient and product are rounded to f32, as in PyTorch.
+fn source_of(index: usize, source: usize, output: usize) -> usize {
+    let ratio = source as f32 / output as f32;
+    ((index as f32 * ratio) as usize).min(source - 1)
+}
+
+/// Every pixel of the gradient is added to the source pixel that it was taken from.
+fn cpu_equals_plain_loops() -> Outcome {
     for [[rows, columns], [height, width]] in GRIDS {
         let shape = [2, height, width, 3];
-        let dy = Tensor::from_f32(&device, &random_bf16("dy", shape.iter().product()), shape)?;
+        let dy = Tensor::from_f32(&Device::Cpu, &random_bf16("dy", shape.iter().product()), shape)?;
         let found = resize_nearest_backward(&dy, rows, columns)?;
-        // Each source pixel's number is carried along by the resize.
-        let numbers: Vec<f32> = (0..2 * rows * columns).map(|index| index as f32).collect();
-        let shown = resize_nearest(
-            &Tensor::from_slice(&device, &numbers, [2, rows, columns, 1])?,
-            height,
-            width,
-        )?;
+        assert_eq!(found.shape().to_vec(), [2, rows, columns, 3]);
         let mut expected = vec![0.0; found.elements()];
-        for (number, pixel) in shown.as_slice::<f32>()?.iter().zip(dy.as_slice::<f32>()?.chunks(3)) {
-            for (channel, value) in pixel.iter().enumerate() {
-                expected[*number as usize * 3 + channel] += value;
-            }
+        for ((item, y, x), pixel) in pixels([2, height, width]).zip(exact(&dy)?.chunks(3)) {
+            let (row, column) = (source_of(y, rows, height), source_of(x, columns, width));
+            let to = &mut expected[((item * rows + row) * columns + column) * 3..][..3];
+            to.iter_mut().zip(pixel).for_each(|(sum, value)| *sum += value);
         }
-        expect_close(
-            &format!("{rows}x{columns} to {height}x{width}"),
-            found.as_slice()?,
-            &expected,
-            found.shape(),
-            1e-6,
-        )?;
+        expect_exact(&format!("{rows}x{columns} to {height}x{width}"), &found, &expected)?;
     }
     Ok(())
 }

@@ -1,9 +1,14 @@
-use l2p_engine::ops::tokens::{concat_tokens, fill_pad_tokens, narrow_tokens, pad_tokens};
+use l2p_engine::ops::sum_rows::{add_pad_row_sum, add_row_sum};
+use l2p_engine::ops::tokens::{concat_tokens, fill_pad_tokens, narrow_tokens, pad_tokens, stack_tokens};
 use l2p_engine::{DType, Device, Result, Tensor};
-use l2p_tests::{Outcome, Suite, expect_like_cpu, random_bf16};
+use l2p_tests::{Outcome, Suite, expect_like_cpu, random, random_bf16};
+
+use super::loops::{exact, expect_exact};
 
 pub fn register(suite: &mut Suite) {
     suite.cpu("ops::tokens::tokens_go_where_they_belong", tokens_go_where_they_belong);
+    suite.cpu("ops::tokens::parts_are_stacked", parts_are_stacked);
+    suite.cpu("ops::tokens::rows_are_summed", rows_are_summed);
     suite.cpu("ops::tokens::wrong_lengths_are_named", wrong_lengths_are_named);
     suite.cuda("ops::tokens::cuda_equals_cpu", cuda_equals_cpu);
 }
@@ -43,6 +48,47 @@ fn tokens_go_where_they_belong() -> Outcome {
     let expected = [1000.0, 1001.0, 7.0, 8.0, 7.0, 8.0, 1100.0, 1101.0, 0.0, 0.0, 7.0, 8.0];
     assert_eq!(padded.as_slice::<f32>()?, expected);
     Ok(())
+}
+
+fn parts_are_stacked() -> Outcome {
+    let cpu = &Device::Cpu;
+    let (a, b) = (numbered(cpu, 0, [1, 3, 2])?, numbered(cpu, 1000, [1, 1, 2])?);
+    let stacked = stack_tokens(&[&a, &b, &a], 3)?;
+    assert_eq!(*stacked.shape(), [3, 3, 2]);
+    let whole = [0.0, 1.0, 10.0, 11.0, 20.0, 21.0];
+    let padded = [1000.0, 1001.0, 0.0, 0.0, 0.0, 0.0];
+    assert_eq!(stacked.as_slice::<f32>()?, [whole, padded, whole].concat());
+    let message = |outcome: Result<Tensor>| outcome.unwrap_err().to_string();
+    assert_eq!(message(stack_tokens(&[], 3)), "stack_tokens: nothing to put together");
+    assert_eq!(
+        message(stack_tokens(&[&b, &a], 2)),
+        "stack_tokens: part 1 has shape [1, 3, 2], expected [1, 2, 2]"
+    );
+    Ok(())
+}
+
+/// All rows, and those past their item's length, added to what is there; more rows than one task sums.
+fn rows_are_summed() -> Outcome {
+    let (batch, tokens, dim) = (3, 67, 5);
+    let x = Tensor::from_slice(&Device::Cpu, &random("x", batch * tokens * dim), [batch, tokens, dim])?;
+    let before = Tensor::from_slice(&Device::Cpu, &random("before", dim), [dim])?;
+    let lengths = [67usize, 0, 41];
+    let sums = |counts: &dyn Fn(usize, usize) -> bool| -> Result<Vec<f64>> {
+        let mut sums = exact(&before)?;
+        for (row, values) in exact(&x)?.chunks(dim).enumerate() {
+            if counts(row / tokens, row % tokens) {
+                sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+            }
+        }
+        Ok(sums)
+    };
+    let mut all = before.clone().into_unshared()?;
+    add_row_sum(&x, &mut all)?;
+    expect_exact("all rows", &all, &sums(&|_, _| true)?)?;
+    let mut pads = before.clone().into_unshared()?;
+    let of_items = Tensor::from_slice(&Device::Cpu, &lengths.map(|length| length as i32), [batch])?;
+    add_pad_row_sum(&x, &of_items, &mut pads)?;
+    expect_exact("pads", &pads, &sums(&|item, token| token >= lengths[item])?)
 }
 
 fn wrong_lengths_are_named() -> Outcome {

@@ -7,6 +7,7 @@ use l2p_engine::ops::conv::{
 use l2p_engine::{Device, Shape, Tensor};
 use l2p_tests::{Outcome, Suite, expect_close, random_bf16};
 
+use super::super::loops::{Loops, maxima, silu};
 use super::{Layer, image};
 
 pub fn register(suite: &mut Suite) {
@@ -23,47 +24,7 @@ pub fn register(suite: &mut Suite) {
     suite.cpu("ops::conv_backward::cpu_f32_equals_differences", f32_equals_differences);
 }
 
-/// A convolution, in f64.
-struct Loops {
-    kernel: usize,
-    /// Of the result.
-    grid: [usize; 3],
-    outputs: usize,
-    /// Height, width and channels of each source.
-    sources: Vec<[usize; 3]>,
-}
-
 impl Loops {
-    /// The sums, from the sources' values, the weight and the bias.
-    fn sums(&self, [sources @ .., weight, bias]: &[Vec<f64>; 4]) -> Vec<f64> {
-        let [batch, height, width] = self.grid;
-        let inputs: usize = self.sources.iter().map(|[_, _, channels]| channels).sum();
-        let margin = self.kernel / 2;
-        let mut sums = Vec::with_capacity(batch * height * width * self.outputs);
-        for (item, y, x) in pixels(self.grid) {
-            for (output, &bias) in bias.iter().enumerate() {
-                let mut sum = bias;
-                for tap in 0..self.kernel * self.kernel {
-                    let (y, x) = (y + tap / self.kernel, x + tap % self.kernel);
-                    if y < margin || x < margin || y - margin >= height || x - margin >= width {
-                        continue;
-                    }
-                    let mut factor = (output * self.kernel * self.kernel + tap) * inputs;
-                    for (values, &[rows, columns, channels]) in sources.iter().zip(&self.sources) {
-                        let (row, column) = ((y - margin) * rows / height, (x - margin) * columns / width);
-                        let pixel = ((item * rows + row) * columns + column) * channels;
-                        for channel in 0..channels {
-                            sum += weight[factor] * values[pixel + channel];
-                            factor += 1;
-                        }
-                    }
-                }
-                sums.push(sum);
-            }
-        }
-        sums
-    }
-
     /// The shape of one of the four arguments; of no elements for a source that there is not.
     fn shape_of(&self, argument: usize) -> Shape {
         let inputs: usize = self.sources.iter().map(|[_, _, channels]| channels).sum();
@@ -96,32 +57,12 @@ impl Loops {
     }
 }
 
-fn pixels([batch, height, width]: [usize; 3]) -> impl Iterator<Item = (usize, usize, usize)> {
-    (0..batch * height * width).map(move |index| (index / (height * width), index / width % height, index % width))
-}
-
 fn weighted(values: impl IntoIterator<Item = f64>, factors: &[f32]) -> f64 {
     values
         .into_iter()
         .zip(factors)
         .map(|(value, factor)| value * f64::from(*factor))
         .sum()
-}
-
-fn silu(x: f64) -> f64 {
-    x / (1.0 + (-x).exp())
-}
-
-/// The maxima of the whole 2×2 windows.
-fn maxima([batch, height, width]: [usize; 3], channels: usize, full: &[f64]) -> Vec<f64> {
-    let mut pooled = Vec::new();
-    for (item, y, x) in pixels([batch, height / 2, width / 2]) {
-        for channel in 0..channels {
-            let at = |dy, dx| full[((item * height + 2 * y + dy) * width + 2 * x + dx) * channels + channel];
-            pooled.push(at(0, 0).max(at(0, 1)).max(at(1, 0)).max(at(1, 1)));
-        }
-    }
-    pooled
 }
 
 /// What the gradients hold beyond what was there before.

@@ -1,0 +1,85 @@
+use l2p_engine::ops::flow_loss::{flow_loss, noisy_image};
+use l2p_engine::{DType, Device, Result, Tensor};
+use l2p_tests::fixtures::Group;
+use l2p_tests::{Outcome, Suite, random};
+
+use super::loops::{exact, expect_exact};
+
+pub fn register(suite: &mut Suite) {
+    suite.cpu("ops::flow_loss::cpu_equals_references", cpu_equals_references);
+    suite.cpu("ops::flow_loss::cpu_equals_plain_loops", cpu_equals_plain_loops);
+    suite.cpu("ops::flow_loss::mistakes_are_named", mistakes_are_named);
+}
+
+const CPU: Device = Device::Cpu;
+
+fn cpu_equals_references() -> Outcome {
+    let group = Group::load("ops");
+    for case in group.cases("flow_loss.") {
+        let input = |name: &str| {
+            let (values, shape) = case.input(name);
+            Tensor::from_slice(&CPU, &values, shape.as_slice())
+        };
+        let (image, noise) = (input("image")?, input("noise")?);
+        case.check("x_t", noisy_image(&image, &noise, &input("sigma")?)?.as_slice()?)?;
+        let (loss, gradient) = flow_loss(&input("v")?, &image, &noise, Some(1.0))?;
+        case.check("loss", loss.as_slice()?)?;
+        case.check("dv", gradient.ok_or("it was asked for")?.as_slice()?)?;
+    }
+    Ok(())
+}
+
+/// One element, and more elements than one task sums.
+fn cpu_equals_plain_loops() -> Outcome {
+    for shape in [[1, 1, 1, 1], [2, 37, 53, 3], [3, 64, 64, 3]] {
+        let what = format!("{shape:?}");
+        let [image, noise, velocity] = ["image", "noise", "velocity"]
+            .map(|name| Tensor::from_slice(&CPU, &random(name, shape.iter().product()), shape));
+        let (image, noise, velocity) = (image?, noise?, velocity?);
+        let sigmas = [0.0f32, 0.875, 0.3];
+        let of_items = Tensor::from_slice(&CPU, &sigmas[..shape[0]], [shape[0]])?;
+        let (x, e, v) = (exact(&image)?, exact(&noise)?, exact(&velocity)?);
+        let count = x.len();
+        let noisy: Vec<f64> = (0..count)
+            .map(|index| {
+                let sigma = f64::from(sigmas[index / (count / shape[0])]);
+                (1.0 - sigma) * x[index] + sigma * e[index]
+            })
+            .collect();
+        expect_exact(&what, &noisy_image(&image, &noise, &of_items)?, &noisy)?;
+
+        let errors: Vec<f64> = (0..count).map(|index| v[index] - (e[index] - x[index])).collect();
+        let loss = errors.iter().map(|error| error.powi(2)).sum::<f64>() / count as f64;
+        let gradient: Vec<f64> = errors.iter().map(|error| 0.375 * 2.0 * error / count as f64).collect();
+        let (found, slope) = flow_loss(&velocity, &image, &noise, Some(0.375))?;
+        expect_exact(&what, &found, &[loss])?;
+        expect_exact(&what, &slope.ok_or("it was asked for")?, &gradient)?;
+        let (alone, none) = flow_loss(&velocity, &image, &noise, None)?;
+        assert!(none.is_none());
+        assert_eq!(alone.as_slice::<f32>()?, found.as_slice::<f32>()?);
+    }
+    Ok(())
+}
+
+fn mistakes_are_named() -> Outcome {
+    let zeros = |shape: &[usize]| Tensor::zeros(&CPU, shape, DType::F32);
+    let image = zeros(&[2, 4, 4, 3])?;
+    let message = |outcome: Result<Tensor>| outcome.unwrap_err().to_string();
+    assert_eq!(
+        message(noisy_image(&image, &zeros(&[2, 4, 5, 3])?, &zeros(&[2])?)),
+        "noisy_image: noise has shape [2, 4, 5, 3], expected [2, 4, 4, 3]"
+    );
+    assert_eq!(
+        message(noisy_image(&image, &image, &zeros(&[3])?)),
+        "noisy_image: sigmas has shape [3], expected [2]"
+    );
+    let loss =
+        |velocity: &Tensor, image: &Tensor| message(flow_loss(velocity, image, image, None).map(|(loss, _)| loss));
+    assert_eq!(
+        loss(&zeros(&[1, 4, 4, 3])?, &image),
+        "flow_loss: image has shape [2, 4, 4, 3], expected [1, 4, 4, 3]"
+    );
+    let nothing = zeros(&[2, 0, 4, 3])?;
+    assert!(loss(&nothing, &nothing).starts_with("flow_loss: "));
+    Ok(())
+}
