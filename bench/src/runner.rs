@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::bail;
 use l2p_engine::ceilings::Ceilings;
+use l2p_engine::device::Effort;
 use l2p_engine::profile::{Work, measure};
 use l2p_engine::{Device, Tensor};
 use serde_json::Value;
@@ -55,6 +56,10 @@ impl Bench {
     /// When the device or the peer cannot be used.
     pub fn start(name: &str, common: &Common, peer: &str) -> anyhow::Result<Self> {
         let device = Device::open(common.device)?;
+        if let Device::Cuda(cuda) = &device {
+            // What is measured is what `l2p-sample warm` gives.
+            cuda.blas()?.set_effort(Effort::Thorough);
+        }
         let ceilings = match &common.once {
             None => Ceilings::measure(&device)?,
             // Nothing is measured.

@@ -160,6 +160,8 @@ impl Budget {
     pub const PICTURE: Budget = Budget::new("picture", 512 * MIB);
     /// Features or latents that a model made, kept for later.
     pub const FEATURES: Budget = Budget::new("file of features", 1024 * MIB);
+    /// The algorithms chosen for matrix products.
+    pub const MATMUL_CHOICES: Budget = Budget::new("file of matrix algorithms", 16 * MIB);
     /// What a run wrote for programs.
     pub const LOG: Budget = Budget::new("log", 1024 * MIB);
 

@@ -1,7 +1,7 @@
 //! From prompts to pictures: which parts of a model are on the device when, and how long each phase takes.
 //!
 //! The phases of a run: `text` (encoder loaded, prompts encoded, encoder freed), `load` (transformer), `denoise`, `decode`
-//! (VAE, latent models only). Device memory therefore peaks at the larger of the text encoder and the transformer with one
+//! (VAE, latent models only); what they spent on searching for the algorithms of matrix products is a phase of its own, `search`. Device memory therefore peaks at the larger of the text encoder and the transformer with one
 //! step's activations.
 
 mod prompts;
@@ -446,17 +446,31 @@ impl Pipeline {
             _ => c"decode",
         });
         self.device.reset_memory_peaks();
-        let start = Instant::now();
+        let searched = |pipeline: &Self| match &pipeline.device {
+            Device::Cpu => 0.0,
+            Device::Cuda(device) => device.searched().time.as_secs_f64(),
+        };
+        let (start, searched_before) = (Instant::now(), searched(self));
         let outcome = work(self)?;
         self.device.synchronize()?;
         let driver_bytes = match &self.device {
             Device::Cpu => None,
             Device::Cuda(device) => Some(device.driver_memory_in_use()?),
         };
+        let (seconds, searching) = (start.elapsed().as_secs_f64(), searched(self) - searched_before);
         let memory = self.device.memory_report();
+        if searching > 0.0 {
+            // A search takes no memory beside that of the work it is part of.
+            self.phases.push(Phase {
+                name: "search",
+                seconds: searching,
+                memory: memory.clone(),
+                driver_bytes,
+            });
+        }
         self.phases.push(Phase {
             name,
-            seconds: start.elapsed().as_secs_f64(),
+            seconds: seconds - searching,
             memory,
             driver_bytes,
         });

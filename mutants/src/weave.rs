@@ -54,10 +54,14 @@ pub fn weave(source: &str, mutants: &[(Number, &Mutant)]) -> anyhow::Result<Wove
     let tokens: TokenStream = source.parse().map_err(|error| anyhow::anyhow!("{error}"))?;
     let file: syn::File = syn::parse2(tokens).context("the file cannot be read")?;
     let lines = Lines::of(source);
-    let mut by_start: HashMap<usize, Vec<(Number, &Mutant, Range<usize>)>> = HashMap::new();
+    let mut by_start: HashMap<usize, Vec<Placed<'_>>> = HashMap::new();
     for (number, mutant) in mutants {
         let range = lines.range(mutant.span);
-        by_start.entry(range.start).or_default().push((*number, *mutant, range));
+        by_start.entry(range.start).or_default().push(Placed {
+            number: *number,
+            mutant,
+            range,
+        });
     }
     let mut weaver = Weaver {
         source,
@@ -76,9 +80,16 @@ struct Change {
     numbers: Vec<Number>,
 }
 
+/// A mutant and the bytes that it replaces.
+struct Placed<'a> {
+    number: Number,
+    mutant: &'a Mutant,
+    range: Range<usize>,
+}
+
 struct Weaver<'a> {
     source: &'a str,
-    by_start: HashMap<usize, Vec<(Number, &'a Mutant, Range<usize>)>>,
+    by_start: HashMap<usize, Vec<Placed<'a>>>,
     changes: Vec<Change>,
 }
 
@@ -91,8 +102,8 @@ impl Weaver<'_> {
     fn at(&self, start: usize, genre: Genre) -> Vec<(Number, String, Range<usize>)> {
         let there = self.by_start.get(&start).into_iter().flatten();
         there
-            .filter(|(_, mutant, _)| mutant.genre == genre)
-            .map(|(number, mutant, range)| (*number, mutant.replacement.clone(), range.clone()))
+            .filter(|placed| placed.mutant.genre == genre)
+            .map(|placed| (placed.number, placed.mutant.replacement.clone(), placed.range.clone()))
             .collect()
     }
 

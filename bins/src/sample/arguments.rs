@@ -18,6 +18,7 @@ Examples:
   l2p-sample --model models/demo/source --like pizza.png --seed 7 --out another.png
   l2p-sample --model models/demo/source --prompt fox --report --profile
   l2p-sample devices
+  l2p-sample warm --model Z-Image-Turbo --size 1024x1024 --batch 1,4
 
 A line of --prompts is a JSON object: {\"prompt\": \"...\", \"negative\": \"...\", \"seed\": 1, \"out\": \"name.png\"}, all but the
 prompt optional; \"out\" is a name within --out. Settings that are not given come from --like, then from the model.
@@ -136,6 +137,8 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Choose the algorithms of the model's matrix products ahead of time, so that no drawing has to search for them
+    Warm(Box<super::warm::Warm>),
 }
 
 /// A precision by name.
@@ -193,7 +196,7 @@ impl Arguments {
     }
 }
 
-fn device_choice(text: &str) -> Result<DeviceChoice, String> {
+pub(super) fn device_choice(text: &str) -> Result<DeviceChoice, String> {
     text.parse().map_err(|error: l2p_engine::Error| error.to_string())
 }
 

@@ -4,6 +4,7 @@ mod arguments;
 mod inputs;
 mod jobs;
 mod report;
+mod warm;
 mod writer;
 
 use std::path::Path;
@@ -42,6 +43,9 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
     if arguments.list_devices || matches!(arguments.command, Some(Command::Devices { .. })) {
         let as_json = matches!(arguments.command, Some(Command::Devices { json: true }));
         return list_devices(as_json);
+    }
+    if let Some(Command::Warm(options)) = &arguments.command {
+        return warm::warm(options);
     }
     let _range = l2p_engine::profile::range(c"run");
     let start = Instant::now();

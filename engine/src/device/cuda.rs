@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
 
-use super::blas::Blas;
+use super::blas::{Blas, Searched};
 use super::cpu::{POISON_BYTE, poison_new_buffers};
 use super::kernel::Kernel;
 use super::lock::lock;
@@ -301,6 +301,11 @@ impl CudaDevice {
             let _ = self.blas.set(blas);
         }
         Ok(self.blas.get().expect("set above"))
+    }
+
+    /// What searches for the algorithms of matrix products have taken so far.
+    pub fn searched(&self) -> Searched {
+        self.blas.get().map(Blas::searched).unwrap_or_default()
     }
 
     /// Records a point in the stream's work for timing.

@@ -23,7 +23,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 pub use args::Args;
-pub use blas::{Blas, Matmul, MatmulOperands};
+pub use blas::{Blas, Effort, Matmul, MatmulOperands, Searched, class_rows};
 pub use cpu::{CpuBuffer, set_poison_new_buffers};
 pub use cuda::{CudaBuffer, CudaDevice, Event};
 pub use graph::Graph;

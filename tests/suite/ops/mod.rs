@@ -20,6 +20,7 @@ mod layer_norm;
 mod linear;
 mod linear_swiglu;
 mod loops;
+mod matmul_choices;
 mod noise;
 mod patch_embed;
 mod qk_norm_rope;
@@ -54,6 +55,7 @@ pub fn register(suite: &mut Suite) {
     layer_norm::register(suite);
     linear::register(suite);
     linear_swiglu::register(suite);
+    matmul_choices::register(suite);
     noise::register(suite);
     patch_embed::register(suite);
     qk_norm_rope::register(suite);

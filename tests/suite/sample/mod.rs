@@ -7,6 +7,7 @@ pub mod files;
 mod inputs;
 mod interrupt;
 mod outputs;
+mod warm;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -25,6 +26,7 @@ pub fn register(suite: &mut Suite) {
     inputs::register(suite);
     interrupt::register(suite);
     outputs::register(suite);
+    warm::register(suite);
 }
 
 /// The demo source model.

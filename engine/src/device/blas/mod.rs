@@ -1,16 +1,40 @@
-//! Matrix products through cuBLASLt. The algorithms of large products are searched once and kept on disk, see `search`.
+//! Matrix products through cuBLASLt.
+//!
+//! # Algorithms
+//!
+//! A plan (descriptors, and the library's own first choice of an algorithm) is made for every exact shape when it is met. For a
+//! large product the algorithm is taken from its class of shapes (`class`), where the library says that this shape can run with
+//! it. The first product of a class that has no choice yet searches for one (`search`), within a budget that is a share of a
+//! step; [`Blas::set_effort`] asks for the thorough search that `l2p-sample warm` makes ahead of time. Choices are kept on disk
+//! (`choices`).
+//!
+//! # What the bits of a product depend on
+//!
+//! On its operands and its exact shape, on the build and the library's version, on the kind of GPU, and on the algorithm, which
+//! decides in which order sums are taken. So the same shape gives the same bits as long as the file of choices holds the same
+//! for its class: a later run, in which nothing is searched, repeats the one before. The run that makes a search may choose
+//! otherwise than another would have, since timings vary; so may a thorough search that replaces a quick one's choice. With
+//! `L2P_GEMM_SEARCH=0` the library's first choice is taken whatever the file holds, and the bits depend on no file.
 
+mod choices;
+mod class;
 mod plan;
 mod search;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use cudarc::cublaslt::{result, sys};
 
-use self::plan::Plan;
-use self::search::AlgorithmCache;
+pub use self::class::class_rows;
+pub use self::search::Effort;
+
+use self::choices::{Answer, Choices};
+use self::plan::{Algorithm, Plan};
+use self::search::Trials;
 use super::CudaBuffer;
 use super::cuda::CudaDevice;
 use super::lock::lock;
@@ -20,6 +44,9 @@ use crate::error::{Error, Result};
 
 /// Scratch memory offered to cuBLASLt; what it asks for on Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// Algorithms that a search may try.
+const CANDIDATES: usize = 24;
 
 /// One matrix product on row-major operands: `D[m, n] = op(A) · op(B) (+ bias[n]) (+ D)`.
 ///
@@ -58,12 +85,23 @@ pub struct MatmulOperands {
     pub d: u64,
 }
 
+/// What searches for algorithms have taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Searched {
+    /// Products that were searched for.
+    pub products: usize,
+    /// The host's time.
+    pub time: Duration,
+}
+
 /// A cuBLASLt handle with the plans of the products met so far.
 pub struct Blas {
     handle: sys::cublasLtHandle_t,
     plans: Mutex<HashMap<Matmul, Plan>>,
-    algorithms: Mutex<AlgorithmCache>,
+    choices: Mutex<Choices>,
     workspace: Mutex<Option<CudaBuffer>>,
+    effort: Mutex<Effort>,
+    searched: Mutex<Searched>,
 }
 
 // SAFETY: cuBLASLt handles may be used from several threads at once.
@@ -74,16 +112,42 @@ unsafe impl Sync for Blas {}
 impl Blas {
     pub(super) fn new(gpu: &str) -> Result<Self> {
         let handle = check("cublasLtCreate", result::create_handle())?;
+        // SAFETY: the library is loaded; the call has no preconditions.
+        let version = unsafe { sys::cublasLtGetVersion() };
         Ok(Blas {
             handle,
             plans: Mutex::default(),
-            algorithms: Mutex::new(AlgorithmCache::open(gpu)),
+            choices: Mutex::new(Choices::open(gpu, version)),
             workspace: Mutex::new(None),
+            effort: Mutex::new(Effort::Bounded),
+            searched: Mutex::default(),
         })
     }
 
-    /// Runs `product` on the device's stream. The first time, a large product is run with several algorithms to find the
-    /// fastest.
+    /// How thoroughly to search from now on. Plans that exist are made anew where a more thorough search may change them.
+    pub fn set_effort(&self, effort: Effort) {
+        *lock(&self.effort) = effort;
+        lock(&self.plans).clear();
+    }
+
+    /// What searches have taken so far.
+    pub fn searched(&self) -> Searched {
+        *lock(&self.searched)
+    }
+
+    /// The file that choices are kept in, where there is a place for it.
+    pub fn choices_file(&self) -> Option<PathBuf> {
+        lock(&self.choices).path().map(Into::into)
+    }
+
+    /// Keeps choices in another file from now on (nowhere with `None`), and forgets those known so far.
+    pub fn set_choices_file(&self, path: Option<PathBuf>) {
+        lock(&self.choices).move_to(path);
+        lock(&self.plans).clear();
+    }
+
+    /// Runs `product` on the device's stream. The first large product of its class is run with several algorithms to find the
+    /// fastest; see the module's head comment.
     ///
     /// # Errors
     /// When the library has no algorithm for the product or refuses it.
@@ -102,12 +166,11 @@ impl Blas {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => {
                 let mut plan = Plan::new(self.handle, product)?;
-                let mut algorithms = lock(&self.algorithms);
                 // The library loads its kernels when they run first.
                 let first_run = || {
                     // SAFETY: by the caller's promise; the workspace has the size that plans are made for.
                     unsafe {
-                        algorithms.choose(device, &mut plan, operands, workspace)?;
+                        self.choose(device, &mut plan, operands, workspace)?;
                         plan.run(device, operands, workspace)
                     }
                 };
@@ -120,6 +183,38 @@ impl Blas {
         unsafe { plan.run(device, operands, workspace) }
     }
 
+    /// Gives `plan` the algorithm of its class, after a search where there is none yet.
+    ///
+    /// # Safety
+    /// As for [`Blas::matmul`].
+    unsafe fn choose(
+        &self,
+        device: &Arc<CudaDevice>,
+        plan: &mut Plan,
+        operands: MatmulOperands,
+        workspace: u64,
+    ) -> Result<()> {
+        let (product, effort) = (plan.product, *lock(&self.effort));
+        let mut choices = lock(&self.choices);
+        let valid = |plan: &Plan, data| plan.accepts(&Algorithm { data });
+        let mut answer = choices.answer(product, effort, |data| valid(plan, data));
+        if answer == Answer::Unknown {
+            let start = Instant::now();
+            // SAFETY: by the caller's promise.
+            let found = unsafe { search(device, plan, operands, workspace, effort)? };
+            let mut searched = lock(&self.searched);
+            searched.products += 1;
+            searched.time += start.elapsed();
+            drop(searched);
+            choices.keep(product, effort, found.data);
+            answer = choices.answer(product, effort, |data| valid(plan, data));
+        }
+        if let Answer::Chosen(data) = answer {
+            plan.algorithm = Algorithm { data };
+        }
+        Ok(())
+    }
+
     fn workspace(&self, device: &Arc<CudaDevice>) -> Result<u64> {
         let mut workspace = lock(&self.workspace);
         if let Some(buffer) = &*workspace {
@@ -130,6 +225,71 @@ impl Blas {
         let address = buffer.ptr();
         *workspace = Some(buffer);
         Ok(address)
+    }
+}
+
+/// The fastest of the library's algorithms for a plan's product, by running it; the plan's own is left as it was.
+///
+/// # Safety
+/// As for [`Blas::matmul`].
+unsafe fn search(
+    device: &Arc<CudaDevice>,
+    plan: &mut Plan,
+    mut operands: MatmulOperands,
+    workspace: u64,
+    effort: Effort,
+) -> Result<Algorithm> {
+    let product = plan.product;
+    // A search runs the product often; one that adds to its result must do so elsewhere.
+    let _tag = MemoryTag::Workspace.scope();
+    let mut elsewhere = match product.accumulate {
+        true => Some(CudaBuffer::new(device, product.m * product.n * product.output.size())?),
+        false => None,
+    };
+    if let Some(buffer) = &mut elsewhere {
+        buffer.fill_zero()?;
+        operands.d = buffer.ptr();
+    }
+    let (first_choice, candidates) = (plan.algorithm, plan.candidates(CANDIDATES)?);
+    // What was submitted before is not the search's time.
+    device.record_event()?.wait()?;
+    let mut trials = OnDevice {
+        device,
+        plan,
+        operands,
+        workspace,
+        start: Instant::now(),
+    };
+    let found = search::fastest(&candidates, effort, &mut trials);
+    plan.algorithm = first_choice;
+    Ok(found.unwrap_or(first_choice))
+}
+
+/// Runs of a plan's product, on operands that [`Blas::matmul`]'s caller vouches for; what runs leave in the result is overwritten,
+/// or is nobody's.
+struct OnDevice<'a> {
+    device: &'a Arc<CudaDevice>,
+    plan: &'a mut Plan,
+    operands: MatmulOperands,
+    workspace: u64,
+    start: Instant,
+}
+
+impl Trials for OnDevice<'_> {
+    type Algorithm = Algorithm;
+
+    fn time(&mut self, algorithm: Algorithm, runs: usize) -> Result<f32> {
+        self.plan.algorithm = algorithm;
+        let start = self.device.record_event()?;
+        for _ in 0..runs {
+            // SAFETY: by the promise of this type's head comment.
+            unsafe { self.plan.run(self.device, self.operands, self.workspace)? };
+        }
+        Ok(start.milliseconds_to(&self.device.record_event()?)? / runs as f32)
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.start.elapsed()
     }
 }
 

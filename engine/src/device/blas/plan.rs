@@ -133,6 +133,30 @@ impl Plan {
         }
     }
 
+    /// Whether the library can run exactly this product with an algorithm, in the workspace that there is. What comes from a
+    /// file or was chosen for another shape is asked about before it runs.
+    pub fn accepts(&self, algorithm: &Algorithm) -> bool {
+        let mut found = MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed();
+        // SAFETY: all descriptors are alive; the library reads the algorithm, checks it, and writes the result.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoCheck(
+                self.handle,
+                self.description,
+                self.left,
+                self.right,
+                self.target,
+                self.target,
+                algorithm,
+                found.as_mut_ptr(),
+            )
+        };
+        // SAFETY: zeros are a value of every field, among them the states' success.
+        let found = unsafe { found.assume_init() };
+        status == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS
+            && found.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS
+            && found.workspaceSize <= WORKSPACE_BYTES
+    }
+
     /// Runs the product with the plan's algorithm.
     ///
     /// # Safety

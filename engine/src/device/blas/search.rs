@@ -1,228 +1,261 @@
-//! The fastest algorithm of each large product, found by trying and kept on disk.
+//! The fastest of several algorithms, found by trying them, within a budget of time.
 //!
-//! The library's own model of its algorithms is good but not perfect: at the transformer's shapes its first choice is up to
-//! several percent behind its best. Candidates are timed round robin, so that all of them meet the same clocks; a choice is
-//! kept in `gemm-<gpu>-<library version>.json` under `L2P_CACHE_DIR`, `$XDG_CACHE_HOME/l2p` or `~/.cache/l2p`, and used by
-//! every later process, so that results repeat bit for bit. `L2P_GEMM_SEARCH=0` turns the search off and leaves the
-//! library's first choice, also where another is on disk.
+//! The library's own model of its algorithms is good but not perfect: at a transformer's shapes its first choice is up to
+//! several percent behind its best. Algorithms are tried in the order that the library expects them to be fast in, those that did
+//! well are timed again round robin, so that all of them meet the same clocks, and the best median wins.
+//!
+//! A search in the middle of other work may take as long as [`PRODUCTS`] runs of the product that it is for: a step of a
+//! transformer runs each of its large products some thirty times, so that all searches together take no more than half of the
+//! first step's time. Small products, where loading an algorithm takes longer than running it, may take [`LEAST`].
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::time::Duration;
 
-use cudarc::cublaslt::sys;
-use serde::{Deserialize, Serialize};
-
-use super::plan::{Algorithm, Plan};
-use super::{Matmul, MatmulOperands};
-use crate::device::CudaBuffer;
-use crate::device::cuda::CudaDevice;
-use crate::device::memory::MemoryTag;
 use crate::error::Result;
 
-/// Multiply-adds below which a search would take longer than it saves.
-const SMALLEST_PRODUCT: f64 = 2e9;
-/// Algorithms that are tried.
-const CANDIDATES: usize = 24;
-/// Of these, how many are timed closely after a first look.
-const FINALISTS: usize = 6;
-/// Runs per turn, and turns of the finalists.
-const RUNS: usize = 4;
-const TURNS: usize = 5;
+/// How many runs of a product a search for it may last.
+const PRODUCTS: u32 = 15;
 
-/// The choices for one GPU and one version of the library.
-pub(super) struct AlgorithmCache {
-    enabled: bool,
-    path: Option<PathBuf>,
-    known: File,
+/// How long any search may last.
+const LEAST: Duration = Duration::from_millis(4);
+
+/// The share of its time that a search spends on looking at algorithms once; the rest decides between the best.
+const LOOKING: f64 = 0.7;
+
+/// How thoroughly to search.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effort {
+    /// Within the budget of the module's head comment.
+    Bounded,
+    /// As long as it takes to time every algorithm closely: some 240 runs of the product.
+    Thorough,
 }
 
-/// The file's content.
-#[derive(Default, Serialize, Deserialize)]
-struct File {
-    /// The algorithm's words by product.
-    algorithms: BTreeMap<String, [u64; 8]>,
+/// Numbers of one effort.
+struct Plan {
+    /// When to stop.
+    budget: Duration,
+    /// Runs that are timed together.
+    runs: usize,
+    /// Algorithms that are timed again.
+    finalists: usize,
+    /// How often.
+    turns: usize,
 }
 
-impl AlgorithmCache {
-    /// The cache for this kind of GPU. A file that cannot be read counts as empty.
-    pub fn open(gpu: &str) -> Self {
-        let enabled = !std::env::var("L2P_GEMM_SEARCH").is_ok_and(|value| value == "0");
-        // SAFETY: the library is loaded; the call has no preconditions.
-        let version = unsafe { sys::cublasLtGetVersion() };
-        let gpu: String = gpu
-            .chars()
-            .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
-            .collect();
-        let path = folder().map(|folder| folder.join(format!("gemm-{gpu}-{version}.json")));
-        let read = || serde_json::from_slice(&std::fs::read(path.as_ref()?).ok()?).ok();
-        let known = read().unwrap_or_default();
-        AlgorithmCache { enabled, path, known }
+impl Effort {
+    /// For a product whose first algorithm takes so long.
+    fn plan(self, milliseconds: f32) -> Plan {
+        match self {
+            Effort::Thorough => Plan {
+                budget: Duration::MAX,
+                runs: 4,
+                finalists: 6,
+                turns: 5,
+            },
+            Effort::Bounded => Plan {
+                budget: budget(milliseconds),
+                // A timing of less than a tenth of a millisecond says little.
+                runs: (0.1 / milliseconds.max(0.025)).ceil() as usize,
+                finalists: 3,
+                turns: 3,
+            },
+        }
     }
+}
 
-    /// Gives `plan` the fastest algorithm: the one on disk, or the winner of a search, which runs the product many times.
+/// How long a bounded search for a product of so many milliseconds may last.
+fn budget(milliseconds: f32) -> Duration {
+    let product = Duration::try_from_secs_f32(milliseconds / 1e3).unwrap_or(Duration::ZERO);
+    (PRODUCTS * product).max(LEAST)
+}
+
+/// What a search runs.
+pub(super) trait Trials {
+    /// What can be tried.
+    type Algorithm: Copy;
+
+    /// Milliseconds of each of so many runs, one after the other.
     ///
-    /// # Safety
-    /// As for [`super::Blas::matmul`].
-    pub unsafe fn choose(
-        &mut self,
-        device: &Arc<CudaDevice>,
-        plan: &mut Plan,
-        operands: MatmulOperands,
-        workspace: u64,
-    ) -> Result<()> {
-        let product = plan.product;
-        if !self.enabled || product.m as f64 * product.n as f64 * (product.k as f64) < SMALLEST_PRODUCT {
-            return Ok(());
-        }
-        if let Some(&data) = self.known.algorithms.get(&key(&product)) {
-            plan.algorithm = Algorithm { data };
-            return Ok(());
-        }
-        // A search runs the product often; one that adds to its result must do so elsewhere.
-        let _tag = MemoryTag::Workspace.scope();
-        let mut elsewhere = match product.accumulate {
-            true => Some(CudaBuffer::new(device, product.m * product.n * product.output.size())?),
-            false => None,
-        };
-        let mut tried = operands;
-        if let Some(buffer) = &mut elsewhere {
-            buffer.fill_zero()?;
-            tried.d = buffer.ptr();
-        }
-        // SAFETY: by the caller's promise; where the result goes elsewhere, there is room for it.
-        plan.algorithm = unsafe { search(device, plan, tried, workspace)? };
-        self.known.algorithms.insert(key(&product), plan.algorithm.data);
-        if let Err(error) = self.save() {
-            tracing::warn!("the choice of matrix algorithms could not be kept on disk: {error}");
-        }
-        Ok(())
-    }
+    /// # Errors
+    /// When the algorithm does not run after all.
+    fn time(&mut self, algorithm: Self::Algorithm, runs: usize) -> Result<f32>;
 
-    fn save(&self) -> std::io::Result<()> {
-        let Some(path) = &self.path else { return Ok(()) };
-        let folder = path.parent().unwrap_or(std::path::Path::new("."));
-        std::fs::create_dir_all(folder)?;
-        let temporary = tempfile::NamedTempFile::new_in(folder)?;
-        serde_json::to_writer_pretty(&temporary, &self.known)?;
-        temporary.persist(path)?;
-        Ok(())
-    }
+    /// Since the search began.
+    fn elapsed(&self) -> Duration;
 }
 
-fn folder() -> Option<PathBuf> {
-    let variable = |name: &str| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    variable("L2P_CACHE_DIR")
-        .or_else(|| variable("XDG_CACHE_HOME").map(|folder| folder.join("l2p")))
-        .or_else(|| variable("HOME").map(|folder| folder.join(".cache/l2p")))
-}
-
-fn key(product: &Matmul) -> String {
-    let Matmul {
-        m,
-        n,
-        k,
-        transpose_a,
-        transpose_b,
-        output,
-        bias,
-        accumulate,
-    } = product;
-    let flag = |set: bool, letter: &'static str| if set { letter } else { "" };
-    format!(
-        "{m}x{n}x{k}-{}{}-{output}{}{}",
-        if *transpose_a { "T" } else { "N" },
-        if *transpose_b { "T" } else { "N" },
-        flag(*bias, "-bias"),
-        flag(*accumulate, "-accumulate")
-    )
-}
-
-/// The fastest of the library's candidates.
-///
-/// # Safety
-/// As for [`super::Blas::matmul`].
-unsafe fn search(
-    device: &Arc<CudaDevice>,
-    plan: &mut Plan,
-    operands: MatmulOperands,
-    workspace: u64,
-) -> Result<Algorithm> {
-    let first_choice = plan.algorithm;
-    let candidates = plan.candidates(CANDIDATES)?;
-    let mut time = |algorithm: Algorithm, runs: usize| -> Result<f32> {
-        plan.algorithm = algorithm;
-        let start = device.record_event()?;
-        for _ in 0..runs {
-            // SAFETY: by the caller's promise; what runs leave in the result is overwritten, or is nobody's.
-            unsafe { plan.run(device, operands, workspace)? };
-        }
-        start.milliseconds_to(&device.record_event()?)
-    };
+/// The fastest of `candidates`, which are in the order of speed that is expected of them; `None` when none of them runs.
+pub(super) fn fastest<T: Trials>(candidates: &[T::Algorithm], effort: Effort, trials: &mut T) -> Option<T::Algorithm> {
+    let mut candidates = candidates.iter().copied();
     // A candidate that turns out not to run is passed over; its first run loads it and does not count.
-    let look = |algorithm| {
-        time(algorithm, 1)
-            .and_then(|_| time(algorithm, RUNS))
-            .ok()
-            .map(|time| (time, algorithm))
-    };
-    let mut finalists: Vec<(f32, Algorithm)> = candidates.into_iter().filter_map(look).collect();
-    finalists.sort_by(|a, b| a.0.total_cmp(&b.0));
-    finalists.truncate(FINALISTS);
-    let mut samples = vec![Vec::with_capacity(TURNS); finalists.len()];
-    for _ in 0..TURNS {
-        for (samples, (_, algorithm)) in samples.iter_mut().zip(&finalists) {
-            samples.push(time(*algorithm, RUNS)?);
+    let first = candidates.find_map(|algorithm| {
+        let loaded = trials.time(algorithm, 1).and_then(|_| trials.time(algorithm, 1));
+        loaded.ok().map(|time| (time, algorithm))
+    })?;
+    let plan = effort.plan(first.0);
+    let mut looked = Vec::new();
+    for (index, algorithm) in std::iter::once(first.1).chain(candidates).enumerate() {
+        if index > 0 && trials.elapsed() >= share(plan.budget, LOOKING) {
+            break;
+        }
+        let loaded = index == 0 || trials.time(algorithm, 1).is_ok();
+        if loaded && let Ok(time) = trials.time(algorithm, plan.runs) {
+            looked.push((vec![time], algorithm));
         }
     }
-    let median = |samples: &mut Vec<f32>| {
-        samples.sort_by(f32::total_cmp);
-        samples[samples.len() / 2]
-    };
-    let timed = samples.iter_mut().map(median).zip(&finalists);
-    let best = timed.min_by(|a, b| a.0.total_cmp(&b.0));
-    Ok(best.map_or(first_choice, |(_, (_, algorithm))| *algorithm))
+    // The order that the library expects decides between equals.
+    looked.sort_by(|(a, _), (b, _)| a[0].total_cmp(&b[0]));
+    looked.truncate(plan.finalists);
+    for _ in 0..plan.turns {
+        if looked.len() < 2 || trials.elapsed() >= plan.budget {
+            break;
+        }
+        for (times, algorithm) in &mut looked {
+            // One that no longer runs has seen its last time.
+            times.push(trials.time(*algorithm, plan.runs).unwrap_or(f32::INFINITY));
+        }
+    }
+    let medians = looked.iter_mut().map(|(times, algorithm)| (median(times), *algorithm));
+    medians
+        .min_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, algorithm)| algorithm)
+}
+
+fn share(of: Duration, share: f64) -> Duration {
+    match of {
+        Duration::MAX => of,
+        _ => of.mul_f64(share),
+    }
+}
+
+/// The middle one, the slower of two.
+fn median(times: &mut [f32]) -> f32 {
+    times.sort_by(f32::total_cmp);
+    times[times.len() / 2]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dtype::DType;
+    use crate::error::Error;
 
-    #[test]
-    fn products_have_keys_of_their_own() {
-        let product = Matmul {
-            m: 4192,
-            n: 11520,
-            k: 3840,
-            transpose_a: false,
-            transpose_b: true,
-            output: DType::Bf16,
-            bias: false,
-            accumulate: false,
-        };
-        assert_eq!(key(&product), "4192x11520x3840-NT-bf16");
-        assert_eq!(
-            key(&Matmul {
-                bias: true,
-                transpose_a: true,
-                ..product
-            }),
-            "4192x11520x3840-TT-bf16-bias"
-        );
+    /// A device on which algorithm `i` takes `times[i]` milliseconds, as often as it says so, and its first run more.
+    struct Simulated {
+        times: Vec<f32>,
+        loading: f32,
+        loaded: Vec<bool>,
+        clock: f32,
+        runs: usize,
+        /// Added to every second timing of everything.
+        noise: f32,
+    }
+
+    impl Simulated {
+        fn new(times: &[f32], loading: f32) -> Self {
+            Simulated {
+                times: times.to_vec(),
+                loading,
+                loaded: vec![false; times.len()],
+                clock: 0.0,
+                runs: 0,
+                noise: 0.0,
+            }
+        }
+
+        fn search(&mut self, effort: Effort) -> Option<usize> {
+            let candidates: Vec<usize> = (0..self.times.len()).collect();
+            fastest(&candidates, effort, self)
+        }
+    }
+
+    impl Trials for Simulated {
+        type Algorithm = usize;
+
+        fn time(&mut self, algorithm: usize, runs: usize) -> Result<f32> {
+            let mut time = self.times[algorithm];
+            if !time.is_finite() {
+                return Err(Error::invalid("it does not run"));
+            }
+            self.runs += runs;
+            if self.runs.is_multiple_of(2) {
+                time += self.noise;
+            }
+            self.clock += time * runs as f32;
+            if !std::mem::replace(&mut self.loaded[algorithm], true) {
+                self.clock += self.loading;
+            }
+            Ok(time)
+        }
+
+        fn elapsed(&self) -> Duration {
+            Duration::from_secs_f32(self.clock / 1e3)
+        }
     }
 
     #[test]
-    fn choices_come_back_from_their_file() {
-        let file = File {
-            algorithms: [("a".to_owned(), [1, 2, 3, 4, 5, 6, 7, u64::MAX])].into(),
-        };
-        let text = serde_json::to_string(&file).unwrap();
-        let read: File = serde_json::from_str(&text).unwrap();
-        assert_eq!(read.algorithms, file.algorithms);
+    fn the_fastest_is_found() {
+        let mut times = [1.0; 24];
+        times[3] = 0.95;
+        for effort in [Effort::Bounded, Effort::Thorough] {
+            assert_eq!(Simulated::new(&times, 0.1).search(effort), Some(3), "{effort:?}");
+        }
+        // Far down the list, only with time.
+        times[20] = 0.5;
+        assert_eq!(Simulated::new(&times, 0.1).search(Effort::Thorough), Some(20));
+        assert_eq!(Simulated::new(&times, 0.1).search(Effort::Bounded), Some(3));
+        assert_eq!(Simulated::new(&[1.0; 24], 0.1).search(Effort::Thorough), Some(0));
+        assert_eq!(Simulated::new(&[2.0], 0.1).search(Effort::Bounded), Some(0));
+        assert_eq!(Simulated::new(&[], 0.1).search(Effort::Bounded), None);
+    }
+
+    #[test]
+    fn what_does_not_run_is_passed_over() {
+        let bad = f32::INFINITY;
+        assert_eq!(
+            Simulated::new(&[bad, 1.0, bad, 0.9], 0.1).search(Effort::Bounded),
+            Some(3)
+        );
+        assert_eq!(Simulated::new(&[bad, bad], 0.1).search(Effort::Thorough), None);
+    }
+
+    #[test]
+    fn noise_is_outlived() {
+        let mut device = Simulated::new(&[1.0, 0.9, 1.0], 0.1);
+        device.noise = 0.3;
+        assert_eq!(device.search(Effort::Thorough), Some(1));
+    }
+
+    /// A bounded search ends in its time, but for what was begun: one look, or one turn of the finalists.
+    #[test]
+    fn a_bounded_search_keeps_to_its_budget() {
+        for milliseconds in [0.02, 0.1, 0.5, 2.0, 10.0] {
+            for loading in [0.0, 0.5, 5.0] {
+                let mut device = Simulated::new(&[milliseconds; 24], loading);
+                device.search(Effort::Bounded);
+                let allowed = (15.0 * milliseconds).max(4.0);
+                // A look takes a load and up to five runs, a turn three times up to four; the first choice is loaded in any case.
+                let begun = (loading + 5.0 * milliseconds).max(12.0 * milliseconds) + loading;
+                assert!(
+                    device.clock <= allowed + begun,
+                    "{milliseconds} ms, loading {loading} ms: {} of {allowed} ms",
+                    device.clock
+                );
+            }
+        }
+        // A product of half a millisecond, as those of a 1K step: about half the time of the thirty that the step runs.
+        let mut device = Simulated::new(&[0.5; 24], 0.2);
+        device.search(Effort::Bounded);
+        assert!(device.clock < 0.5 * 30.0 * 0.6, "{} ms", device.clock);
+        // What it took before.
+        let mut device = Simulated::new(&[0.5; 24], 0.2);
+        device.search(Effort::Thorough);
+        assert!(device.runs > 200 && device.clock > 100.0, "{} ms", device.clock);
+    }
+
+    #[test]
+    fn budgets_are_of_the_product() {
+        assert_eq!(budget(1.0), Duration::from_millis(15));
+        assert_eq!(budget(0.01), LEAST);
+        assert_eq!(budget(f32::NAN), LEAST);
     }
 }
