@@ -4,7 +4,7 @@ pub mod cli;
 mod compare;
 pub mod fixtures;
 
-pub use compare::{expect_close, expect_sample_close, relative_error};
+pub use compare::{Tolerance, expect_close, expect_sample_close, relative_error};
 
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock};
@@ -112,9 +112,10 @@ pub const F32_TOLERANCE: f64 = 1e-5;
 pub fn expect_like_cpu(
     what: &str,
     device: &Device,
-    tolerance: f64,
+    tolerance: impl Into<Tolerance>,
     op: impl Fn(&Device) -> Result<Vec<Tensor>>,
 ) -> Outcome {
+    let tolerance = tolerance.into();
     let expected = op(&Device::Cpu)?;
     l2p_engine::device::set_poison_new_buffers(true);
     let found = op(device);

@@ -4,7 +4,7 @@ use l2p_engine::model::config::ModelKind;
 use l2p_engine::train::{Recompute, StatePart};
 use l2p_engine::{Device, Result, Tensor};
 use l2p_tests::fixtures::{Case, Group};
-use l2p_tests::{Outcome, Suite, expect_close};
+use l2p_tests::{Outcome, Suite, Tolerance, expect_close};
 
 use super::{Inputs, load, options, trained_names};
 use crate::models::dit::{caption, config};
@@ -84,7 +84,7 @@ fn gradients_equal_torch() -> Outcome {
 }
 
 /// Errors of PyTorch's own bf16 gradients on such models are up to 3 %; of small sums such as a pad token's, more.
-const BF16_GRADIENT_TOLERANCE: f64 = 4e-2;
+const BF16_GRADIENT_TOLERANCE: Tolerance = Tolerance::of_gradients(4e-2);
 
 fn cuda_gradients_equal_cpu(device: &Device) -> Outcome {
     let heads: [&[usize]; 3] = [&[8, 16, 24, 32], &[8, 8, 16, 16, 24, 32], &[]];

@@ -8,7 +8,7 @@ use l2p_engine::model::params::MemoryParams;
 use l2p_engine::model::rope::{Position, RopeAxes};
 use l2p_engine::{DType, Device, Result, Tensor};
 use l2p_tests::fixtures::{Case, Group};
-use l2p_tests::{Outcome, Suite, expect_like_cpu};
+use l2p_tests::{Outcome, Suite, Tolerance, expect_like_cpu};
 
 use crate::models::{channels_first, input_image, params, rounded, small_config};
 
@@ -21,7 +21,7 @@ pub fn register(suite: &mut Suite) {
 }
 
 /// The gradients of a module of some fifteen operations in bf16.
-const BF16_GRADIENT_TOLERANCE: f64 = 2e-2;
+const BF16_GRADIENT_TOLERANCE: Tolerance = Tolerance::of_gradients(2e-2);
 
 fn slots(device: &Device, parameters: &[Parameter], trained: impl Fn(&str) -> bool) -> Result<Vec<Slot>> {
     let slots = parameters.iter().map(|parameter| {
@@ -280,7 +280,7 @@ fn cuda_heads_equal_cpu(device: &Device) -> Outcome {
     for case in group.cases("head.") {
         let params = crate::models::rounded_params(&case);
         for keep_sums in [true, false] {
-            expect_like_cpu(case.name(), device, 5e-2, |device| {
+            expect_like_cpu(case.name(), device, Tolerance::of_gradients(5e-2), |device| {
                 let (dc, gradients) = run_head(&case, &params, device, keep_sums, |_| true)?;
                 let gradients = gradients
                     .into_iter()
