@@ -32,6 +32,7 @@ mod timestep;
 mod to_rgb8;
 mod tokens;
 mod unpatchify;
+mod work;
 
 use l2p_tests::Suite;
 
@@ -67,4 +68,5 @@ pub fn register(suite: &mut Suite) {
     to_rgb8::register(suite);
     tokens::register(suite);
     unpatchify::register(suite);
+    work::register(suite);
 }
