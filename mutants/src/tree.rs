@@ -166,25 +166,34 @@ impl<'a> Tree<'a> {
     /// # Errors
     /// When they do not build.
     pub fn build(&self) -> anyhow::Result<[PathBuf; 2]> {
-        let program = |arguments: &[&str]| -> anyhow::Result<PathBuf> {
-            let output = Command::new("cargo")
-                .args(["test", "--release", "--no-run", "--message-format", "json"])
-                .args(arguments)
-                .current_dir(self.root)
-                .stderr(Stdio::inherit())
-                .output()
-                .context("cargo cannot be started")?;
-            let text = String::from_utf8_lossy(&output.stdout);
-            let messages = text
-                .lines()
-                .filter_map(|line| serde_json::from_str::<Message>(line).ok());
-            let executable = messages.filter_map(|message| message.executable).next_back();
-            executable.with_context(|| format!("cargo test {} builds no program", arguments.join(" ")))
+        // In one go, so that what both are made of is built once.
+        let output = Command::new("cargo")
+            .args(["test", "--release", "--no-run", "--message-format", "json"])
+            .args([
+                "--package",
+                "l2p-tests",
+                "--package",
+                "l2p-engine",
+                "--lib",
+                "--test",
+                "suite",
+            ])
+            .current_dir(self.root)
+            .stderr(Stdio::inherit())
+            .output()
+            .context("cargo cannot be started")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let messages: Vec<Message> = text
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok())
+            .collect();
+        let program = |name: &str| {
+            let mut built = messages.iter().filter(|message| message.executable.is_some());
+            let found = built.find(|message| message.target.as_ref().is_some_and(|target| target.name == name));
+            let path = found.and_then(|message| message.executable.clone());
+            path.with_context(|| format!("cargo builds no program {name}"))
         };
-        Ok([
-            program(&["--package", "l2p-tests", "--test", "suite"])?,
-            program(&["--package", "l2p-engine", "--lib"])?,
-        ])
+        Ok([program("suite")?, program("l2p_engine")?])
     }
 }
 
@@ -193,6 +202,12 @@ impl<'a> Tree<'a> {
 struct Message {
     message: Option<Diagnostic>,
     executable: Option<PathBuf>,
+    target: Option<Target>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
 }
 
 #[derive(Deserialize)]

@@ -4,6 +4,7 @@ mod block;
 mod detailer;
 pub mod dit;
 mod limits;
+mod rope;
 mod text;
 mod vae;
 
@@ -20,6 +21,7 @@ pub fn register(suite: &mut Suite) {
     detailer::register(suite);
     dit::register(suite);
     limits::register(suite);
+    rope::register(suite);
     text::register(suite);
     vae::register(suite);
 }
