@@ -238,7 +238,7 @@ fn check_vae(model: &Path, io: &mut Io<'_>, device: &Device, repeats: usize) -> 
         .unwrap_or(model.into());
     let decoder = {
         let _tag = MemoryTag::Weights.scope();
-        VaeDecoder::load(&Checkpoint::open_plain(&folder)?, device, &VaeConfig::read(&folder)?)?
+        VaeDecoder::load(&Checkpoint::open_vae(&folder)?, device, &VaeConfig::read(&folder)?)?
     };
     let latent = io.image("latent", device, true)?;
     finish(

@@ -3,11 +3,15 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use l2p_engine::checkpoint::{Container, Inspection, Layout, MemoryEstimate, PartReport};
+use l2p_engine::checkpoint::{Container, Inspection, Layout, MemoryEstimate, NotFinite, PartReport};
 use l2p_engine::device::format_bytes;
+use l2p_engine::{printable, shown_name};
 
 /// Names listed before the rest is only counted.
 const NAMES_SHOWN: usize = 8;
+
+/// Parts of a model that are listed; none of ours has as many.
+const PARTS_SHOWN: usize = 16;
 
 /// The report that `l2p-convert inspect` prints: one line a fact, empty facts left out.
 pub fn inspection(found: &Inspection) -> String {
@@ -32,20 +36,35 @@ pub fn inspection(found: &Inspection) -> String {
     line("tokenizer", found.tokenizer.as_deref().map(show).unwrap_or_default());
     line("vae", found.vae.as_ref().map(part).unwrap_or_default());
     line("shift", found.shift.map(|shift| shift.to_string()).unwrap_or_default());
-    line("problem", found.problem.clone().unwrap_or_default());
+    found
+        .notes
+        .iter()
+        .for_each(|note| line("note", printable(note).into_owned()));
+    line(
+        "problem",
+        found.problem.as_deref().map(printable).unwrap_or_default().into(),
+    );
+    let parts = [&found.text_encoder, &found.vae].into_iter().flatten();
+    let problems = parts.filter_map(|part| part.problem.as_deref());
+    problems.for_each(|problem| line("problem", printable(problem).into_owned()));
+    for bad in &found.not_finite {
+        line("not finite", format!("{}: {bad}", show(&bad.path)));
+    }
     line("missing", names(&found.missing));
     let wrong = found.wrong.iter();
     line(
         "wrong shape",
         names(
             &wrong
-                .map(|w| format!("{} {:?} instead of {:?}", w.name, w.found, w.expected))
+                .map(|w| format!("{} {:?} instead of {:?}", shown_name(&w.name), w.found, w.expected))
                 .collect::<Vec<_>>(),
         ),
     );
     line("unexpected", names(&found.unexpected));
     line("unused", names(&found.unused));
     line("not part", names(&found.foreign));
+    let unseen = "not looked at (--quick): whether all weights are finite";
+    line("values", if found.values_checked { "" } else { unseen }.into());
     if let Some(memory) = &found.memory {
         line("sampling", sampling(memory));
         line("training", training(memory));
@@ -54,7 +73,7 @@ pub fn inspection(found: &Inspection) -> String {
 }
 
 fn show(path: &Path) -> String {
-    path.display().to_string()
+    printable(&path.display().to_string()).into_owned()
 }
 
 fn model(found: &Inspection) -> String {
@@ -62,7 +81,10 @@ fn model(found: &Inspection) -> String {
         .kind
         .map_or("unknown kind".to_owned(), |kind| format!("{kind} model"));
     let patch = found.patch.map(|patch| format!(", patch {patch}")).unwrap_or_default();
+    let own_files = |bad: &NotFinite| found.files.contains(&bad.path);
     let state = match (found.complete, found.delta, &found.base) {
+        _ if found.quantised.is_some() => "QUANTISED, which is not read",
+        _ if found.not_finite.iter().any(own_files) => "NOT usable: some of its weights are NaN or infinite",
         (true, true, _) => "complete with its base",
         (true, false, _) => "complete",
         (false, true, None) => "a delta: it needs the model that it was trained over, --base",
@@ -84,7 +106,7 @@ fn layout(found: &Inspection) -> String {
     };
     let prefixes = match &found.prefixes[..] {
         [] => String::new(),
-        prefixes => format!(", prefix {}", prefixes.join(" and ")),
+        prefixes => format!(", prefix {}", printable(&prefixes.join(" and "))),
     };
     let files = match found.files.len() {
         1 => String::new(),
@@ -139,9 +161,14 @@ fn parameters(found: &Inspection) -> String {
     parts.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
     let parts: Vec<_> = parts
         .into_iter()
-        .map(|(part, count)| format!("{part} {}", short(*count)))
+        .take(PARTS_SHOWN)
+        .map(|(part, count)| format!("{} {}", shown_name(part), short(*count)))
         .collect();
-    format!("{} ({})", short(found.parameters), parts.join(", "))
+    let more = match found.parameters_by_part.len().saturating_sub(PARTS_SHOWN) {
+        0 => String::new(),
+        more => format!(" and {more} more parts"),
+    };
+    format!("{} ({}{more})", short(found.parameters), parts.join(", "))
 }
 
 fn on_disk(found: &Inspection) -> String {
@@ -160,7 +187,7 @@ fn on_disk(found: &Inspection) -> String {
 fn part(part: &PartReport) -> String {
     format!(
         "{} ({} parameters, {})",
-        part.path.display(),
+        show(&part.path),
         short(part.parameters),
         format_bytes(part.bytes)
     )
@@ -196,7 +223,8 @@ fn training(memory: &MemoryEstimate) -> String {
 }
 
 fn names(names: &[String]) -> String {
-    let shown = names.iter().take(NAMES_SHOWN).cloned().collect::<Vec<_>>().join(", ");
+    let shown = names.iter().take(NAMES_SHOWN).map(|name| shown_name(name));
+    let shown = shown.collect::<Vec<_>>().join(", ");
     match names.len().saturating_sub(NAMES_SHOWN) {
         0 => shown,
         more => format!("{shown} and {more} more"),

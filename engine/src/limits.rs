@@ -3,11 +3,15 @@
 //! A size that passed its type's bounds can be multiplied with two others of them without overflow, so that no arithmetic behind the
 //! door has to be checked again. Every bound stands in this file.
 
+mod real;
+
 use std::fmt;
 use std::str::FromStr;
 
 use serde::de::{Deserializer, Error as _, Visitor};
 use serde::{Deserialize, Serialize};
+
+pub use real::{Range, Real};
 
 /// A whole number from `LEAST` to `MOST`, both included. Reading one from JSON, TOML or a flag fails with the range when it lies
 /// outside, whatever its sign or size.
@@ -130,6 +134,62 @@ impl<'de, const LEAST: u64, const MOST: u64> Deserialize<'de> for Bounded<LEAST,
         }
         deserializer.deserialize_any(Number)
     }
+}
+
+/// Names ranges of numbers with a fraction, and the type of a number within each.
+macro_rules! ranges {
+    ($($(#[$doc:meta])+ $name:ident, $range:ident: $least:literal to $most:literal;)+) => {
+        $(
+            $(#[$doc])+
+            pub type $name = Real<$range>;
+
+            #[doc = concat!("The range of [`", stringify!($name), "`].")]
+            #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
+            pub struct $range;
+
+            impl Range for $range {
+                const LEAST: f64 = $least;
+                const MOST: f64 = $most;
+            }
+        )+
+    };
+}
+
+ranges! {
+    /// Base of rotary frequencies.
+    RopeTheta, RopeThetaRange: 1.0 to 1e12;
+    /// What a normalisation adds to a mean square or a variance.
+    NormEpsilon, NormEpsilonRange: 1e-12 to 0.1;
+    /// What a timestep is multiplied by.
+    TimeScale, TimeScaleRange: 1e-3 to 1e6;
+    /// What a VAE's latents are divided by.
+    LatentScale, LatentScaleRange: 1e-4 to 1e4;
+    /// What is added to a VAE's latents then.
+    LatentShift, LatentShiftRange: -1e3 to 1e3;
+    /// How far sigmas are shifted towards noise.
+    SigmaShift, SigmaShiftRange: 1e-2 to 1e3;
+    /// Guidance.
+    Guidance, GuidanceRange: 0.0 to 1e3;
+}
+
+/// Widths of an autoencoder's blocks, of which each but the first halves the picture.
+pub const VAE_BLOCKS: usize = 8;
+
+/// What the header of a safetensors file may hold. The models in the world have some hundred tensors, the largest collections of
+/// experts a hundred thousand.
+pub mod header {
+    /// Bytes; the format's own limit.
+    pub const BYTES: u64 = 100_000_000;
+    /// Tensors.
+    pub const TENSORS: usize = 1 << 18;
+    /// Bytes of a tensor's name.
+    pub const NAME: usize = 1024;
+    /// Extents of a tensor.
+    pub const RANK: usize = 8;
+    /// Bytes of a tensor, extents of zero counted as one.
+    pub const TENSOR_BYTES: usize = 1 << 48;
+    /// Entries of `__metadata__`.
+    pub const METADATA: usize = 1 << 16;
 }
 
 /// What a kind of file is called and how large it may be.

@@ -4,6 +4,7 @@
 //! (VAE, latent models only); what they spent on searching for the algorithms of matrix products is a phase of its own, `search`. Device memory therefore peaks at the larger of the text encoder and the transformer with one
 //! step's activations.
 
+mod blame;
 mod prompts;
 mod settings;
 
@@ -15,7 +16,7 @@ pub use settings::Settings;
 
 use serde::Serialize;
 
-use crate::checkpoint::{Checkpoint, EstimateInput, MemoryEstimate, ModelPaths, Transformer};
+use crate::checkpoint::{Checkpoint, EstimateInput, MemoryEstimate, ModelPaths, Transformer, open_vae};
 use crate::device::{Device, MemoryReport, MemoryTag, format_bytes};
 use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
@@ -118,9 +119,9 @@ impl Pipeline {
         Dit::expect_runs_on(&transformer.checkpoint, &device, &transformer.config)?;
         let vae_files = match transformer.config.kind {
             ModelKind::Latent => {
-                let config = VaeConfig::read(paths.vae()?)?;
+                let (config, checkpoint) = open_vae(paths.vae()?)?;
                 config.expect_runs_on(&device)?;
-                Some((config, Checkpoint::open_plain(paths.vae()?)?))
+                Some((config, checkpoint))
             }
             ModelKind::Pixel => None,
         };
@@ -199,6 +200,18 @@ impl Pipeline {
                 .unwrap_or(DEFAULT_SHIFT),
             cfg: own.cfg.unwrap_or(1.0),
         })
+    }
+
+    /// What the model's files ask for and is not done, in words.
+    ///
+    /// # Errors
+    /// When the scheduler's configuration cannot be read.
+    pub fn notes(&self) -> Result<Vec<String>> {
+        Ok(self
+            .paths
+            .scheduler()?
+            .map(|scheduler| scheduler.notes)
+            .unwrap_or_default())
     }
 
     /// Bytes of device memory that drawing `batch` pictures of this size at once takes, estimated.
@@ -409,7 +422,8 @@ impl Pipeline {
     /// [`Pipeline::decode`] and [`Pipeline::to_bytes`] for many small pictures, several at a time.
     ///
     /// # Errors
-    /// When the device has no room, and [`Error::NotFinite`] naming the first picture that holds NaN or an infinity.
+    /// When the device has no room, and [`Error::NotFinite`] naming the first picture that holds NaN or an infinity and the first
+    /// weight that does.
     pub fn pictures(&mut self, drawn: &Tensor) -> Result<Vec<Vec<u8>>> {
         let cell = self.vae_config().map_or(1, VaeConfig::downsampling);
         let pixels = drawn.dim(1) * drawn.dim(2) * cell * cell;
@@ -423,7 +437,8 @@ impl Pipeline {
                     Some(vae) => vae.decode(&part)?,
                     None => part,
                 };
-                pictures.extend(to_rgb8(&images)?.into_pictures(first, count)?);
+                let drawn = to_rgb8(&images)?.into_pictures(first, count);
+                pictures.extend(drawn.map_err(|error| pipeline.blame(error))?);
             }
             Ok(pictures)
         })
@@ -432,9 +447,17 @@ impl Pipeline {
     /// The pictures of `images` as bytes on the host, one buffer of `height · width · 3` per item.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] naming the first picture that holds NaN or an infinity; when the copy from the device fails.
+    /// [`Error::NotFinite`] naming the first picture that holds NaN or an infinity and the first weight that does; when the copy from
+    /// the device fails.
     pub fn to_bytes(&self, images: &Tensor) -> Result<Vec<Vec<u8>>> {
-        to_rgb8(images)?.into_pictures(0, images.dim(0))
+        let pictures = to_rgb8(images)?.into_pictures(0, images.dim(0));
+        pictures.map_err(|error| self.blame(error))
+    }
+
+    /// The error, and of a picture that is not finite the weight to blame.
+    fn blame(&self, error: Error) -> Error {
+        let vae = self.vae_files.as_ref().map(|(_, checkpoint)| checkpoint);
+        blame::blame(error, [&self.transformer.checkpoint].into_iter().chain(vae))
     }
 
     /// Runs `work` as one phase: timed to the device's end of work, with memory peaks of its own.

@@ -144,7 +144,7 @@ impl Source {
         let _tag = MemoryTag::Weights.scope();
         Ok(Some(match &self.parts {
             Parts::Random { seed, .. } => VaeDecoder::load(&RandomParams::vae(*seed, config), device, config)?,
-            Parts::Files(files) => VaeDecoder::load(&Checkpoint::open_plain(files.paths.vae()?)?, device, config)?,
+            Parts::Files(files) => VaeDecoder::load(&Checkpoint::open_vae(files.paths.vae()?)?, device, config)?,
         }))
     }
 }

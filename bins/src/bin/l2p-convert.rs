@@ -1,5 +1,6 @@
 //! Looks at model files and makes new ones from them.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -7,10 +8,11 @@ use anyhow::bail;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use l2p_bins::{ByteSize, WriteProgress, print, report, run};
 use l2p_engine::checkpoint::{
-    self, ExportOptions, Float, InitOptions, Layout, ModelPaths, PathOverrides, Transformer, Written, is_whole,
-    write_file, write_folder,
+    self, ExportOptions, Float, InitOptions, Layout, ModelPaths, PathOverrides, Prefix, Transformer, WriteObserver,
+    Written, expect_found_again, is_whole, write_file, write_folder,
 };
 use l2p_engine::device::format_bytes;
+use l2p_engine::limits::Width;
 use serde_json::{Value, json};
 
 const ABOUT: &str = "Look at model files, and make new ones from them";
@@ -56,8 +58,8 @@ enum Command {
 
 /// Say what a model is: layout, sizes, head, what is missing, memory needed.
 ///
-/// Reads headers only, so that it is quick for any size. A model that is merely incomplete is reported as such; a damaged
-/// file is an error.
+/// Every weight is read and looked at for NaN and infinity, at the speed of the disk; --quick reads headers only. A model that is
+/// merely incomplete, or quantised, is reported as such; a damaged file is an error.
 #[derive(Args)]
 struct Inspect {
     /// The model: a folder or a file
@@ -65,6 +67,9 @@ struct Inspect {
     /// The model that a delta lies over
     #[arg(long, value_name = "PATH")]
     base: Option<PathBuf>,
+    /// Read headers only, whatever the weights are
+    #[arg(long)]
+    quick: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -92,10 +97,10 @@ struct Init {
     /// Widths of the head's stages from the image inwards, 4 for patch 16, 6 for 64 and 128, 5 for 160. By default the
     /// published ones (patch 16: 64,128,256,512) for the published width of 3840, half of these for smaller models
     #[arg(long, value_delimiter = ',', value_name = "N,N,…")]
-    head_widths: Option<Vec<usize>>,
+    head_widths: Option<Vec<Width>>,
     /// Width of the head's bottleneck. By default that of the innermost stage, for patch 160 twice as much
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    head_bottleneck: Option<u64>,
+    #[arg(long, value_name = "N")]
+    head_bottleneck: Option<Width>,
     #[command(flatten)]
     output: Output,
 }
@@ -139,9 +144,9 @@ struct Export {
     /// Names and stacking
     #[arg(long)]
     layout: LayoutChoice,
-    /// Put before every name, for example model.diffusion_model.
+    /// Put before every name, for example model.diffusion_model.; one under which transformers are found
     #[arg(long, default_value = "")]
-    prefix: String,
+    prefix: Prefix,
     /// Element type of all tensors; by default each keeps its own
     #[arg(long)]
     dtype: Option<FloatChoice>,
@@ -203,7 +208,11 @@ fn resolve(path: &Path, base: Option<&PathBuf>) -> anyhow::Result<ModelPaths> {
 }
 
 fn inspect(command: &Inspect) -> anyhow::Result<()> {
-    let found = checkpoint::inspect(&resolve(&command.path, command.base.as_ref())?)?;
+    let paths = resolve(&command.path, command.base.as_ref())?;
+    let mut found = checkpoint::inspect(&paths)?;
+    if !command.quick {
+        found.check_values(&paths, &mut WriteProgress::new("checking"))?;
+    }
     if command.json {
         return print(&format!("{:#}\n", serde_json::to_value(&found)?));
     }
@@ -215,8 +224,11 @@ fn init(command: &Init) -> anyhow::Result<()> {
     let options = InitOptions {
         patch: command.patch.parse()?,
         seed: command.seed,
-        head_widths: command.head_widths.clone(),
-        head_bottleneck: command.head_bottleneck.map(|width| width as usize),
+        head_widths: command
+            .head_widths
+            .as_ref()
+            .map(|widths| widths.iter().map(|width| width.get()).collect()),
+        head_bottleneck: command.head_bottleneck.map(Width::get),
     };
     let plan = checkpoint::init(&source, &options)?;
     let what = format!(
@@ -232,7 +244,9 @@ fn init(command: &Init) -> anyhow::Result<()> {
         "patch": options.patch,
         "head": plan.head,
     });
-    command.output.write(&plan.output, &what, details)
+    command
+        .output
+        .write(&plan.output, &plan.output.shapes(), &what, details)
 }
 
 fn merge(command: &Merge) -> anyhow::Result<()> {
@@ -251,6 +265,7 @@ fn merge(command: &Merge) -> anyhow::Result<()> {
     let what = format!("{from_delta} tensors of the delta, {from_base} of the base");
     command.output.write(
         &output,
+        &merged.shapes(),
         &what,
         json!({ "from_delta": from_delta, "from_base": from_base }),
     )
@@ -295,24 +310,61 @@ fn export(command: &Export) -> anyhow::Result<()> {
                 format_bytes(bytes)
             );
         }
-        return command.output.write(&output, &what, details);
+        return command.output.write(&output, &tensors.shapes(), &what, details);
     }
     let shards = output.split(command.max_shard_size.map_or(DEFAULT_SHARD, |most| most.0));
-    let mut progress = WriteProgress::new("writing");
+    let expected = tensors.shapes();
+    let mut progress = Checked::new(&expected);
     let written = write_folder(out, &shards, config.as_ref(), command.output.force, &mut progress)?;
     command.output.tell(&written, &what, &progress, details)
 }
 
+/// Tensors' shapes by canonical name.
+type Shapes = BTreeMap<String, Vec<usize>>;
+
+/// Shows how much is written, and has the loader find everything again before it takes its place.
+struct Checked<'a> {
+    progress: WriteProgress,
+    expected: &'a Shapes,
+}
+
+impl<'a> Checked<'a> {
+    fn new(expected: &'a Shapes) -> Self {
+        let progress = WriteProgress::new("writing");
+        Checked { progress, expected }
+    }
+}
+
+impl WriteObserver for Checked<'_> {
+    fn begin(&mut self, bytes: u64) {
+        self.progress.begin(bytes);
+    }
+
+    fn advance(&mut self, bytes: u64) -> l2p_engine::Result<()> {
+        self.progress.advance(bytes)
+    }
+
+    fn written(&mut self, path: &Path) -> l2p_engine::Result<()> {
+        expect_found_again(path, self.expected)
+    }
+}
+
 impl Output {
-    fn write(&self, output: &checkpoint::OutputFile<'_>, what: &str, details: Value) -> anyhow::Result<()> {
-        let mut progress = WriteProgress::new("writing");
+    fn write(
+        &self,
+        output: &checkpoint::OutputFile<'_>,
+        expected: &Shapes,
+        what: &str,
+        details: Value,
+    ) -> anyhow::Result<()> {
+        let mut progress = Checked::new(expected);
         let written = write_file(&self.out, output, self.force, &mut progress)?;
         self.tell(&written, what, &progress, details)
     }
 
     /// Says what was written.
-    fn tell(&self, written: &Written, what: &str, progress: &WriteProgress, details: Value) -> anyhow::Result<()> {
-        let seconds = progress.elapsed().as_secs_f64();
+    fn tell(&self, written: &Written, what: &str, progress: &Checked<'_>, details: Value) -> anyhow::Result<()> {
+        let seconds = progress.progress.elapsed().as_secs_f64();
         if self.json {
             let mut result = serde_json::to_value(written)?;
             result["seconds"] = json!(seconds);

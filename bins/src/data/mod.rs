@@ -39,6 +39,9 @@ fn synthesize_set(arguments: &Synthesize) -> anyhow::Result<()> {
     let device = Device::open(arguments.device)?;
     let mut pipeline = Pipeline::open(paths, device, false)?;
     let settings = settings(arguments, &pipeline)?;
+    for note in pipeline.notes()? {
+        crate::say(format_args!("note: {note}"));
+    }
     let batch = batch_size(arguments, &pipeline, &settings).min(jobs.len());
     pipeline.expect_room(&settings, batch)?;
     let options = SynthesisOptions {

@@ -87,14 +87,14 @@ pub struct Arguments {
     /// Precision: bf16 on CUDA, f32 on the CPU; auto takes what the device has
     #[arg(long, value_enum, default_value_t = Precision::Auto)]
     pub dtype: Precision,
-    /// Folder of the text encoder, where the model names none
-    #[arg(long, value_name = "DIR")]
+    /// The text encoder, where the model names none: its folder, or its file with config.json beside it
+    #[arg(long, value_name = "DIR|FILE")]
     pub text_encoder: Option<PathBuf>,
     /// Folder of the tokenizer, where the model names none
     #[arg(long, value_name = "DIR")]
     pub tokenizer: Option<PathBuf>,
-    /// Folder of the VAE, where a latent model names none
-    #[arg(long, value_name = "DIR")]
+    /// The VAE, where a latent model names none: its folder, or its file with config.json beside it
+    #[arg(long, value_name = "DIR|FILE")]
     pub vae: Option<PathBuf>,
     /// The model that a delta file was trained over
     #[arg(long, value_name = "DIR|FILE")]

@@ -169,6 +169,7 @@ fn open_device(arguments: &Arguments) -> anyhow::Result<Device> {
 /// The settings: what was asked for, then what the model says. Sides are rounded up to what the model can draw.
 fn settings(arguments: &Arguments, pipeline: &Pipeline) -> anyhow::Result<Settings> {
     let defaults = pipeline.defaults()?;
+    pipeline.notes()?.iter().for_each(|note| notice(note));
     let asked = Settings {
         width: arguments.width.map_or(defaults.width, Side::get),
         height: arguments.height.map_or(defaults.height, Side::get),

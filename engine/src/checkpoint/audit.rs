@@ -1,6 +1,6 @@
 //! Whether a checkpoint is a whole model: what it lacks, what it has no place for, and whether it is a delta.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
@@ -9,6 +9,7 @@ use super::set::Checkpoint;
 use crate::error::{Error, Result};
 use crate::model::ParamSource;
 use crate::model::config::{DitConfig, DitSurvey, ModelKind, TransformerConfig, block_tensors};
+use crate::printable::shown_name;
 
 /// Names listed in a message before the rest is only counted.
 const NAMES_SHOWN: usize = 4;
@@ -175,8 +176,10 @@ impl Transformer {
     /// and that none is left over.
     ///
     /// # Errors
-    /// Naming the file and the tensors at fault; a delta's message says that it needs a base.
+    /// Naming the file and the tensors at fault; a delta's message says that it needs a base, a quantised model's how it is
+    /// quantised.
     pub fn new(checkpoint: Checkpoint, file: Option<&TransformerConfig>) -> Result<Self> {
+        checkpoint.expect_plain_weights()?;
         if let Some(missing) = missing_parts(&checkpoint).filter(|missing| !missing.is_empty()) {
             return Err(Error::file(
                 checkpoint.path(),
@@ -186,14 +189,18 @@ impl Transformer {
                 ),
             ));
         }
-        let config = DitConfig::read(&checkpoint, file).map_err(|error| match error {
+        let of_checkpoint = |error| match error {
             Error::Invalid(reason) => Error::file(checkpoint.path(), reason),
             error => error,
-        })?;
+        };
+        let config = DitConfig::read(&checkpoint, file).map_err(of_checkpoint)?;
         let head = match config.kind {
             ModelKind::Pixel => HeadLayout::read(&checkpoint, config.dim),
             ModelKind::Latent => None,
         };
+        if let Some(head) = &head {
+            head.check().map_err(of_checkpoint)?;
+        }
         let transformer = Transformer {
             checkpoint,
             config,
@@ -210,9 +217,9 @@ impl Transformer {
 
     /// Its tensors without those of the latent model that a pixel model was made from.
     pub fn without_unused(self) -> Checkpoint {
-        let unused = self.audit().unused;
+        let unused: BTreeSet<_> = self.audit().unused.into_iter().collect();
         let mut checkpoint = self.checkpoint;
-        checkpoint.retain(|name, _| unused.iter().all(|other| other != name));
+        checkpoint.retain(|name, _| !unused.contains(name));
         checkpoint
     }
 
@@ -223,7 +230,10 @@ impl Transformer {
             let tensor = self.checkpoint.tensor(name)?;
             return Err(Error::file(
                 tensor.path(),
-                format!("tensor `{name}` has shape {found:?}, expected {expected:?} as in the rest of the model"),
+                format!(
+                    "tensor `{}` has shape {found:?}, expected {expected:?} as in the rest of the model",
+                    shown_name(name)
+                ),
             ));
         }
         if !audit.missing.is_empty() {
@@ -243,8 +253,9 @@ impl Transformer {
                 list(&audit.unexpected)
             ));
         }
+        let unused: BTreeSet<_> = audit.unused.iter().collect();
         for (name, tensor) in self.checkpoint.tensors() {
-            if !audit.unused.contains(name) {
+            if !unused.contains(name) {
                 tensor.float()?;
             }
         }
@@ -258,7 +269,8 @@ fn plural(count: usize) -> &'static str {
 
 /// The first few names, and how many more there are.
 fn list(names: &[String]) -> String {
-    let shown: Vec<_> = names.iter().take(NAMES_SHOWN).map(|name| format!("`{name}`")).collect();
+    let shown = names.iter().take(NAMES_SHOWN);
+    let shown: Vec<_> = shown.map(|name| format!("`{}`", shown_name(name))).collect();
     match names.len().saturating_sub(NAMES_SHOWN) {
         0 => shown.join(", "),
         more => format!("{} and {more} more", shown.join(", ")),

@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 use crate::dtype::DType;
+use crate::error::Result;
 
 /// Elements that one task converts; its source and target together fit a second-level cache.
 const TASK_ELEMENTS: usize = 1 << 16;
@@ -73,10 +74,18 @@ impl Float {
     }
 }
 
-/// Converts all elements of `source` into `target`, which must hold as many.
+/// Converts all elements of `source` into `target`, which must hold as many; all threads share the work.
 pub(crate) fn convert(source: &[u8], from: Float, target: &mut [u8], to: Float) {
     debug_assert_eq!(source.len() / from.size(), target.len() / to.size());
-    let tasks = |target: &mut [u8], source: &[u8]| match (from, to) {
+    target
+        .par_chunks_mut(TASK_ELEMENTS * to.size())
+        .zip(source.par_chunks(TASK_ELEMENTS * from.size()))
+        .for_each(|(target, source)| convert_here(source, from, target, to));
+}
+
+/// [`convert`] on this thread.
+fn convert_here(source: &[u8], from: Float, target: &mut [u8], to: Float) {
+    match (from, to) {
         _ if from == to => target.copy_from_slice(source),
         (Float::Bf16, Float::F32) => {
             for (target, source) in target.as_chunks_mut::<4>().0.iter_mut().zip(source.as_chunks::<2>().0) {
@@ -92,14 +101,35 @@ pub(crate) fn convert(source: &[u8], from: Float, target: &mut [u8], to: Float) 
                 encode(block, target, to);
             }
         }
-    };
-    if source.len() <= TASK_ELEMENTS * from.size() {
-        return tasks(target, source);
     }
-    target
-        .par_chunks_mut(TASK_ELEMENTS * to.size())
-        .zip(source.par_chunks(TASK_ELEMENTS * from.size()))
-        .for_each(|(target, source)| tasks(target, source));
+}
+
+/// Fills `target` with elements of type `to` that `read(first_byte, bytes)` gives in type `from`; all threads share the work.
+/// What needs no conversion is read to where it belongs; the rest passes through a buffer that stays in the second-level cache.
+///
+/// # Errors
+/// When `read` fails.
+pub(crate) fn read_converted(
+    read: &(dyn Fn(usize, &mut [u8]) -> Result<()> + Sync),
+    from: Float,
+    target: &mut [u8],
+    to: Float,
+) -> Result<()> {
+    let one = |buffer: &mut Vec<u8>, task: usize, target: &mut [u8]| {
+        let first = task * TASK_ELEMENTS * from.size();
+        if from == to {
+            return read(first, target);
+        }
+        buffer.resize(target.len() / to.size() * from.size(), 0);
+        read(first, buffer)?;
+        convert_here(buffer, from, target, to);
+        Ok(())
+    };
+    if target.len() <= TASK_ELEMENTS * to.size() {
+        return one(&mut Vec::new(), 0, target);
+    }
+    let tasks = target.par_chunks_mut(TASK_ELEMENTS * to.size()).enumerate();
+    tasks.try_for_each_init(Vec::new, |buffer, (task, target)| one(buffer, task, target))
 }
 
 /// Writes `values` into `target` as elements of type `to`.

@@ -29,13 +29,13 @@ use super::head::HeadLayout;
 use crate::model::config::{DitConfig, ModelKind, VaeConfig};
 
 /// Bytes of a weight or activation.
-const COMPUTE: u64 = 2;
+const COMPUTE: u128 = 2;
 
 /// Caption tokens that are allowed for.
-const CAPTION_TOKENS: u64 = 512;
+const CAPTION_TOKENS: u128 = 512;
 
 /// Token sequences are padded to a multiple of this.
-const TOKEN_MULTIPLE: u64 = 32;
+const TOKEN_MULTIPLE: u128 = 32;
 
 /// Blocks that the released recipe trains at either end.
 const TRAINED_ENDS: usize = 5;
@@ -104,29 +104,30 @@ pub struct MemoryEstimate {
 }
 
 impl MemoryEstimate {
-    /// Estimates by the formulas of the module's head comment.
+    /// Estimates by the formulas of the module's head comment. Nothing overflows: all is computed in 128 bits, from sizes of at most
+    /// 2⁴⁸ (see [`limits`](crate::limits)), and what does not fit 64 is said to be the most that does.
     pub fn of(input: &EstimateInput<'_>) -> Self {
         let parameters = parameters(&input.config.tensors()) + input.head.map_or(0, |head| parameters(&head.tensors()));
-        let trained = parameters - frozen_parameters(input.config);
+        let trained = parameters.saturating_sub(frozen_parameters(input.config));
         let weights = COMPUTE * parameters;
         let step = input.step();
-        let text_encoder = COMPUTE * input.text_parameters;
+        let text_encoder = COMPUTE * u128::from(input.text_parameters);
         let activations = step.max(input.output()) + input.image();
         let sampling = SamplingMemory {
-            weights,
-            activations,
-            text_encoder,
-            peak: text_encoder.max(weights + activations),
+            weights: bytes(weights),
+            activations: bytes(activations),
+            text_encoder: bytes(text_encoder),
+            peak: bytes(text_encoder.max(weights + activations)),
         };
         let (gradients, optimizer) = (COMPUTE * trained, 12 * trained);
         let saved = input.block_inputs() + 2 * step + input.head_saved() + input.image();
         let training = TrainingMemory {
-            trained_parameters: trained,
-            weights,
-            gradients,
-            optimizer,
-            activations: saved,
-            peak: weights + gradients + optimizer + saved,
+            trained_parameters: bytes(trained),
+            weights: bytes(weights),
+            gradients: bytes(gradients),
+            optimizer: bytes(optimizer),
+            activations: bytes(saved),
+            peak: bytes(weights + gradients + optimizer + saved),
         };
         MemoryEstimate {
             width: input.width,
@@ -137,82 +138,87 @@ impl MemoryEstimate {
     }
 }
 
+/// As a number of 64 bits, or the most of these.
+fn bytes(exact: u128) -> u64 {
+    u64::try_from(exact).unwrap_or(u64::MAX)
+}
+
 impl EstimateInput<'_> {
-    fn pixels(&self) -> u64 {
-        (self.width * self.height) as u64
+    fn pixels(&self) -> u128 {
+        self.width as u128 * self.height as u128
     }
 
-    fn tokens(&self) -> u64 {
+    fn tokens(&self) -> u128 {
         let side = match self.config.kind {
             ModelKind::Pixel => self.config.patch,
             ModelKind::Latent => self.config.patch * self.vae.map_or(LATENT_DOWNSAMPLING, VaeConfig::downsampling),
         };
-        let image = (self.width.div_ceil(side) * self.height.div_ceil(side)) as u64;
+        let image = self.width.div_ceil(side) as u128 * self.height.div_ceil(side) as u128;
         image.next_multiple_of(TOKEN_MULTIPLE) + CAPTION_TOKENS
     }
 
-    fn step(&self) -> u64 {
-        let (dim, ffn) = (self.config.dim as u64, self.config.ffn_hidden as u64);
+    fn step(&self) -> u128 {
+        let (dim, ffn) = (self.config.dim as u128, self.config.ffn_hidden as u128);
         COMPUTE * self.tokens() * (3 * dim + (4 * dim).max(3 * ffn))
     }
 
-    fn block_inputs(&self) -> u64 {
-        let blocks = (self.config.layers + 2 * self.config.refiner_layers) as u64;
-        COMPUTE * self.tokens() * self.config.dim as u64 * blocks
+    fn block_inputs(&self) -> u128 {
+        let blocks = (self.config.layers + 2 * self.config.refiner_layers) as u128;
+        COMPUTE * self.tokens() * self.config.dim as u128 * blocks
     }
 
     /// The head, or the VAE's decoder.
-    fn output(&self) -> u64 {
-        match (self.config.kind, self.vae) {
+    fn output(&self) -> u128 {
+        match (self.config.kind, self.vae.map(|vae| vae.block_out_channels.as_slice())) {
             (ModelKind::Pixel, _) => {
                 let (skips, full) = self.head_maps();
-                COMPUTE * (skips + 2 * full + self.tokens() * self.config.dim as u64)
+                COMPUTE * (skips + 2 * full + self.tokens() * self.config.dim as u128)
             }
-            (ModelKind::Latent, Some(vae)) => {
-                let widths = &vae.block_out_channels;
-                let (last, before) = (widths[0], widths[1.min(widths.len() - 1)]);
-                COMPUTE * self.pixels() * 2 * (last + before) as u64
+            (ModelKind::Latent, Some([last, rest @ ..])) => {
+                let before = rest.first().unwrap_or(last);
+                COMPUTE * self.pixels() * 2 * (*last as u128 + *before as u128)
             }
-            (ModelKind::Latent, None) => 0,
+            (ModelKind::Latent, Some([]) | None) => 0,
         }
     }
 
-    fn head_saved(&self) -> u64 {
+    fn head_saved(&self) -> u128 {
         let (skips, full) = self.head_maps();
         COMPUTE * (3 * skips + 2 * full)
     }
 
     /// Elements of all the head's skips together, and of its widest map at full size.
-    fn head_maps(&self) -> (u64, u64) {
+    fn head_maps(&self) -> (u128, u128) {
         let widths = self.head.map(HeadLayout::widths).unwrap_or_default();
         let skips = widths
             .iter()
             .enumerate()
-            .map(|(stage, width)| (self.pixels() >> (2 * stage)) * *width as u64)
+            .map(|(stage, width)| (self.pixels() >> (2 * stage)) * *width as u128)
             .sum();
-        let outer_width = self.head.map_or(0, |head| head.stages[0].width);
-        (skips, self.pixels() * outer_width as u64)
+        let outer_width = self
+            .head
+            .and_then(|head| head.stages.first())
+            .map_or(0, |stage| stage.width);
+        (skips, self.pixels() * outer_width as u128)
     }
 
-    fn image(&self) -> u64 {
+    fn image(&self) -> u128 {
         let elements = match self.config.kind {
-            ModelKind::Pixel => self.pixels() * self.config.in_channels as u64,
-            ModelKind::Latent => self.pixels() / 64 * self.config.in_channels as u64,
+            ModelKind::Pixel => self.pixels() * self.config.in_channels as u128,
+            ModelKind::Latent => self.pixels() / 64 * self.config.in_channels as u128,
         };
         3 * 4 * elements
     }
 }
 
 /// Elements of all tensors.
-pub(super) fn parameters(tensors: &[(String, Vec<usize>)]) -> u64 {
-    tensors
-        .iter()
-        .map(|(_, shape)| shape.iter().product::<usize>() as u64)
-        .sum()
+pub(super) fn parameters(tensors: &[(String, Vec<usize>)]) -> u128 {
+    let elements = |shape: &[usize]| shape.iter().map(|extent| *extent as u128).product::<u128>();
+    tensors.iter().map(|(_, shape)| elements(shape)).sum()
 }
 
 /// Parameters of the main blocks that the released recipe leaves frozen.
-fn frozen_parameters(config: &DitConfig) -> u64 {
+fn frozen_parameters(config: &DitConfig) -> u128 {
     let frozen = TRAINED_ENDS..config.layers.saturating_sub(TRAINED_ENDS);
     let names: Vec<String> = frozen.map(|index| format!("layers.{index}.")).collect();
     let is_frozen = |name: &String| names.iter().any(|block| name.starts_with(block.as_str()));
@@ -261,6 +267,39 @@ mod tests {
             let head = HeadLayout::for_patch(patch, None, None, 3840).unwrap();
             let found = billions(&published(ModelKind::Pixel, patch), Some(&head));
             assert!((found - size).abs() < 0.02, "patch {patch}: {found}");
+        }
+    }
+
+    #[test]
+    fn the_largest_sizes_overflow_nothing() {
+        let most = 1 << 18;
+        let config = DitConfig {
+            dim: most,
+            head_dim: most,
+            layers: 512,
+            refiner_layers: 512,
+            ffn_hidden: most,
+            caption_width: most,
+            patch: 1,
+            in_channels: most,
+            adaln_width: most,
+            ..published(ModelKind::Latent, 1)
+        };
+        let vae = VaeConfig {
+            block_out_channels: vec![usize::MAX],
+            ..VaeConfig::default()
+        };
+        let head = HeadLayout::for_patch(16, Some(&[most; 4]), Some(most), most).unwrap();
+        for (kind, head) in [(ModelKind::Latent, None), (ModelKind::Pixel, Some(&head))] {
+            let estimate = MemoryEstimate::of(&EstimateInput {
+                config: &DitConfig { kind, ..config.clone() },
+                head,
+                vae: Some(&vae),
+                text_parameters: u64::MAX,
+                width: 1 << 48,
+                height: 1 << 48,
+            });
+            assert_eq!((estimate.sampling.peak, estimate.training.peak), (u64::MAX, u64::MAX));
         }
     }
 

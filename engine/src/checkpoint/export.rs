@@ -1,12 +1,14 @@
 //! A checkpoint in another layout, under another prefix, in another type.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use super::elements::Float;
-use super::names::{self, PACKED_QKV, QKV};
+use super::names::{self, PACKED_QKV, Prefix, QKV};
 use super::set::{Checkpoint, CheckpointTensor, Layout};
 use super::write::{Content, OutputFile, OutputTensor};
 use crate::error::{Error, Result};
+use crate::printable::shown_name;
 
 /// How a checkpoint is to be written.
 #[derive(Clone, Debug)]
@@ -14,7 +16,7 @@ pub struct ExportOptions {
     /// Names and stacking.
     pub layout: Layout,
     /// Put before every name.
-    pub prefix: String,
+    pub prefix: Prefix,
     /// The element type of all tensors; as they are by default.
     pub float: Option<Float>,
 }
@@ -23,9 +25,29 @@ impl Default for ExportOptions {
     fn default() -> Self {
         ExportOptions {
             layout: Layout::Plain,
-            prefix: String::new(),
+            prefix: Prefix::default(),
             float: None,
         }
+    }
+}
+
+/// Fails unless the loader finds exactly these tensors, by canonical name, in the file or folder at `path`.
+///
+/// # Errors
+/// Naming a tensor that it does not find, or what keeps it from reading what is there.
+pub fn expect_found_again(path: &Path, expected: &BTreeMap<String, Vec<usize>>) -> Result<()> {
+    let found = Checkpoint::open_transformer(path)?.shapes();
+    let lost = expected.iter().find(|(name, shape)| found.get(*name) != Some(*shape));
+    let more = found.keys().find(|name| !expected.contains_key(*name));
+    match lost.map(|(name, _)| name).or(more) {
+        None => Ok(()),
+        Some(name) => Err(Error::file(
+            path,
+            format!(
+                "would not be read as it was meant: tensor `{}` is not found again; it was not written",
+                shown_name(name)
+            ),
+        )),
     }
 }
 
@@ -51,7 +73,12 @@ pub fn export<'a>(checkpoint: &'a Checkpoint, options: &ExportOptions) -> Result
                 _ => None,
             };
             let members = members.ok_or_else(|| does_not_pack(checkpoint, &name))?;
-            output(checkpoint, format!("{}{name}", options.prefix), &members, options.float)
+            output(
+                checkpoint,
+                format!("{}{name}", options.prefix.as_str()),
+                &members,
+                options.float,
+            )
         })
         .collect::<Result<_>>()?;
     let metadata = checkpoint
@@ -77,10 +104,11 @@ fn in_stacking_order<'a, 'b>(
 }
 
 fn does_not_pack(checkpoint: &Checkpoint, name: &str) -> Error {
+    let shown = shown_name(name);
     let reason = if name.ends_with(PACKED_QKV) {
-        format!("cannot be packed: `{name}` needs all of to_q, to_k and to_v")
+        format!("cannot be packed: `{shown}` needs all of to_q, to_k and to_v")
     } else {
-        format!("cannot be packed: several tensors would be called `{name}`")
+        format!("cannot be packed: several tensors would be called `{shown}`")
     };
     Error::file(checkpoint.path(), reason)
 }
@@ -97,8 +125,9 @@ fn output<'a>(
         (float.is_some() || tensor.dtype() == first.dtype()) && tensor.shape().get(1..) == first.shape().get(1..)
     };
     if !tensors.iter().all(fits) {
+        let shown = shown_name(&name);
         let reason =
-            format!("cannot be packed: the parts of `{name}` differ in type or width; choose a type with --dtype");
+            format!("cannot be packed: the parts of `{shown}` differ in type or width; choose a type with --dtype");
         return Err(Error::file(checkpoint.path(), reason));
     }
     let mut shape = first.shape().to_vec();

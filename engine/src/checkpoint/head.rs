@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::limits::Width;
 use crate::model::params::ParamSource;
 
 /// Channels of an image.
@@ -138,6 +139,13 @@ impl HeadLayout {
                 stages.len()
             )));
         }
+        let all = widths.iter().copied().chain(bottleneck);
+        if let Some(reason) = all
+            .filter(|width| *width > 0)
+            .find_map(|width| Width::checked(width as u64).err())
+        {
+            return Err(Error::invalid(format!("head widths: {reason}")));
+        }
         let innermost = widths[widths.len() - 1];
         let ratio = published_bottleneck / published[published.len() - 1];
         Ok(HeadLayout {
@@ -187,6 +195,20 @@ impl HeadLayout {
             context: dim,
             stages: (!stages.is_empty()).then_some(stages)?,
         })
+    }
+
+    /// Refuses widths beyond all heads, of which a file's tensors can tell without having a single element.
+    ///
+    /// # Errors
+    /// Naming the width.
+    pub fn check(&self) -> Result<()> {
+        let stages = self.stages.iter().map(|stage| (stage.name.as_str(), stage.width));
+        for (name, width) in stages.chain([("of the bottleneck", self.bottleneck)]) {
+            Width::checked(width as u64).map_err(|reason| {
+                Error::invalid(format!("its head's stage {name} has a width of {width}: {reason}"))
+            })?;
+        }
+        Ok(())
     }
 
     /// Names and shapes of its tensors.

@@ -7,11 +7,14 @@ use serde::Serialize;
 
 use super::audit::{Audit, WrongShape, is_delta, is_whole, missing_parts};
 use super::estimate::{EstimateInput, MemoryEstimate};
+use super::finite::NotFinite;
 use super::head::HeadLayout;
+use super::parts::{open_text_encoder, open_vae};
 use super::paths::{Container, ModelPaths};
 use super::set::{Checkpoint, Layout};
-use crate::error::Result;
-use crate::model::config::{DitConfig, DitSurvey, ModelKind, SchedulerConfig, VaeConfig};
+use super::write::WriteObserver;
+use crate::error::{Error, Result};
+use crate::model::config::{DitConfig, DitSurvey, ModelKind, TransformerConfig, VaeConfig};
 
 /// The published models' feature map is this many tokens wide and high.
 const PUBLISHED_GRID: usize = 64;
@@ -48,6 +51,8 @@ pub struct PartReport {
     pub parameters: u64,
     /// Bytes of these.
     pub bytes: u64,
+    /// Why it cannot be used, if so.
+    pub problem: Option<String>,
 }
 
 /// What a model's files are.
@@ -67,8 +72,10 @@ pub struct Inspection {
     pub delta: bool,
     /// The model that a delta lies over.
     pub base: Option<PathBuf>,
-    /// Whether everything is there, in the right shape, and nothing is left over.
+    /// Whether everything of the transformer is there, in the right shape and a type that can be read, and nothing is left over.
     pub complete: bool,
+    /// How the transformer's weights are quantised, where they are.
+    pub quantised: Option<String>,
     /// Latent or pixel.
     pub kind: Option<ModelKind>,
     /// Side of a patch.
@@ -77,7 +84,7 @@ pub struct Inspection {
     pub resolution: Option<Resolution>,
     /// Sizes and settings of the transformer, where its tensors tell them all.
     pub transformer: Option<DitConfig>,
-    /// Where they do not: why.
+    /// Where they do not, or it cannot be used for another reason: why.
     pub problem: Option<String>,
     /// The Detailer Head.
     pub head: Option<HeadLayout>,
@@ -109,8 +116,14 @@ pub struct Inspection {
     pub vae: Option<PartReport>,
     /// The schedule's shift, where the model says one.
     pub shift: Option<f32>,
+    /// What the schedule asks for and is not done, or why it is refused.
+    pub notes: Vec<String>,
     /// GPU memory, where the sizes are known.
     pub memory: Option<MemoryEstimate>,
+    /// Whether the weights themselves were looked at, see [`Inspection::check_values`].
+    pub values_checked: bool,
+    /// Weights that are not finite, by part: transformer, text encoder, VAE.
+    pub not_finite: Vec<NotFinite>,
 }
 
 /// Reports on the model at `paths`.
@@ -128,26 +141,27 @@ pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
         None => own,
     };
     let survey = DitSurvey::of(&checkpoint);
-    let file = paths.transformer_config()?;
-    let still_a_delta = is_delta(&checkpoint);
-    let (transformer, problem) = match DitConfig::read(&checkpoint, file.as_ref()) {
-        _ if still_a_delta => (None, None),
-        Ok(config) => (Some(config), None),
-        Err(error) => (None, Some(error.to_string())),
+    let Examined {
+        transformer,
+        head,
+        audit,
+        problem,
+    } = examine(&checkpoint, paths.transformer_config()?.as_ref());
+    // What is wrong with it is found again when the part is opened.
+    let vae_config = paths.vae.as_deref().and_then(|vae| VaeConfig::read(vae).ok());
+    let text_encoder = part(paths.text_encoder.as_deref(), Checkpoint::open_text_encoder, &|path| {
+        open_text_encoder(path).map(drop)
+    })?;
+    let vae = part(paths.vae.as_deref(), Checkpoint::open_vae, &|path| {
+        open_vae(path).map(drop)
+    })?;
+    let (shift, notes) = match paths.scheduler() {
+        Ok(scheduler) => (
+            scheduler.as_ref().map(|s| s.shift),
+            scheduler.map(|s| s.notes).unwrap_or_default(),
+        ),
+        Err(error) => (None, vec![error.to_string()]),
     };
-    let head = survey
-        .dim
-        .or(Some(0))
-        .and_then(|dim| HeadLayout::read(&checkpoint, dim));
-    let mut audit = transformer
-        .as_ref()
-        .map(|config| Audit::of(&checkpoint, config, head.as_ref()))
-        .unwrap_or_default();
-    if still_a_delta {
-        audit.missing = missing_parts(&checkpoint).unwrap_or_default();
-    }
-    let vae_config = paths.vae.as_deref().map(VaeConfig::read).transpose()?;
-    let text_encoder = part(paths.text_encoder.as_deref(), Checkpoint::open_text_encoder)?;
     let resolution = resolution(paths, &survey);
     let memory = transformer.as_ref().zip(resolution).map(|(config, size)| {
         MemoryEstimate::of(&EstimateInput {
@@ -167,7 +181,8 @@ pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
         prefixes,
         delta,
         base: over_base.map(|base| base.path.clone()),
-        complete: transformer.is_some() && audit.is_whole(),
+        complete: transformer.is_some() && audit.is_whole() && problem.is_none(),
+        quantised: checkpoint.quantisation(),
         kind: survey.kind,
         patch: survey.patch,
         resolution,
@@ -194,14 +209,84 @@ pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
         foreign: checkpoint.foreign().to_vec(),
         text_encoder,
         tokenizer: paths.tokenizer.clone(),
-        vae: part(paths.vae.as_deref(), Checkpoint::open_plain)?,
-        shift: paths.defaults.shift.or(shift(paths.scheduler()?)),
+        vae,
+        shift: paths.defaults.shift.or(shift),
+        notes,
         memory,
+        values_checked: false,
+        not_finite: Vec::new(),
     })
 }
 
-fn shift(scheduler: Option<SchedulerConfig>) -> Option<f32> {
-    scheduler.map(|scheduler| scheduler.shift)
+/// What a transformer's tensors tell.
+struct Examined {
+    transformer: Option<DitConfig>,
+    head: Option<HeadLayout>,
+    audit: Audit,
+    problem: Option<String>,
+}
+
+/// Looks at a transformer's tensors, and what its `config.json` says.
+fn examine(checkpoint: &Checkpoint, file: Option<&TransformerConfig>) -> Examined {
+    let is_delta = is_delta(checkpoint);
+    let (transformer, unclear) = match DitConfig::read(checkpoint, file) {
+        _ if is_delta => (None, None),
+        Ok(config) => (Some(config), None),
+        Err(error) => (None, Some(error.to_string())),
+    };
+    let dim = DitSurvey::of(checkpoint).dim.unwrap_or(0);
+    let head = HeadLayout::read(checkpoint, dim);
+    let (head, odd) = match head.map(|head| head.check().map(|()| head)).transpose() {
+        Ok(head) => (head, None),
+        Err(error) => (None, Some(error.to_string())),
+    };
+    let mut audit = transformer
+        .as_ref()
+        .map(|config| Audit::of(checkpoint, config, head.as_ref()))
+        .unwrap_or_default();
+    if is_delta {
+        audit.missing = missing_parts(checkpoint).unwrap_or_default();
+    }
+    let problem = checkpoint.quantisation().or(unclear).or(odd);
+    Examined {
+        transformer,
+        head,
+        audit,
+        problem: problem.or_else(|| unreadable(checkpoint)),
+    }
+}
+
+impl Inspection {
+    /// Looks at every weight of the model at `paths`, which is the one inspected, for NaN and infinity; reads its files whole.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or `observer` stops.
+    pub fn check_values(&mut self, paths: &ModelPaths, observer: &mut dyn WriteObserver) -> Result<()> {
+        let mut checkpoints = vec![paths.open_tensors()?];
+        checkpoints.extend(
+            paths
+                .text_encoder
+                .as_deref()
+                .map(Checkpoint::open_text_encoder)
+                .transpose()?,
+        );
+        checkpoints.extend(paths.vae.as_deref().map(Checkpoint::open_vae).transpose()?);
+        self.not_finite.clear();
+        for checkpoint in &checkpoints {
+            self.not_finite.extend(checkpoint.first_not_finite(observer)?);
+        }
+        self.values_checked = true;
+        Ok(())
+    }
+}
+
+/// The first tensor of a type that cannot be computed with, in words.
+fn unreadable(checkpoint: &Checkpoint) -> Option<String> {
+    let mut floats = checkpoint.tensors().values().map(|tensor| tensor.float());
+    floats.find_map(Result::err).map(|error| match error {
+        Error::File { reason, .. } => reason,
+        error => error.to_string(),
+    })
 }
 
 fn by_part(checkpoint: &Checkpoint) -> BTreeMap<String, u64> {
@@ -223,7 +308,11 @@ fn dtypes(checkpoint: &Checkpoint) -> BTreeMap<String, TypeCount> {
     dtypes
 }
 
-fn part(path: Option<&Path>, open: fn(&Path) -> Result<Checkpoint>) -> Result<Option<PartReport>> {
+fn part(
+    path: Option<&Path>,
+    open: fn(&Path) -> Result<Checkpoint>,
+    check: &dyn Fn(&Path) -> Result<()>,
+) -> Result<Option<PartReport>> {
     let Some(path) = path else {
         return Ok(None);
     };
@@ -233,6 +322,7 @@ fn part(path: Option<&Path>, open: fn(&Path) -> Result<Checkpoint>) -> Result<Op
         path: path.into(),
         parameters: tensors().map(|tensor| tensor.elements() as u64).sum(),
         bytes: tensors().map(|tensor| tensor.byte_count() as u64).sum(),
+        problem: check(path).err().map(|error| error.to_string()),
     }))
 }
 

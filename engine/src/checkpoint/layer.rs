@@ -6,6 +6,7 @@ use super::set::{Checkpoint, CheckpointTensor};
 use crate::error::{Error, Result};
 use crate::model::ParamSource;
 use crate::model::config::{DitSurvey, ModelKind};
+use crate::printable::shown_name;
 
 /// Parts on the input and output side, which a delta may bring in a form that its base does not have.
 const ENDS: [&str; 3] = ["all_x_embedder.", "all_final_layer.", "local_decoder."];
@@ -18,6 +19,7 @@ impl Checkpoint {
     /// # Errors
     /// When the base is itself a delta, or a tensor of the delta's trunk is not in the base with the same shape.
     pub fn over(mut self, mut base: Checkpoint) -> Result<Self> {
+        base.expect_plain_weights()?;
         if !is_whole(&base) {
             let reason = "is a delta, or damaged; the base must be a whole model";
             return Err(Error::file(base.path(), reason));
@@ -57,15 +59,16 @@ fn has_head(checkpoint: &Checkpoint) -> bool {
 }
 
 fn expect_counterpart(name: &str, tensor: &CheckpointTensor, base: &Checkpoint) -> Result<()> {
+    let shown = shown_name(name);
     let reason = match base.shape(name) {
         Some(shape) if shape == tensor.shape() => return Ok(()),
         Some(shape) => format!(
-            "tensor `{name}` has shape {:?}, in the base {} it has {shape:?}: the delta belongs to another model",
+            "tensor `{shown}` has shape {:?}, in the base {} it has {shape:?}: the delta belongs to another model",
             tensor.shape(),
             base.path().display()
         ),
         None => format!(
-            "tensor `{name}` is not in the base {}: the delta belongs to another model",
+            "tensor `{shown}` is not in the base {}: the delta belongs to another model",
             base.path().display()
         ),
     };

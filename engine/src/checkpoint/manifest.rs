@@ -18,9 +18,11 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
+use crate::files;
+use crate::limits::{Budget, Guidance, Real, Side, SigmaShift, Steps};
 use crate::model::config::ModelKind;
 
 /// The manifest's file name.
@@ -29,28 +31,41 @@ pub const MANIFEST: &str = "l2p.json";
 /// The version of the format that this build reads and writes.
 pub const MANIFEST_FORMAT: u32 = 1;
 
-/// The largest width, height or number of steps that is not taken for a slip.
-const LARGEST_DEFAULT: usize = 1 << 16;
-
 /// What to draw with when the user does not say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Defaults {
     /// Pixels.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "side", default)]
     pub width: Option<usize>,
     /// Pixels.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "side", default)]
     pub height: Option<usize>,
     /// Denoising steps.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "steps", default)]
     pub steps: Option<usize>,
     /// How far sigmas are shifted towards noise.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "shift", default)]
     pub shift: Option<f32>,
     /// Guidance; 1 is none.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "guidance", default)]
     pub cfg: Option<f32>,
+}
+
+fn side<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<usize>, D::Error> {
+    Ok(Option::<Side>::deserialize(deserializer)?.map(Side::get))
+}
+
+fn steps<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<usize>, D::Error> {
+    Ok(Option::<Steps>::deserialize(deserializer)?.map(Steps::get))
+}
+
+fn shift<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<f32>, D::Error> {
+    Ok(Option::<SigmaShift>::deserialize(deserializer)?.map(Real::single))
+}
+
+fn guidance<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<f32>, D::Error> {
+    Ok(Option::<Guidance>::deserialize(deserializer)?.map(Real::single))
 }
 
 impl Defaults {
@@ -100,13 +115,13 @@ pub struct Manifest {
     /// The model that a delta lies over.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub base: Option<PathBuf>,
-    /// A folder with `config.json` and the text encoder's files.
+    /// The file, or a folder with `config.json` and the text encoder's files.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub text_encoder: Option<PathBuf>,
     /// A folder with the tokenizer's files.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
-    /// A folder with `config.json` and the VAE's files, for a latent model.
+    /// The file, or a folder with `config.json` and the VAE's files, for a latent model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vae: Option<PathBuf>,
     /// A folder with `scheduler_config.json`.
@@ -117,18 +132,23 @@ pub struct Manifest {
     pub defaults: Defaults,
 }
 
+/// The entry that says how to read the others.
+#[derive(Deserialize)]
+struct Format {
+    format: Option<u32>,
+}
+
 impl Manifest {
     /// Reads the file; paths become relative to the working directory.
     ///
     /// # Errors
     /// When it cannot be read, is of a later format, or has an entry that is unknown or makes no sense.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read(path).map_err(|error| Error::io(path, error))?;
+        let bytes = files::read(path, Budget::CONFIG)?;
         let refuse = |reason: String| Error::file(path, reason);
-        let json: serde_json::Value =
-            serde_json::from_slice(&text).map_err(|error| refuse(format!("is not JSON: {error}")))?;
-        match json.get("format").and_then(serde_json::Value::as_u64) {
-            Some(format) if format == u64::from(MANIFEST_FORMAT) => {}
+        let Format { format } = files::from_json(&bytes).map_err(refuse)?;
+        match format {
+            Some(MANIFEST_FORMAT) => {}
             Some(format) => {
                 return Err(refuse(format!(
                     "is of format {format}; this program reads format {MANIFEST_FORMAT}"
@@ -136,8 +156,7 @@ impl Manifest {
             }
             None => return Err(refuse(format!("does not say \"format\": {MANIFEST_FORMAT}"))),
         }
-        let mut manifest: Manifest = serde_json::from_value(json).map_err(|error| refuse(format!("{error}")))?;
-        manifest.check_defaults().map_err(refuse)?;
+        let mut manifest: Manifest = files::from_json(&bytes).map_err(refuse)?;
         if manifest.transformer.as_slice().is_empty() {
             return Err(refuse("names no file of the transformer".into()));
         }
@@ -156,28 +175,6 @@ impl Manifest {
         ];
         parts.into_iter().flatten().for_each(resolve);
         Ok(manifest)
-    }
-
-    fn check_defaults(&self) -> std::result::Result<(), String> {
-        let Defaults {
-            width,
-            height,
-            steps,
-            shift,
-            cfg,
-        } = self.defaults;
-        for (name, value) in [("width", width), ("height", height), ("steps", steps)] {
-            if let Some(value) = value.filter(|value| !(1..=LARGEST_DEFAULT).contains(value)) {
-                return Err(format!(
-                    "says defaults.{name} = {value}, which is not from 1 to {LARGEST_DEFAULT}"
-                ));
-            }
-        }
-        match (shift, cfg) {
-            (Some(shift), _) if shift <= 0.0 => Err(format!("says defaults.shift = {shift}")),
-            (_, Some(cfg)) if cfg < 0.0 => Err(format!("says defaults.cfg = {cfg}")),
-            _ => Ok(()),
-        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Model files: safetensors mapped into memory, the layouts met in the wild and their detection, models made from others,
+//! Model files: safetensors and their checks, the layouts met in the wild and their detection, models made from others,
 //! and writing.
 //!
 //! [`ModelPaths`] finds a model's parts, [`Transformer`] is a transformer that was checked to be whole, [`Checkpoint`] its
@@ -6,16 +6,21 @@
 
 mod audit;
 mod elements;
+mod encoded;
 mod estimate;
 mod export;
 mod file;
+mod finite;
 mod head;
+mod header;
+mod hub;
 mod init;
 mod inspect;
 mod layer;
 mod manifest;
 mod names;
 mod params;
+mod parts;
 mod paths;
 mod set;
 mod shards;
@@ -25,12 +30,15 @@ mod write;
 pub use audit::{Audit, Transformer, WrongShape, is_delta, is_whole, missing_parts};
 pub use elements::Float;
 pub use estimate::{EstimateInput, MemoryEstimate, SamplingMemory, TrainingMemory};
-pub use export::{ExportOptions, export};
+pub use export::{ExportOptions, expect_found_again, export};
 pub use file::{SafetensorsFile, StoredTensor};
+pub use finite::NotFinite;
 pub use head::{HeadLayout, HeadStage, HeadVariant};
 pub use init::{InitOptions, InitPlan, UniformInit, init, scratch};
 pub use inspect::{Inspection, PartReport, Resolution, TypeCount, inspect};
 pub use manifest::{Defaults, MANIFEST, MANIFEST_FORMAT, Manifest, OneOrMany};
+pub use names::Prefix;
+pub use parts::{open_text_encoder, open_vae};
 pub use paths::{Container, ModelPaths, PathOverrides};
 pub use set::{Checkpoint, CheckpointTensor, Layout};
 pub use values::{Values, read_chosen_values, read_values, write_values};

@@ -1,13 +1,14 @@
-//! Parameters straight from a checkpoint's files: converted to the device's compute type while they are uploaded, piece by
-//! piece, so that no tensor is ever whole in host memory beside its file.
+//! Parameters straight from a checkpoint's files: read and converted to the device's compute type while they are uploaded, piece
+//! by piece, so that no large tensor is ever whole in host memory.
 
 use rayon::prelude::*;
 
-use super::elements::{Float, convert, encode};
+use super::elements::{Float, encode, read_converted};
 use super::set::{Checkpoint, CheckpointTensor};
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
 use crate::model::ParamSource;
+use crate::printable::shown_name;
 use crate::shape::Shape;
 use crate::tensor::Tensor;
 
@@ -50,12 +51,17 @@ impl ParamSource for Checkpoint {
         let tensor = self.tensor(name)?;
         let order = ConvOrder::of(tensor.shape())
             .ok_or_else(|| wrong_shape(name, tensor, "[outputs, inputs, height, width]"))?;
-        let (source, from, to) = (tensor.bytes(), tensor.float()?, Float::computed(device.compute_dtype()));
+        // Its elements come from all over the file's tensor; no convolution has more than some megabytes.
+        let (source, from, to) = (
+            tensor.bytes()?,
+            tensor.float()?,
+            Float::computed(device.compute_dtype()),
+        );
         let _tag = MemoryTag::Weights.scope();
         let mut write = |first_byte: usize, target: &mut [u8]| {
             let first = first_byte / to.size();
             let tasks = target.par_chunks_mut(TASK_ELEMENTS * to.size()).enumerate();
-            tasks.for_each(|(task, target)| reorder(source, from, target, to, &order, first + task * TASK_ELEMENTS));
+            tasks.for_each(|(task, target)| reorder(&source, from, target, to, &order, first + task * TASK_ELEMENTS));
             Ok(())
         };
         Tensor::from_fill(device, order.shape(), device.compute_dtype(), &mut write)
@@ -102,37 +108,29 @@ fn load_rows(device: &Device, tensors: &[&CheckpointTensor], shape: &[usize]) ->
     let mut sources = Vec::with_capacity(tensors.len());
     for tensor in tensors {
         tensor.read_ahead();
-        sources.push((tensor.bytes(), tensor.float()?));
+        sources.push((*tensor, tensor.float()?));
     }
     let _tag = MemoryTag::Weights.scope();
-    let mut write = |first_byte: usize, target: &mut [u8]| {
-        fill(&sources, first_byte / to.size(), target, to);
-        Ok(())
-    };
-    let loaded = Tensor::from_fill(device, shape, device.compute_dtype(), &mut write);
-    tensors.iter().for_each(|tensor| tensor.release());
-    loaded
+    let mut write = |first_byte: usize, target: &mut [u8]| fill(&sources, first_byte / to.size(), target, to);
+    Tensor::from_fill(device, shape, device.compute_dtype(), &mut write)
 }
 
 /// Writes the elements from `first` on, counted over all sources, until `target` is full.
-fn fill(sources: &[(&[u8], Float)], first: usize, target: &mut [u8], to: Float) {
+fn fill(sources: &[(&CheckpointTensor, Float)], first: usize, target: &mut [u8], to: Float) -> Result<()> {
     let mut skip = first;
     let mut rest = target;
     for (source, from) in sources {
-        let elements = source.len() / from.size();
+        let elements = source.elements();
         let here = elements.saturating_sub(skip).min(rest.len() / to.size());
         if here > 0 {
             let (target, after) = rest.split_at_mut(here * to.size());
-            convert(
-                &source[skip * from.size()..(skip + here) * from.size()],
-                *from,
-                target,
-                to,
-            );
+            let start = skip * from.size();
+            read_converted(&|byte, bytes| source.read_at(start + byte, bytes), *from, target, to)?;
             rest = after;
         }
         skip = skip.saturating_sub(elements);
     }
+    Ok(())
 }
 
 /// Writes the elements of a convolution from the device's element `first` on.
@@ -146,9 +144,9 @@ fn reorder(source: &[u8], from: Float, target: &mut [u8], to: Float, order: &Con
 fn wrong_shape(name: &str, tensor: &CheckpointTensor, expected: &str) -> Error {
     let stored = match tensor.stored_name() {
         stored if stored == name => String::new(),
-        stored => format!(" (from `{stored}`)"),
+        stored => format!(" (from `{}`)", shown_name(stored)),
     };
-    let found = tensor.shape();
+    let (name, found) = (shown_name(name), tensor.shape());
     Error::file(
         tensor.path(),
         format!("tensor `{name}`{stored} has shape {found:?}, expected {expected}"),

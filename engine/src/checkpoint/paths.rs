@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::audit::{Transformer, is_whole};
+use super::hub;
 use super::manifest::{Defaults, MANIFEST, Manifest};
 use super::set::Checkpoint;
 use super::shards::INDEX_SUFFIX;
@@ -17,11 +18,11 @@ const LONGEST_CHAIN: usize = 8;
 pub struct PathOverrides {
     /// The model that a delta lies over.
     pub base: Option<PathBuf>,
-    /// The text encoder's folder.
+    /// The text encoder's folder or file.
     pub text_encoder: Option<PathBuf>,
-    /// The tokenizer's folder.
+    /// The tokenizer's folder or file.
     pub tokenizer: Option<PathBuf>,
-    /// The VAE's folder.
+    /// The VAE's folder or file.
     pub vae: Option<PathBuf>,
 }
 
@@ -42,7 +43,7 @@ pub enum Container {
 /// Where the parts of a model are.
 #[derive(Clone, Debug)]
 pub struct ModelPaths {
-    /// What was named.
+    /// What was named; of a model in the Hugging Face hub's cache, the snapshot in use.
     pub path: PathBuf,
     /// How it lies on disk.
     pub container: Container,
@@ -52,11 +53,11 @@ pub struct ModelPaths {
     pub config: Option<PathBuf>,
     /// The model that the transformer, a delta, lies over.
     pub base: Option<Box<ModelPaths>>,
-    /// The text encoder's folder.
+    /// The text encoder's folder or file.
     pub text_encoder: Option<PathBuf>,
     /// The tokenizer's folder or file.
     pub tokenizer: Option<PathBuf>,
-    /// The VAE's folder.
+    /// The VAE's folder or file.
     pub vae: Option<PathBuf>,
     /// The scheduler's folder.
     pub scheduler: Option<PathBuf>,
@@ -76,13 +77,13 @@ impl ModelPaths {
         if let Some(base) = &overrides.base {
             paths.set_base(Self::find(base, LONGEST_CHAIN)?);
         }
-        for (part, given) in [
-            (&mut paths.text_encoder, &overrides.text_encoder),
-            (&mut paths.tokenizer, &overrides.tokenizer),
-            (&mut paths.vae, &overrides.vae),
+        for (part, given, folder) in [
+            (&mut paths.text_encoder, &overrides.text_encoder, "text_encoder"),
+            (&mut paths.tokenizer, &overrides.tokenizer, "tokenizer"),
+            (&mut paths.vae, &overrides.vae, "vae"),
         ] {
             if let Some(given) = given {
-                *part = Some(given.clone());
+                *part = Some(hub::part(given, folder)?);
             }
         }
         for part in [&paths.text_encoder, &paths.tokenizer, &paths.vae, &paths.scheduler]
@@ -96,14 +97,15 @@ impl ModelPaths {
 
     fn find(path: &Path, chain: usize) -> Result<Self> {
         path.metadata().map_err(|error| Error::io(path, error))?;
+        let path = &hub::snapshot(path)?;
         if let Some(manifest) = manifest_for(path)? {
             return Self::from_manifest(path, &manifest, chain);
         }
         if !path.is_dir() {
-            let config = path
-                .file_name()
-                .is_some_and(|name| name.to_string_lossy().ends_with(INDEX_SUFFIX));
-            let config = config.then(|| beside(path, "config.json")).flatten();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let is_index = name.ends_with(INDEX_SUFFIX);
+            let config = beside(path, "config.json");
+            let config = config.filter(|config| is_index || TransformerConfig::describes(config));
             return Ok(Self::bare(path, Container::File, path.into(), config));
         }
         let transformer = path.join("transformer");
@@ -162,6 +164,7 @@ impl ModelPaths {
                 ));
             }
         }
+        let part = |part: &Option<PathBuf>, name: &str| part.as_deref().map(|part| hub::part(part, name)).transpose();
         let folder_config = |folder: &PathBuf| Some(folder.join("config.json")).filter(|config| config.is_file());
         let config = transformer
             .first()
@@ -170,10 +173,10 @@ impl ModelPaths {
         let mut paths = ModelPaths {
             transformer: transformer.to_vec(),
             config,
-            text_encoder: manifest.text_encoder,
-            tokenizer: manifest.tokenizer,
-            vae: manifest.vae,
-            scheduler: manifest.scheduler,
+            text_encoder: part(&manifest.text_encoder, "text_encoder")?,
+            tokenizer: part(&manifest.tokenizer, "tokenizer")?,
+            vae: part(&manifest.vae, "vae")?,
+            scheduler: part(&manifest.scheduler, "scheduler")?,
             defaults: manifest.defaults,
             kind: manifest.kind,
             ..Self::bare(path, Container::Manifest, PathBuf::new(), None)
@@ -200,12 +203,12 @@ impl ModelPaths {
         self.base = Some(Box::new(base));
     }
 
-    /// The text encoder's folder.
+    /// The text encoder's folder or file.
     ///
     /// # Errors
     /// Saying how to name it, when there is none.
     pub fn text_encoder(&self) -> Result<&Path> {
-        self.part(&self.text_encoder, "text encoder", "--text-encoder DIR")
+        self.part(&self.text_encoder, "text encoder", "--text-encoder DIR|FILE")
     }
 
     /// The tokenizer's folder or file.
@@ -216,12 +219,12 @@ impl ModelPaths {
         self.part(&self.tokenizer, "tokenizer", "--tokenizer DIR")
     }
 
-    /// The VAE's folder.
+    /// The VAE's folder or file.
     ///
     /// # Errors
     /// Saying how to name it, when there is none.
     pub fn vae(&self) -> Result<&Path> {
-        self.part(&self.vae, "VAE, which a latent model needs", "--vae DIR")
+        self.part(&self.vae, "VAE, which a latent model needs", "--vae DIR|FILE")
     }
 
     fn part<'a>(&self, part: &'a Option<PathBuf>, what: &str, option: &str) -> Result<&'a Path> {
@@ -266,6 +269,10 @@ impl ModelPaths {
     /// When it cannot be read or describes another kind of transformer.
     pub fn transformer_config(&self) -> Result<Option<TransformerConfig>> {
         match (&self.config, &self.base) {
+            // Beside a file may stand the configuration of the model that it was made from.
+            (Some(config), _) if self.container == Container::File => {
+                Ok(Some(TransformerConfig::read(config)?.trunk_only()))
+            }
             (Some(config), _) => TransformerConfig::read(config).map(Some),
             (None, Some(base)) => Ok(base.transformer_config()?.map(TransformerConfig::trunk_only)),
             (None, None) => Ok(None),

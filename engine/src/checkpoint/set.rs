@@ -12,10 +12,12 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::elements::Float;
+use super::encoded::{self, Quantised};
 use super::file::{SafetensorsFile, StoredTensor};
 use super::names::{self, Meaning};
 use super::shards;
 use crate::error::{Error, Result};
+use crate::printable::shown_name;
 
 /// How tensors of a transformer are named and stacked in their files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -54,8 +56,20 @@ impl CheckpointTensor {
     }
 
     /// The bytes as the file holds them.
-    pub fn bytes(&self) -> &[u8] {
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn bytes(&self) -> Result<Vec<u8>> {
         self.file.bytes(&self.stored)
+    }
+
+    /// Fills `target` with the bytes from `first` on, as the file holds them.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub(super) fn read_at(&self, first: usize, target: &mut [u8]) -> Result<()> {
+        debug_assert!(first + target.len() <= self.byte_count());
+        self.file.read_at(self.stored.range.start + first, target)
     }
 
     /// The size of [`CheckpointTensor::bytes`], without reading them.
@@ -81,7 +95,8 @@ impl CheckpointTensor {
         Float::stored(self.stored.dtype).ok_or_else(|| {
             let reason = format!(
                 "tensor `{}` holds {}, which cannot be read; BF16, F16 and F32 can",
-                self.stored_name, self.stored.dtype
+                shown_name(&self.stored_name),
+                self.stored.dtype
             );
             Error::file(self.path(), reason)
         })
@@ -92,9 +107,27 @@ impl CheckpointTensor {
         self.file.read_ahead(&self.stored.range);
     }
 
-    /// Tells the system that the bytes are not needed soon.
-    pub(super) fn release(&self) {
-        self.file.release(&self.stored.range);
+    /// Hands the bytes over one after the other, in pieces of at most `most`.
+    ///
+    /// # Errors
+    /// When they cannot be read, or `take` says so.
+    pub(super) fn for_each_piece(&self, most: usize, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        self.read_ahead();
+        let mut piece = vec![0; self.byte_count().min(most)];
+        for first in (0..self.byte_count()).step_by(most) {
+            let piece = &mut piece[..(self.byte_count() - first).min(most)];
+            self.read_at(first, piece)?;
+            take(piece)?;
+        }
+        Ok(())
+    }
+
+    /// The same elements without extents of one at the end of the shape beyond the second.
+    fn without_trailing_ones(mut self) -> Self {
+        while self.stored.shape.len() > 2 && self.stored.shape.last() == Some(&1) {
+            self.stored.shape.pop();
+        }
+        self
     }
 
     /// The `part`-th of `parts` equal groups of rows.
@@ -118,6 +151,12 @@ impl CheckpointTensor {
     }
 }
 
+/// The canonical name of a tensor, and the tensor as it is then.
+type Rename<'a> = &'a dyn Fn(&str, CheckpointTensor) -> (String, CheckpointTensor);
+
+/// The tensor by which some quantised files are marked.
+const SCALED_MARKER: &str = "scaled_fp8";
+
 /// A set of named tensors; see the module's head comment.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
@@ -129,6 +168,8 @@ pub struct Checkpoint {
     layout: Layout,
     /// The prefixes that were stripped.
     prefixes: BTreeSet<String>,
+    /// How its weights are quantised, where they are.
+    quantised: Option<Quantised>,
     files: Vec<Arc<SafetensorsFile>>,
 }
 
@@ -154,26 +195,55 @@ impl Checkpoint {
         }
     }
 
-    /// Opens a text encoder, with or without the `model.` before its names.
+    /// Opens a text encoder; what programs put before its names is left out.
     ///
     /// # Errors
-    /// As [`Checkpoint::open_plain`].
+    /// When a file is missing, damaged or a LoRA, or shards do not belong together.
     pub fn open_text_encoder(path: &Path) -> Result<Self> {
-        Self::renamed(path, names::text_encoder)
+        let mut checkpoint = Self::renamed(path, &|name, tensor| (names::text_encoder(name), tensor))?;
+        checkpoint.expect_weights(None)?;
+        Ok(checkpoint)
     }
 
-    /// Opens files whose names stand as they are: a VAE, inputs and outputs of a check.
+    /// Opens a VAE with the names of diffusers or those of the original autoencoders.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open_text_encoder`].
+    pub fn open_vae(path: &Path) -> Result<Self> {
+        let files = shards::open(path)?;
+        let all = files.iter().flat_map(|file| file.tensors().keys());
+        let bare: Vec<_> = all.map(|name| names::vae_bare(name)).collect();
+        let up_blocks = names::vae::up_blocks(bare.iter().map(|name| name.as_ref()));
+        drop(bare);
+        let mut checkpoint = Self::renamed_files(path, files, &|name, tensor| {
+            let canonical = names::vae::canonical(&names::vae_bare(name), up_blocks);
+            let tensor = match names::vae::is_matrix(&canonical) {
+                true => tensor.without_trailing_ones(),
+                false => tensor,
+            };
+            (canonical, tensor)
+        })?;
+        checkpoint.expect_weights(None)?;
+        Ok(checkpoint)
+    }
+
+    /// Opens files whose names stand as they are: inputs and outputs of a check.
     ///
     /// # Errors
     /// When a file is missing or damaged, or shards do not belong together.
     pub fn open_plain(path: &Path) -> Result<Self> {
-        Self::renamed(path, |name| name)
+        Self::renamed(path, &|name, tensor| (name.to_owned(), tensor))
     }
 
-    fn renamed(path: &Path, canonical: fn(&str) -> &str) -> Result<Self> {
-        let mut checkpoint = Self::empty(path, shards::open(path)?);
+    fn renamed(path: &Path, rename: Rename<'_>) -> Result<Self> {
+        Self::renamed_files(path, shards::open(path)?, rename)
+    }
+
+    fn renamed_files(path: &Path, files: Vec<Arc<SafetensorsFile>>, rename: Rename<'_>) -> Result<Self> {
+        let mut checkpoint = Self::empty(path, files);
         for (name, tensor) in checkpoint.stored() {
-            checkpoint.insert(canonical(&name).to_owned(), tensor)?;
+            let (canonical, tensor) = rename(&name, tensor);
+            checkpoint.insert(canonical, tensor)?;
         }
         Ok(checkpoint)
     }
@@ -182,10 +252,14 @@ impl Checkpoint {
         let mut checkpoint = Self::empty(path, files);
         let stored = checkpoint.stored();
         let patch = packed_patch(&stored);
+        let mut marker = None;
         for (name, tensor) in stored {
             let (prefix, bare) = names::split_prefix(&name);
-            match names::meaning(bare, patch) {
+            match names::meaning(&names::without_inner(bare), patch) {
                 Meaning::Foreign => {
+                    if bare == SCALED_MARKER {
+                        marker = Some(name.clone());
+                    }
                     checkpoint.foreign.push(name);
                     continue;
                 }
@@ -198,7 +272,8 @@ impl Checkpoint {
                     for (part, end) in names::QKV.iter().enumerate() {
                         let rows = tensor.rows(part, names::QKV.len()).ok_or_else(|| {
                             let reason = format!(
-                                "tensor `{name}` has shape {:?}, expected three equal groups of rows",
+                                "tensor `{}` has shape {:?}, expected three equal groups of rows",
+                                shown_name(&name),
                                 tensor.shape()
                             );
                             Error::file(tensor.path(), reason)
@@ -211,6 +286,7 @@ impl Checkpoint {
                 checkpoint.prefixes.insert(prefix.into());
             }
         }
+        checkpoint.expect_weights(marker.as_deref())?;
         checkpoint.expect_transformer()?;
         Ok(checkpoint)
     }
@@ -222,6 +298,7 @@ impl Checkpoint {
             foreign: Vec::new(),
             layout: Layout::Plain,
             prefixes: BTreeSet::new(),
+            quantised: None,
             files,
         }
     }
@@ -252,8 +329,10 @@ impl Checkpoint {
     fn insert(&mut self, canonical: String, tensor: CheckpointTensor) -> Result<()> {
         if let Some(other) = self.tensors.get(&canonical) {
             let reason = format!(
-                "tensors `{}` and `{}` both stand for `{canonical}`",
-                other.stored_name, tensor.stored_name
+                "tensors `{}` and `{}` both stand for `{}`",
+                shown_name(&other.stored_name),
+                shown_name(&tensor.stored_name),
+                shown_name(&canonical)
             );
             return Err(Error::file(tensor.path(), reason));
         }
@@ -261,24 +340,57 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Something must be part of a transformer, and it must not be a set of low-rank updates to one.
-    fn expect_transformer(&self) -> Result<()> {
-        let is_update = |name: &String| name.contains("lora_") || name.contains(".lora.");
-        if let Some(name) = self.tensors.keys().find(|name| is_update(name)) {
-            let reason = format!("tensor `{name}` is part of a LoRA, which is not supported");
-            return Err(Error::file(&self.path, reason));
+    /// Refuses changes to a model, and notes how its weights are quantised; `marker` is a tensor that shows it.
+    fn expect_weights(&mut self, marker: Option<&str>) -> Result<()> {
+        let own = self.tensors.values().map(|tensor| tensor.stored_name.as_str());
+        let others = self.foreign.iter().map(String::as_str);
+        let others = others.filter(|_| self.tensors.is_empty());
+        if let Some(name) = own.chain(others).find(|name| encoded::is_low_rank(name)) {
+            return Err(Error::file(&self.path, encoded::low_rank(name)));
         }
+        let mut metadata = self.files.iter().map(|file| file.metadata());
+        let metadata = metadata.find_map(|metadata| metadata.get(encoded::QUANTIZATION_METADATA));
+        self.quantised = Quantised::find(&self.tensors, marker, metadata.map(String::as_str))?;
+        Ok(())
+    }
+
+    /// Something must be part of a transformer.
+    fn expect_transformer(&self) -> Result<()> {
         if !self.tensors.is_empty() {
             return Ok(());
         }
-        let found = match &self.foreign[..] {
-            [] => "it holds no tensor".to_owned(),
-            [first, rest @ ..] => format!("its tensors are `{first}` and {} others", rest.len()),
+        let unknown = self.foreign.iter().find_map(|name| names::unknown_prefix(name));
+        let found = match (unknown, &self.foreign[..]) {
+            (Some(prefix), _) => format!(
+                "its names begin with `{}`, which is none of the prefixes that are understood ({})",
+                shown_name(prefix),
+                names::known_prefixes()
+            ),
+            (None, []) => "it holds no tensor".to_owned(),
+            (None, [first, rest @ ..]) => {
+                format!("its tensors are `{}` and {} others", shown_name(first), rest.len())
+            }
         };
         Err(Error::file(
             &self.path,
             format!("no tensor is part of a Z-Image transformer; {found}"),
         ))
+    }
+
+    /// Refuses quantised weights, by their name.
+    ///
+    /// # Errors
+    /// When they are quantised.
+    pub fn expect_plain_weights(&self) -> Result<()> {
+        match self.quantisation() {
+            Some(reason) => Err(Error::file(&self.path, reason)),
+            None => Ok(()),
+        }
+    }
+
+    /// A sentence on how the weights are quantised, which begins with its verb; `None` where they are not.
+    pub fn quantisation(&self) -> Option<String> {
+        self.quantised.as_ref().map(ToString::to_string)
     }
 
     /// What was opened.
@@ -294,6 +406,14 @@ impl Checkpoint {
     /// The tensors by canonical name.
     pub fn tensors(&self) -> &BTreeMap<String, CheckpointTensor> {
         &self.tensors
+    }
+
+    /// The tensors' shapes by canonical name.
+    pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        let tensors = self.tensors.iter();
+        tensors
+            .map(|(name, tensor)| (name.clone(), tensor.shape().to_vec()))
+            .collect()
     }
 
     /// Names, as found, of tensors that are no part of the model (a VAE in the same file, say).
@@ -323,16 +443,22 @@ impl Checkpoint {
 
     /// A SHA-256 of every tensor's name, shape, type and of the first and last bytes of its data: copies of one model share
     /// it, models of which one was trained further do not. Reads little of the files.
-    pub fn identity(&self) -> [u8; 32] {
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn identity(&self) -> Result<[u8; 32]> {
         const ENDS: usize = 4096;
         let mut hash = Sha256::new();
         for (name, tensor) in &self.tensors {
-            let bytes = tensor.bytes();
+            let mut end = [0; ENDS];
+            let end = &mut end[..tensor.byte_count().min(ENDS)];
             hash.update(format!("{name} {:?} {:?};", tensor.shape(), tensor.dtype()));
-            hash.update(&bytes[..bytes.len().min(ENDS)]);
-            hash.update(&bytes[bytes.len().saturating_sub(ENDS)..]);
+            for first in [0, tensor.byte_count() - end.len()] {
+                tensor.read_at(first, end)?;
+                hash.update(&*end);
+            }
         }
-        hash.finalize().into()
+        Ok(hash.finalize().into())
     }
 
     /// The same tensors without those for which `keep` says no.
@@ -345,6 +471,7 @@ impl Checkpoint {
         for (name, tensor) in other.tensors {
             self.tensors.entry(name).or_insert(tensor);
         }
+        self.quantised = self.quantised.take().or(other.quantised);
         self.files.extend(other.files);
         self.foreign.extend(other.foreign);
     }

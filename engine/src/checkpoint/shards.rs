@@ -7,7 +7,11 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::file::SafetensorsFile;
+use super::header::FewStrings;
 use crate::error::{Error, Result};
+use crate::files;
+use crate::limits::{self, Budget};
+use crate::printable::shown_name;
 
 /// The end of an index's file name.
 pub(super) const INDEX_SUFFIX: &str = ".safetensors.index.json";
@@ -50,16 +54,14 @@ fn list(folder: &Path) -> Result<Vec<String>> {
 /// The part of an index that is used.
 #[derive(Deserialize)]
 struct Index {
-    weight_map: BTreeMap<String, String>,
+    weight_map: FewStrings<{ limits::header::TENSORS }>,
 }
 
 fn open_index(path: &Path) -> Result<Vec<Arc<SafetensorsFile>>> {
-    let text = std::fs::read(path).map_err(|error| Error::io(path, error))?;
-    let index: Index = serde_json::from_slice(&text)
-        .map_err(|error| Error::file(path, format!("is no index of safetensors shards: {error}")))?;
+    let index: Index = files::read_json(path, Budget::SHARD_INDEX)?;
     let folder = path.parent().unwrap_or(Path::new("."));
     let mut shards: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
-    for (tensor, shard) in &index.weight_map {
+    for (tensor, shard) in &index.weight_map.0 {
         shards.entry(shard).or_default().insert(tensor);
     }
     if shards.is_empty() {
@@ -78,7 +80,7 @@ fn plain_name<'a>(index: &Path, shard: &'a str) -> Result<&'a str> {
     }
     Err(Error::file(
         index,
-        format!("names the shard `{shard}`, which is no plain file name"),
+        format!("names the shard `{}`, which is no plain file name", shown_name(shard)),
     ))
 }
 
@@ -86,19 +88,26 @@ fn open_shard(index: &Path, path: &Path, expected: &BTreeSet<&str>) -> Result<Ar
     let shard = path.file_name().unwrap_or_default().to_string_lossy();
     if !path.exists() {
         let count = expected.len();
-        let reason =
-            format!("names the shard {shard} ({count} tensors), which is not there: the download is incomplete");
+        let reason = format!(
+            "names the shard {} ({count} tensors), which is not there: the download is incomplete",
+            shown_name(&shard)
+        );
         return Err(Error::file(index, reason));
     }
     let file = SafetensorsFile::open(path)?;
     let index = index.file_name().unwrap_or_default().to_string_lossy();
     if let Some(missing) = expected.iter().find(|name| !file.tensors().contains_key(**name)) {
-        let reason = format!("lacks tensor `{missing}`, which {index} places here: shards of two models are mixed");
+        let reason = format!(
+            "lacks tensor `{}`, which {index} places here: shards of two models are mixed",
+            shown_name(missing)
+        );
         return Err(Error::file(path, reason));
     }
     if let Some(extra) = file.tensors().keys().find(|name| !expected.contains(name.as_str())) {
-        let reason =
-            format!("holds tensor `{extra}`, which {index} does not place here: shards of two models are mixed");
+        let reason = format!(
+            "holds tensor `{}`, which {index} does not place here: shards of two models are mixed",
+            shown_name(extra)
+        );
         return Err(Error::file(path, reason));
     }
     Ok(Arc::new(file))
@@ -108,6 +117,7 @@ fn open_folder(folder: &Path, names: Vec<&String>) -> Result<Vec<Arc<Safetensors
     if names.is_empty() {
         return Err(Error::file(folder, "holds no safetensors file"));
     }
+    let names = without_variants(names);
     check_numbering(folder, &names)?;
     let paths: Vec<PathBuf> = names.iter().map(|name| folder.join(name)).collect();
     open_files(&paths)
@@ -124,12 +134,37 @@ pub(super) fn open_files(paths: &[PathBuf]) -> Result<Vec<Arc<SafetensorsFile>>>
         for name in file.tensors().keys() {
             if let Some(other) = owners.insert(name, file.path()) {
                 let other = other.file_name().unwrap_or_default().to_string_lossy();
-                let reason = format!("holds tensor `{name}`, and so does {other}: these are two models; name one file");
+                let reason = format!(
+                    "holds tensor `{}`, and so does {other}: these are two models; name one file",
+                    shown_name(name)
+                );
                 return Err(Error::file(file.path(), reason));
             }
         }
     }
     Ok(files)
+}
+
+/// The files without those of which there is a plainer one: beside `model.safetensors`, `model.fp16.safetensors` holds the same model
+/// in another type, and so do its shards.
+fn without_variants(names: Vec<&String>) -> Vec<&String> {
+    let stem = |name: &'_ str| -> String {
+        let shard = shard_number(name).map(|(stem, _, _)| stem);
+        shard.or(name.strip_suffix(".safetensors")).unwrap_or(name).to_owned()
+    };
+    let stems: BTreeSet<String> = names.iter().map(|name| stem(name)).collect();
+    let is_variant = |name: &String| {
+        let stem = stem(name);
+        let plain = stem.rsplit_once('.').filter(|(_, variant)| is_variant_word(variant));
+        plain.is_some_and(|(plain, _)| stems.contains(plain))
+    };
+    names.into_iter().filter(|name| !is_variant(name)).collect()
+}
+
+/// Whether the word tells an element type or a copy of the weights, as in `model.fp16.safetensors`.
+fn is_variant_word(word: &str) -> bool {
+    let types = ["fp", "bf", "int", "float", "f16", "f32", "q4", "q8"];
+    types.iter().any(|start| word.starts_with(start)) || ["ema", "non_ema", "8bit", "4bit"].contains(&word)
 }
 
 /// `model-00002-of-00003.safetensors` → (`model`, 2, 3).

@@ -9,6 +9,7 @@ use super::elements::Float;
 use super::file::SafetensorsFile;
 use super::write::{Content, OutputFile, OutputTensor, write_file};
 use crate::error::{Error, Result};
+use crate::printable::shown_name;
 
 /// A tensor's shape and elements, row-major, in host memory.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -22,7 +23,7 @@ pub struct Values {
 /// Reads every tensor of a safetensors file as f32. Integers (i32, i64) are read too; they are exact up to 2²⁴.
 ///
 /// # Errors
-/// When the file is damaged or holds another type.
+/// When the file is damaged, or holds another type or a number that is not finite.
 pub fn read_values(path: &Path) -> Result<BTreeMap<String, Values>> {
     read_chosen_values(path, &mut |_, _| Ok(true))
 }
@@ -49,20 +50,27 @@ pub fn read_chosen_values(
     tensors
         .into_iter()
         .map(|(name, tensor)| {
-            let bytes = file.bytes(tensor);
-            let values = match (tensor.dtype, Float::stored(tensor.dtype)) {
+            let bytes = file.bytes(tensor)?;
+            let values: Vec<f32> = match (tensor.dtype, Float::stored(tensor.dtype)) {
                 (_, Some(float)) => bytes
                     .chunks_exact(float.size())
                     .map(|bytes| float.read(bytes))
                     .collect(),
-                (Dtype::I32, _) => words(bytes).map(|word| i32::from_le_bytes(word) as f32).collect(),
-                (Dtype::I64, _) => words(bytes).map(|word| i64::from_le_bytes(word) as f32).collect(),
+                (Dtype::I32, _) => words(&bytes).map(|word| i32::from_le_bytes(word) as f32).collect(),
+                (Dtype::I64, _) => words(&bytes).map(|word| i64::from_le_bytes(word) as f32).collect(),
                 (other, _) => {
-                    let reason =
-                        format!("tensor `{name}` holds {other:?}, expected floating-point numbers or i32, i64");
+                    let reason = format!(
+                        "tensor `{}` holds {other:?}, expected floating-point numbers or i32, i64",
+                        shown_name(name)
+                    );
                     return Err(Error::file(path, reason));
                 }
             };
+            if let Some(index) = values.iter().position(|value| !value.is_finite()) {
+                let (name, value) = (shown_name(name), values[index]);
+                let reason = format!("tensor `{name}` holds {value} at element {index}: no number to compute with");
+                return Err(Error::file(path, reason));
+            }
             Ok((
                 name.clone(),
                 Values {

@@ -209,7 +209,7 @@ fn expect_settings(folder: &Path, pipeline: &Pipeline, options: &SynthesisOption
     let path = folder.join(SETTINGS);
     let drawn_with = json!({
         "format": 1,
-        "model": hex(&pipeline.transformer().checkpoint.identity()),
+        "model": hex(&pipeline.transformer().checkpoint.identity()?),
         "settings": options.settings,
         "rng": options.rng.to_string(),
         "compute": pipeline.device().compute_dtype().to_string(),

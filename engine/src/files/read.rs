@@ -31,6 +31,27 @@ pub fn open_regular(path: &Path) -> Result<File> {
     Err(Error::file(path, format!("is {found}, expected a file")))
 }
 
+/// Fills `target` with the bytes of `file` from `offset` on, wherever its cursor is; several threads may read at once.
+///
+/// # Errors
+/// When it cannot be read, or ends before.
+pub(crate) fn read_exact_at(file: &File, target: &mut [u8], offset: u64) -> std::io::Result<()> {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileExt::read_exact_at(file, target, offset);
+    #[cfg(windows)]
+    {
+        let mut done = 0;
+        while done < target.len() {
+            let read = std::os::windows::fs::FileExt::seek_read(file, &mut target[done..], offset + done as u64)?;
+            if read == 0 {
+                return Err(std::io::ErrorKind::UnexpectedEof.into());
+            }
+            done += read;
+        }
+        Ok(())
+    }
+}
+
 /// The bytes of a regular file of at most `budget`.
 ///
 /// # Errors
@@ -136,7 +157,7 @@ pub fn from_json<T: DeserializeOwned>(bytes: &[u8]) -> std::result::Result<T, St
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let entry = error.path().to_string();
         match entry.as_str() {
-            "." => format!("is not what was expected: {}", error.inner()),
+            "." | "?" => format!("is not what was expected: {}", error.inner()),
             entry => format!("is not what was expected: entry `{entry}`: {}", error.inner()),
         }
     })?;
@@ -194,6 +215,12 @@ mod tests {
         let message = from_json::<Sizes>(br#"{"widths": [1, "two"]}"#).unwrap_err();
         assert!(message.contains("`widths[1]`"), "{message}");
         assert!(from_json::<Sizes>(br#"{"widths": []} x"#).is_err());
-        assert!(from_json::<Sizes>(b"{").unwrap_err().contains("expected"));
+        for text in [&b"{"[..], b"", b"[1]"] {
+            let message = from_json::<Sizes>(text).unwrap_err();
+            assert!(
+                message.starts_with("is not what was expected: ") && !message.contains("entry"),
+                "{message}"
+            );
+        }
     }
 }

@@ -2,8 +2,9 @@
 
 use sha2::{Digest, Sha256};
 
+use super::blame::expect_finite_features;
 use super::of_file;
-use crate::checkpoint::{Checkpoint, ModelPaths};
+use crate::checkpoint::{Checkpoint, ModelPaths, open_text_encoder};
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
 use crate::files;
@@ -26,6 +27,8 @@ pub struct PromptFiles<'a> {
 pub struct PromptEncoder {
     tokenizer: PromptTokenizer,
     encoder: TextEncoder,
+    /// Its weights' files.
+    checkpoint: Checkpoint,
 }
 
 /// A prompt's features.
@@ -44,7 +47,7 @@ impl<'a> PromptFiles<'a> {
     pub fn open(paths: &'a ModelPaths, device: &Device, width: usize) -> Result<Self> {
         let folder = paths.text_encoder()?;
         paths.tokenizer()?;
-        let config = TextConfig::read(folder)?;
+        let (config, checkpoint) = open_text_encoder(folder)?;
         if config.dim != width {
             return Err(Error::file(
                 folder,
@@ -52,7 +55,6 @@ impl<'a> PromptFiles<'a> {
             ));
         }
         config.expect_runs_on(device)?;
-        let checkpoint = Checkpoint::open_text_encoder(folder)?;
         Ok(PromptFiles {
             paths,
             config,
@@ -71,6 +73,7 @@ impl<'a> PromptFiles<'a> {
         Ok(PromptEncoder {
             tokenizer,
             encoder: encoder.map_err(|error| of_file(&self.checkpoint, error))?,
+            checkpoint: self.checkpoint.clone(),
         })
     }
 
@@ -90,7 +93,7 @@ impl<'a> PromptFiles<'a> {
         for name in PromptTokenizer::FILES {
             add(&files::read_if_there(&tokenizer.join(name), Budget::TOKENIZER)?.unwrap_or_default());
         }
-        add(&self.checkpoint.identity());
+        add(&self.checkpoint.identity()?);
         Ok(hash.finalize().to_vec())
     }
 }
@@ -99,16 +102,11 @@ impl PromptEncoder {
     /// The features of a prompt.
     ///
     /// # Errors
-    /// When the tokenizer or its template refuses it, the features are not finite, which would spoil every picture of them, or the
-    /// device has no room.
+    /// When the tokenizer or its template refuses it, the device has no room, or a feature is not finite.
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
         let tokens = self.tokenizer.encode(prompt)?;
         let features = self.encoder.encode(&tokens.ids)?;
-        if features.to_vec_f32()?.iter().any(|value| !value.is_finite()) {
-            return Err(Error::not_finite(
-                "what the text encoder makes of a prompt, so that its weights are damaged",
-            ));
-        }
+        expect_finite_features(&features, &self.checkpoint)?;
         Ok(Encoded {
             features,
             dropped_tokens: tokens.dropped,

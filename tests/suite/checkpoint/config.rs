@@ -182,7 +182,7 @@ fn contradictions_are_errors() -> Outcome {
     assert!(axes.ends_with("position axes of [32, 32, 32] do not make up heads of 128; put a config.json with `axes_dims` beside the tensors"), "{axes}");
     let malformed = with("dim", json!("wide"))?;
     assert!(
-        malformed.starts_with("is not what was expected: invalid type: string \"wide\""),
+        malformed.starts_with("is not what was expected: entry `dim`: invalid type: string \"wide\""),
         "{malformed}"
     );
     // Settings that tensors do not tell come from the file.
@@ -196,6 +196,12 @@ fn contradictions_are_errors() -> Outcome {
         (found.rope_theta, found.norm_eps, found.axes_dims),
         (1000.0, 1e-6, [64, 32, 32])
     );
+    // They hold for the file that they stand beside, too, unless they are another part's.
+    let file = source.join("transformer/diffusion_pytorch_model.safetensors");
+    assert_eq!(open(&file, None)?.config.rope_theta, 1000.0);
+    let of_text = json!({ "model_type": "qwen3", "rope_theta": 7.0 });
+    std::fs::write(&config, of_text.to_string())?;
+    assert_eq!(open(&file, None)?.config.rope_theta, 256.0);
     // What is written for diffusers is read back as the same model.
     std::fs::write(&config, found.to_transformer_json().to_string())?;
     let read = TransformerConfig::read(&config)?;
@@ -334,7 +340,7 @@ fn parts_are_read() -> Outcome {
         file,
         json!({ "shift": -1.0 }),
         &read,
-        "says shift = -1, which is not positive",
+        "is not what was expected: entry `shift`: expected a number from 0.01 to 1000, found -1 at line 1 column 14",
     )?;
     let read = |folder: &Path| VaeConfig::read(folder).map(drop);
     let vae = json!({
@@ -390,5 +396,10 @@ fn heads_are_those_published() -> Outcome {
         refused,
         "head widths [1, 2] do not fit the 1k head, which has 4 stages, for example [64, 128, 256, 512]"
     );
+    for (widths, bottleneck) in [([8, 8, 16, 1 << 62], None), ([8, 8, 16, 16], Some(1 << 62))] {
+        let refused = HeadLayout::for_patch(16, Some(&widths), bottleneck, 384).unwrap_err();
+        let message = "head widths: expected a whole number from 1 to 262144, found 4611686018427387904";
+        assert_eq!(refused.to_string(), message);
+    }
     Ok(())
 }

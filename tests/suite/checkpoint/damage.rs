@@ -149,7 +149,8 @@ fn single_files(folder: &Path) -> Result<Vec<Case>, Failed> {
                 &json!({ "diffusion_model.layers.0.attention.to_q.lora_A.weight": first }).to_string(),
                 &data[..16],
             ),
-            "tensor `layers.0.attention.to_q.lora_A.weight` is part of a LoRA, which is not supported",
+            "is a LoRA (it holds `diffusion_model.layers.0.attention.to_q.lora_A.weight`): changes to a model, no model by itself, \
+             and this program does not apply them; merge it into its model with the program that made it",
         ),
         (
             "two_meanings",
@@ -262,7 +263,7 @@ fn shards(folder: &Path) -> Result<Vec<Case>, Failed> {
         (
             "broken_index",
             |folder| Ok(std::fs::write(folder.join(INDEX), r#"{"weights":{}}"#)?),
-            format!("{INDEX}: is no index of safetensors shards: missing field `weight_map` at line 1 column 14"),
+            format!("{INDEX}: is not what was expected: missing field `weight_map` at line 1 column 14"),
         ),
     ];
     let latent = model::latent(Dtype::BF16);

@@ -31,18 +31,15 @@ pub fn register(suite: &mut Suite) {
 
 /// Fails unless the checkpoint holds exactly these tensors, bit by bit.
 pub fn expect_tensors(what: &str, checkpoint: &Checkpoint, expected: &Tensors) -> Outcome {
-    let found: Tensors = checkpoint
-        .tensors()
-        .iter()
-        .map(|(name, tensor)| {
-            let stored = Stored {
-                dtype: tensor.dtype(),
-                shape: tensor.shape().to_vec(),
-                bytes: tensor.bytes().to_vec(),
-            };
-            (name.clone(), stored)
-        })
-        .collect();
+    let mut found = Tensors::new();
+    for (name, tensor) in checkpoint.tensors() {
+        let stored = Stored {
+            dtype: tensor.dtype(),
+            shape: tensor.shape().to_vec(),
+            bytes: tensor.bytes()?,
+        };
+        found.insert(name.clone(), stored);
+    }
     for (name, tensor) in expected {
         if found.get(name) != Some(tensor) {
             return Err(format!("{what}: tensor {name} differs or is missing").into());
@@ -111,6 +108,14 @@ fn prefixes_combine() -> Outcome {
         "pipe.dit.",
         "pipe.dit.model.diffusion_model.",
         "model.diffusion_model.pipe.dit.",
+        "transformer.",
+        "base_model.model.",
+        "module.",
+        "model.",
+        "dit.",
+        "denoiser.",
+        "module._orig_mod.transformer.",
+        "_fsdp_wrapped_module.",
     ] {
         let path = model::save(
             &folder.path().join("model.safetensors"),
@@ -120,6 +125,38 @@ fn prefixes_combine() -> Outcome {
         expect_tensors(prefix, &found.checkpoint, &plain)?;
         assert_eq!(found.checkpoint.prefixes().collect::<Vec<_>>(), [prefix]);
     }
+    // Wrappers of modules within.
+    let inner: Tensors = plain
+        .iter()
+        .map(|(name, tensor)| {
+            let name = name.replace(".attention.", "._checkpoint_wrapped_module.attention._orig_mod.");
+            (format!("_orig_mod.{name}"), tensor.clone())
+        })
+        .collect();
+    let path = model::save(&folder.path().join("inner.safetensors"), &inner)?;
+    expect_tensors("inner", &open(&path, None)?.checkpoint, &plain)?;
+    // What is not understood is named, and so is what is.
+    let path = model::save(
+        &folder.path().join("mine.safetensors"),
+        &model::prefixed(&plain, "mine.ema."),
+    )?;
+    let message = open(&path, None).err().ok_or("accepted")?.to_string();
+    let expected = "no tensor is part of a Z-Image transformer; its names begin with `mine.ema.`, which is none of the prefixes \
+                    that are understood (diffusion_model. pipe. dit. transformer. denoiser. net. model. module. base_model. \
+                    state_dict. _orig_mod. _fsdp_wrapped_module. _checkpoint_wrapped_module.)";
+    assert!(message.ends_with(expected), "{message}");
+    // A language model has layers too.
+    let text = [
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.norm.weight",
+    ]
+    .map(|name| (name.to_owned(), model::stored(name, Dtype::BF16, &[2, 2])));
+    let path = model::save(&folder.path().join("text.safetensors"), &text.into())?;
+    let message = open(&path, None).err().ok_or("accepted")?.to_string();
+    let expected =
+        "no tensor is part of a Z-Image transformer; its tensors are `model.layers.0.mlp.up_proj.weight` and 2 others";
+    assert!(message.ends_with(expected), "{message}");
     // One half of the file with a prefix, the other without.
     let mut mixed = Tensors::new();
     for (index, (name, tensor)) in plain.iter().enumerate() {

@@ -2,9 +2,14 @@
 
 mod config;
 pub mod damage;
+pub mod demo;
+mod encoded;
+mod header;
 pub mod layouts;
 pub mod model;
+mod numbers;
 mod params;
+mod parts;
 mod paths;
 
 use l2p_tests::Suite;
@@ -12,7 +17,11 @@ use l2p_tests::Suite;
 pub fn register(suite: &mut Suite) {
     config::register(suite);
     damage::register(suite);
+    encoded::register(suite);
+    header::register(suite);
     layouts::register(suite);
+    numbers::register(suite);
     params::register(suite);
+    parts::register(suite);
     paths::register(suite);
 }

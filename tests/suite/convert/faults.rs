@@ -43,7 +43,10 @@ fn wrong_usage_ends_with_2() -> Outcome {
             "init --source a --patch 32 --out b",
             "[possible values: 16, 64, 128, 160]",
         ),
-        ("init --source a --patch 16 --head-widths 1,x --out b", "invalid digit"),
+        (
+            "init --source a --patch 16 --head-widths 1,x --out b",
+            "expected a whole number from 1 to 262144, found `x`",
+        ),
         ("export --in a --out b", "--layout"),
         (
             "export --in a --out b --layout plain --dtype int8",

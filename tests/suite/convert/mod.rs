@@ -1,6 +1,7 @@
 //! `l2p-convert` as a user runs it.
 
 mod faults;
+mod finite;
 mod inspect;
 mod write;
 
@@ -12,6 +13,7 @@ use serde_json::Value;
 
 pub fn register(suite: &mut Suite) {
     faults::register(suite);
+    finite::register(suite);
     inspect::register(suite);
     write::register(suite);
 }

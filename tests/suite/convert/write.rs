@@ -34,6 +34,63 @@ pub fn register(suite: &mut Suite) {
         folders_have_shards_and_index,
     );
     suite.cpu("convert::write::types_are_converted", types_are_converted);
+    suite.cpu("convert::write::prefixes_are_found_again", prefixes_are_found_again);
+}
+
+/// Whatever prefix is written is read again, and one that would not be is refused.
+fn prefixes_are_found_again() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    let plain = model::pixel(Dtype::BF16);
+    model::save(&at("plain.safetensors"), &plain)?;
+    for (given, written) in [
+        ("pipe.dit", "pipe.dit."),
+        ("pipe.dit.", "pipe.dit."),
+        ("model.diffusion_model", "model.diffusion_model."),
+        ("transformer.", "transformer."),
+        ("module.transformer", "module.transformer."),
+    ] {
+        let arguments =
+            format!("export --in plain.safetensors --out o.safetensors --layout plain --force --prefix {given}");
+        run(folder.path(), &arguments)?.success()?;
+        assert!(
+            model::read(&at("o.safetensors"))? == model::prefixed(&plain, written),
+            "{given}"
+        );
+        expect_tensors(given, &open(&at("o.safetensors"), None)?.checkpoint, &plain)?;
+        std::fs::remove_file(at("o.safetensors"))?;
+    }
+    for given in ["mine.", "pipe.dot", "layers.", "diffusion-model."] {
+        let arguments = format!("export --in plain.safetensors --out o.safetensors --layout plain --prefix {given}");
+        let finished = run(folder.path(), &arguments)?;
+        let clear = finished
+            .stderr
+            .contains("is no prefix under which a transformer is found again");
+        assert!(finished.code == 2 && clear, "{given}: {}", finished.stderr);
+    }
+    // A packed name without its patch size has no way back: nothing takes the place of what was there.
+    let bias = "all_x_embedder.16-1.bias";
+    model::save(
+        &at("bias.safetensors"),
+        &[(bias.to_owned(), plain[bias].clone())].into(),
+    )?;
+    std::fs::write(at("o.safetensors"), "mine")?;
+    run(
+        folder.path(),
+        "export --in bias.safetensors --out o.safetensors --layout packed --force",
+    )?
+    .failure(
+        1,
+        &format!(
+            "o.safetensors: would not be read as it was meant: tensor `{bias}` is not found again; it was not written"
+        ),
+    )?;
+    assert_eq!(std::fs::read_to_string(at("o.safetensors"))?, "mine");
+    assert_eq!(
+        names(folder.path())?,
+        ["bias.safetensors", "o.safetensors", "plain.safetensors"]
+    );
+    Ok(())
 }
 
 /// The values of a bf16 tensor.

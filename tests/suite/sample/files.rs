@@ -100,7 +100,7 @@ fn wrong_models_end_with_1() -> Outcome {
         ),
         (
             "latent.safetensors",
-            "comes without a VAE, which a latent model needs: name one with --vae DIR, or in an l2p.json beside the model",
+            "comes without a VAE, which a latent model needs: name one with --vae DIR|FILE, or in an l2p.json beside the model",
         ),
         ("empty", "holds no safetensors file"),
         ("gone", "No such file or directory (os error 2)"),

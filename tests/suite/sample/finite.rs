@@ -84,7 +84,12 @@ fn nothing_is_drawn() -> Outcome {
             "--out",
             "out/fox.png",
         ];
-        expect_refused(&run(folder.path(), &arguments)?, weight[0]);
+        let outcome = run(folder.path(), &arguments)?;
+        expect_refused(&outcome, weight[0]);
+        // The weight to blame, and its file.
+        let [part, name] = weight;
+        let named = outcome.stderr.contains(&format!("{name}` holds NaN or infinity in "));
+        assert!(named && outcome.stderr.contains(&format!("(model/{part}/")), "{}", outcome.stderr);
         assert!(names(&folder.path().join("out"))?.is_empty(), "{weight:?}");
     }
     Ok(())

@@ -241,7 +241,7 @@ fn a_bare_pixel_model_draws() -> Outcome {
     let without = |what: &str, flag: &str| {
         format!("pixel.safetensors: comes without a {what}: name one with {flag}, or in an l2p.json beside the model")
     };
-    with(&[])?.failure(1, &without("text encoder", "--text-encoder DIR"))?;
+    with(&[])?.failure(1, &without("text encoder", "--text-encoder DIR|FILE"))?;
     let encoder = demo()?.join("text_encoder").display().to_string();
     with(&["--text-encoder", &encoder])?.failure(1, &without("tokenizer", "--tokenizer DIR"))?;
     let tokenizer = demo()?.join("tokenizer").display().to_string();

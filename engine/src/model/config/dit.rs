@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::TransformerConfig;
 use crate::error::{Error, Result};
+use crate::limits::Width;
 use crate::model::params::ParamSource;
 
 /// No model has as many blocks of one kind, or as large a patch; bounds the search for tensors by name.
@@ -259,6 +260,7 @@ impl DitConfig {
     }
 
     fn check(&self, survey: &DitSurvey) -> Result<()> {
+        self.check_bounds().map_err(Error::invalid)?;
         let DitConfig { dim, head_dim, .. } = self;
         if self.layers == 0 {
             return Err(Error::invalid(
@@ -289,6 +291,24 @@ impl DitConfig {
                 embedder(self.patch),
                 self.patch * self.patch * IMAGE_CHANNELS
             )));
+        }
+        Ok(())
+    }
+
+    /// Refuses sizes beyond all models, with which shapes and estimates could not be computed.
+    fn check_bounds(&self) -> std::result::Result<(), String> {
+        let widths = [
+            ("width", self.dim),
+            ("head width", self.head_dim),
+            ("feed-forward width", self.ffn_hidden),
+            ("caption width", self.caption_width),
+            ("number of channels", self.in_channels),
+            ("timestep frequencies", self.t_frequencies),
+            ("timestep width", self.t_hidden),
+            ("modulation width", self.adaln_width),
+        ];
+        for (what, width) in widths {
+            Width::checked(width as u64).map_err(|reason| format!("its tensors have a {what} of {width}: {reason}"))?;
         }
         Ok(())
     }

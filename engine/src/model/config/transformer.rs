@@ -3,10 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
-use super::{DitConfig, read_json};
+use super::{Described, DitConfig, QUANTISED, read_json};
 use crate::error::{Error, Result};
+use crate::limits::{Heads, Layers, NormEpsilon, Patch, Real, RopeTheta, TimeScale, Width, WidthOrNone};
+use crate::printable::shown_name;
 
 /// The class that a transformer's `config.json` names.
 const CLASS: &str = "ZImageTransformer2DModel";
@@ -16,20 +19,21 @@ const CLASS: &str = "ZImageTransformer2DModel";
 struct Entries {
     #[serde(rename = "_class_name")]
     class_name: Option<String>,
-    all_patch_size: Option<Vec<usize>>,
-    all_f_patch_size: Option<Vec<usize>>,
-    in_channels: Option<usize>,
-    dim: Option<usize>,
-    n_layers: Option<usize>,
-    n_refiner_layers: Option<usize>,
-    n_heads: Option<usize>,
-    n_kv_heads: Option<usize>,
-    cap_feat_dim: Option<usize>,
+    all_patch_size: Option<Vec<Patch>>,
+    all_f_patch_size: Option<Vec<Patch>>,
+    in_channels: Option<Width>,
+    dim: Option<Width>,
+    n_layers: Option<Layers>,
+    n_refiner_layers: Option<Layers>,
+    n_heads: Option<Heads>,
+    n_kv_heads: Option<Heads>,
+    cap_feat_dim: Option<Width>,
     qk_norm: Option<bool>,
-    norm_eps: Option<f32>,
-    rope_theta: Option<f64>,
-    t_scale: Option<f32>,
-    axes_dims: Option<[usize; 3]>,
+    norm_eps: Option<NormEpsilon>,
+    rope_theta: Option<RopeTheta>,
+    t_scale: Option<TimeScale>,
+    axes_dims: Option<[WidthOrNone; 3]>,
+    quantization_config: Option<IgnoredAny>,
 }
 
 /// A transformer's `config.json`: settings, and sizes to be compared with the tensors.
@@ -40,6 +44,11 @@ pub struct TransformerConfig {
 }
 
 impl TransformerConfig {
+    /// Whether the file describes such a transformer, and not another part of a model.
+    pub fn describes(path: &Path) -> bool {
+        read_json::<Described>(path).is_ok_and(|described| described.class_name.as_deref() == Some(CLASS))
+    }
+
     /// Reads the file.
     ///
     /// # Errors
@@ -48,7 +57,10 @@ impl TransformerConfig {
         let entries: Entries = read_json(path)?;
         let refuse = |what: String| Err(Error::file(path, what));
         if let Some(class) = entries.class_name.as_deref().filter(|class| *class != CLASS) {
-            return refuse(format!("describes a {class}, expected a {CLASS}"));
+            return refuse(format!("describes a {}, expected a {CLASS}", shown_name(class)));
+        }
+        if entries.quantization_config.is_some() {
+            return refuse(QUANTISED.into());
         }
         if entries.qk_norm == Some(false) {
             return refuse("says qk_norm = false; models without normalised queries and keys are not supported".into());
@@ -60,7 +72,11 @@ impl TransformerConfig {
                 "says n_heads = {heads} and n_kv_heads = {kv_heads}; they must be equal"
             ));
         }
-        if entries.all_f_patch_size.as_deref().is_some_and(|sizes| sizes != [1]) {
+        if entries
+            .all_f_patch_size
+            .as_deref()
+            .is_some_and(|sizes| sizes.iter().map(|size| size.get()).ne([1]))
+        {
             return refuse("says all_f_patch_size other than [1]; video models are not supported".into());
         }
         Ok(TransformerConfig {
@@ -84,22 +100,31 @@ impl TransformerConfig {
     /// Takes the settings that tensors do not tell.
     pub(super) fn apply(&self, config: &mut DitConfig) {
         let entries = &self.entries;
-        config.norm_eps = entries.norm_eps.unwrap_or(config.norm_eps);
-        config.rope_theta = entries.rope_theta.unwrap_or(config.rope_theta);
-        config.t_scale = entries.t_scale.unwrap_or(config.t_scale);
-        config.axes_dims = entries.axes_dims.unwrap_or(config.axes_dims);
+        config.norm_eps = entries.norm_eps.map_or(config.norm_eps, Real::single);
+        config.rope_theta = entries.rope_theta.map_or(config.rope_theta, Real::get);
+        config.t_scale = entries.t_scale.map_or(config.t_scale, Real::single);
+        let axes = entries.axes_dims.map(|axes| axes.map(WidthOrNone::get));
+        config.axes_dims = axes.unwrap_or(config.axes_dims);
     }
 
     /// Compares the sizes with those read off the tensors.
     pub(super) fn check(&self, config: &DitConfig) -> Result<()> {
         let entries = &self.entries;
         let sizes = [
-            ("in_channels", entries.in_channels, config.in_channels),
-            ("dim", entries.dim, config.dim),
-            ("n_layers", entries.n_layers, config.layers),
-            ("n_refiner_layers", entries.n_refiner_layers, config.refiner_layers),
-            ("n_heads", entries.n_heads, config.heads),
-            ("cap_feat_dim", entries.cap_feat_dim, config.caption_width),
+            ("in_channels", entries.in_channels.map(Width::get), config.in_channels),
+            ("dim", entries.dim.map(Width::get), config.dim),
+            ("n_layers", entries.n_layers.map(Layers::get), config.layers),
+            (
+                "n_refiner_layers",
+                entries.n_refiner_layers.map(Layers::get),
+                config.refiner_layers,
+            ),
+            ("n_heads", entries.n_heads.map(Heads::get), config.heads),
+            (
+                "cap_feat_dim",
+                entries.cap_feat_dim.map(Width::get),
+                config.caption_width,
+            ),
         ];
         for (key, said, found) in sizes {
             if let Some(said) = said.filter(|said| *said != found) {
@@ -107,7 +132,9 @@ impl TransformerConfig {
                 return Err(Error::file(&self.path, reason));
             }
         }
-        match &entries.all_patch_size {
+        let patches = entries.all_patch_size.as_ref();
+        let patches: Option<Vec<usize>> = patches.map(|patches| patches.iter().map(|patch| patch.get()).collect());
+        match patches {
             Some(patches) if !patches.contains(&config.patch) => Err(Error::file(
                 &self.path,
                 format!(

@@ -50,6 +50,11 @@ impl VaeEncoder {
     pub fn load(params: &dyn ParamSource, device: &Device, config: &VaeConfig) -> Result<Self> {
         config.check().map_err(Error::invalid)?;
         config.expect_runs_on(device)?;
+        if params.shape("quant_conv.weight").is_some() {
+            return Err(Error::invalid(
+                "the VAE has a convolution after its encoder (quant_conv), which is not supported",
+            ));
+        }
         let loader = Loader { params, device, config };
         let widths = &config.block_out_channels;
         let mut width = widths[0];

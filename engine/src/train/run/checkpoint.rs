@@ -191,8 +191,8 @@ impl Checkpoint {
                     ),
                 ));
             }
-            let values = self.file.bytes(tensor).chunks_exact(4);
-            Ok(values.map(|bytes| Float::F32.read(bytes)).collect())
+            let bytes = self.file.bytes(tensor)?;
+            Ok(bytes.chunks_exact(4).map(|bytes| Float::F32.read(bytes)).collect())
         })
     }
 }

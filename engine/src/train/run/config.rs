@@ -21,12 +21,12 @@ configuration! {
         model: PathBuf = PathBuf::new() => "DIR|FILE",
         /// The model that `model`, a delta, was trained over.
         base: Option<PathBuf> = None => "DIR|FILE",
-        /// Folder of the text encoder, where the model names none.
-        text_encoder: Option<PathBuf> = None => "DIR",
+        /// The text encoder, where the model names none: its folder, or its file with config.json beside it.
+        text_encoder: Option<PathBuf> = None => "DIR|FILE",
         /// Folder of the tokenizer, where the model names none.
         tokenizer: Option<PathBuf> = None => "DIR",
-        /// Folder of the VAE, where a latent model that is trained names none.
-        vae: Option<PathBuf> = None => "DIR",
+        /// The VAE, where a latent model that is trained names none: its folder, or its file with config.json beside it.
+        vae: Option<PathBuf> = None => "DIR|FILE",
         /// Side of a patch in pixels (16, 64, 128 or 160): make a pixel model of it from `model` first. Everything that fits is
         /// copied; input projection and Detailer Head start random. It is written to init.safetensors in the run's folder.
         patch: Option<usize> = None => "PIXELS",

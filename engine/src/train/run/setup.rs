@@ -118,6 +118,7 @@ impl Setup {
         let (train, held_out) = open_data(config, &pipeline, progress)?;
         let seeded = is_seeded(config, &train)?;
         let settings = sample_settings(config, &pipeline)?;
+        pipeline.notes()?.iter().for_each(|note| progress.notice(note));
         let mut data = Data {
             config,
             device,
@@ -162,7 +163,7 @@ impl Setup {
         };
         Ok(Setup {
             data_identity: data_identity(config, &train),
-            model_identity: hex(&pipeline.transformer().checkpoint.identity()),
+            model_identity: hex(&pipeline.transformer().checkpoint.identity()?),
             set: Arc::new(train),
             source,
             workers: config.workers.unwrap_or_else(default_workers),
@@ -336,7 +337,7 @@ impl Data<'_> {
         };
         let mut maker = Sha256::new();
         maker.update(format!("{vae:?} {}", self.device.compute_dtype()));
-        maker.update(checkpoint.identity());
+        maker.update(checkpoint.identity()?);
         let store = FeatureStore::open(&self.cache.join("latents"), &maker.finalize())?;
         let load = || {
             let _tag = MemoryTag::Weights.scope();

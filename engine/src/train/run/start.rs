@@ -33,7 +33,7 @@ pub fn starting_model(config: &TrainConfig, run: &Path, observer: &mut dyn Write
     if !needs_init(config, &transformer)? {
         return Ok(paths);
     }
-    let made_by = made_by(config, &transformer);
+    let made_by = made_by(config, &transformer)?;
     let path = run.join(INIT);
     match path.exists() {
         true => expect_made_by(&path, &made_by)?,
@@ -114,16 +114,16 @@ pub fn init_options(config: &TrainConfig) -> Option<InitOptions> {
 }
 
 /// What decides the tensors of a model that is made.
-fn made_by(config: &TrainConfig, source: &Transformer) -> String {
+fn made_by(config: &TrainConfig, source: &Transformer) -> Result<String> {
     let by = json!({
-        "source": hex(&source.checkpoint.identity()),
+        "source": hex(&source.checkpoint.identity()?),
         "init": config.init.to_string(),
         "patch": config.patch,
         "seed": config.init_seed,
         "head_widths": config.head_widths,
         "head_bottleneck": config.head_bottleneck,
     });
-    by.to_string()
+    Ok(by.to_string())
 }
 
 fn expect_made_by(path: &Path, made_by: &str) -> Result<()> {
