@@ -9,29 +9,23 @@ mod progress;
 mod prompts;
 pub mod report;
 pub mod sample;
+mod signals;
 mod size;
 pub mod train;
 
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use output::{print, say};
 pub use progress::WriteProgress;
+pub use signals::stop_requested;
 pub use size::ByteSize;
 
 /// The exit code after Ctrl-C, as shells count it.
 const INTERRUPTED: u8 = 130;
 
-static STOP: AtomicBool = AtomicBool::new(false);
-
 /// Runs a program's work. An error is printed as one line, `error: …`, and makes the exit code 1 (130 after Ctrl-C).
 pub fn run(work: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
-    // Where the handler cannot be installed, Ctrl-C ends the program at once.
-    let _ = ctrlc::set_handler(|| {
-        if STOP.swap(true, Ordering::Relaxed) {
-            std::process::exit(INTERRUPTED.into());
-        }
-    });
+    signals::listen();
     match work() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -55,10 +49,4 @@ fn one_line(error: &anyhow::Error) -> String {
         }
     }
     text.lines().map(str::trim).collect::<Vec<_>>().join(" ")
-}
-
-/// Whether the user has asked to stop. Long work asks now and then and then ends with [`l2p_engine::Error::Interrupted`];
-/// a second Ctrl-C ends the program at once.
-pub fn stop_requested() -> bool {
-    STOP.load(Ordering::Relaxed)
 }

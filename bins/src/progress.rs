@@ -1,7 +1,7 @@
-//! Progress on standard error, hidden where that is no terminal.
+//! Progress on standard error: bars, and lines where that is no terminal.
 
 use std::io::IsTerminal;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -55,25 +55,111 @@ impl Drop for WriteProgress {
     }
 }
 
-/// Between two lines where there is no terminal for a bar.
+/// The longest that nothing is said where there is no terminal for a bar.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// One thing after another, each with a bar of its own that tells how far it is, how fast, and how long the rest will take.
+/// How often it is looked whether that is over.
+const TICK: Duration = Duration::from_millis(500);
+
+/// One thing after another, each with a bar of its own that tells how far it is, how fast, and how long the rest will take. Where there
+/// is no terminal a line says the same whenever nothing else was said for a while, whether the work moves or not.
 pub struct PhaseBar {
     bar: ProgressBar,
     shown: &'static str,
-    /// Where there is no terminal, a line now and then.
-    lines: Option<Lines>,
+    lines: Arc<Lines>,
+    teller: Option<JoinHandle<()>>,
+}
+
+/// What lines tell.
+struct Lines {
+    state: Mutex<Phase>,
+    ended: Condvar,
+}
+
+/// Where the work is.
+struct Phase {
+    what: &'static str,
+    /// What is being done of the part that is next.
+    detail: String,
+    done: u64,
+    total: u64,
+    /// When it began, and where.
+    began: (Instant, u64),
+    /// When something was last said.
+    told: Instant,
+    over: bool,
+}
+
+impl Phase {
+    /// The line that is due, if one is.
+    fn line(&mut self) -> Option<String> {
+        if self.what.is_empty() || self.told.elapsed() < LINE_INTERVAL {
+            return None;
+        }
+        self.told = Instant::now();
+        let (began, first) = self.began;
+        let seconds = began.elapsed().as_secs_f64();
+        let gained = self.done.saturating_sub(first);
+        let speed = match gained {
+            0 => format!("for {seconds:.0} s now"),
+            gained => {
+                let rate = gained as f64 / seconds;
+                let left = self.total.saturating_sub(self.done) as f64 / rate;
+                match rate {
+                    1.0.. => format!("{rate:.1}/s  {left:.0} s left"),
+                    _ => format!("{:.1} s each  {left:.0} s left", 1.0 / rate),
+                }
+            }
+        };
+        Some(format!(
+            "{} {}/{}{}  {speed}",
+            self.what, self.done, self.total, self.detail
+        ))
+    }
+}
+
+impl Lines {
+    fn state(&self) -> MutexGuard<'_, Phase> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells what is due until it is over.
+    fn tell(&self) {
+        let mut state = self.state();
+        while !state.over {
+            if let Some(line) = state.line() {
+                crate::say(line);
+            }
+            let waited = self.ended.wait_timeout(state, TICK);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
 }
 
 impl PhaseBar {
-    /// Nothing is shown yet. With `lines` it is told in a line now and then where there is no terminal, also while nothing
-    /// gets done for long.
-    pub fn new(lines: bool) -> Self {
+    /// Nothing is shown yet.
+    pub fn new() -> Self {
+        let lines = Arc::new(Lines {
+            state: Mutex::new(Phase {
+                what: "",
+                detail: String::new(),
+                done: 0,
+                total: 0,
+                began: (Instant::now(), 0),
+                told: Instant::now(),
+                over: false,
+            }),
+            ended: Condvar::new(),
+        });
+        let teller = (!std::io::stderr().is_terminal()).then(|| {
+            let lines = lines.clone();
+            std::thread::spawn(move || lines.tell())
+        });
         PhaseBar {
             bar: ProgressBar::hidden(),
             shown: "",
-            lines: (lines && !std::io::stderr().is_terminal()).then(|| Lines::every(LINE_INTERVAL, crate::say)),
+            lines,
+            teller,
         }
     }
 
@@ -81,8 +167,8 @@ impl PhaseBar {
     pub fn show(&mut self, what: &'static str, done: u64, total: u64) {
         if self.shown != what {
             self.bar.finish_and_clear();
-            let style = ProgressStyle::with_template("{msg} [{bar:32}] {pos}/{len}  {per_sec}  {eta} left");
-            self.bar = ProgressBar::new(total).with_message(what);
+            let style = ProgressStyle::with_template("{prefix}{msg} [{bar:32}] {pos}/{len}  {per_sec}  {eta} left");
+            self.bar = ProgressBar::new(total).with_prefix(what);
             self.bar
                 .set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             self.bar.enable_steady_tick(Duration::from_millis(200));
@@ -90,127 +176,81 @@ impl PhaseBar {
             self.bar.set_position(done);
             self.bar.reset_eta();
             self.shown = what;
+            let mut state = self.lines.state();
+            state.what = what;
+            state.began = (Instant::now(), done);
         }
         self.bar.set_length(total);
         self.bar.set_position(done);
-        if let Some(lines) = &self.lines {
-            lines.show(what, done, total);
-        }
+        self.detail(String::new());
+        let mut state = self.lines.state();
+        (state.done, state.total) = (done, total);
+    }
+
+    /// What is being done of the part that is next, such as `, batch 3 of 8`; gone with the next part.
+    pub fn detail(&self, text: String) {
+        self.bar.set_message(text.clone());
+        self.lines.state().detail = text;
     }
 
     /// Runs `work`, which prints, without the bar in its way.
     pub fn suspend<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.lines.state().told = Instant::now();
         self.bar.suspend(work)
     }
 
-    /// Takes the bar away.
-    pub fn clear(&self) {
+    /// Takes the bar away; nothing is told from then on until something is shown.
+    pub fn clear(&mut self) {
         self.bar.finish_and_clear();
+        self.shown = "";
+        self.lines.state().what = "";
     }
 }
 
-/// Tells at intervals, from a thread of its own, how far the work is: a step of a large batch may take minutes, and whoever reads
-/// a log should see what it is at.
-struct Lines {
-    shared: Arc<(Mutex<Told>, Condvar)>,
-    thread: Option<JoinHandle<()>>,
-}
-
-/// How far the work is.
-struct Told {
-    what: &'static str,
-    done: u64,
-    total: u64,
-    /// When this began, and where.
-    began: (Instant, u64),
-    ended: bool,
-}
-
-impl Lines {
-    fn every(interval: Duration, tell: impl Fn(String) + Send + 'static) -> Self {
-        let told = Told {
-            what: "",
-            done: 0,
-            total: 0,
-            began: (Instant::now(), 0),
-            ended: false,
-        };
-        let shared = Arc::new((Mutex::new(told), Condvar::new()));
-        let there = shared.clone();
-        let thread = std::thread::spawn(move || {
-            let (told, changed) = &*there;
-            let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
-            while !told.ended {
-                let wait = changed.wait_timeout_while(told, interval, |told| !told.ended);
-                told = wait.unwrap_or_else(PoisonError::into_inner).0;
-                if !told.ended && !told.what.is_empty() && told.done < told.total {
-                    tell(told.line());
-                }
-            }
-        });
-        Lines {
-            shared,
-            thread: Some(thread),
-        }
-    }
-
-    fn show(&self, what: &'static str, done: u64, total: u64) {
-        let mut told = self.shared.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if told.what != what {
-            (told.what, told.began) = (what, (Instant::now(), done));
-        }
-        (told.done, told.total) = (done, total);
-    }
-}
-
-impl Told {
-    fn line(&self) -> String {
-        let Told { what, done, total, .. } = *self;
-        let (began, first) = self.began;
-        let seconds = began.elapsed().as_secs_f64();
-        match done.saturating_sub(first) {
-            0 => format!("{what} {done}/{total}  for {seconds:.0} s so far"),
-            more => {
-                let rate = more as f64 / seconds;
-                let left = (total - done) as f64 / rate;
-                format!("{what} {done}/{total}  {rate:.1}/s  {left:.0} s left")
-            }
-        }
-    }
-}
-
-impl Drop for Lines {
+impl Drop for PhaseBar {
     fn drop(&mut self) {
-        let (told, changed) = &*self.shared;
-        told.lock().unwrap_or_else(PoisonError::into_inner).ended = true;
-        changed.notify_all();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+        self.bar.finish_and_clear();
+        self.lines.state().over = true;
+        self.lines.ended.notify_all();
+        if let Some(teller) = self.teller.take() {
+            let _ = teller.join();
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::channel;
-
     use super::*;
 
+    fn phase(done: u64, seconds: u64, quiet: u64) -> Phase {
+        let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
+        Phase {
+            what: "training",
+            detail: ", batch 40 of 1000".into(),
+            done,
+            total: 12,
+            began: (ago(seconds), 2),
+            told: ago(quiet),
+            over: false,
+        }
+    }
+
     #[test]
-    fn work_that_takes_long_is_told_of_while_it_lasts() {
-        let (told, lines) = channel();
-        let display = Lines::every(Duration::from_millis(5), move |line| {
-            let _ = told.send(line);
-        });
-        display.show("drawing", 40, 100);
-        // Nothing gets done meanwhile.
-        let line = lines.recv_timeout(Duration::from_secs(30)).unwrap();
-        assert!(line.starts_with("drawing 40/100  for "), "{line}");
-        display.show("drawing", 60, 100);
-        let told = std::iter::from_fn(|| lines.recv_timeout(Duration::from_secs(30)).ok());
-        let line = told.take(1000).find(|line| line.starts_with("drawing 60/100")).unwrap();
-        assert!(line.contains("/s") && line.ends_with(" s left"), "{line}");
-        drop(display);
-        assert!(lines.iter().count() < 1000);
+    fn a_line_is_due_when_nothing_was_said_for_a_while_though_nothing_moves() {
+        assert_eq!(phase(2, 30, 3).line(), None);
+        let mut still = phase(2, 30, 11);
+        assert_eq!(still.line().unwrap(), "training 2/12, batch 40 of 1000  for 30 s now");
+        assert_eq!(still.line(), None);
+        let slow = phase(7, 20, 11).line().unwrap();
+        assert_eq!(slow, "training 7/12, batch 40 of 1000  4.0 s each  20 s left");
+        assert!(phase(12, 2, 11).line().unwrap().ends_with("5.0/s  0 s left"));
+        assert_eq!(
+            Phase {
+                what: "",
+                ..phase(3, 30, 30)
+            }
+            .line(),
+            None
+        );
     }
 }

@@ -39,6 +39,16 @@ pub type Batch = Bounded<1, 65_536>;
 pub type Steps = Bounded<1, 100_000>;
 /// Optimizer steps, and intervals between them (0: never).
 pub type TrainSteps = Bounded<0, 1_000_000_000_000>;
+/// Optimizer steps, and intervals between them, of which there is at least one.
+pub type SomeTrainSteps = Bounded<1, 1_000_000_000_000>;
+/// Pictures, checkpoints or steps that are counted out.
+pub type Count = Bounded<0, 1_000_000_000>;
+/// The same where there is at least one.
+pub type SomeCount = Bounded<1, 1_000_000_000>;
+/// Pixels of a picture.
+pub type Pixels = Bounded<1, { 1 << 32 }>;
+/// Seed of a generator: whatever a whole number of TOML holds that is not negative.
+pub type Seed = Bounded<0, { i64::MAX as u64 }>;
 /// Threads.
 pub type Threads = Bounded<1, 1024>;
 /// Pictures that one command draws, and how often it draws each prompt.
@@ -95,6 +105,12 @@ impl<const LEAST: u64, const MOST: u64> Bounded<LEAST, MOST> {
     }
 }
 
+impl<const LEAST: u64, const MOST: u64> From<Bounded<LEAST, MOST>> for u64 {
+    fn from(number: Bounded<LEAST, MOST>) -> u64 {
+        number.0
+    }
+}
+
 impl<const LEAST: u64, const MOST: u64> fmt::Display for Bounded<LEAST, MOST> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
@@ -129,7 +145,8 @@ impl<'de, const LEAST: u64, const MOST: u64> Deserialize<'de> for Bounded<LEAST,
             }
 
             fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Self::Value, E> {
-                Err(E::custom(Bounded::<LEAST, MOST>::refusal(value)))
+                // With its point, which is what is wrong with 3.0.
+                Err(E::custom(Bounded::<LEAST, MOST>::refusal(format_args!("{value:?}"))))
             }
         }
         deserializer.deserialize_any(Number)

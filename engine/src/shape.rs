@@ -27,9 +27,19 @@ impl Shape {
         }
     }
 
-    /// The number of elements.
+    /// The number of elements; `usize::MAX` where there are more, which no tensor has.
     pub fn elements(&self) -> usize {
-        self.iter().product()
+        product(self)
+    }
+
+    /// Bytes of so many elements of `size` bytes each; `None` where no buffer can hold them. Extents of 0 do not excuse the others,
+    /// so that every product of some of the extents of a tensor's shape can be computed.
+    pub fn checked_bytes(&self, size: usize) -> Option<usize> {
+        let whole = self
+            .iter()
+            .try_fold(size, |bytes, &extent| bytes.checked_mul(extent.max(1)));
+        whole.filter(|bytes| isize::try_from(*bytes).is_ok())?;
+        Some(self.elements() * size)
     }
 
     /// The innermost extent, 1 for a scalar.
@@ -39,8 +49,14 @@ impl Shape {
 
     /// The product of all extents but the innermost.
     pub fn rows(&self) -> usize {
-        self[..self.rank.saturating_sub(1)].iter().product()
+        product(&self[..self.rank.saturating_sub(1)])
     }
+}
+
+fn product(extents: &[usize]) -> usize {
+    extents
+        .iter()
+        .fold(1, |product: usize, extent| product.saturating_mul(*extent))
 }
 
 impl std::ops::Deref for Shape {

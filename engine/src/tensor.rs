@@ -39,10 +39,10 @@ impl Tensor {
     /// A tensor whose elements have no defined value yet (on the CPU zero, or NaN when poisoning is on).
     ///
     /// # Errors
-    /// When the device has no room for it.
+    /// When the device has no room for it, or no device could.
     pub fn empty(device: &Device, shape: impl Into<Shape>, dtype: DType) -> Result<Self> {
         let shape = shape.into();
-        let bytes = shape.elements() * dtype.size();
+        let bytes = shape.checked_bytes(dtype.size()).ok_or_else(|| too_large(shape))?;
         let storage = match device {
             Device::Cpu => Storage::Cpu(CpuBuffer::new(bytes)?),
             Device::Cuda(device) => Storage::Cuda(CudaBuffer::new(device, bytes)?),
@@ -173,6 +173,7 @@ impl Tensor {
     /// When the number of elements differs.
     pub fn reshape(&self, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
+        shape.checked_bytes(self.dtype.size()).ok_or_else(|| too_large(shape))?;
         if shape.elements() != self.elements() {
             return Err(Error::Shape {
                 op: "reshape",
@@ -214,17 +215,20 @@ impl Tensor {
     /// # Errors
     /// When they reach past the end.
     pub fn narrow(&self, start: usize, count: usize) -> Result<Self> {
-        let extent = self.shape.first().copied().unwrap_or(0);
-        if start + count > extent {
-            return Err(Error::Shape {
-                op: "narrow",
-                tensor: "input".into(),
-                expected: format!("at least {} entries", start + count),
-                found: self.shape,
-            });
-        }
         let mut extents = self.shape.to_vec();
-        extents[0] = count;
+        let end = start.checked_add(count);
+        match (extents.first_mut(), end) {
+            (Some(extent), Some(end)) if end <= *extent => *extent = count,
+            _ => {
+                return Err(Error::Shape {
+                    op: "narrow",
+                    tensor: "input".into(),
+                    expected: format!("at least {} entries", start.saturating_add(count)),
+                    found: self.shape,
+                });
+            }
+        }
+        // Both within this tensor's elements, whose number was checked when it was made.
         let stride: usize = self.shape[1..].iter().product();
         Ok(Tensor {
             offset: self.offset + start * stride,
@@ -472,6 +476,10 @@ impl Tensor {
             found: found.to_string(),
         })
     }
+}
+
+fn too_large(shape: Shape) -> Error {
+    Error::invalid(format!("a tensor of shape {shape} is larger than any memory"))
 }
 
 fn shared_buffer() -> Error {

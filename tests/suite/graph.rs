@@ -12,6 +12,14 @@ pub fn register(suite: &mut Suite) {
         "device::graph::tensors_do_not_outlive_a_recording",
         tensors_do_not_outlive_a_recording,
     );
+    suite.cuda(
+        "device::graph::memory_of_dropped_tensors_is_held",
+        memory_of_dropped_tensors_is_held,
+    );
+    suite.cuda(
+        "device::graph::copies_from_the_host_are_refused",
+        copies_from_the_host_are_refused,
+    );
 }
 
 fn replays_equal_calls(device: &Device) -> Outcome {
@@ -68,5 +76,46 @@ fn tensors_do_not_outlive_a_recording(device: &Device) -> Outcome {
     let message = outcome.err().map(|error| error.to_string()).unwrap_or_default();
     assert!(message.contains("outlives the recording"), "{message}");
     drop(kept);
+    Ok(())
+}
+
+/// What recorded work reads and writes is dropped before it is replayed: nobody else gets that memory, and it returns with the
+/// graph.
+fn memory_of_dropped_tensors_is_held(device: &Device) -> Outcome {
+    let Device::Cuda(cuda) = device else {
+        return Err("not a GPU".into());
+    };
+    const COUNT: usize = 100_000;
+    let held = || device.memory_report().total.current;
+    let before = held();
+    let mut graph = {
+        let source = Tensor::from_slice(device, &random("source", COUNT), [COUNT])?;
+        let mut target = Tensor::zeros(device, [COUNT], DType::F32)?;
+        Graph::record(cuda, || target.copy_from(&source))?
+    };
+    assert!(held() >= before + 2 * 4 * COUNT as u64, "the graph holds too little");
+    let zeros = vec![0f32; COUNT];
+    let bystanders: Vec<Tensor> = (0..8)
+        .map(|_| Tensor::from_slice(device, &zeros, [COUNT]))
+        .collect::<l2p_engine::Result<_>>()?;
+    graph.launch()?;
+    for bystander in &bystanders {
+        assert_eq!(bystander.to_vec::<f32>()?, zeros);
+    }
+    drop((graph, bystanders));
+    assert_eq!(held(), before);
+    Ok(())
+}
+
+fn copies_from_the_host_are_refused(device: &Device) -> Outcome {
+    let Device::Cuda(cuda) = device else {
+        return Err("not a GPU".into());
+    };
+    let mut x = Tensor::zeros(device, [64], DType::F32)?;
+    let outcome = Graph::record(cuda, || x.copy_from_slice(&[1f32; 64]));
+    let message = outcome.err().map(|error| error.to_string()).unwrap_or_default();
+    assert!(message.contains("a copy from the host cannot be recorded"), "{message}");
+    x.copy_from_slice(&[1f32; 64])?;
+    assert_eq!(x.to_vec::<f32>()?, [1f32; 64]);
     Ok(())
 }

@@ -6,6 +6,7 @@ mod bench;
 mod checkpoint;
 mod convert;
 mod data;
+mod doors;
 mod flow;
 mod fuzz;
 mod graph;
@@ -27,6 +28,7 @@ fn main() -> std::process::ExitCode {
     checkpoint::register(&mut suite);
     convert::register(&mut suite);
     data::register(&mut suite);
+    doors::register(&mut suite);
     flow::register(&mut suite);
     fuzz::register(&mut suite);
     graph::register(&mut suite);

@@ -65,7 +65,7 @@ fn synthesize_set(arguments: &Synthesize) -> anyhow::Result<()> {
         crate::say(format_args!("note: {word}"));
     }
     let started = Instant::now();
-    let mut display = PhaseBar::new(true);
+    let mut display = PhaseBar::new();
     let report = synthesize(
         &mut pipeline,
         &arguments.out,

@@ -1,9 +1,11 @@
 //! The command line of `l2p-train`.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand};
-use l2p_engine::train::run::{Resume, TrainConfig, XAxis};
+use l2p_engine::train::run::{Resume, TrainConfig, XAxis, nearest_key};
 use l2p_engine::{DeviceChoice, Result};
 
 use super::flags::KeyFlags;
@@ -15,11 +17,14 @@ What to train, on what and how stands in a configuration, a TOML file; every key
 file. Paths in the file are relative to the file. docs/training.md explains the keys and holds commented examples for 1K, 4K \
 and the demo.
 
-Everything a run writes goes to --out: log.jsonl, events/ for TensorBoard, checkpoints/, samples/, report.html. A run that \
-was interrupted continues from its newest checkpoint when the same command is given again, with the same losses, bit for \
-bit, as if it had never stopped.
+Everything a run writes goes to --out: log.jsonl, events/ for TensorBoard, checkpoints/, samples/, report.html; one run at a \
+time. A run that was interrupted continues from its newest checkpoint when the same command is given again, with the same \
+losses, bit for bit, as if it had never stopped. Weights, gradients or losses that are not finite are never saved: after a \
+divergence the same command with a lower --lr continues from before it.
 
-Ctrl-C or SIGTERM saves and ends with exit code 130; a second Ctrl-C ends at once. Errors end with exit code 1.";
+Ctrl-C, SIGTERM or the closing of the terminal (unless nohup ignores it) saves and ends with exit code 130; a second Ctrl-C \
+ends at once. Errors end with exit code 1. Nothing that happens to the output ends a run: not a reader that leaves, not a \
+full disk behind a redirection.";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -67,7 +72,7 @@ pub struct Run {
     /// The run's folder
     #[arg(long, value_name = "DIR", default_value = "run")]
     pub out: PathBuf,
-    /// Continue from the newest checkpoint in --out (auto), from a checkpoint's folder, or from none
+    /// Continue from the newest good checkpoint in --out (auto), from a checkpoint's or a run's folder, or from none
     #[arg(long, value_name = "auto|none|DIR", default_value = "auto", value_parser = resume)]
     pub resume: Resume,
     /// Print every line of the log as JSON to standard output
@@ -138,7 +143,7 @@ pub enum Command {
         /// Folders of runs, each with a label before it if it is to have another than its name
         #[arg(required = true, value_name = "[LABEL=]DIR")]
         runs: Vec<String>,
-        /// The picture; the numbers go beside it, to a file of the same name that ends in .json
+        /// The picture; the numbers go beside it, to a file of the same name that ends in .json instead of .svg
         #[arg(long, value_name = "FILE.svg", default_value = "compare.svg")]
         out: PathBuf,
         /// Over what: steps, pictures or seconds
@@ -153,6 +158,9 @@ pub enum Command {
         /// Samples in a row
         #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
         columns: u32,
+        /// Replace what is there
+        #[arg(long)]
+        force: bool,
         /// Print the numbers as JSON
         #[arg(long)]
         json: bool,
@@ -171,6 +179,27 @@ impl Source {
     /// Naming the key at fault.
     pub fn read(&self) -> Result<TrainConfig> {
         TrainConfig::read(self.config.as_deref(), &self.keys.0)
+    }
+}
+
+impl Arguments {
+    /// The arguments of this process. Where they make no sense, says why and ends it; where a flag goes by the name that other
+    /// programs give it, with the name that it has here.
+    pub fn of_process() -> Self {
+        Self::of(std::env::args_os()).unwrap_or_else(|error| error.exit())
+    }
+
+    fn of<T: Into<OsString> + Clone>(arguments: impl IntoIterator<Item = T>) -> std::result::Result<Self, clap::Error> {
+        Self::try_parse_from(arguments).map_err(|mut error| {
+            if let (ErrorKind::UnknownArgument, Some(ContextValue::String(flag))) =
+                (error.kind(), error.get(ContextKind::InvalidArg))
+                && let Some(key) = nearest_key(flag.trim_start_matches('-'))
+            {
+                let meant = format!("--{}", key.replace('_', "-"));
+                error.insert(ContextKind::SuggestedArg, ContextValue::String(meant));
+            }
+            error
+        })
     }
 }
 
@@ -201,8 +230,24 @@ mod tests {
     }
 
     #[test]
+    fn flags_of_other_programs_are_translated() {
+        for (flag, meant) in [
+            ("--learning-rate", "'--lr'"),
+            ("--batch-size", "'--batch'"),
+            ("--weight-deacy", "'--weight-decay'"),
+            ("--max_train_steps", "'--steps'"),
+        ] {
+            let message = Arguments::of(["l2p-train", flag, "1"]).unwrap_err().to_string();
+            assert!(message.contains(meant), "{flag}: {message}");
+        }
+        assert!(Arguments::of(["l2p-train", "--lr", "1"]).is_ok());
+    }
+
+    #[test]
     fn help_teaches() {
         let help = Arguments::command().render_long_help().to_string();
+        // Lines end where the width ends.
+        let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
         for word in [
             "--config",
             "--weight-decay",

@@ -8,8 +8,11 @@ mod plan;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use l2p_engine::checkpoint::expect_free;
 use l2p_engine::image_io::{WriteOptions, write_image};
-use l2p_engine::train::run::{self, Event, Forecast, Observer, PackageOptions, XAxis, compare, write_report};
+use l2p_engine::train::run::{
+    self, Comparison, Event, Forecast, Observer, PackageOptions, XAxis, compare, write_report,
+};
 use l2p_engine::{Device, DeviceChoice};
 
 pub use arguments::Arguments;
@@ -31,15 +34,11 @@ pub fn train(arguments: Arguments) -> anyhow::Result<()> {
             title,
             samples,
             columns,
+            force,
             json,
         }) => {
-            let runs = labelled(&runs);
-            if let Some(path) = samples {
-                let folders: Vec<PathBuf> = runs.iter().map(|(_, folder)| folder.clone()).collect();
-                let image = run::sample_rows(&folders, columns as usize)?;
-                write_image(&path, &image, &WriteOptions::default())?;
-            }
-            compare_runs(&runs, &out, over, &title, json)
+            let targets = Targets { out, samples, force };
+            compare_runs(&labelled(&runs), &targets, over, &title, columns as usize, json)
         }
         Some(Command::Plan {
             source,
@@ -95,8 +94,7 @@ const STEPS: &str = "training";
 impl Display {
     fn new(json: bool, steps: u64) -> Self {
         Display {
-            // Records are told in lines of their own.
-            bar: PhaseBar::new(false),
+            bar: PhaseBar::new(),
             json,
             steps,
         }
@@ -117,6 +115,7 @@ impl Observer for Display {
                 }
                 self.bar.show(STEPS, *step, *steps);
             }
+            Event::Batch { done, total } => self.bar.detail(format!(", batch {done} of {total} of the next step")),
             Event::Step { step } => self.bar.show(STEPS, *step, self.steps),
             Event::Notice(text) => self.line(&format!("note: {text}")),
             Event::Record(record) => {
@@ -186,20 +185,35 @@ fn labelled(runs: &[String]) -> Vec<(Option<String>, PathBuf)> {
     labelled.collect()
 }
 
+/// What a comparison writes.
+struct Targets {
+    /// The picture.
+    out: PathBuf,
+    /// The samples beside each other.
+    samples: Option<PathBuf>,
+    /// Whether what is there is replaced.
+    force: bool,
+}
+
 fn compare_runs(
     runs: &[(Option<String>, PathBuf)],
-    out: &Path,
+    targets: &Targets,
     over: XAxis,
     title: &str,
+    columns: usize,
     json: bool,
 ) -> anyhow::Result<()> {
+    let files = Comparison::files(&targets.out)?;
+    for path in files.iter().chain(&targets.samples) {
+        expect_free(path, targets.force)?;
+    }
     let comparison = compare(runs, over)?;
-    let numbers = serde_json::to_string_pretty(&comparison)?;
-    let write = |path: &Path, text: &str| {
-        std::fs::write(path, format!("{text}\n")).with_context(|| format!("cannot write {}", path.display()))
-    };
-    write(out, &comparison.svg(title))?;
-    write(&out.with_extension("json"), &numbers)?;
+    if let Some(path) = &targets.samples {
+        let folders: Vec<PathBuf> = runs.iter().map(|(_, folder)| folder.clone()).collect();
+        let image = run::sample_rows(&folders, columns)?;
+        write_image(path, &image, &WriteOptions::default())?;
+    }
+    let numbers = comparison.write(&files, title)?;
     match json {
         true => crate::print(&format!("{numbers}\n")),
         false => crate::print(&lines::table(&comparison)),

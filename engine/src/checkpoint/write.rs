@@ -44,6 +44,9 @@ pub trait WriteObserver {
         let _ = path;
         Ok(())
     }
+
+    /// These bytes of the file come next; for those who sum them up.
+    fn next_bytes(&mut self, _bytes: &[u8]) {}
 }
 
 /// Watches nothing.
@@ -108,6 +111,7 @@ impl OutputTensor<'_> {
     fn write(&self, file: &mut File, path: &Path, observer: &mut dyn WriteObserver) -> Result<()> {
         let mut put = |bytes: &[u8]| {
             file.write_all(bytes).map_err(|error| Error::io(path, error))?;
+            observer.next_bytes(bytes);
             observer.advance(bytes.len() as u64)
         };
         match &self.content {
@@ -270,6 +274,7 @@ impl<'a> OutputFile<'a> {
         reserve(file, bytes)
             .map_err(|error| Error::file(path, format!("no room for {}: {error}", format_bytes(bytes))))?;
         file.write_all(&header).map_err(failed)?;
+        observer.next_bytes(&header);
         observer.advance(header.len() as u64)?;
         for tensor in &self.tensors {
             tensor.write(file, path, observer)?;

@@ -2,16 +2,18 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
 
 use super::blas::{Blas, Searched};
-use super::cpu::{POISON_BYTE, poison_new_buffers};
+use super::buffer::Block;
+use super::graph::Recorded;
 use super::kernel::Kernel;
 use super::lock::lock;
-use super::memory::{BesidePool, Ledger, MemoryReport, MemoryTag, format_bytes};
-use super::pool::{Pool, Recording};
+use super::memory::{BesidePool, Ledger, MemoryReport, format_bytes};
+use super::pool::Pool;
 use super::{images, libraries, upload};
 use crate::error::{Error, Result};
 
@@ -62,8 +64,12 @@ pub struct CudaDevice {
     pool: Mutex<Pool>,
     /// What the driver has taken for all else.
     beside_pool: Mutex<BesidePool>,
-    /// While work is recorded: the blocks that the recording uses.
-    recording: Mutex<Option<Recording>>,
+    /// While work is recorded: what the recording uses.
+    recording: Mutex<Option<Recorded>>,
+    /// Whether `recording` holds something, for those who ask often.
+    is_recording: AtomicBool,
+    /// Held for reading while something is submitted, for writing while a recording begins: nothing is caught in between.
+    turn: RwLock<()>,
     stream: Arc<CudaStream>,
     // Last, so that everything above is released while the context still exists.
     context: Arc<CudaContext>,
@@ -148,6 +154,8 @@ impl CudaDevice {
             pool: Mutex::new(pool),
             beside_pool: Mutex::new(beside_pool),
             recording: Mutex::new(None),
+            is_recording: AtomicBool::new(false),
+            turn: RwLock::new(()),
             stream,
             context,
         })
@@ -195,6 +203,10 @@ impl CudaDevice {
     /// The stream on which all work of the device runs.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    pub(super) fn ledger(&self) -> &Ledger {
+        &self.ledger
     }
 
     /// Makes the device current for this thread.
@@ -367,19 +379,62 @@ impl CudaDevice {
         work(staging.as_mut().expect("made above"))
     }
 
-    /// From now on until [`CudaDevice::end_recording`], blocks come from a recording of their own.
+    /// From now on until [`CudaDevice::end_recording`], this thread's blocks come from a recording of their own, and no other
+    /// thread can submit work, which would be recorded too.
     pub(super) fn begin_recording(&self) -> Result<()> {
-        let mut recording = lock(&self.recording);
+        let _alone = self.turn.write().unwrap_or_else(PoisonError::into_inner);
+        let mut recording = self.recording();
         if recording.is_some() {
             return Err(Error::invalid("work is being recorded on this device already"));
         }
-        *recording = Some(Recording::default());
+        *recording = Some(Recorded::new());
+        self.is_recording.store(true, Ordering::SeqCst);
         Ok(())
     }
 
     /// Ends what [`CudaDevice::begin_recording`] began.
-    pub(super) fn end_recording(&self) -> Recording {
-        lock(&self.recording).take().unwrap_or_default()
+    pub(super) fn end_recording(&self) -> Option<Recorded> {
+        let recorded = self.recording().take();
+        self.is_recording.store(false, Ordering::SeqCst);
+        recorded
+    }
+
+    fn recording(&self) -> MutexGuard<'_, Option<Recorded>> {
+        lock(&self.recording)
+    }
+
+    /// Notes that an address in `block` is given out: work that is being recorded may use it at every replay.
+    pub(super) fn note_use(&self, block: &Arc<Block>) {
+        if self.is_recording.load(Ordering::SeqCst)
+            && let Some(recorded) = &mut *self.recording()
+        {
+            recorded.keep(block);
+        }
+    }
+
+    /// Calls `work`, which submits something to the device's stream.
+    ///
+    /// # Errors
+    /// When another thread is recording work, or the device cannot be made current.
+    pub(super) fn submit<T>(&self, work: impl FnOnce() -> T) -> Result<T> {
+        self.bind()?;
+        let _turn = self.turn.read().unwrap_or_else(PoisonError::into_inner);
+        if self.is_recording.load(Ordering::SeqCst) && self.recording().as_ref().is_some_and(|r| !r.is_mine()) {
+            return Err(Error::invalid("another thread is recording work on this device"));
+        }
+        Ok(work())
+    }
+
+    /// Refuses `what`, which cannot be recorded: at a replay the host's memory is another.
+    ///
+    /// # Errors
+    /// While this thread records work.
+    pub(super) fn expect_not_recording(&self, what: &str) -> Result<()> {
+        let recording = self.is_recording.load(Ordering::SeqCst);
+        match recording && self.recording().as_ref().is_some_and(Recorded::is_mine) {
+            true => Err(Error::invalid(format!("{what} cannot be recorded"))),
+            false => Ok(()),
+        }
     }
 
     /// Returns blocks of a recording to the pool.
@@ -390,10 +445,10 @@ impl CudaDevice {
         }
     }
 
-    fn free(&self, address: u64, bytes: u64) {
+    pub(super) fn free(&self, address: u64, bytes: u64) {
         let mut pool = lock(&self.pool);
-        let recorded = match &mut *lock(&self.recording) {
-            Some(recording) => recording.free(address, bytes),
+        let recorded = match &mut *self.recording() {
+            Some(recorded) => recorded.blocks.free(address, bytes),
             None => false,
         };
         if !recorded {
@@ -401,13 +456,13 @@ impl CudaDevice {
         }
     }
 
-    fn allocate(&self, bytes: usize) -> Result<u64> {
+    pub(super) fn allocate(&self, bytes: usize) -> Result<u64> {
         self.bind()?;
         let outcome = {
             let mut pool = lock(&self.pool);
-            match &mut *lock(&self.recording) {
-                Some(recording) => recording.allocate(&mut pool, bytes as u64),
-                None => pool.allocate(bytes as u64),
+            match &mut *self.recording() {
+                Some(recorded) if recorded.is_mine() => recorded.blocks.allocate(&mut pool, bytes as u64),
+                _ => pool.allocate(bytes as u64),
             }
         };
         outcome.map_err(|error| {
@@ -494,116 +549,6 @@ impl Event {
 
     pub(super) fn wait(&self) -> Result<()> {
         check("work on the GPU", self.0.synchronize())
-    }
-}
-
-/// A block of a GPU's memory, counted by tag; returns to the pool when dropped.
-pub struct CudaBuffer {
-    device: Arc<CudaDevice>,
-    address: u64,
-    bytes: usize,
-    tag: MemoryTag,
-}
-
-impl CudaBuffer {
-    /// A block of `bytes` bytes with undefined content (NaNs when poisoning is on).
-    pub(crate) fn new(device: &Arc<CudaDevice>, bytes: usize) -> Result<Self> {
-        let address = device.allocate(bytes)?;
-        let tag = MemoryTag::current();
-        device.ledger.add(tag, bytes as u64);
-        let buffer = CudaBuffer {
-            device: device.clone(),
-            address,
-            bytes,
-            tag,
-        };
-        if poison_new_buffers() {
-            buffer.fill(POISON_BYTE)?;
-        }
-        Ok(buffer)
-    }
-
-    pub(crate) fn device(&self) -> &Arc<CudaDevice> {
-        &self.device
-    }
-
-    pub(crate) fn ptr(&self) -> u64 {
-        self.address
-    }
-
-    pub(crate) fn fill_zero(&mut self) -> Result<()> {
-        self.fill(0)
-    }
-
-    fn fill(&self, byte: u8) -> Result<()> {
-        if self.bytes == 0 {
-            return Ok(());
-        }
-        self.device.bind()?;
-        let stream = self.device.stream.cu_stream();
-        // SAFETY: the block belongs to this buffer and has `bytes` bytes.
-        check("cuMemsetD8Async", unsafe {
-            result::memset_d8_async(self.address, byte, self.bytes, stream)
-        })
-    }
-
-    /// Copies from pageable host memory into the block, from byte `offset` on; the source may be reused on return.
-    pub(crate) fn copy_from_host(&mut self, offset: usize, source: &[u8]) -> Result<()> {
-        assert!(offset + source.len() <= self.bytes, "a copy past the end of a buffer");
-        if source.is_empty() {
-            return Ok(());
-        }
-        self.device.bind()?;
-        let stream = self.device.stream.cu_stream();
-        // SAFETY: the range lies in the block (checked above); the driver has copied a pageable source when it returns.
-        let outcome = unsafe { result::memcpy_htod_async(self.address + offset as u64, source, stream) };
-        check("copy to the GPU", outcome)
-    }
-
-    /// Copies from another block of the same device, in the order of the stream.
-    pub(crate) fn copy_from_device(&mut self, to: usize, source: &CudaBuffer, from: usize, bytes: usize) -> Result<()> {
-        assert!(
-            to + bytes <= self.bytes && from + bytes <= source.bytes,
-            "a copy past the end of a buffer"
-        );
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.device.bind()?;
-        let stream = self.device.stream.cu_stream();
-        // SAFETY: both ranges lie in their blocks (checked above), and different buffers do not overlap.
-        let outcome =
-            unsafe { result::memcpy_dtod_async(self.address + to as u64, source.address + from as u64, bytes, stream) };
-        check("copy within the GPU", outcome)
-    }
-
-    /// Copies out of the block after all submitted work is done.
-    pub(crate) fn copy_to_host(&self, offset: usize, target: &mut [u8]) -> Result<()> {
-        assert!(offset + target.len() <= self.bytes, "a copy past the end of a buffer");
-        if target.is_empty() {
-            return Ok(());
-        }
-        self.device.bind()?;
-        let stream = self.device.stream.cu_stream();
-        // SAFETY: the range lies in the block (checked above), and the stream is waited for before `target` is used.
-        let outcome = unsafe { result::memcpy_dtoh_async(target, self.address + offset as u64, stream) };
-        check("copy from the GPU", outcome)?;
-        self.device.synchronize()
-    }
-
-    /// Fills the block through the pinned staging buffers, so that reading a file and copying overlap.
-    pub(crate) fn upload(&mut self, fill: &mut dyn FnMut(usize, &mut [u8]) -> Result<()>) -> Result<()> {
-        let (device, address, bytes) = (self.device.clone(), self.address, self.bytes);
-        device.with_staging(|staging| staging.upload(&device, address, bytes, fill))
-    }
-}
-
-impl Drop for CudaBuffer {
-    fn drop(&mut self) {
-        self.device.ledger.remove(self.tag, self.bytes as u64);
-        if self.device.bind().is_ok() {
-            self.device.free(self.address, self.bytes as u64);
-        }
     }
 }
 

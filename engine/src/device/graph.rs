@@ -1,21 +1,61 @@
 //! Recorded work: submitted once, replayed with one call.
 //!
-//! A recording keeps the addresses of everything it touches. What it allocates and frees is served from blocks that belong
-//! to the graph for as long as it lives, so that nothing else is ever handed the memory that a replay writes.
+//! A replay reads and writes the addresses that were given out while its work was recorded. A graph therefore holds every
+//! block that such an address lies in: dropping a tensor that recorded work uses returns its memory only when the graph is gone
+//! too. What the work itself allocates and frees is served from blocks that belong to the graph. So nothing else is ever handed
+//! memory that a replay touches, whatever becomes of the tensors.
 
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::thread::ThreadId;
 
 use cudarc::driver::{CudaGraph, sys};
 
+use super::buffer::Block;
 use super::cuda::{CudaDevice, check};
+use super::pool::Recording;
 use crate::error::{Error, Result};
 
 /// Recorded work of one device.
 pub struct Graph {
     graph: CudaGraph,
-    /// Addresses and sizes of the blocks that replays use.
+    /// Blocks that were there before the recording and that replays use.
+    _kept: Vec<Arc<Block>>,
+    /// Addresses and sizes of the recording's own blocks.
     blocks: Vec<(u64, u64)>,
     device: Arc<CudaDevice>,
+}
+
+/// What a recording uses.
+pub(super) struct Recorded {
+    /// What it allocates.
+    pub blocks: Recording,
+    /// What was there before, by address.
+    kept: HashMap<u64, Arc<Block>>,
+    thread: ThreadId,
+}
+
+impl Recorded {
+    /// A recording of this thread that has used nothing yet.
+    pub fn new() -> Self {
+        Recorded {
+            blocks: Recording::default(),
+            kept: HashMap::new(),
+            thread: std::thread::current().id(),
+        }
+    }
+
+    /// Whether this thread records.
+    pub fn is_mine(&self) -> bool {
+        self.thread == std::thread::current().id()
+    }
+
+    /// Holds a block unless it is one of the recording's own, which must return to it.
+    pub fn keep(&mut self, block: &Arc<Block>) {
+        if !self.blocks.holds(block.address) {
+            self.kept.entry(block.address).or_insert_with(|| block.clone());
+        }
+    }
 }
 
 // SAFETY: a graph may be launched from any thread, one at a time; `launch` takes it mutably.
@@ -23,10 +63,12 @@ unsafe impl Send for Graph {}
 
 impl Graph {
     /// Records what `work` submits, without running it. Kernels and library plans must have been used before, since loading
-    /// them cannot be recorded; tensors that `work` returns or keeps must not outlive the graph.
+    /// them cannot be recorded. The memory of the tensors that it uses is held as long as the graph; a tensor that is to be read or
+    /// written between replays must itself be kept. Other threads cannot submit work meanwhile.
     ///
     /// # Errors
-    /// Those of `work`, and when it does something that cannot be recorded, such as waiting for the device.
+    /// Those of `work`; when a tensor that it made outlives it; and when it does something that cannot be recorded, such as waiting
+    /// for the device or copying from or to the host.
     pub fn record(device: &Arc<CudaDevice>, work: impl FnOnce() -> Result<()>) -> Result<Self> {
         device.bind()?;
         let stream = device.stream();
@@ -45,8 +87,11 @@ impl Graph {
             let ended = device.charged(|beside| &mut beside.graphs, end);
             worked.and(ended)
         });
-        let recording = device.end_recording();
-        let all_returned = recording.live == 0;
+        let recorded = device.end_recording();
+        let Some(Recorded { blocks, kept, .. }) = recorded else {
+            return Err(Error::invalid("the recording was ended by something else"));
+        };
+        let all_returned = blocks.live == 0;
         let outcome = outcome.and_then(|graph| match (graph, all_returned) {
             (Some(graph), true) => Ok(graph),
             (Some(_), false) => Err(Error::invalid(
@@ -57,13 +102,14 @@ impl Graph {
         match outcome {
             Ok(graph) => Ok(Graph {
                 graph,
-                blocks: recording.taken,
+                _kept: kept.into_values().collect(),
+                blocks: blocks.taken,
                 device: device.clone(),
             }),
             Err(error) => {
                 // Blocks of a tensor that is still alive stay out of the pool: better lost than given out twice.
                 if all_returned {
-                    device.release_blocks(&recording.taken);
+                    device.release_blocks(&blocks.taken);
                 }
                 Err(error)
             }
@@ -75,7 +121,7 @@ impl Graph {
     /// # Errors
     /// When the driver refuses.
     pub fn launch(&mut self) -> Result<()> {
-        check("cuGraphLaunch", self.graph.launch())
+        check("cuGraphLaunch", self.device.submit(|| self.graph.launch())?)
     }
 }
 

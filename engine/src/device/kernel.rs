@@ -130,10 +130,9 @@ impl Kernel {
             return Ok(());
         }
         self.check(&args)?;
-        device.bind()?;
         let mut pointers = args.pointers();
         // SAFETY: by the caller's promise; the argument pointers live until the call returns, which copies them.
-        let outcome = unsafe {
+        let launch = || unsafe {
             result::launch_kernel(
                 self.function,
                 grid.into(),
@@ -143,6 +142,7 @@ impl Kernel {
                 &mut pointers,
             )
         };
+        let outcome = device.submit(launch)?;
         check(
             &format!("launching {} on a grid of {grid:?}", self.name.to_string_lossy()),
             outcome,

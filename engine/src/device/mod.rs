@@ -1,9 +1,16 @@
 //! Devices: the CPU, and NVIDIA GPUs through the CUDA driver.
 //!
-//! `unsafe` code lives in this module, in the launch functions of `ops`, and where `checkpoint` maps files; nowhere else.
+//! `unsafe` code lives in these places of the workspace and nowhere else; a test compares the list with the sources:
+//!
+//! * `engine/src/device/`: calls of the driver and of CUDA's libraries, and the memory of both kinds of device
+//! * `engine/src/ops/`: launches of kernels and products
+//! * `engine/src/train/adamw.rs`: launches of its kernels
+//! * `engine/src/checkpoint/file.rs`: the mapping of model files
+//! * `engine/src/nvtx.rs`: the profiler's table of functions
 
 mod args;
 mod blas;
+mod buffer;
 mod cpu;
 mod cuda;
 mod graph;
@@ -24,8 +31,9 @@ use std::sync::Arc;
 
 pub use args::Args;
 pub use blas::{Blas, Effort, Matmul, MatmulOperands, Searched, class_rows};
+pub use buffer::CudaBuffer;
 pub use cpu::{CpuBuffer, set_poison_new_buffers};
-pub use cuda::{CudaBuffer, CudaDevice, Event};
+pub use cuda::{CudaDevice, Event};
 pub use graph::Graph;
 pub use kernel::{Kernel, LaunchInfo, TensorMap, TensorMapSpec};
 pub use memory::{BesidePool, MemoryReport, MemoryTag, TagScope, format_bytes};

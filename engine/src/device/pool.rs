@@ -123,12 +123,15 @@ impl Recording {
         self.free_blocks.take(size)
     }
 
+    /// Whether the address lies in one of the recording's own blocks.
+    pub fn holds(&self, address: u64) -> bool {
+        let mut taken = self.taken.iter();
+        taken.any(|(start, size)| (*start..start + size).contains(&address))
+    }
+
     /// Takes back a block of `bytes` bytes if it is one of the recording's; says whether it was.
     pub fn free(&mut self, address: u64, bytes: u64) -> bool {
-        let mine = self
-            .taken
-            .iter()
-            .any(|(start, size)| (*start..start + size).contains(&address));
+        let mine = self.holds(address);
         if mine {
             self.free_blocks.insert(address, block_size(bytes));
             self.live = self.live.saturating_sub(1);

@@ -54,8 +54,8 @@ impl Staging {
             fill(done, piece)?;
             let stream = device.stream();
             // SAFETY: the target lies in the caller's block; the source stays untouched until `copied` is reached.
-            let outcome = unsafe { result::memcpy_htod_async(address + done as u64, piece, stream.cu_stream()) };
-            check("copy to the GPU", outcome)?;
+            let copy = || unsafe { result::memcpy_htod_async(address + done as u64, piece, stream.cu_stream()) };
+            check("copy to the GPU", device.submit(copy)?)?;
             check("cuEventRecord", copied.record(stream))?;
             self.next = 1 - self.next;
             done += size;

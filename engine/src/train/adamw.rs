@@ -53,7 +53,9 @@ pub struct AdamW {
 
 /// What the kernels know of the tensors.
 struct Table {
-    /// One `Segment` of `adamw.cu` per tensor.
+    /// One [`Segment`] per tensor: where it was when it was stepped last.
+    known: Vec<Segment>,
+    /// The same on the device.
     segments: Tensor,
     /// i32, the tensor of each chunk.
     segment_of_chunk: Tensor,
@@ -62,7 +64,7 @@ struct Table {
 
 /// As in `adamw.cu`.
 #[repr(C)]
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[derive(Clone, Copy, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
 struct Segment {
     weight: u64,
     gradient: u64,
@@ -85,10 +87,10 @@ pub enum StateArray {
 }
 
 impl AdamW {
-    /// The state before the first step of these weights; `gradients` are where their gradients will be found at every step.
+    /// The state before the first step of these weights and gradients.
     ///
     /// # Errors
-    /// When the device has no room, a decay is out of range, or a tensor shares its buffer.
+    /// When the device has no room, a decay is out of range, the tensors do not fit each other, or one shares its buffer.
     pub fn new(
         device: &Device,
         weights: &mut [&mut Tensor],
@@ -96,6 +98,7 @@ impl AdamW {
         options: &super::TrainOptions,
     ) -> Result<Self> {
         check(options)?;
+        expect_pairs(device, weights, gradients)?;
         let _tag = MemoryTag::Optimizer.scope();
         let mut places = Vec::with_capacity(weights.len());
         let mut end = 0;
@@ -170,14 +173,23 @@ impl AdamW {
         }
     }
 
-    /// One step with the learning rate `rate`. Returns f32 `[2]` on the device: the norm of the gradients before clipping, and 1
-    /// where it is not finite and the step was skipped.
+    /// One step of these weights, which are in the order and of the sizes that the state was made for, with the learning rate `rate`.
+    /// Returns f32 `[2]` on the device: the norm of the gradients before clipping, and 1 where it is not finite and the step was
+    /// skipped.
     ///
     /// # Errors
-    /// When the learning rate is not a number, or the device refuses the work.
+    /// When the learning rate is not a number, the tensors are others than the state was made for, or the device refuses the work.
     pub fn step(&mut self, weights: &mut [&mut Tensor], gradients: &mut [&mut Tensor], rate: f32) -> Result<Tensor> {
         if !rate.is_finite() || rate < 0.0 {
             return Err(Error::invalid(format!("a learning rate of {rate} makes no sense")));
+        }
+        let device = self.first_moment.device();
+        expect_pairs(&device, weights, gradients)?;
+        let sizes = weights.iter().map(|weight| weight.elements());
+        if !sizes.eq(self.places.iter().map(|place| place.1)) {
+            return Err(Error::invalid(
+                "adamw: the weights are not of the number and sizes that the state was made for",
+            ));
         }
         self.steps += 1;
         let AdamWOptions {
@@ -195,10 +207,14 @@ impl AdamW {
             second_scale: (1.0 / correction(beta2).sqrt()) as f32,
             average: Decay::new(self.ema_decay.unwrap_or(0.0)),
         };
-        let device = self.first_moment.cuda().cloned();
         match device {
-            None => self.cpu_step(weights, gradients, &scalars),
-            Some(device) => self.cuda_step(&device, &scalars),
+            Device::Cpu => self.cpu_step(weights, gradients, &scalars),
+            Device::Cuda(device) => {
+                if let Some(table) = &mut self.table {
+                    table.find(weights, gradients)?;
+                }
+                self.cuda_step(&device, &scalars)
+            }
         }
     }
 
@@ -266,8 +282,8 @@ impl AdamW {
             .input(&table.segment_of_chunk)?
             .output(&mut partial)?;
         let kernel = device.kernel("adamw", "gradient_squares")?;
-        // SAFETY: the arguments are those of `gradient_squares`; the table was made of tensors that its owner keeps, at the same
-        // addresses; one block per chunk.
+        // SAFETY: the arguments are those of `gradient_squares`; the table says where this step's tensors are, which are of the sizes
+        // in it (both checked by `step`); one block per chunk.
         unsafe { kernel.launch(device, [chunks, 1, 1], args)? };
         let mut control = Tensor::empty(&owner, [3], DType::F32)?;
         let args = Args::new()
@@ -298,7 +314,7 @@ impl AdamW {
             .float(scalars.average.take);
         let kernel = device.kernel("adamw", "adamw_step")?;
         // SAFETY: the arguments are those of `adamw_step`; the state holds every segment at its offset, and the weights and
-        // gradients of the table belong to the caller, who has them to itself while it steps.
+        // gradients of the table are this step's, which nobody shares.
         unsafe { kernel.launch(device, [chunks, 1, 1], args)? };
         control.narrow(0, 2)
     }
@@ -350,30 +366,62 @@ impl Table {
         places: &[(usize, usize)],
     ) -> Result<Self> {
         let chunk = cuda.kernel("adamw", "adamw_step")?.info().tile[0] as usize;
-        let mut segments = Vec::with_capacity(places.len());
+        let mut known = Vec::with_capacity(places.len());
         let mut segment_of_chunk = Vec::new();
-        let tensors = weights.iter_mut().zip(gradients.iter_mut()).zip(places);
-        for (index, ((weight, gradient), &(offset, elements))) in tensors.enumerate() {
-            gradient.expect_shape("adamw", "gradient", weight.shape())?;
-            for tensor in [&**weight, &**gradient] {
-                tensor.expect_dtype("adamw", "weight or gradient", DType::Bf16)?;
-            }
-            segments.push(Segment {
-                weight: weight.device_ptr_mut()?,
-                gradient: gradient.device_ptr_mut()?,
+        for (index, &(offset, elements)) in places.iter().enumerate() {
+            known.push(Segment {
+                weight: 0,
+                gradient: 0,
                 offset: offset as u64,
                 elements: elements as u64,
                 first_chunk: segment_of_chunk.len() as u64,
             });
             segment_of_chunk.extend(std::iter::repeat_n(index as i32, elements.div_ceil(chunk)));
         }
-        let bytes: &[u8] = bytemuck::cast_slice(&segments);
-        Ok(Table {
+        let bytes: &[u8] = bytemuck::cast_slice(&known);
+        let mut table = Table {
             segments: Tensor::from_slice(device, bytes, [bytes.len()])?,
             chunks: segment_of_chunk.len(),
             segment_of_chunk: Tensor::from_slice(device, &segment_of_chunk, [segment_of_chunk.len()])?,
-        })
+            known,
+        };
+        table.find(weights, gradients)?;
+        Ok(table)
     }
+
+    /// Notes where the tensors of a step are; they are of the sizes in the table.
+    fn find(&mut self, weights: &mut [&mut Tensor], gradients: &mut [&mut Tensor]) -> Result<()> {
+        let mut found = self.known.clone();
+        let tensors = weights.iter_mut().zip(gradients.iter_mut());
+        for (segment, (weight, gradient)) in found.iter_mut().zip(tensors) {
+            segment.weight = weight.device_ptr_mut()?;
+            segment.gradient = gradient.device_ptr_mut()?;
+        }
+        if found != self.known {
+            self.segments.copy_from_slice::<u8>(bytemuck::cast_slice(&found))?;
+            self.known = found;
+        }
+        Ok(())
+    }
+}
+
+/// Checks that every weight has a gradient of its shape, both in the compute type of `device` and on it.
+fn expect_pairs(device: &Device, weights: &[&mut Tensor], gradients: &[&mut Tensor]) -> Result<()> {
+    if weights.len() != gradients.len() {
+        return Err(Error::invalid(format!(
+            "adamw: {} weights have {} gradients",
+            weights.len(),
+            gradients.len()
+        )));
+    }
+    for (weight, gradient) in weights.iter().zip(gradients) {
+        gradient.expect_shape("adamw", "gradient", weight.shape())?;
+        for tensor in [&**weight, &**gradient] {
+            tensor.expect_dtype("adamw", "weight or gradient", device.compute_dtype())?;
+            tensor.expect_device("adamw", "weight or gradient", device)?;
+        }
+    }
+    Ok(())
 }
 
 fn check(options: &super::TrainOptions) -> Result<()> {

@@ -12,6 +12,7 @@ use crate::model::detailer::DetailerLayout;
 use crate::model::dit::{Dit, HEAD_PREFIX, Reach, RopeTables, parameters};
 use crate::model::parameters::{Listed, Parameter, Slot};
 use crate::ops::cast::cast;
+use crate::ops::finite::count_not_finite;
 use crate::ops::flow_loss::{flow_loss, noisy_image};
 use crate::tensor::Tensor;
 
@@ -289,6 +290,25 @@ impl TrainableDit {
             })
         });
         tensors.collect()
+    }
+
+    /// The name of the first trained tensor whose f32 weight holds a number that is not finite. Waits for the device.
+    ///
+    /// # Errors
+    /// When the work so far failed.
+    pub fn first_not_finite(&self) -> Result<Option<String>> {
+        let weights = self.dit.listed();
+        let count = |(trained, &index): (usize, &usize)| {
+            let master = self.optimizer.state(StateArray::Master, trained)?;
+            Ok((index, count_not_finite(master.as_ref().unwrap_or(weights[index]))?))
+        };
+        let counts: Vec<(usize, Tensor)> = self.trained.iter().enumerate().map(count).collect::<Result<_>>()?;
+        for (index, count) in counts {
+            if count.to_vec::<i32>()?[0] > 0 {
+                return Ok(Some(self.parameters[index].parts[0].name.clone()));
+            }
+        }
+        Ok(None)
     }
 
     /// The tensors that no step changes, as they lie on the device, each under the canonical name of the first that it is made of.

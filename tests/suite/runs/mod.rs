@@ -4,11 +4,14 @@ mod damage;
 mod demo;
 mod disk;
 mod divergence;
+mod folder;
 mod interrupt;
 mod latent;
 mod outputs;
+mod printing;
 mod resume;
 mod tools;
+mod words;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -31,11 +34,14 @@ pub fn register(suite: &mut Suite) {
     demo::register(suite);
     disk::register(suite);
     divergence::register(suite);
+    folder::register(suite);
     interrupt::register(suite);
     latent::register(suite);
     outputs::register(suite);
+    printing::register(suite);
     resume::register(suite);
     tools::register(suite);
+    words::register(suite);
 }
 
 /// What most runs begin from: a folder with `model/`, `data/` and `train.toml`.

@@ -2,9 +2,12 @@
 
 use std::path::Path;
 
+use l2p_engine::train::run::log::Record;
+use l2p_engine::train::run::{self, Event, Observer, Resume, TrainConfig};
+use l2p_engine::{Device, Error};
 use l2p_tests::{Outcome, Suite};
 
-use super::{World, checkpoints, curve, delta, l2p_train, train, validation, world};
+use super::{World, checkpoints, curve, delta, l2p_train, train, validation, world, write_pictures};
 
 pub fn register(suite: &mut Suite) {
     suite.cpu("runs::resume::parts_equal_the_whole", parts);
@@ -12,7 +15,13 @@ pub fn register(suite: &mut Suite) {
         "runs::resume::accumulation_average_and_cosine_continue",
         with_everything,
     );
+    suite.cpu("runs::resume::three_batches_of_two_are_one_of_six", accumulation);
     suite.cpu("runs::resume::checkpoints_of_other_runs_are_refused", refusals);
+    suite.cpu("runs::resume::lines_of_the_log_that_stay_are_not_touched", log_lines);
+    suite.cpu(
+        "runs::resume::an_interrupted_validation_is_made_up_for",
+        interrupted_validation,
+    );
     suite.cpu("runs::resume::checkpoints_are_kept_as_asked", kept);
 }
 
@@ -69,12 +78,54 @@ fn with_everything() -> Outcome {
     expect_equal(world()?, folder.path(), &arguments, "6")?;
     let average = folder.path().join("whole/checkpoints/step-00000012/ema.safetensors");
     assert!(std::fs::read(average)? != delta(&folder.path().join("whole"), "step-00000012")?);
-    // Gradients of three batches of two are those of one of six: the first loss tells, before any rounding can grow.
-    let once = folder.path().join("once");
-    let arguments = ["--steps", "2", "--batch", "6", "--noise", "fresh", "--warmup", "3"];
-    train(world()?, &once, &arguments)?.success()?;
-    let (sixes, threes) = (curve(&once)?, curve(&folder.path().join("whole"))?);
-    assert_eq!((sixes[0].0, threes[0].0), (2, 2));
+    Ok(())
+}
+
+/// Three batches of two are one of six: of six pictures in all, with the noise of their seeds and one noise level, each step takes the
+/// same whatever the batches, so the loss and the gradients' norm are the same but for the order of sums. The first step tells, before
+/// any rounding can grow.
+fn accumulation() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let data = folder.path().join("data");
+    write_pictures(&data, 6)?;
+    let data = data.display().to_string();
+    let first = |name: &str, batch: &str, accumulate: &str| -> Result<(f64, f64), libtest_mimic::Failed> {
+        let out = folder.path().join(name);
+        let arguments = [
+            "--data",
+            &data,
+            "--held-out",
+            "0",
+            "--noise",
+            "seed",
+            "--sigmas",
+            "1",
+            "--validate-every",
+            "0",
+            "--log-every",
+            "1",
+            "--steps",
+            "1",
+            "--batch",
+            batch,
+            "--accumulate",
+            accumulate,
+        ];
+        train(world()?, &out, &arguments)?.success()?;
+        match curve(&out)?.as_slice() {
+            &[(1, Some(loss), Some(norm))] => Ok((loss, norm)),
+            other => Err(format!("not one step: {other:?}").into()),
+        }
+    };
+    let (threes, once) = (first("threes", "2", "3")?, first("once", "6", "1")?);
+    let close = |a: f64, b: f64| (a - b).abs() <= 1e-5 * b.abs();
+    assert!(
+        close(threes.0, once.0) && close(threes.1, once.1),
+        "{threes:?} {once:?}"
+    );
+    // Other pictures have another loss: the comparison means something.
+    let twos = first("twos", "2", "2")?;
+    assert!(!close(twos.0, once.0) && !close(twos.1, once.1), "{twos:?} {once:?}");
     Ok(())
 }
 
@@ -137,5 +188,64 @@ fn kept() -> Outcome {
         checkpoints(folder.path())?,
         ["step-00000006", "step-00000010", "step-00000012"]
     );
+    Ok(())
+}
+
+fn log_lines() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let read = || std::fs::read_to_string(folder.path().join("log.jsonl"));
+    let arguments = |steps: &'static str| ["--log-every", "1", "--validate-every", "1", "--steps", steps];
+    train(world()?, folder.path(), &arguments("4"))?.success()?;
+    for steps in ["5", "6", "7"] {
+        let before = read()?;
+        let stays: Vec<&str> = before
+            .lines()
+            .filter(|line| !line.contains("\"kind\":\"end\""))
+            .collect();
+        train(world()?, folder.path(), &arguments(steps))?.success()?;
+        let after = read()?;
+        for (before, after) in stays.iter().zip(after.lines()) {
+            assert_eq!(*before, after);
+        }
+        assert!(after.lines().count() > stays.len());
+    }
+    Ok(())
+}
+
+/// Asks to stop as soon as the log has a line of this step, so that the next to ask is the validation that is due.
+struct StopsAt {
+    step: u64,
+    reached: bool,
+}
+
+impl Observer for StopsAt {
+    fn event(&mut self, event: &Event<'_>) {
+        if let Event::Record(Record::Train(train)) = event {
+            self.reached |= train.step == self.step;
+        }
+    }
+
+    fn stop_requested(&self) -> bool {
+        self.reached
+    }
+}
+
+fn interrupted_validation() -> Outcome {
+    let (world, folder) = (world()?, tempfile::tempdir()?);
+    let (out, whole) = (folder.path().join("run"), folder.path().join("whole"));
+    let config = TrainConfig::read(Some(&world.path("train.toml")), &[])?;
+    for step in [VALIDATE_EVERY, 2 * VALIDATE_EVERY] {
+        let mut observer = StopsAt { step, reached: false };
+        let outcome = run::train(&config, &out, &Device::Cpu, &Resume::Auto, &mut observer);
+        assert!(matches!(outcome, Err(Error::Interrupted)));
+        assert!(validation(&out)?.iter().all(|(at, _)| *at < step));
+    }
+    // Once: given again, the command finds nothing left to do.
+    for _ in 0..2 {
+        train(world, &out, &[])?.success()?;
+    }
+    train(world, &whole, &[])?.success()?;
+    assert_eq!(validation(&out)?, validation(&whole)?);
+    assert_eq!(curve(&out)?, curve(&whole)?);
     Ok(())
 }

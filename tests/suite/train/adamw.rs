@@ -12,7 +12,13 @@ pub fn register(suite: &mut Suite) {
         infinite_gradients_are_skipped,
     );
     suite.cpu("train::adamw::nonsense_is_refused", nonsense_is_refused);
+    suite.cpu("train::adamw::other_tensors_are_refused", other_tensors_are_refused);
     suite.cuda("train::adamw::cuda_equals_cpu", cuda_equals_cpu);
+    suite.cuda(
+        "train::adamw::tensors_that_moved_are_followed",
+        tensors_that_moved_are_followed,
+    );
+    suite.cuda("train::adamw::cuda_refuses_other_tensors", refuses_others);
     suite.cuda("train::adamw::cuda_skips_infinite_gradients", skips);
 }
 
@@ -256,5 +262,80 @@ fn nonsense_is_refused() -> Outcome {
         .unwrap_err()
         .to_string();
     assert_eq!(message, "a learning rate of NaN makes no sense");
+    Ok(())
+}
+
+fn other_tensors_are_refused() -> Outcome {
+    refuses_others(&Device::Cpu)
+}
+
+/// A step takes the tensors that it is given, and only such as the state was made for.
+fn refuses_others(device: &Device) -> Outcome {
+    let message = |change: &dyn Fn(&mut Run) -> Result<()>| -> std::result::Result<String, libtest_mimic::Failed> {
+        let mut run = Run::new(device, None)?;
+        run.set_gradients(0)?;
+        change(&mut run)?;
+        let before: Vec<Vec<f32>> = run.weights.iter().map(Tensor::to_vec_f32).collect::<Result<_>>()?;
+        let outcome = run.step();
+        let after: Vec<Vec<f32>> = run.weights.iter().map(Tensor::to_vec_f32).collect::<Result<_>>()?;
+        assert!(before == after, "a refused step has changed a weight");
+        Ok(outcome.err().map(|error| error.to_string()).unwrap_or_default())
+    };
+    let zeros = |size: usize| Tensor::zeros(device, [size], device.compute_dtype());
+    let fewer = message(&|run| {
+        run.weights.pop();
+        run.gradients.pop();
+        Ok(())
+    })?;
+    assert!(fewer.contains("not of the number and sizes"), "{fewer}");
+    let smaller = message(&|run| {
+        run.weights[2] = zeros(8)?;
+        run.gradients[2] = zeros(8)?;
+        Ok(())
+    })?;
+    assert!(smaller.contains("not of the number and sizes"), "{smaller}");
+    let unpaired = message(&|run| {
+        run.gradients.pop();
+        Ok(())
+    })?;
+    assert!(unpaired.contains("5 weights have 4 gradients"), "{unpaired}");
+    let shape = message(&|run| {
+        run.gradients[1] = zeros(8)?;
+        Ok(())
+    })?;
+    assert!(shape.contains("gradient has shape [8], expected [7]"), "{shape}");
+    Ok(())
+}
+
+/// Weights and gradients that are replaced between steps: the new ones are stepped, and the memory of the old ones, which others
+/// have by then, is left alone.
+fn tensors_that_moved_are_followed(device: &Device) -> Outcome {
+    let (mut still, mut moved) = (Run::new(device, None)?, Run::new(device, None)?);
+    for step in 0..3 {
+        for tensors in [&mut moved.weights, &mut moved.gradients] {
+            for tensor in tensors.iter_mut() {
+                let mut copy = Tensor::empty(device, tensor.shape(), tensor.dtype())?;
+                copy.copy_from(tensor)?;
+                *tensor = copy;
+            }
+        }
+        let zeros = |size: &usize| Tensor::zeros(device, [*size], DType::Bf16);
+        let bystanders: Vec<Tensor> = SIZES.iter().chain(&SIZES).map(zeros).collect::<Result<_>>()?;
+        still.set_gradients(step)?;
+        moved.set_gradients(step)?;
+        assert_eq!(still.step()?, moved.step()?);
+        for (still, moved) in still.weights.iter().zip(&moved.weights) {
+            assert!(
+                still.to_vec_f32()? == moved.to_vec_f32()?,
+                "a weight that moved was not stepped"
+            );
+        }
+        for bystander in &bystanders {
+            assert!(
+                bystander.to_vec_f32()?.iter().all(|value| *value == 0.0),
+                "a step wrote elsewhere"
+            );
+        }
+    }
     Ok(())
 }

@@ -171,24 +171,27 @@ impl Plan {
                 let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
                 self.set(attribute, &operands.bias)?;
             }
-            let outcome = result::matmul(
-                self.handle,
-                self.description,
-                std::ptr::from_ref(&alpha).cast(),
-                std::ptr::from_ref(&beta).cast(),
-                operands.b as *const c_void,
-                self.left,
-                operands.a as *const c_void,
-                self.right,
-                operands.d as *const c_void,
-                self.target,
-                operands.d as *mut c_void,
-                self.target,
-                &self.algorithm,
-                workspace as *mut c_void,
-                WORKSPACE_BYTES,
-                device.stream().cu_stream().cast(),
-            );
+            let product = || {
+                result::matmul(
+                    self.handle,
+                    self.description,
+                    std::ptr::from_ref(&alpha).cast(),
+                    std::ptr::from_ref(&beta).cast(),
+                    operands.b as *const c_void,
+                    self.left,
+                    operands.a as *const c_void,
+                    self.right,
+                    operands.d as *const c_void,
+                    self.target,
+                    operands.d as *mut c_void,
+                    self.target,
+                    &self.algorithm,
+                    workspace as *mut c_void,
+                    WORKSPACE_BYTES,
+                    device.stream().cu_stream().cast(),
+                )
+            };
+            let outcome = device.submit(product)?;
             check(&format!("cublasLtMatmul {:?}", self.product), outcome)
         }
     }

@@ -3,6 +3,11 @@
 //! * `delta.safetensors`: the trained tensors under their canonical names, to be laid over the model that training began from
 //! * `ema.safetensors`: the same of the averaged weights, where an average is kept
 //! * `state.safetensors`: the optimizer's state in f32 and, in its metadata, everything else that a run continues from
+//! * `checksums.json`: the files' lengths and checksums
+//!
+//! Only weights that are finite and give a finite loss are saved, and the state says so (`finite`); [`Checkpoint::verify`] and
+//! [`Checkpoint::restore`] find out where that is no longer so. What a run cannot go on from is set aside as `refused-step-00000100`
+//! when it goes on from an older one; nothing of it is deleted.
 //!
 //! A checkpoint is written under another name, brought onto the disk and renamed; it is whole or it is not there. Old ones
 //! are renamed before they are deleted, so that what has a checkpoint's name always is one.
@@ -15,11 +20,12 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
+use super::checksums::{Checked, Checksums};
 use super::guard::{Guard, StepOutcome};
-use crate::checkpoint::{Content, Fetch, Float, OutputFile, OutputTensor, SafetensorsFile, write_file};
+use crate::checkpoint::{Content, Fetch, Float, OutputFile, OutputTensor, SafetensorsFile};
 use crate::data::Position;
 use crate::error::{Error, Result};
-use crate::files::sync_folder;
+use crate::files::{self, sync_folder};
 use crate::train::{StatePart, TrainableDit};
 
 /// The folder of checkpoints in a run's folder.
@@ -29,7 +35,8 @@ pub const CHECKPOINTS: &str = "checkpoints";
 pub const DELTA: &str = "delta.safetensors";
 /// Their averages.
 pub const EMA: &str = "ema.safetensors";
-const STATE: &str = "state.safetensors";
+/// The optimizer's state.
+pub(super) const STATE: &str = "state.safetensors";
 
 /// The key of [`RunState`] in the state's metadata.
 const METADATA: &str = "l2p.run";
@@ -42,6 +49,9 @@ const PREFIX: &str = "step-";
 /// What folders under construction or deletion begin with.
 const HIDDEN: &str = ".step-";
 
+/// What the names of checkpoints begin with that were set aside.
+const REFUSED: &str = "refused-";
+
 /// What a run continues from, beside the optimizer's state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunState {
@@ -49,6 +59,12 @@ pub struct RunState {
     pub format: u32,
     /// Optimizer steps done.
     pub step: u64,
+    /// Whether gradients, weights and loss were found finite before it was saved; earlier versions did not say.
+    #[serde(default)]
+    pub finite: Option<bool>,
+    /// What was due at this step and is still to be done.
+    #[serde(default)]
+    pub due: Due,
     /// Pictures seen; noise levels and fresh noise are drawn by this number.
     pub pictures: u64,
     /// The next batch.
@@ -67,12 +83,23 @@ pub struct RunState {
     pub config: serde_json::Value,
 }
 
+/// Work between two steps that was interrupted, or is done when the run goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Due {
+    /// The validation loss.
+    pub validation: bool,
+    /// A sheet of samples.
+    pub samples: bool,
+}
+
 impl RunState {
     /// The state of a run that begins.
     pub fn new(data: String, model: String, config: serde_json::Value) -> Self {
         RunState {
             format: FORMAT,
             step: 0,
+            finite: None,
+            due: Due::default(),
             pictures: 0,
             position: Position::default(),
             data,
@@ -122,8 +149,8 @@ impl Checkpoint {
         let file = SafetensorsFile::open(&path)?;
         let text = file.metadata().get(METADATA);
         let text = text.ok_or_else(|| Error::file(&path, "is no state of a training run"))?;
-        let state: RunState = serde_json::from_str(text)
-            .map_err(|error| Error::file(&path, format!("holds a state that cannot be read: {error}")))?;
+        let state: RunState = files::from_json(text.as_bytes())
+            .map_err(|reason| Error::file(&path, format!("holds a state of a run that {reason}")))?;
         if state.format != FORMAT {
             return Err(Error::file(
                 path,
@@ -137,7 +164,7 @@ impl Checkpoint {
         })
     }
 
-    /// The newest checkpoint of the run in `run`; of those that are newer and cannot be read, why.
+    /// The newest checkpoint of the run in `run` that can be opened; of those that are newer, why they cannot.
     ///
     /// # Errors
     /// When the folder cannot be read.
@@ -152,16 +179,55 @@ impl Checkpoint {
         Ok((None, refused))
     }
 
+    /// Checks the files against their checksums, and what the state says of itself. Returns what is damaged and does not keep the
+    /// run from going on: the files of trained tensors, which the state holds too.
+    ///
+    /// # Errors
+    /// When a run must not go on from it; those of `checked`.
+    pub fn verify(&self, checked: &mut Checked<'_>) -> Result<Vec<PathBuf>> {
+        let state = self.file.path();
+        let untold = self.state.finite.is_none() && self.state.guard.trouble(&self.state.outcomes).is_some();
+        if self.state.finite == Some(false) || untold {
+            return Err(Error::file(
+                state,
+                "was saved while gradients or weights were not finite",
+            ));
+        }
+        let Some(sums) = Checksums::read(&self.folder)? else {
+            return Ok(Vec::new());
+        };
+        if sums.is_sound(state, checked)? == Some(false) {
+            return Err(Error::file(
+                state,
+                "is damaged on the disk: it is not what was written (checksum)",
+            ));
+        }
+        let mut damaged = Vec::new();
+        for file in [DELTA, EMA] {
+            let path = self.folder.join(file);
+            let sound = match sums.is_sound(&path, checked) {
+                // Not there any more: no run needs it.
+                Err(Error::Io { .. } | Error::File { .. }) => Some(false),
+                outcome => outcome?,
+            };
+            if sound == Some(false) {
+                damaged.push(path);
+            }
+        }
+        Ok(damaged)
+    }
+
     /// Its folder.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// Puts the optimizer's state, and with it the trained weights, into `model`.
+    /// Puts the optimizer's state, and with it the trained weights, into `model`. Returns the name of the first tensor of the state
+    /// that holds a number which is not finite, if there is one.
     ///
     /// # Errors
     /// When the state is that of other tensors.
-    pub fn restore(&self, model: &mut TrainableDit) -> Result<()> {
+    pub fn restore(&self, model: &mut TrainableDit) -> Result<Option<String>> {
         let path = self.file.path();
         let expected = model.state_tensors().len();
         let found = self.file.tensors().len();
@@ -174,6 +240,7 @@ impl Checkpoint {
                 ),
             ));
         }
+        let mut not_finite = None;
         model.restore_state(self.state.step, &mut |name, shape| {
             let tensor = self.file.tensors().get(name);
             let tensor = tensor.ok_or_else(|| {
@@ -192,8 +259,13 @@ impl Checkpoint {
                 ));
             }
             let bytes = self.file.bytes(tensor)?;
-            Ok(bytes.chunks_exact(4).map(|bytes| Float::F32.read(bytes)).collect())
-        })
+            let values: Vec<f32> = bytes.chunks_exact(4).map(|bytes| Float::F32.read(bytes)).collect();
+            if not_finite.is_none() && !values.iter().all(|value| value.is_finite()) {
+                not_finite = Some(name.to_owned());
+            }
+            Ok(values)
+        })?;
+        Ok(not_finite)
     }
 }
 
@@ -210,13 +282,18 @@ pub fn list(run: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
     for entry in entries {
         let path = entry.map_err(|error| Error::io(&folder, error))?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if let Some(step) = name.strip_prefix(PREFIX).and_then(|step| step.parse().ok()) {
+        if let Some(step) = step_of(&path) {
             found.push((step, path));
         }
     }
     found.sort_unstable();
     Ok(found)
+}
+
+/// The step that a checkpoint's name says.
+pub(super) fn step_of(folder: &Path) -> Option<u64> {
+    let name = folder.file_name()?.to_str()?;
+    name.strip_prefix(PREFIX)?.parse().ok()
 }
 
 /// Deletes what a run that was killed left half-written or half-deleted.
@@ -244,9 +321,9 @@ pub fn save(
     let failed = |error: std::io::Error| Error::io(&folder, error);
     fs::create_dir_all(&folder).map_err(failed)?;
     let temporary = hidden(&folder)?;
-    let mut bytes = 0;
+    let (mut sums, mut bytes) = (Checksums::default(), 0);
     let mut write = |name: &str, output: &OutputFile<'_>| -> Result<()> {
-        bytes += write_file(&temporary.path().join(name), output, false, &mut ())?.bytes;
+        bytes += sums.write_file(&temporary.path().join(name), output, false, &mut ())?;
         Ok(())
     };
     let name = format!("{PREFIX}{:08}", state.step);
@@ -257,16 +334,10 @@ pub fn save(
         write(file, &output).map_err(|error| at(&folder, &name, error))?;
     }
     let json = serde_json::to_string(state).map_err(|error| Error::invalid(error.to_string()))?;
-    let tensors = model.state_tensors();
-    let output = tensors.iter().map(|tensor| OutputTensor {
-        name: tensor.name.clone(),
-        dtype: Dtype::F32,
-        shape: tensor.shape.clone(),
-        content: Content::Fetched(Fetch::new(|| tensor.read()), Float::F32),
-    });
-    let output = OutputFile::new(output.collect(), [(METADATA.to_owned(), json)].into());
-    write(STATE, &output).map_err(|error| at(&folder, &name, error))?;
-    complete(temporary.path()).map_err(|error| at(&folder, &name, error))?;
+    write(STATE, &whole_state(model, json)).map_err(|error| at(&folder, &name, error))?;
+    sums.write(temporary.path())
+        .and_then(|()| complete(temporary.path()))
+        .map_err(|error| at(&folder, &name, error))?;
     sync_folder(temporary.path());
     let target = folder.join(&name);
     let replaced = match target.exists() {
@@ -281,20 +352,45 @@ pub fn save(
     Ok(Saved { folder: target, bytes })
 }
 
-/// Deletes the checkpoints that are neither among the newest `last` nor at a multiple of `every` steps (0: no such).
+/// Deletes the checkpoints that are neither among the newest `last` nor at a multiple of `every` steps (0: no such), but never the
+/// newest one that later steps have proven: one from before step `calm`, at which the last good interval ended, or from before the
+/// newest one, since nothing is saved unless the last step was good.
 ///
 /// # Errors
 /// When one cannot be deleted.
-pub fn prune(run: &Path, last: usize, every: u64) -> Result<()> {
+pub fn prune(run: &Path, last: usize, every: u64, calm: u64) -> Result<()> {
     let all = list(run)?;
     let old = all.len().saturating_sub(last.max(1));
-    for (step, folder) in all.into_iter().take(old) {
-        if every == 0 || step % every != 0 {
-            let aside = set_aside(&run.join(CHECKPOINTS), &folder)?;
-            aside.close().map_err(|error| Error::io(&folder, error))?;
+    let before = |step: u64| all.iter().rev().find(|(found, _)| *found < step);
+    let newest = all.last().map_or(0, |(step, _)| *step);
+    let proven = before(calm).or_else(|| before(newest)).map(|(step, _)| *step);
+    let multiple = |step: u64| every != 0 && step.is_multiple_of(every);
+    for (step, folder) in &all[..old] {
+        if !multiple(*step) && proven != Some(*step) {
+            let aside = set_aside(&run.join(CHECKPOINTS), folder)?;
+            aside.close().map_err(|error| Error::io(folder, error))?;
         }
     }
     Ok(())
+}
+
+/// Gives a checkpoint that no run should go on from another name, and returns it.
+///
+/// # Errors
+/// When it cannot be renamed.
+pub fn refuse(checkpoint: &Path) -> Result<PathBuf> {
+    let name = checkpoint
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    let taken = |path: &PathBuf| path.symlink_metadata().is_ok();
+    let plain = checkpoint.with_file_name(format!("{REFUSED}{name}"));
+    let numbered = (2..).map(|number| checkpoint.with_file_name(format!("{REFUSED}{name}-{number}")));
+    let target = std::iter::once(plain).chain(numbered).find(|path| !taken(path));
+    let target = target.unwrap_or_default();
+    fs::rename(checkpoint, &target).map_err(|error| Error::io(checkpoint, error))?;
+    Ok(target)
 }
 
 /// A new folder that nobody takes for a checkpoint.
@@ -322,6 +418,17 @@ fn at(folder: &Path, name: &str, error: Error) -> Error {
         Error::Io { path: file, source } => Error::io(path(&file), source),
         other => other,
     }
+}
+
+/// The optimizer's state as a file, with the rest of the run's state in its metadata.
+fn whole_state(model: &TrainableDit, json: String) -> OutputFile<'_> {
+    let tensors = model.state_tensors().into_iter().map(|tensor| OutputTensor {
+        name: tensor.name.clone(),
+        dtype: Dtype::F32,
+        shape: tensor.shape.clone(),
+        content: Content::Fetched(Fetch::new(move || tensor.read()), Float::F32),
+    });
+    OutputFile::new(tensors.collect(), [(METADATA.to_owned(), json)].into())
 }
 
 /// The trained tensors as a file; `part` is one that is kept of each.

@@ -7,9 +7,10 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::chart::{Chart, Series};
-use super::report::History;
+use super::report::{History, sheet_path};
 use super::samples::{table, tile};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::image_io::{RgbImage, read_image};
 
 /// What runs are compared over.
@@ -207,7 +208,7 @@ pub fn sample_rows(runs: &[PathBuf], columns: usize) -> Result<RgbImage> {
                 format!("drew samples of another size than {width}x{height}"),
             ));
         }
-        let image = read_image(&folder.join(&sheet.file))?;
+        let image = read_image(&sheet_path(folder, &sheet.file)?)?;
         let tiles = (0..sheet.count.min(columns)).map(|index| tile(&image, index, sheet.count, size));
         rows.push(tiles.collect::<Result<_>>()?);
     }
@@ -218,6 +219,34 @@ pub fn sample_rows(runs: &[PathBuf], columns: usize) -> Result<RgbImage> {
 }
 
 impl Comparison {
+    /// The files of a comparison whose picture goes to `out`: the picture, and the numbers beside it.
+    ///
+    /// # Errors
+    /// When `out` does not end as a picture of this kind does.
+    pub fn files(out: &Path) -> Result<[PathBuf; 2]> {
+        let is_svg = out
+            .extension()
+            .is_some_and(|extension| extension.eq_ignore_ascii_case("svg"));
+        match is_svg {
+            true => Ok([out.into(), out.with_extension("json")]),
+            false => Err(Error::file(
+                out,
+                "does not end in .svg, which the picture is; the numbers go beside it to a file that ends in .json",
+            )),
+        }
+    }
+
+    /// Writes picture and numbers to these files, each of which is whole or as it was before, and returns the numbers.
+    ///
+    /// # Errors
+    /// When the disk does not take them.
+    pub fn write(&self, [picture, numbers]: &[PathBuf; 2], title: &str) -> Result<String> {
+        let json = serde_json::to_string_pretty(self).map_err(|error| Error::invalid(error.to_string()))?;
+        files::replace(picture, format!("{}\n", self.svg(title)).as_bytes())?;
+        files::replace(numbers, format!("{json}\n").as_bytes())?;
+        Ok(json)
+    }
+
     /// One chart of all validation losses, or of the training losses where a run has no other.
     pub fn svg(&self, title: &str) -> String {
         let validated = self.runs.iter().all(|run| !run.validation.is_empty());

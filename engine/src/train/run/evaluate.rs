@@ -26,7 +26,7 @@ pub struct Evaluation {
 /// time, so that models can be compared. `cache` holds the features of the captions.
 ///
 /// # Errors
-/// When something is missing, damaged or does not fit, or the observer asks to stop.
+/// When something is missing, damaged or does not fit, the loss is not finite, or the observer asks to stop.
 pub fn evaluate(
     config: &TrainConfig,
     cache: &Path,

@@ -1,10 +1,12 @@
 //! What happens when the loss is not a number, or far above what it was.
 //!
 //! 1. A step whose gradients are not finite changes nothing: the device skips it. It is counted and reported with the next
-//!    line of the log; more than `max_skipped` of them in a row stop the run. The weights are sound then, and are saved.
+//!    line of the log; more than `max_skipped` of them in a row stop the run.
 //! 2. An interval of the log whose mean loss is more than `spike_factor` times the running mean of the intervals before is a
-//!    spike. It is reported and does not enter the running mean. `spike_patience` spikes in a row stop the run. The weights
-//!    may have diverged then and are not saved: the last checkpoint is from before, or close to it.
+//!    spike. It is reported and does not enter the running mean. `spike_patience` spikes in a row stop the run.
+//!
+//! From the first such step or interval until the next good one no checkpoint is due: what is on the disk is from before. The last
+//! interval that was good ends at [`Guard::calm`].
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +31,9 @@ pub struct Guard {
     skipped: u64,
     /// Spikes since the last interval that was none.
     spikes_in_row: u32,
+    /// The step at which the last interval ended that was no spike and whose last step was not skipped.
+    #[serde(default)]
+    calm: u64,
 }
 
 /// What a look at an interval found.
@@ -38,12 +43,12 @@ pub enum Verdict {
     Fine,
     /// Something to report.
     Notice(String),
-    /// A reason to stop; whether the weights are sound.
+    /// A reason to stop.
     Stop {
         /// The reason.
         reason: String,
-        /// Whether the weights are worth saving.
-        sound: bool,
+        /// Whether the loss exploded, so that checkpoints since the last calm interval may be of weights that had diverged.
+        exploded: bool,
     },
 }
 
@@ -79,6 +84,42 @@ impl Guard {
         self.skipped
     }
 
+    /// The step at which the last good interval ended.
+    pub fn calm(&self) -> u64 {
+        self.calm
+    }
+
+    /// The guard of a run that goes on after a break: what was counted in a row is not held against it.
+    pub fn rested(self) -> Self {
+        Guard {
+            skipped_in_row: 0,
+            spikes_in_row: 0,
+            ..self
+        }
+    }
+
+    /// Why what was trained so far may be no good; `outcomes` are those of the steps since the last interval.
+    pub fn trouble(&self, outcomes: &[StepOutcome]) -> Option<String> {
+        let since = outcomes.iter().rev().take_while(|outcome| outcome.skipped).count();
+        let before = if since == outcomes.len() {
+            self.skipped_in_row
+        } else {
+            0
+        };
+        match since as u64 + u64::from(before) {
+            0 => (),
+            1 => return Some("the gradients of the last step are not finite".into()),
+            count => return Some(format!("the gradients of the last {count} steps are not finite")),
+        }
+        let last = outcomes.last().filter(|outcome| !outcome.loss.is_finite());
+        last.map(|_| "the loss of the last step is not a number".into())
+    }
+
+    /// Whether the last interval was a spike.
+    pub fn in_spike(&self) -> bool {
+        self.spikes_in_row > 0
+    }
+
     /// Looks at the steps of an interval that ends before step `step`.
     pub fn look(&mut self, config: &TrainConfig, step: u64, outcomes: &[StepOutcome]) -> Verdict {
         let mut skipped_now = 0;
@@ -93,7 +134,7 @@ impl Guard {
                          lower the learning rate, set clip_norm, or look for damaged data",
                         self.skipped_in_row, config.max_skipped
                     ),
-                    sound: true,
+                    exploded: false,
                 };
             }
         }
@@ -112,16 +153,16 @@ impl Guard {
         }
         if !losses.is_empty() {
             let loss = losses.iter().sum::<f64>() / losses.len() as f64;
-            if self.intervals >= SETTLED && loss > config.spike_factor * self.mean {
+            if !loss.is_finite() || self.intervals >= SETTLED && loss > config.spike_factor * self.mean {
                 self.spikes_in_row += 1;
                 if self.spikes_in_row >= config.spike_patience.max(1) {
                     return Verdict::Stop {
                         reason: format!(
                             "the loss diverged: {loss:.4} at step {step}, {} intervals in a row above {} times the mean \
-                             before, {:.4}; continue from an earlier checkpoint with a lower learning rate",
+                             before, {:.4}: lower the learning rate, give it a warmup, or set clip_norm",
                             self.spikes_in_row, config.spike_factor, self.mean
                         ),
-                        sound: false,
+                        exploded: true,
                     };
                 }
                 notices.push(format!(
@@ -134,6 +175,9 @@ impl Guard {
                 // A plain mean at first.
                 let weight = NEWEST.max(1.0 / f64::from(self.intervals));
                 self.mean += (loss - self.mean) * weight;
+                if self.skipped_in_row == 0 {
+                    self.calm = step;
+                }
             }
         }
         match notices.is_empty() {
@@ -173,7 +217,7 @@ mod tests {
         assert!(matches!(verdict, Verdict::Notice(text) if text.starts_with("3 of 4 steps skipped")));
         // In a row, across intervals: two from before, then two more.
         let verdict = guard.look(&config, 8, &[BAD, BAD]);
-        assert!(matches!(verdict, Verdict::Stop { sound: true, reason } if reason.contains("4 steps in a row")));
+        assert!(matches!(verdict, Verdict::Stop { exploded: false, reason } if reason.contains("4 steps in a row")));
         assert_eq!(guard.skipped(), 5);
     }
 
@@ -190,7 +234,7 @@ mod tests {
             assert!(matches!(guard.look(&config, step, &[good(2.0)]), Verdict::Notice(_)));
         }
         let verdict = guard.look(&config, 11, &[good(2.0)]);
-        assert!(matches!(verdict, Verdict::Stop { sound: false, reason } if reason.contains("diverged")));
+        assert!(matches!(verdict, Verdict::Stop { exploded: true, reason } if reason.contains("diverged")));
     }
 
     #[test]
@@ -202,5 +246,29 @@ mod tests {
                 Verdict::Fine
             );
         }
+    }
+
+    #[test]
+    fn trouble_begins_with_the_first_bad_step_and_ends_with_the_next_good_one() {
+        let config = TrainConfig {
+            max_skipped: 30,
+            ..TrainConfig::default()
+        };
+        let mut guard = Guard::default();
+        assert_eq!(guard.trouble(&[]), None);
+        assert_eq!(guard.trouble(&[BAD, good(1.0)]), None);
+        let text = |count| Some(format!("the gradients of the last {count} steps are not finite"));
+        assert_eq!(guard.trouble(&[good(1.0), BAD, BAD]), text(2));
+        guard.look(&config, 2, &[good(1.0), good(1.0)]);
+        assert_eq!(guard.calm(), 2);
+        guard.look(&config, 5, &[good(1.0), BAD, BAD]);
+        assert_eq!(guard.calm(), 2);
+        // Across intervals, until the counter starts anew.
+        assert_eq!(guard.trouble(&[BAD]), text(3));
+        assert_eq!(guard.trouble(&[BAD, good(1.0)]), None);
+        assert_eq!(guard.rested().trouble(&[]), None);
+        assert!(guard.trouble(&[good(f32::INFINITY)]).unwrap().contains("not a number"));
+        guard.look(&config, 8, &[BAD, good(1.0)]);
+        assert_eq!((guard.calm(), guard.in_spike()), (8, false));
     }
 }

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::files;
+use crate::limits::Budget;
 use crate::profile::PartTime;
 
 /// The log's name in the run's folder.
@@ -165,41 +166,70 @@ impl Record {
 pub struct RunLog {
     path: PathBuf,
     file: File,
+    /// Bytes of whole lines.
+    whole: u64,
+    /// Whether an incomplete line may stand at the end.
+    torn: bool,
 }
 
 impl RunLog {
-    /// Opens the log in `folder` for a run that continues after `step`, 0 for a new one; begins one where there is none.
+    /// Opens the log in `folder` for a run that continues after `step`, 0 for a new one; begins one where there is none. Lines that
+    /// stay do so byte by byte.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// When it cannot be read or written.
     pub fn open(folder: &Path, step: u64) -> Result<Self> {
         let path = folder.join(LOG);
         let failed = |error| Error::io(&path, error);
-        let kept = match step {
+        let old = match step {
             0 => Vec::new(),
             _ if !path.exists() => Vec::new(),
-            _ => read(folder)?,
+            _ => files::read(&path, Budget::LOG)?,
         };
         let mut text = Vec::new();
-        // The end of an earlier part is no end of the run.
-        let belongs = |record: &&Record| record.step() <= step && !matches!(record, Record::End { .. });
-        for record in kept.iter().filter(belongs) {
-            text.extend(line(record));
+        for line in old.split(|&byte| byte == b'\n').filter(|line| belongs(line, step)) {
+            text.extend_from_slice(line);
+            text.push(b'\n');
         }
         files::replace(&path, &text)?;
         let file = OpenOptions::new().append(true).open(&path).map_err(failed)?;
-        Ok(RunLog { path, file })
+        Ok(RunLog {
+            path,
+            file,
+            whole: text.len() as u64,
+            torn: false,
+        })
     }
 
-    /// Adds a line.
+    /// Adds a line. What a disk that is full takes of it is taken away again, so that the next line stands by itself.
     ///
     /// # Errors
     /// When it cannot be written.
     pub fn add(&mut self, record: &Record) -> Result<()> {
-        self.file
-            .write_all(&line(record))
-            .map_err(|error| Error::io(&self.path, error))
+        let mut text = line(record);
+        if self.torn && self.file.set_len(self.whole).is_err() {
+            // At least the next line begins anew.
+            text.insert(0, b'\n');
+        }
+        self.torn = true;
+        if let Err(error) = self.file.write_all(&text) {
+            self.torn = self.file.set_len(self.whole).is_err();
+            return Err(Error::io(&self.path, error));
+        }
+        self.torn = false;
+        self.whole = self
+            .file
+            .metadata()
+            .map_or(self.whole + text.len() as u64, |file| file.len());
+        Ok(())
     }
+}
+
+/// Whether a line of an earlier part stays in the log of a run that continues after `step`.
+fn belongs(line: &[u8], step: u64) -> bool {
+    // The end of an earlier part is no end of the run.
+    serde_json::from_slice(line)
+        .is_ok_and(|record: Record| record.step() <= step && !matches!(record, Record::End { .. }))
 }
 
 fn line(record: &Record) -> Vec<u8> {
@@ -211,10 +241,9 @@ fn line(record: &Record) -> Vec<u8> {
 /// The lines of the log in `folder`. One that a crash or a full disk left incomplete is left out.
 ///
 /// # Errors
-/// When there is no log.
+/// When there is no log, or it is larger than any run's.
 pub fn read(folder: &Path) -> Result<Vec<Record>> {
-    let path = folder.join(LOG);
-    let bytes = std::fs::read(&path).map_err(|error| Error::io(&path, error))?;
+    let bytes = files::read(&folder.join(LOG), Budget::LOG)?;
     let lines = bytes.split(|&byte| byte == b'\n');
     Ok(lines.filter_map(|line| serde_json::from_slice(line).ok()).collect())
 }
@@ -254,5 +283,57 @@ mod tests {
         );
         RunLog::open(folder.path(), 0).unwrap();
         assert!(read(folder.path()).unwrap().is_empty());
+    }
+
+    /// Numbers whose shortest decimal is long: what is read back is what was written, and lines that stay are not touched.
+    #[test]
+    fn lines_that_stay_keep_every_digit() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(LOG);
+        let mut log = RunLog::open(folder.path(), 0).unwrap();
+        let mut word = 0x9e37_79b9_7f4a_7c15u64;
+        for step in 1..=400 {
+            word = word.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(step);
+            let loss = f64::from_bits(0x3fe0_0000_0000_0000 | word >> 12);
+            log.add(&Record::Validation {
+                step,
+                loss,
+                seconds: loss / 3.0,
+            })
+            .unwrap();
+        }
+        let spaced = b"{ \"kind\": \"notice\", \"step\": 3, \"text\": \"by hand\" }\n";
+        log.file.write_all(spaced).unwrap();
+        let before = std::fs::read(&path).unwrap();
+        for _ in 0..3 {
+            RunLog::open(folder.path(), 400).unwrap();
+            assert!(std::fs::read(&path).unwrap() == before, "lines that stay have changed");
+        }
+        let text = String::from_utf8(before).unwrap();
+        let records = read(folder.path()).unwrap();
+        let again: Vec<String> = records[..400]
+            .iter()
+            .map(|record| String::from_utf8(line(record)).unwrap())
+            .collect();
+        assert!(text.starts_with(&again.concat()), "numbers change when they are read");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_line_that_a_full_disk_tore_takes_no_other_with_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(LOG);
+        let mut log = RunLog::open(folder.path(), 0).unwrap();
+        log.add(&validation(1)).unwrap();
+        // What a full disk does: it takes a part of the line, and the rest is an error.
+        log.file.write_all(b"{\"kind\":\"validation\",\"st").unwrap();
+        log.torn = true;
+        let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let disk = std::mem::replace(&mut log.file, full);
+        assert!(log.add(&validation(2)).is_err());
+        log.file = disk;
+        log.add(&validation(3)).unwrap();
+        assert_eq!(read(folder.path()).unwrap(), [validation(1), validation(3)]);
+        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 2);
     }
 }

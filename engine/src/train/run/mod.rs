@@ -7,13 +7,17 @@
 //! | `log.jsonl` | what happened, for programs ([`log`]) |
 //! | `events/` | the same for TensorBoard |
 //! | `checkpoints/` | what was trained, and what the run continues from ([`checkpoint`]) |
+//! | `checksums.json` | the checksum of `init.safetensors` |
 //! | `samples/` | sheets of samples |
 //! | `report.html` | curves and sheets, for people |
 //! | `init.safetensors` | the model that training began from, where it was made for the run |
 //! | `cache/` | caption features and latents, unless the configuration keeps them elsewhere |
+//!
+//! The folder is locked while a run writes to it; what a killed one left half-written is cleared up by the next.
 
 mod chart;
 pub mod checkpoint;
+mod checksums;
 mod choices;
 mod compare;
 mod config;
@@ -24,8 +28,10 @@ mod guard;
 mod journal;
 mod keys;
 mod learning_rate;
+mod leftovers;
 pub mod log;
 mod manifest;
+mod numbers;
 mod package;
 mod report;
 mod resume;
@@ -42,7 +48,7 @@ use std::path::PathBuf;
 pub use chart::{Chart, Series};
 pub use choices::{Init, Noise, SaveType, ScheduleKind};
 pub use compare::{Comparison, XAxis, compare, sample_rows};
-pub use config::{KEYS, TrainConfig};
+pub use config::{KEYS, TrainConfig, nearest_key};
 pub use evaluate::{Evaluation, evaluate};
 pub use forecast::{Choice, Forecast, Work};
 pub use guard::{Guard, StepOutcome, Verdict};
@@ -61,7 +67,8 @@ pub trait Observer {
     /// Something happened.
     fn event(&mut self, event: &Event<'_>);
 
-    /// Whether the user asked to stop. The run then saves and ends with [`crate::Error::Interrupted`].
+    /// Whether the user asked to stop. The run then saves what its last whole step left, and ends with
+    /// [`crate::Error::Interrupted`].
     fn stop_requested(&self) -> bool;
 }
 
@@ -85,6 +92,13 @@ pub enum Event<'a> {
         steps: u64,
         /// The checkpoint that the run continues from.
         resumed: Option<PathBuf>,
+    },
+    /// A batch of a step with several of them was submitted to the device.
+    Batch {
+        /// Batches of the step that were.
+        done: usize,
+        /// Batches of the step.
+        total: usize,
     },
     /// A step was submitted to the device.
     Step {

@@ -6,15 +6,16 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::checkpoint::{Checkpoint, DELTA, EMA};
+use super::checksums::Checksums;
 use super::choices::Init;
 use super::config::TrainConfig;
-use super::manifest;
 use super::start::{init_options, needs_init, source};
+use super::{leftovers, manifest};
 use crate::checkpoint::{
     MANIFEST, MANIFEST_FORMAT, Manifest, ModelPaths, OneOrMany, PathOverrides, SafetensorsFile, init,
 };
 use crate::error::{Error, Result};
-use crate::files::{relative, sync_folder};
+use crate::files::{FolderLock, relative, sync_folder};
 use crate::model::config::ModelKind;
 
 /// What [`package`] made.
@@ -61,7 +62,19 @@ pub fn package(folder: &Path, out: &Path, options: &PackageOptions) -> Result<Pa
         Some(base) => base.clone(),
         None => base_of(&checkpoint, &over, &tensors)?,
     };
+    if Checksums::read(folder)?
+        .unwrap_or_default()
+        .is_sound(tensors.path(), &mut |_, _| Ok(()))?
+        == Some(false)
+    {
+        return Err(Error::file(
+            tensors.path(),
+            "is damaged on the disk: it is not what was written (checksum)",
+        ));
+    }
     fs::create_dir_all(out).map_err(|error| Error::io(out, error))?;
+    let _lock = FolderLock::acquire(out, "l2p-train package")?;
+    leftovers::remove(out, DELTA);
     let target = out.join(DELTA);
     let taken = [&target, &out.join(MANIFEST)]
         .into_iter()
@@ -140,7 +153,7 @@ fn base_of(checkpoint: &Checkpoint, over: &Manifest, tensors: &SafetensorsFile) 
 fn copy(from: &Path, to: &Path) -> Result<u64> {
     let folder = crate::files::folder_of(to);
     let failed = |error: std::io::Error| Error::io(to, error);
-    let beside = folder.join(".delta.tmp");
+    let beside = folder.join(format!(".{DELTA}.tmp"));
     let copied = fs::copy(from, &beside).and_then(|bytes| {
         fs::File::open(&beside)?.sync_all()?;
         fs::rename(&beside, to)?;

@@ -1,17 +1,22 @@
 //! The report of a run: one HTML file with curves and sheets of samples that needs nothing beside it.
 
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use super::chart::{Chart, Series, escaped};
 use super::log::{Record, StartRecord, TrainRecord, read};
 use crate::device::format_bytes;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::files;
+use crate::limits::Budget;
+use crate::printable::shown_name;
 use crate::profile::PartTime;
 
 /// The report's name in the run's folder.
 const REPORT: &str = "report.html";
+
+/// The folder of sheets in the run's folder.
+pub(super) const SAMPLES: &str = "samples";
 
 /// Sheets that are shown; of more, these many spread evenly, the last one among them.
 const MOST_SHEETS: usize = 12;
@@ -280,7 +285,7 @@ fn sheets(run: &Path, history: &History) -> String {
         // The last of each of `shown` equal parts.
         let SheetRecord { step, file, .. } = &history.samples[(index + 1) * count / shown - 1];
         // A sheet that was deleted is left out.
-        if let Ok(png) = std::fs::read(run.join(file)) {
+        if let Ok(png) = sheet(run, file) {
             let _ = writeln!(
                 html,
                 "<figure class=\"sheet\"><img alt=\"samples\" src=\"data:image/png;base64,{}\">\
@@ -298,6 +303,34 @@ fn sheets(run: &Path, history: &History) -> String {
                 .unwrap_or_default();
             format!("<h2>Samples</h2><p>{}</p>\n{html}", escaped(&prompts.join(" · ")))
         }
+    }
+}
+
+/// The path of a sheet that a log names: a picture of the run's own, wherever a log that others wrote points to.
+///
+/// # Errors
+/// When it names anything else.
+pub(super) fn sheet_path(run: &Path, file: &str) -> Result<PathBuf> {
+    let mut parts = Path::new(file).components();
+    match (parts.next(), parts.next(), parts.next()) {
+        (Some(Component::Normal(folder)), Some(Component::Normal(_)), None) if folder == SAMPLES => Ok(run.join(file)),
+        _ => Err(Error::file(
+            run,
+            format!(
+                "its log names `{}`, which is no sheet in its {SAMPLES}",
+                shown_name(file)
+            ),
+        )),
+    }
+}
+
+/// The bytes of a sheet.
+fn sheet(run: &Path, file: &str) -> Result<Vec<u8>> {
+    let path = sheet_path(run, file)?;
+    let bytes = files::read(&path, Budget::PICTURE)?;
+    match bytes.starts_with(b"\x89PNG\r\n\x1a\n") {
+        true => Ok(bytes),
+        false => Err(Error::file(path, "is no PNG")),
     }
 }
 

@@ -8,12 +8,13 @@ use sha2::{Digest, Sha256};
 
 use super::choices::Noise;
 use super::config::TrainConfig;
+use super::feeder::Feeder;
 use super::forecast::{ModelSizes, Work, expect_room};
 use super::samples::Sheet;
 use super::start::starting_model;
 use super::validation::Validation;
 use super::{Event, Observer};
-use crate::checkpoint::{ModelPaths, Transformer, WriteObserver};
+use crate::checkpoint::{ModelPaths, Transformer};
 use crate::data::{
     DataSet, FeatureStore, ItemSource, Latents, PictureSize, Room, encode_captions, encode_latents, hex,
 };
@@ -22,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
 use crate::model::vae::VaeEncoder;
 use crate::pipeline::{Pipeline, PromptFiles, Settings};
+use crate::train::TrainableDit;
 
 /// The most decoding threads where the configuration does not say.
 const MOST_WORKERS: usize = 16;
@@ -83,38 +85,15 @@ impl Progress<'_> {
     }
 }
 
-/// Watches the writing of the initial model.
-struct Writing<'a, 'b> {
-    progress: &'a mut Progress<'b>,
-    done: u64,
-    total: u64,
-}
-
-impl WriteObserver for Writing<'_, '_> {
-    fn begin(&mut self, bytes: u64) {
-        self.total = bytes;
-    }
-
-    fn advance(&mut self, bytes: u64) -> Result<()> {
-        self.done += bytes;
-        self.progress
-            .report("making the initial model", self.done as usize, self.total as usize)
-    }
-}
-
 impl Setup {
     /// Opens and checks everything; encodes captions and latents that are not in the cache.
     ///
     /// # Errors
     /// Whatever is missing, damaged or does not fit; when the user asks to stop.
     pub fn new(config: &TrainConfig, run: &Path, device: &Device, progress: &mut Progress<'_>) -> Result<Self> {
-        let mut writing = Writing {
-            progress: &mut *progress,
-            done: 0,
-            total: 0,
-        };
-        let paths = starting_model(config, run, &mut writing)?;
+        let paths = starting_model(config, run, progress)?;
         let pipeline = Pipeline::open(paths, device.clone(), false)?;
+        tell_rounding(config, &pipeline, progress)?;
         let (train, held_out) = open_data(config, &pipeline, progress)?;
         let seeded = is_seeded(config, &train)?;
         let settings = sample_settings(config, &pipeline)?;
@@ -175,6 +154,23 @@ impl Setup {
         })
     }
 
+    /// The loss of `model` on a picture of the training set, with noise that is always the same; `None` where none of the first
+    /// pictures can be loaded.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn probe(&self, model: &TrainableDit, feeder: &mut Feeder<'_>) -> Result<Option<f32>> {
+        /// Pictures that are tried; more than these are damaged in no set that a run accepts.
+        const TRIED: usize = 16;
+        let records = self.set.records().iter().enumerate().take(TRIED);
+        let mut items =
+            records.filter_map(|(picture, record)| self.source.load(&self.set, picture, &record.caption).ok());
+        let Some(item) = items.next() else { return Ok(None) };
+        let batch = feeder.validation(&[item], 0, 1)?;
+        let loss = batch.with(|batch| model.evaluate(batch))?.to_vec::<f32>()?;
+        Ok(loss.first().copied())
+    }
+
     /// The transformer that training begins from.
     pub fn transformer(&self) -> &Transformer {
         self.pipeline.transformer()
@@ -199,6 +195,21 @@ fn host_cache(config: &TrainConfig) -> Result<usize> {
 fn default_workers() -> usize {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     processors.saturating_sub(1).clamp(1, MOST_WORKERS)
+}
+
+/// Says so when the model's own size is rounded up to one that it takes.
+fn tell_rounding(config: &TrainConfig, pipeline: &Pipeline, progress: &mut Progress<'_>) -> Result<()> {
+    let (defaults, multiple) = (pipeline.defaults()?, pipeline.size_multiple());
+    let sides = [defaults.width, defaults.height];
+    let rounded = sides.map(|side| side.next_multiple_of(multiple));
+    let given = config.size.is_some() || config.max_pixels.is_some() || !config.buckets.is_empty();
+    if !given && sides != rounded {
+        progress.notice(&format!(
+            "the model's own size, {}x{}, is no multiple of {multiple}: pictures and samples are of {}x{}",
+            sides[0], sides[1], rounded[0], rounded[1]
+        ));
+    }
+    Ok(())
 }
 
 /// The size and settings of samples. The size is that of the training pictures where they have only one.

@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
+use super::checksums::{Checksums, sum_of};
 use super::choices::Init;
 use super::config::TrainConfig;
+use super::setup::Progress;
 use crate::checkpoint::{
     Container, HeadLayout, InitOptions, ModelPaths, OutputFile, PathOverrides, SafetensorsFile, Transformer,
-    WriteObserver, init, scratch, write_file,
+    WriteObserver, init, scratch,
 };
 use crate::data::hex;
 use crate::error::{Error, Result};
@@ -23,11 +25,12 @@ pub const INIT: &str = "init.safetensors";
 /// The key under which the new model says what it was made by.
 const METADATA: &str = "l2p.init";
 
-/// Where the model that training begins from is; makes it first where the configuration asks for that.
+/// Where the model that training begins from is; makes it first where the configuration asks for that. One that was made before is
+/// checked, and made again where the disk has changed it.
 ///
 /// # Errors
 /// When a part is missing or damaged, `init.safetensors` is there and was made otherwise, or the disk does not take it.
-pub fn starting_model(config: &TrainConfig, run: &Path, observer: &mut dyn WriteObserver) -> Result<ModelPaths> {
+pub(super) fn starting_model(config: &TrainConfig, run: &Path, progress: &mut Progress<'_>) -> Result<ModelPaths> {
     let paths = source(config)?;
     let transformer = paths.open_transformer()?;
     if !needs_init(config, &transformer)? {
@@ -35,15 +38,82 @@ pub fn starting_model(config: &TrainConfig, run: &Path, observer: &mut dyn Write
     }
     let made_by = made_by(config, &transformer)?;
     let path = run.join(INIT);
-    match path.exists() {
-        true => expect_made_by(&path, &made_by)?,
-        false => {
-            let mut output = new_model(config, &transformer)?;
-            output.set_metadata(METADATA, &made_by);
-            write_file(&path, &output, false, observer)?;
+    let mut sums = Checksums::read(run)?.unwrap_or_default();
+    let sound = match path.exists() {
+        true => {
+            expect_made_by(&path, &made_by)?;
+            check(&path, &mut sums, progress)?
+        }
+        false => false,
+    };
+    if !sound {
+        let before = sums.files.get(INIT).copied();
+        let mut output = new_model(config, &transformer)?;
+        output.set_metadata(METADATA, &made_by);
+        sums.write_file(&path, &output, true, &mut Writing::new(progress))?;
+        sums.write(run)?;
+        if before.is_some_and(|before| sums.files.get(INIT) != Some(&before)) {
+            progress.notice(&format!(
+                "{} is not byte by byte what an earlier version made: checkpoints of that one may not belong to it",
+                path.display()
+            ));
         }
     }
     Ok(laid_over(paths, path))
+}
+
+/// Whether the model that was made before is as it was written; notes its sum where that is not known yet.
+fn check(path: &Path, sums: &mut Checksums, progress: &mut Progress<'_>) -> Result<bool> {
+    const MIB: u64 = 1 << 20;
+    let mut checked = |done: u64, total: u64| {
+        let (done, total) = (done.div_ceil(MIB), total.div_ceil(MIB));
+        progress.report("checking the initial model (MiB)", done as usize, total as usize)
+    };
+    match sums.is_sound(path, &mut checked)? {
+        Some(true) => Ok(true),
+        Some(false) => {
+            progress.notice(&format!(
+                "{} is damaged on the disk: it is not what was written (checksum); it is made again",
+                path.display()
+            ));
+            Ok(false)
+        }
+        None => {
+            let sum = sum_of(path, &mut checked)?;
+            sums.files.insert(INIT.into(), sum);
+            sums.write(crate::files::folder_of(path).as_path())?;
+            Ok(true)
+        }
+    }
+}
+
+/// Watches the writing of the initial model.
+struct Writing<'a, 'b> {
+    progress: &'a mut Progress<'b>,
+    done: u64,
+    total: u64,
+}
+
+impl<'a, 'b> Writing<'a, 'b> {
+    fn new(progress: &'a mut Progress<'b>) -> Self {
+        Writing {
+            progress,
+            done: 0,
+            total: 0,
+        }
+    }
+}
+
+impl WriteObserver for Writing<'_, '_> {
+    fn begin(&mut self, bytes: u64) {
+        self.total = bytes;
+    }
+
+    fn advance(&mut self, bytes: u64) -> Result<()> {
+        self.done += bytes;
+        self.progress
+            .report("making the initial model", self.done as usize, self.total as usize)
+    }
 }
 
 /// The model that the configuration names.

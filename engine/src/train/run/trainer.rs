@@ -1,25 +1,31 @@
 //! The loop.
 
 mod between;
+mod saving;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::checkpoint::{Checkpoint, RunState};
+use serde_json::Value;
+
+use super::checkpoint::{Due, RunState};
 use super::config::TrainConfig;
 use super::feeder::{DeviceBatch, Feeder};
 use super::forecast::Work;
 use super::journal::Journal;
 use super::learning_rate::LearningRate;
 use super::log::{Record, StartRecord};
-use super::resume::{Resume, continued, find_checkpoint};
+use super::report::SAMPLES;
+use super::resume::{Candidates, Resume, continued, find_candidates, still_due};
 use super::setup::{Progress, Setup};
 use super::speed::Interval;
-use super::{Event, Observer, write_report};
+use super::start::INIT;
+use super::{Event, Observer, checkpoint, leftovers, write_report};
 use crate::data::{Loader, LoaderOptions, PictureSize};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::files::FolderLock;
 use crate::profile::{self, PartTimes};
 use crate::tensor::Tensor;
 use crate::train::{StepNorm, TrainableDit};
@@ -71,6 +77,8 @@ struct Trainer<'a> {
     operations: HashMap<([usize; 2], usize), f64>,
     /// The step of the newest checkpoint.
     saved: Option<(u64, PathBuf)>,
+    /// Whether a checkpoint was due when there was none to make, and why.
+    owed: Option<String>,
     loss: Option<f64>,
     validation_loss: Option<f64>,
 }
@@ -78,8 +86,9 @@ struct Trainer<'a> {
 /// Trains by `config` in the folder `run` until its last step.
 ///
 /// # Errors
-/// When something is missing, damaged or does not fit, before the first step; when the loss diverges or too much data is
-/// damaged; [`Error::Interrupted`] when the observer asks to stop, after saving.
+/// When something is missing, damaged or does not fit, or another run writes to the folder, before the first step; when the loss
+/// diverges, too much data is damaged, or what was trained is not finite at the end; [`Error::Interrupted`] when the observer asks to
+/// stop, after saving.
 pub fn train(
     config: &TrainConfig,
     run: &Path,
@@ -90,10 +99,17 @@ pub fn train(
     let _range = profile::range(c"run");
     config.expect_named(true)?;
     std::fs::create_dir_all(run).map_err(|error| Error::io(run, error))?;
+    let lock = FolderLock::acquire(run, "l2p-train")?;
     let mut progress = Progress { observer };
-    let resumed = find_checkpoint(run, resume, &mut progress)?;
+    if !lock.is_held() {
+        progress.notice("this file system knows no locks: see to it that no other run writes to the same folder");
+    }
+    checkpoint::remove_leftovers(run);
+    leftovers::remove(run, INIT);
+    leftovers::remove(&run.join(SAMPLES), "");
+    let candidates = find_candidates(run, resume)?;
     let setup = Setup::new(config, run, device, &mut progress)?;
-    let mut trainer = Trainer::new(config, run, device, &setup, resumed, progress.observer)?;
+    let mut trainer = Trainer::new(config, run, device, &setup, candidates, progress.observer)?;
     let outcome = trainer.run();
     trainer.finish(outcome)
 }
@@ -105,7 +121,7 @@ impl<'a> Trainer<'a> {
         run: &'a Path,
         device: &'a Device,
         setup: &'a Setup,
-        resumed: Option<Checkpoint>,
+        candidates: Candidates,
         observer: &'a mut dyn Observer,
     ) -> Result<Self> {
         let mut progress = Progress { observer };
@@ -119,10 +135,14 @@ impl<'a> Trainer<'a> {
         )?;
         let json = serde_json::to_value(config).map_err(|error| Error::invalid(error.to_string()))?;
         let mut state = RunState::new(setup.data_identity.clone(), setup.model_identity.clone(), json.clone());
+        let mut feeder = Feeder::new(config, device, setup.seeded);
+        let mut probe = |model: &TrainableDit| setup.probe(model, &mut feeder);
+        let resumed = candidates.restore(&mut model, &mut probe, &mut progress)?;
         if let Some(resumed) = &resumed {
-            resumed.restore(&mut model)?;
-            state = continued(resumed, state, &mut progress)?;
+            state = continued(resumed, config, state, &mut progress)?;
+            state.due = still_due(run, state.step, state.due);
         }
+        tell_large_steps(config, setup, &mut progress);
         let options = LoaderOptions {
             workers: setup.workers,
             memory: PREFETCH,
@@ -131,11 +151,10 @@ impl<'a> Trainer<'a> {
             caption_dropout: config.caption_dropout,
             source: setup.source.clone(),
         };
-        let trained = model.trained().iter().map(|tensor| elements(&tensor.shape)).sum();
         let mut trainer = Trainer {
             loader: Loader::start(setup.set.clone(), options, state.position),
             rate: LearningRate::new(config),
-            feeder: Feeder::new(config, device, setup.seeded),
+            feeder,
             journal: Journal::open(run, state.step)?,
             profile: config.profile.then(|| PartTimes::new(device)),
             operations: HashMap::new(),
@@ -144,6 +163,7 @@ impl<'a> Trainer<'a> {
                 .map(|resumed| (state.step, resumed.folder().to_owned())),
             interval: Interval::begin(),
             submitted: Vec::new(),
+            owed: None,
             loss: None,
             validation_loss: None,
             observer: progress.observer,
@@ -159,38 +179,38 @@ impl<'a> Trainer<'a> {
             steps: config.steps,
             resumed: resumed.map(|resumed| resumed.folder().to_owned()),
         });
-        trainer.record(Record::Start(Box::new(StartRecord {
-            step: trainer.state.step,
-            time: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .unwrap_or_default()
-                .as_secs_f64(),
-            device: match device {
-                Device::Cpu => "cpu".into(),
-                Device::Cuda(cuda) => format!("{device} {}", cuda.name()),
-            },
-            config: json,
-            pictures: setup.set.records().len(),
-            held_out: setup.validation.as_ref().map_or(0, |validation| validation.pictures()),
-            noise: if setup.seeded { "seed" } else { "fresh" }.into(),
-            trained_parameters: trained,
-            parameters: transformer
-                .checkpoint
-                .tensors()
-                .values()
-                .map(|tensor| tensor.elements() as u64)
-                .sum(),
-        })));
+        let start = trainer.start_record(json);
+        trainer.record(Record::Start(Box::new(start)));
         Ok(trainer)
+    }
+
+    /// What the log says of the part of the run that begins; `config` are all its keys.
+    fn start_record(&self, config: Value) -> StartRecord {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let validation = self.setup.validation.as_ref();
+        let all = self.setup.transformer().checkpoint.tensors().values();
+        StartRecord {
+            step: self.state.step,
+            time: since_1970.as_secs_f64(),
+            device: match self.device {
+                Device::Cpu => "cpu".into(),
+                Device::Cuda(cuda) => format!("{} {}", self.device, cuda.name()),
+            },
+            config,
+            pictures: self.setup.set.records().len(),
+            held_out: validation.map_or(0, |validation| validation.pictures()),
+            noise: if self.setup.seeded { "seed" } else { "fresh" }.into(),
+            trained_parameters: self.model.trained_parameters(),
+            parameters: all.map(|tensor| tensor.elements() as u64).sum(),
+        }
     }
 
     /// Steps, with everything between them that is due.
     fn run(&mut self) -> Result<()> {
         let due = |step: u64, every: u64| every > 0 && step.is_multiple_of(every);
-        if self.state.step == 0 {
-            self.validate()?;
-            self.interval = Interval::begin();
-        }
+        self.state.due.validation |= self.state.step == 0;
+        self.do_due()?;
+        self.interval = Interval::begin();
         while self.state.step < self.config.steps && !self.out_of_time() {
             if self.observer.stop_requested() {
                 return Err(Error::Interrupted);
@@ -207,14 +227,15 @@ impl<'a> Trainer<'a> {
             if due(step, self.config.log_every) || last {
                 self.report_interval()?;
             }
-            if due(step, self.config.validate_every) || last {
-                self.paused(Self::validate)?;
+            self.state.due = Due {
+                validation: due(step, self.config.validate_every) || last,
+                samples: due(step, self.config.sample_every) || last,
+            };
+            if self.state.due != Due::default() {
+                self.paused(Self::do_due)?;
             }
-            if due(step, self.config.sample_every) || last {
-                self.paused(Self::draw_samples)?;
-            }
-            if due(step, self.config.save_every) && !last {
-                self.paused(Self::save_or_say)?;
+            if (due(step, self.config.save_every) || self.owed.is_some()) && !last {
+                self.paused(Self::save_when_good)?;
             }
         }
         if self.state.step < self.config.steps {
@@ -231,12 +252,20 @@ impl<'a> Trainer<'a> {
         self.config.max_minutes.is_some_and(|minutes| taken >= minutes * 60.0)
     }
 
-    /// One optimizer step: batches forward and backward, then the update.
+    /// One optimizer step: batches forward and backward, then the update. Asked to stop between two batches, it leaves everything as
+    /// the last whole step did.
     fn step(&mut self) -> Result<()> {
         let _range = profile::range(c"step");
         let mut pictures = self.state.pictures;
         let mut losses = Vec::with_capacity(self.config.accumulate);
-        for _ in 0..self.config.accumulate {
+        let batches = self.config.accumulate;
+        for done in 0..batches {
+            if done > 0 {
+                self.observer.event(&Event::Batch { done, total: batches });
+                if self.observer.stop_requested() {
+                    return Err(Error::Interrupted);
+                }
+            }
             let items = {
                 let _range = profile::range(c"data");
                 self.loader.next_batch()
@@ -246,7 +275,7 @@ impl<'a> Trainer<'a> {
                 // The data are at fault, not what was trained so far.
                 Err(error) => {
                     self.report_damages();
-                    self.save_or_say()?;
+                    self.save_when_good()?;
                     return Err(error);
                 }
             };
@@ -256,7 +285,7 @@ impl<'a> Trainer<'a> {
             };
             pictures += items.len() as u64;
             self.interval.operations += self.operations_of(&batch)?;
-            let weight = 1.0 / self.config.accumulate as f32;
+            let weight = 1.0 / batches as f32;
             losses.push(batch.with(|batch| self.model.accumulate(batch, weight))?);
         }
         let norm = {
@@ -301,9 +330,9 @@ impl<'a> Trainer<'a> {
         self.report_damages();
         let step = self.state.step;
         let outcome = match outcome {
-            Ok(()) => self.save(),
-            // What is on the device is good.
-            Err(error @ Error::Interrupted) => self.save().and(Err(error)),
+            Ok(()) => self.save_at_end(),
+            // What the last whole step left is on the device.
+            Err(error @ Error::Interrupted) => self.save_at_break().and(Err(error)),
             Err(error) => Err(error),
         };
         let outcome = match outcome {
@@ -329,6 +358,16 @@ impl<'a> Trainer<'a> {
     }
 }
 
-fn elements(shape: &[usize]) -> u64 {
-    shape.iter().product::<usize>() as u64
+/// Says so when a step takes a picture more than once.
+fn tell_large_steps(config: &TrainConfig, setup: &Setup, progress: &mut Progress<'_>) {
+    let (taken, pictures) = (config.pictures_per_step(), setup.set.records().len());
+    if taken > pictures as u64 {
+        progress.notice(&format!(
+            "a step takes {taken} pictures (batch {} x accumulate {}) and the data set has {pictures}: each step takes them about {} \
+             times",
+            config.batch,
+            config.accumulate,
+            taken / pictures.max(1) as u64
+        ));
+    }
 }

@@ -1,23 +1,16 @@
 //! What happens between steps: lines of the log, validation, samples, checkpoints.
 
-use std::path::Path;
 use std::time::Instant;
 
 use super::Trainer;
-use crate::checkpoint::Float;
 use crate::error::{Error, Result};
 use crate::image_io::{WriteOptions, write_image};
 use crate::profile;
-use crate::train::run::checkpoint::{self, SaveOptions, Saved};
-use crate::train::run::choices::SaveType;
 use crate::train::run::guard::{StepOutcome, Verdict};
 use crate::train::run::log::{Record, TrainRecord};
-use crate::train::run::manifest;
-use crate::train::run::setup::{Progress, sample_settings};
+use crate::train::run::report::SAMPLES;
+use crate::train::run::setup::Progress;
 use crate::train::run::speed::{Interval, peak_rate};
-
-/// The folder of sheets in the run's folder.
-const SAMPLES: &str = "samples";
 
 impl Trainer<'_> {
     /// Waits for the submitted steps and notes what came of them.
@@ -78,11 +71,11 @@ impl Trainer<'_> {
                 self.record(Record::Notice { step, text });
                 Ok(())
             }
-            Verdict::Stop { reason, sound } => {
-                if sound {
-                    self.save_or_say()?;
+            Verdict::Stop { reason, exploded } => {
+                if exploded {
+                    self.refuse_diverged();
                 }
-                Err(Error::invalid(reason))
+                Err(Error::invalid(format!("{reason}; {}", self.way_back())))
             }
         }
     }
@@ -114,7 +107,20 @@ impl Trainer<'_> {
         }
     }
 
-    pub(super) fn validate(&mut self) -> Result<()> {
+    /// Does what is due at this step and not done yet. Interrupted, it stays due, and the checkpoint says so.
+    pub(super) fn do_due(&mut self) -> Result<()> {
+        if self.state.due.validation {
+            self.validate()?;
+            self.state.due.validation = false;
+        }
+        if self.state.due.samples {
+            self.draw_samples()?;
+            self.state.due.samples = false;
+        }
+        Ok(())
+    }
+
+    fn validate(&mut self) -> Result<()> {
         let Some(validation) = &self.setup.validation else {
             return Ok(());
         };
@@ -128,15 +134,18 @@ impl Trainer<'_> {
         };
         let loss = validation.loss(&self.model, &mut self.feeder, &mut || progress.go_on())?;
         self.validation_loss = Some(loss);
-        self.record(Record::Validation {
-            step: self.state.step,
-            loss,
-            seconds: started.elapsed().as_secs_f64(),
+        let (step, seconds) = (self.state.step, started.elapsed().as_secs_f64());
+        self.record(match loss.is_finite() {
+            true => Record::Validation { step, loss, seconds },
+            false => Record::Notice {
+                step,
+                text: format!("the validation loss is {loss}"),
+            },
         });
         Ok(())
     }
 
-    pub(super) fn draw_samples(&mut self) -> Result<()> {
+    fn draw_samples(&mut self) -> Result<()> {
         let Some(sheet) = self.setup.sheet.as_ref().filter(|_| self.config.sample_every > 0) else {
             return Ok(());
         };
@@ -171,52 +180,6 @@ impl Trainer<'_> {
             file,
             size: [sheet.settings.width, sheet.settings.height],
             count: sheet.captions.len(),
-        });
-        Ok(())
-    }
-
-    /// Saves; a disk that does not take it is reported, and the run goes on: the last checkpoint stays, and the next one may
-    /// find room.
-    pub(super) fn save_or_say(&mut self) -> Result<()> {
-        match self.save() {
-            Err(error @ (Error::Io { .. } | Error::File { .. })) => {
-                let text = format!("no checkpoint: {error}");
-                let step = self.state.step;
-                self.record(Record::Notice { step, text });
-                Ok(())
-            }
-            outcome => outcome,
-        }
-    }
-
-    /// Saves, unless nothing was trained or the newest checkpoint is of this step, and deletes old checkpoints.
-    pub(super) fn save(&mut self) -> Result<()> {
-        let step = self.state.step;
-        if step == 0 || self.saved.as_ref().is_some_and(|(saved, _)| *saved == step) {
-            return Ok(());
-        }
-        let _range = profile::range(c"save");
-        self.collect()?;
-        let started = Instant::now();
-        let options = SaveOptions {
-            dtype: match self.config.save_dtype {
-                SaveType::Bf16 => Float::Bf16,
-                SaveType::F32 => Float::F32,
-            },
-            average: self.config.ema.is_some(),
-        };
-        let kind = self.model.dit().config().kind;
-        let settings = sample_settings(self.config, &self.setup.pipeline)?;
-        let complete = |folder: &Path| manifest::write(folder, self.run, self.setup.paths(), kind, &settings);
-        let Saved { folder, bytes } = checkpoint::save(self.run, &self.model, &self.state, options, &complete)?;
-        self.saved = Some((step, folder.clone()));
-        checkpoint::prune(self.run, self.config.keep_last, self.config.keep_every)?;
-        let name = folder.strip_prefix(self.run).unwrap_or(&folder);
-        self.record(Record::Checkpoint {
-            step,
-            folder: name.display().to_string(),
-            bytes,
-            seconds: started.elapsed().as_secs_f64(),
         });
         Ok(())
     }
