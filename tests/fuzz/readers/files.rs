@@ -6,7 +6,7 @@ use l2p_engine::checkpoint::{
     read_values, write_file,
 };
 use l2p_engine::data::{FeatureStore, Metadata};
-use l2p_engine::image_io::{read_image, read_settings, read_size};
+use l2p_engine::image_io::{read_header, read_image, read_settings};
 use l2p_engine::text::PromptTokenizer;
 use l2p_engine::train::run::{KEYS, TrainConfig};
 
@@ -167,7 +167,7 @@ pub fn metadata(case: &mut Case) -> Ended {
 /// A picture, and what its header says.
 pub fn pictures(case: &mut Case) -> Ended {
     let path = case.path(&case.changed[0]);
-    let size = read_size(&path);
+    let size = read_header(&path).map(|header| (header.width, header.height));
     let image = match read_image(&path) {
         Ok(image) => image,
         Err(error) => return Ended::Refused(error.to_string()),

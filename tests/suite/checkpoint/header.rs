@@ -250,7 +250,11 @@ fn pipes_are_not_waited_for() -> Outcome {
         let program = cli::program("l2p-convert")?;
         let mut command = std::process::Command::new("timeout");
         // An open that waits for a writer heeds no other signal.
-        command.args(["-s", "KILL", "20"]).arg(program).arg("inspect").arg(&source);
+        command
+            .args(["-s", "KILL", "20"])
+            .arg(program)
+            .arg("inspect")
+            .arg(&source);
         let finished = cli::Finished::from(&mut command)?;
         assert!([0, 1].contains(&finished.code), "{file}: waited for a writer");
         let said = format!("{}{}", finished.stdout, finished.stderr);

@@ -213,8 +213,16 @@ fn of_tensors_without_elements() -> Outcome {
         ("local_decoder.bottleneck.0.weight", vec![1 << 40, 0], range),
         ("local_decoder.enc3.0.weight", vec![1 << 46, 0], range),
         ("layers.0.attention.norm_q.weight", vec![1 << 46, 0], "has shape"),
-        ("layers.0.attention_norm1.weight", vec![1 << 48, 0], "has the impossible shape"),
-        ("layers.0.attention_norm1.weight", vec![1 << 62, 0], "has the impossible shape"),
+        (
+            "layers.0.attention_norm1.weight",
+            vec![1 << 48, 0],
+            "has the impossible shape",
+        ),
+        (
+            "layers.0.attention_norm1.weight",
+            vec![1 << 62, 0],
+            "has the impossible shape",
+        ),
     ] {
         let mut tensors = model::pixel(Dtype::BF16);
         let entry = model::Stored {

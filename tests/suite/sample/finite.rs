@@ -89,7 +89,11 @@ fn nothing_is_drawn() -> Outcome {
         // The weight to blame, and its file.
         let [part, name] = weight;
         let named = outcome.stderr.contains(&format!("{name}` holds NaN or infinity in "));
-        assert!(named && outcome.stderr.contains(&format!("(model/{part}/")), "{}", outcome.stderr);
+        assert!(
+            named && outcome.stderr.contains(&format!("(model/{part}/")),
+            "{}",
+            outcome.stderr
+        );
         assert!(names(&folder.path().join("out"))?.is_empty(), "{weight:?}");
     }
     Ok(())

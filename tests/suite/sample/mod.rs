@@ -4,6 +4,7 @@ mod cuda;
 mod draw;
 mod faults;
 pub mod files;
+mod finite;
 mod inputs;
 mod interrupt;
 mod outputs;
