@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use l2p_engine::files;
 use l2p_engine::limits::{Budget, Pictures};
+use l2p_engine::{Error, files};
 use serde::de::DeserializeOwned;
 
 /// A line of a prompt file that is not empty.
@@ -28,7 +28,10 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Vec<Line<T>>> {
         }
         let number = index + 1;
         let expected = || format!("{}, line {number}: expected {{\"prompt\": \"...\"}}", path.display());
-        let content = serde_json::from_str(line).with_context(expected)?;
+        // Serde quotes names and values of the file.
+        let content = serde_json::from_str(line)
+            .map_err(|error| Error::invalid(error.to_string()))
+            .with_context(expected)?;
         lines.push(Line { number, content });
         if lines.len() as u64 > Pictures::MOST {
             bail!("{}: holds more than {} prompts", path.display(), Pictures::MOST);

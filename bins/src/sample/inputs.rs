@@ -26,24 +26,8 @@ pub fn read_noise(path: &Path, pipeline: &Pipeline, settings: &Settings) -> Resu
     let noise = values
         .remove("noise")
         .ok_or_else(|| Error::file(path, "holds no tensor `noise`"))?;
-    expect_finite(path, "noise", &noise)?;
     let values = transpose(&noise.values, channels, height * width);
     Tensor::from_slice(pipeline.device(), &values, [1, height, width, channels])
-}
-
-/// Refuses a tensor with a number that would spoil every picture.
-fn expect_finite(path: &Path, name: &str, values: &Values) -> Result<()> {
-    match values.values.iter().position(|value| !value.is_finite()) {
-        None => Ok(()),
-        Some(index) => Err(Error::file(
-            path,
-            format!(
-                "tensor `{name}` holds a number that is not finite: {}, number {index} of {}",
-                values.values[index],
-                values.values.len()
-            ),
-        )),
-    }
 }
 
 /// `count` copies of a batch of one.
@@ -74,9 +58,6 @@ pub fn read_embeds(path: &Path, pipeline: &Pipeline, pictures: usize, guided: bo
             ))),
         }
     })?;
-    for (name, values) in &values {
-        expect_finite(path, &shown_name(name), values)?;
-    }
     let list = |prefix: &str| {
         read_list(&values, prefix, pipeline, pictures).map_err(|error| match error {
             Error::Invalid(reason) => Error::file(path, reason),

@@ -113,7 +113,7 @@ fn expect_agreement(
 /// How many of `{before}0{after}`, `{before}1{after}`, … there are, whatever is missing between; `None` without any.
 fn count(checkpoint: &Checkpoint, before: &str, after: &str) -> Option<usize> {
     let is_there = |index: &usize| checkpoint.shape(&format!("{before}{index}{after}")).is_some();
-    (0..MOST_LAYERS).filter(is_there).last().map(|last| last + 1)
+    (0..MOST_LAYERS).rfind(is_there).map(|last| last + 1)
 }
 
 fn extent(checkpoint: &Checkpoint, name: &str, index: usize) -> Option<usize> {

@@ -114,7 +114,7 @@ impl ModelPaths {
                 return Err(Error::file(path, "has a model_index.json but no folder `transformer`"));
             }
             let part = |name: &str| Some(path.join(name)).filter(|part| part.is_dir());
-            let config = Some(transformer.join("config.json")).filter(|config| config.is_file());
+            let config = Some(transformer.join("config.json")).filter(|config| config.exists());
             return Ok(ModelPaths {
                 text_encoder: part("text_encoder"),
                 tokenizer: part("tokenizer"),
@@ -123,7 +123,7 @@ impl ModelPaths {
                 ..Self::bare(path, Container::Diffusers, transformer, config)
             });
         }
-        let config = Some(path.join("config.json")).filter(|config| config.is_file());
+        let config = Some(path.join("config.json")).filter(|config| config.exists());
         Ok(Self::bare(path, Container::Folder, path.into(), config))
     }
 
@@ -165,7 +165,7 @@ impl ModelPaths {
             }
         }
         let part = |part: &Option<PathBuf>, name: &str| part.as_deref().map(|part| hub::part(part, name)).transpose();
-        let folder_config = |folder: &PathBuf| Some(folder.join("config.json")).filter(|config| config.is_file());
+        let folder_config = |folder: &PathBuf| Some(folder.join("config.json")).filter(|config| config.exists());
         let config = transformer
             .first()
             .filter(|_| transformer.len() == 1)

@@ -5,8 +5,8 @@
 //! * `engine/src/device/`: calls of the driver and of CUDA's libraries, and the memory of both kinds of device
 //! * `engine/src/ops/`: launches of kernels and products
 //! * `engine/src/train/adamw.rs`: launches of its kernels
-//! * `engine/src/checkpoint/file.rs`: the mapping of model files
 //! * `engine/src/nvtx.rs`: the profiler's table of functions
+//! * `tests/fuzz/memory.rs`: an allocator that counts
 
 mod args;
 mod blas;

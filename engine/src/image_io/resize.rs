@@ -284,7 +284,9 @@ mod tests {
                 }
                 cut += usize::from(x + y > 0);
                 let at_once = cover(&image, to_width, to_height, filter).unwrap();
-                assert!(furthest(&found, &at_once) <= 1, "{case}");
+                // Either is at most two off.
+                let apart = furthest(&found, &at_once);
+                assert!(apart <= 2, "{case}, {apart} apart");
             }
         }
         assert!(cut > 200, "{cut}");

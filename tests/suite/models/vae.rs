@@ -108,19 +108,19 @@ fn configurations_are_checked() -> Outcome {
     };
     assert_eq!(
         message("\"use_post_quant_conv\": false", "\"use_post_quant_conv\": true"),
-        "VAE configuration: says use_post_quant_conv = true, only false is supported"
+        "the VAE's configuration says use_post_quant_conv = true, only false is supported"
     );
     assert_eq!(
         message("\"silu\"", "\"gelu\""),
-        "VAE configuration: says act_fn = \"gelu\", only \"silu\" is supported"
+        "the VAE's configuration says act_fn = \"gelu\", only \"silu\" is supported"
     );
     assert_eq!(
         message("[128, 256, 512, 512]", "[128, 256, 500, 512]"),
-        "VAE configuration: says block_out_channels = [128, 256, 500, 512], only multiples of norm_num_groups = 32 is supported"
+        "the VAE's configuration says block_out_channels = [128, 256, 500, 512], only multiples of norm_num_groups = 32 is supported"
     );
     assert!(message("[\"UpDecoderBlock2D\", ", "[\"AttnUpDecoderBlock2D\", ").contains("up_block_types"));
     assert!(message("0.3611", "0").contains("scaling_factor = 0.0"));
-    assert!(message("16", "\"sixteen\"").contains("VAE configuration"));
+    assert!(message("16", "\"sixteen\"").contains("the VAE's configuration"));
     Ok(())
 }
 

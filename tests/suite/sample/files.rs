@@ -176,7 +176,7 @@ fn damaged_parts_end_with_1() -> Outcome {
         (
             "text_encoder/config.json",
             |file| replace(file, |bytes| *bytes = b"{\"model_type\": \"llama\"}".to_vec()),
-            "text_encoder/config.json: is not what was expected",
+            "text_encoder/config.json: describes a `llama` model, expected `qwen3`",
         ),
         (
             "vae/config.json",

@@ -392,7 +392,7 @@ mod tests {
         }
         let message = from_flags(&[("size", "65552x16")]).unwrap_err().to_string();
         assert!(
-            message.contains("65552x16: expected a whole number from 1 to 65536"),
+            message.contains("`65552x16` is no size in pixels") && message.contains("sides of 1 to 65536"),
             "{message}"
         );
         // What a file of this program says of itself is checked too.
