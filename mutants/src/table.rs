@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::Context;
 
-use crate::list::Mutant;
+use crate::kit::Planned;
 use crate::tree::LeftOut;
 use crate::trial::Fate;
 
@@ -47,7 +47,7 @@ pub fn read(path: &Path) -> anyhow::Result<BTreeMap<String, String>> {
 }
 
 /// Counts by file, and the names of the survivors.
-pub fn summary(mutants: &[Mutant], results: &BTreeMap<String, String>) -> String {
+pub fn summary(mutants: &[Planned], results: &BTreeMap<String, String>) -> String {
     let mut counts: BTreeMap<String, [usize; 5]> = BTreeMap::new();
     let mut survivors = Vec::new();
     for mutant in mutants {

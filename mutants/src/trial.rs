@@ -1,5 +1,7 @@
 //! Runs the tests with one mutant on.
 
+use std::collections::BTreeSet;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -7,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use rustix::process::{Pid, Resource, Rlimit, Signal};
 
+use crate::kit::Kit;
 use crate::weave::Number;
 
 /// How long tests may take beside what they take without a mutant, and at least.
@@ -29,75 +32,77 @@ pub enum Fate {
 
 /// Some of the tests of one program.
 struct Group {
-    program: PathBuf,
+    of_library: bool,
     filter: String,
     /// How long they take without a mutant.
     usual: Duration,
 }
 
 /// The tests, in groups.
-pub struct Tests<'a> {
-    folder: &'a Path,
-    suite: PathBuf,
-    library: PathBuf,
+pub struct Tests {
+    programs: [PathBuf; 2],
+    /// Threads of each program.
+    threads: usize,
     groups: Vec<Group>,
 }
 
-impl<'a> Tests<'a> {
-    /// The tests of these programs, run in `folder`.
-    pub fn new(folder: &'a Path, [suite, library]: [PathBuf; 2]) -> Self {
-        Tests {
-            folder,
-            suite,
-            library,
+impl Tests {
+    /// The tests of these programs for mutants of `files`, of which `jobs` run at once; all run once without a mutant.
+    ///
+    /// # Errors
+    /// When a program cannot be started, or tests fail.
+    pub fn new<'a>(kit: &Kit, jobs: usize, files: impl Iterator<Item = &'a Path>) -> anyhow::Result<Self> {
+        let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let mut tests = Tests {
+            programs: [kit.suite(), kit.library()],
+            threads: (processors / jobs).max(1),
             groups: Vec::new(),
+        };
+        let wanted: BTreeSet<(bool, String)> = files.flat_map(filters).collect();
+        for (of_library, filter) in wanted {
+            let mut group = Group {
+                of_library,
+                filter,
+                usual: Duration::ZERO,
+            };
+            let start = Instant::now();
+            if tests.attempt(&group, None, Duration::from_secs(1800))? != Ended::Passed {
+                bail!("the tests {} fail without a mutant", group.filter);
+            }
+            group.usual = start.elapsed();
+            tests.groups.push(group);
         }
+        Ok(tests)
     }
 
     /// Runs the tests of a mutated file: those of its own operation first, then all.
     ///
     /// # Errors
-    /// When a program cannot be started, or tests fail without a mutant.
-    pub fn run(&mut self, number: Number, file: &Path) -> anyhow::Result<Fate> {
+    /// When a program cannot be started.
+    pub fn run(&self, number: Number, file: &Path) -> anyhow::Result<Fate> {
         for (of_library, filter) in filters(file) {
-            let program = if of_library { &self.library } else { &self.suite };
-            let group = self.group(program.clone(), filter)?;
-            let limit = (SLOWER * self.groups[group].usual).max(AT_LEAST);
+            let mut groups = self.groups.iter();
+            let group = groups.find(|group| group.of_library == of_library && group.filter == filter);
+            let group = group.context("a file that was not announced")?;
+            let limit = (SLOWER * group.usual).max(AT_LEAST);
             match self.attempt(group, Some(number), limit)? {
                 Ended::Passed => {}
-                Ended::Failed => return Ok(Fate::Caught(self.groups[group].filter.clone())),
+                Ended::Failed => return Ok(Fate::Caught(filter)),
                 Ended::Late => return Ok(Fate::Timeout),
             }
         }
         Ok(Fate::Survived)
     }
 
-    /// The group's place; a new one is run without a mutant first.
-    fn group(&mut self, program: PathBuf, filter: String) -> anyhow::Result<usize> {
-        let mut known = self.groups.iter();
-        if let Some(index) = known.position(|group| group.program == program && group.filter == filter) {
-            return Ok(index);
-        }
-        self.groups.push(Group {
-            program,
-            filter,
-            usual: Duration::ZERO,
-        });
-        let index = self.groups.len() - 1;
-        let start = Instant::now();
-        if self.attempt(index, None, Duration::from_secs(1800))? != Ended::Passed {
-            bail!("the tests {} fail without a mutant", self.groups[index].filter);
-        }
-        self.groups[index].usual = start.elapsed();
-        Ok(index)
-    }
-
-    fn attempt(&self, group: usize, mutant: Option<Number>, limit: Duration) -> anyhow::Result<Ended> {
-        let Group { program, filter, .. } = &self.groups[group];
+    fn attempt(&self, group: &Group, mutant: Option<Number>, limit: Duration) -> anyhow::Result<Ended> {
+        let program = &self.programs[usize::from(group.of_library)];
+        let threads = self.threads.to_string();
         let mut command = Command::new(program);
         command
-            .args(["--quiet", filter])
-            .current_dir(self.folder)
+            .args(["--quiet", &group.filter, "--test-threads", &threads])
+            .env("RAYON_NUM_THREADS", &threads)
+            // The mutants are of what runs on the CPU.
+            .env("CUDA_VISIBLE_DEVICES", "-1")
             .env("RUST_BACKTRACE", "0")
             .stdin(Stdio::null())
             .stdout(Stdio::null())

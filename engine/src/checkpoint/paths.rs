@@ -109,7 +109,7 @@ impl ModelPaths {
             return Ok(Self::bare(path, Container::File, path.into(), config));
         }
         let transformer = path.join("transformer");
-        if path.join("model_index.json").is_file() || transformer.is_dir() {
+        if path.join("model_index.json").exists() || transformer.is_dir() {
             if !transformer.is_dir() {
                 return Err(Error::file(path, "has a model_index.json but no folder `transformer`"));
             }
@@ -301,7 +301,7 @@ impl ModelPaths {
 /// The manifest that stands for `path`: itself, the one in the folder, or one beside a file that names the file.
 fn manifest_for(path: &Path) -> Result<Option<PathBuf>> {
     if path.is_dir() {
-        return Ok(Some(path.join(MANIFEST)).filter(|manifest| manifest.is_file()));
+        return Ok(Some(path.join(MANIFEST)).filter(|manifest| manifest.exists()));
     }
     if path.file_name().is_some_and(|name| name == MANIFEST) {
         return Ok(Some(path.into()));
@@ -319,5 +319,5 @@ fn manifest_for(path: &Path) -> Result<Option<PathBuf>> {
 
 /// The file of this name in the folder of `path`, if there is one.
 fn beside(path: &Path, name: &str) -> Option<PathBuf> {
-    Some(path.parent()?.join(name)).filter(|file| file.is_file())
+    Some(path.parent()?.join(name)).filter(|file| file.exists())
 }

@@ -186,7 +186,7 @@ fn damaged_parts_end_with_1() -> Outcome {
         (
             "scheduler/scheduler_config.json",
             |file| replace(file, |bytes| *bytes = b"{\"shift\": -3}".to_vec()),
-            "scheduler_config.json: says shift = -3, which is not positive",
+            "scheduler_config.json: is not what was expected: entry `shift`: expected a number from 0.01 to 1000, found -3",
         ),
     ];
     for (part, damage, message) in cases {
