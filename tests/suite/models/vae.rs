@@ -119,7 +119,7 @@ fn configurations_are_checked() -> Outcome {
         "the VAE's configuration says block_out_channels = [128, 256, 500, 512], only multiples of norm_num_groups = 32 is supported"
     );
     assert!(message("[\"UpDecoderBlock2D\", ", "[\"AttnUpDecoderBlock2D\", ").contains("up_block_types"));
-    assert!(message("0.3611", "0").contains("says scaling_factor: "));
+    assert!(message("0.3611", "0").contains("scaling_factor"));
     assert!(message("16", "\"sixteen\"").contains("the VAE's configuration"));
     Ok(())
 }
