@@ -2,7 +2,7 @@
 
 use clap::{Parser, ValueEnum};
 use l2p_engine::model::detailer::Detailer;
-use l2p_engine::model::dit::HEAD_PREFIX;
+use l2p_engine::model::zimage::HEAD_PREFIX;
 use l2p_engine::profile::{OpTime, measure};
 use l2p_engine::{Device, Result, Tensor};
 use serde_json::{Value, json};

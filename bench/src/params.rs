@@ -242,9 +242,9 @@ fn text_tensors(config: &TextConfig) -> Tensors {
 mod tests {
     use super::*;
     use crate::published::{self, ModelName};
-    use l2p_engine::model::dit::Dit;
     use l2p_engine::model::text::TextEncoder;
     use l2p_engine::model::vae::VaeDecoder;
+    use l2p_engine::model::zimage::Dit;
 
     #[test]
     fn every_small_model_loads_and_runs() {

@@ -9,9 +9,9 @@ use l2p_engine::checkpoint::{Checkpoint, ModelPaths, PathOverrides, Values, read
 use l2p_engine::device::MemoryTag;
 use l2p_engine::model::config::{TextConfig, VaeConfig};
 use l2p_engine::model::detailer::Detailer;
-use l2p_engine::model::dit::Dit;
 use l2p_engine::model::text::TextEncoder;
 use l2p_engine::model::vae::VaeDecoder;
+use l2p_engine::model::zimage::Dit;
 use l2p_engine::{Device, Error, Result, Tensor};
 use serde::Serialize;
 

@@ -8,7 +8,7 @@ use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use l2p_engine::device::{MemoryTag, format_bytes};
 use l2p_engine::model::detailer::DetailerLayout;
-use l2p_engine::model::dit::HEAD_PREFIX;
+use l2p_engine::model::zimage::HEAD_PREFIX;
 use l2p_engine::train::{AdamWOptions, Batch, PlanInput, Policy, Recompute, TrainOptions, TrainableDit, TrainingPlan};
 use l2p_engine::{Device, Result, Tensor};
 use serde_json::{Map, Value, json};

@@ -1,6 +1,6 @@
 //! The engine of l2p: tensors and fused operations on CPU and CUDA, the models made of them, and what drives them.
 //!
-//! The layers, each using only those before it: [`device`] → [`tensor`] → [`ops`] → [`model`] → [`checkpoint`], [`flow`] →
+//! The layers, each using only those before it: [`device`] → [`tensor`] → [`ops`] → [`layers`] → [`model`] → [`checkpoint`], [`flow`] →
 //! [`pipeline`] → [`data`] → [`train`]; [`text`] and [`image_io`] stand beside them, [`profile`] below and [`ceilings`] above
 //! the operations.
 //! Operations know nothing of models; each defines itself by a plain CPU loop and launches the CUDA kernel that must equal it.
@@ -16,6 +16,7 @@ mod error;
 pub mod files;
 pub mod flow;
 pub mod image_io;
+pub mod layers;
 pub mod limits;
 pub mod model;
 mod nvtx;
@@ -31,7 +32,7 @@ pub mod train;
 pub use device::{Device, DeviceChoice};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
-pub use model::{MemoryParams, ParamSource};
+pub use layers::{MemoryParams, ParamSource};
 pub use printable::{printable, shown_name};
 pub use shape::Shape;
 pub use tensor::Tensor;

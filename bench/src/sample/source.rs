@@ -9,9 +9,9 @@ use l2p_engine::Device;
 use l2p_engine::checkpoint::{Checkpoint, HeadLayout, ModelPaths, Transformer};
 use l2p_engine::device::MemoryTag;
 use l2p_engine::model::config::{DitConfig, TextConfig, VaeConfig};
-use l2p_engine::model::dit::Dit;
 use l2p_engine::model::text::TextEncoder;
 use l2p_engine::model::vae::VaeDecoder;
+use l2p_engine::model::zimage::Dit;
 use l2p_engine::text::PromptTokenizer;
 
 use crate::params::RandomParams;

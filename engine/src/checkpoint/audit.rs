@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::head::HeadLayout;
 use super::set::Checkpoint;
 use crate::error::{Error, Result};
-use crate::model::ParamSource;
+use crate::layers::ParamSource;
 use crate::model::config::{DitConfig, DitSurvey, ModelKind, TransformerConfig, block_tensors};
 use crate::printable::shown_name;
 

@@ -3,8 +3,8 @@
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::layers::ParamSource;
 use crate::limits::Width;
-use crate::model::params::ParamSource;
 
 /// Channels of an image.
 const CHANNELS: usize = 3;

@@ -4,7 +4,7 @@ use super::audit::is_whole;
 use super::head::HeadLayout;
 use super::set::{Checkpoint, CheckpointTensor};
 use crate::error::{Error, Result};
-use crate::model::ParamSource;
+use crate::layers::ParamSource;
 use crate::model::config::{DitSurvey, ModelKind};
 use crate::printable::shown_name;
 

@@ -7,7 +7,7 @@ use super::elements::{Float, encode, read_converted};
 use super::set::{Checkpoint, CheckpointTensor};
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
-use crate::model::ParamSource;
+use crate::layers::ParamSource;
 use crate::printable::shown_name;
 use crate::shape::Shape;
 use crate::tensor::Tensor;

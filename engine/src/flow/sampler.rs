@@ -14,7 +14,7 @@ use super::schedule::Schedule;
 use crate::device::{CudaDevice, Device, Graph, Marker};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::model::dit::{Dit, Modulations, Prepared};
+use crate::model::zimage::{Dit, Modulations, Prepared};
 use crate::ops::cast::cast;
 use crate::ops::conv::Canvas;
 use crate::ops::guidance::{Guidance, guided_euler_step};

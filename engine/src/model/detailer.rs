@@ -11,13 +11,12 @@
 mod backward;
 
 use super::limits::DeviceLimits;
-use super::params::ParamSource;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::layers::{ConvLayer, Described, Group, Loader, ParamSource, module};
 use crate::ops::conv::{
-    Activation, Canvas, Conv, Input, conv2d, conv3x3_silu_picture, conv3x3_silu_pool, conv3x3_silu_pooled,
-    upsample_conv3x3,
+    Activation, Canvas, Input, conv2d, conv3x3_silu_picture, conv3x3_silu_pool, conv3x3_silu_pooled, upsample_conv3x3,
 };
 use crate::ops::detail_stage::{DetailStage, DetailWeights, detail_stage};
 use crate::profile;
@@ -160,21 +159,33 @@ impl Shapes<'_> {
     }
 }
 
-/// A head's parameters.
-pub struct Detailer {
-    layout: DetailerLayout,
-    /// From the image inwards.
-    stages: Vec<Stage>,
-    bottleneck: Conv,
-    output: Conv,
-    /// On CUDA, where its sizes suit: the outermost stage's weights for doing it in one pass.
-    outermost: Option<DetailWeights>,
+module! {
+    /// A head.
+    pub struct Detailer<K> {
+        /// From the image inwards.
+        pub stages: Vec<Stage<K>>,
+        /// 1×1 over the deepest maxima and the feature map.
+        pub bottleneck: ConvLayer<K>,
+        /// 1×1 to the image's channels.
+        pub output: ConvLayer<K>,
+        ;
+        layout: DetailerLayout,
+        ; made
+        /// On CUDA, where its sizes suit: the outermost stage's weights for doing it in one pass.
+        outermost: Option<DetailWeights>,
+    }
 }
 
-struct Stage {
-    encoder: Conv,
-    up: Conv,
-    decoder: Conv,
+module! {
+    /// One stage of the head.
+    pub struct Stage<K> {
+        /// 3×3 to the skip.
+        pub encoder: ConvLayer<K>,
+        /// 3×3 on the upsampled map from below.
+        pub up: ConvLayer<K>,
+        /// 3×3 over that and the skip.
+        pub decoder: ConvLayer<K>,
+    }
 }
 
 /// What the outermost stage decodes: the map of half the picture's resolution, and the stage's skip, unless it encodes the image
@@ -182,6 +193,41 @@ struct Stage {
 struct BelowPicture {
     map: Tensor,
     skip: Option<Tensor>,
+}
+
+impl DetailerLayout {
+    /// The head whose parameters are named `{prefix}.…`.
+    pub fn describe(&self, prefix: &str) -> Detailer<Described> {
+        let conv = |name: &str, kernel: usize, channels: &[usize], outputs: usize, arranged: Option<Input>| {
+            ConvLayer::new(
+                Group::Output,
+                &format!("{prefix}.{name}"),
+                kernel,
+                channels,
+                outputs,
+                arranged,
+            )
+        };
+        let (same, upsampled) = (Some(Input::Same), Some(Input::Upsampled));
+        let stages = self.stages.iter().map(|stage| {
+            let name = &stage.name;
+            let joined = [stage.upsampled, stage.skip];
+            Stage {
+                encoder: conv(&format!("enc{name}.0"), 3, &[stage.inputs], stage.skip, same),
+                up: conv(&format!("up{name}.1"), 3, &[stage.below], stage.upsampled, upsampled),
+                decoder: conv(&format!("dec{name}.0"), 3, &joined, stage.outputs, same),
+            }
+        });
+        let deepest = self.stages.last().map_or(IMAGE_CHANNELS, |stage| stage.skip);
+        let last = self.stages.first().map_or(self.bottleneck, |stage| stage.outputs);
+        Detailer {
+            stages: stages.collect(),
+            bottleneck: conv("bottleneck.0", 1, &[deepest, self.context], self.bottleneck, same),
+            output: conv("out_conv", 1, &[last], IMAGE_CHANNELS, None),
+            layout: self.clone(),
+            outermost: None,
+        }
+    }
 }
 
 impl Detailer {
@@ -192,36 +238,18 @@ impl Detailer {
     pub fn load(params: &dyn ParamSource, device: &Device, prefix: &str) -> Result<Self> {
         let layout = DetailerLayout::read(params, prefix)?;
         layout.expect_runs_on(device)?;
-        let conv = |name: &str, kernel: usize, channels: &[usize], outputs: usize| {
-            let weight = params.load_conv(device, &format!("{prefix}.{name}.weight"))?;
-            let bias = params.load(device, &format!("{prefix}.{name}.bias"), &[outputs])?;
-            Conv::new(weight, bias, kernel, channels)
-        };
-        let stages = layout.stages.iter().map(|stage| {
-            let name = &stage.name;
-            let joined = [stage.upsampled, stage.skip];
-            Ok(Stage {
-                encoder: conv(&format!("enc{name}.0"), 3, &[stage.inputs], stage.skip)?.arranged(Input::Same)?,
-                up: conv(&format!("up{name}.1"), 3, &[stage.below], stage.upsampled)?.arranged(Input::Upsampled)?,
-                decoder: conv(&format!("dec{name}.0"), 3, &joined, stage.outputs)?.arranged(Input::Same)?,
-            })
-        });
-        let stages: Vec<Stage> = stages.collect::<Result<_>>()?;
-        let (first, last) = (&layout.stages[0], &layout.stages[layout.stages.len() - 1]);
-        let bottleneck = conv("bottleneck.0", 1, &[last.skip, layout.context], layout.bottleneck)?;
-        let output = conv("out_conv", 1, &[first.outputs], IMAGE_CHANNELS)?;
-        let mut head = Detailer {
-            layout,
-            stages,
-            bottleneck: bottleneck.arranged(Input::Same)?,
-            output,
-            outermost: None,
-        };
-        head.outermost = match device {
-            Device::Cuda(_) if head.outermost_stage().suits() => Some(head.outermost_stage().arrange()?),
+        let mut head = Loader::load(&layout.describe(prefix), params, device, &mut |_, _| Ok(()))?;
+        head.arrange(device)?;
+        Ok(head)
+    }
+
+    /// Makes what the device's kernels keep in forms of their own, after loading.
+    pub(in crate::model) fn arrange(&mut self, device: &Device) -> Result<()> {
+        self.outermost = match device {
+            Device::Cuda(_) if self.outermost_stage().suits() => Some(self.outermost_stage().arrange()?),
             _ => None,
         };
-        Ok(head)
+        Ok(())
     }
 
     fn outermost_stage(&self) -> DetailStage<'_> {

@@ -13,26 +13,109 @@
 
 use super::config::TextConfig;
 use super::limits::DeviceLimits;
-use super::params::ParamSource;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::layers::{Bare, Described, Group, Linear, Loader, Norm, ParamSource, module};
 use crate::ops::add_rms_norm::{add, add_rms_norm};
 use crate::ops::attention::{Attention, attention};
 use crate::ops::embedding::embedding;
-use crate::ops::linear::linear;
 use crate::ops::qk_norm_rope::{QkNormRope, Rotation, qk_norm_rope};
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::swiglu::swiglu;
 use crate::profile;
 use crate::tensor::Tensor;
 
-/// The encoder's parameters, on its device.
-pub struct TextEncoder {
-    config: TextConfig,
-    /// `[vocabulary, dim]`
-    embeddings: Tensor,
-    /// All layers but the last.
-    layers: Vec<Layer>,
+module! {
+    /// The encoder.
+    pub struct TextEncoder<K> {
+        /// `[vocabulary, dim]`
+        embeddings: Bare<K>,
+        /// All layers but the last.
+        layers: Vec<Layer<K>>,
+        ;
+        config: TextConfig,
+    }
+}
+
+module! {
+    /// One decoder layer. Query, key and value projections are stacked (packed qkv), as are the two inputs of SwiGLU.
+    struct Layer<K> {
+        /// `[dim]`
+        input_norm: Norm<K>,
+        /// `[(heads + 2 · kv_heads) · head_dim, dim]`
+        qkv: Linear<K>,
+        /// `[head_dim]` each
+        q_norm: Norm<K>,
+        k_norm: Norm<K>,
+        /// `[dim, heads · head_dim]`
+        out: Linear<K>,
+        /// `[dim]`
+        post_attention_norm: Norm<K>,
+        /// `[2 · ffn_hidden, dim]`
+        gate_up: Linear<K>,
+        /// `[dim, ffn_hidden]`
+        down: Linear<K>,
+    }
+}
+
+/// The table of embeddings in `Qwen3Model`.
+const EMBEDDINGS: &str = "embed_tokens.weight";
+
+impl TextEncoder<Described> {
+    /// The parameters of an encoder of these sizes, named as in `Qwen3Model` after `prefix`.
+    ///
+    /// # Errors
+    /// When there are no layers.
+    pub fn describe(config: &TextConfig, prefix: &str) -> Result<Self> {
+        let layers = config.layers.checked_sub(1);
+        let layers =
+            layers.ok_or_else(|| Error::invalid("a text encoder without layers has no features to read out"))?;
+        Ok(TextEncoder {
+            embeddings: Bare::new(
+                Group::Other,
+                format!("{prefix}{EMBEDDINGS}"),
+                &[config.vocabulary, config.dim],
+            ),
+            layers: (0..layers)
+                .map(|index| Layer::describe(config, &format!("{prefix}layers.{index}")))
+                .collect(),
+            config: config.clone(),
+        })
+    }
+}
+
+impl Layer<Described> {
+    fn describe(config: &TextConfig, prefix: &str) -> Self {
+        let TextConfig {
+            dim,
+            heads,
+            kv_heads,
+            head_dim,
+            ffn_hidden,
+            ..
+        } = *config;
+        let name = |suffix: &str| format!("{prefix}.{suffix}");
+        let norm = |suffix: &str, size: usize| Bare::norm(Group::Other, &name(suffix), size);
+        let stacked = |layers: &[(&str, usize)]| {
+            let layers: Vec<(String, usize)> = layers.iter().map(|(suffix, rows)| (name(suffix), *rows)).collect();
+            let layers: Vec<(&str, usize)> = layers.iter().map(|(name, rows)| (name.as_str(), *rows)).collect();
+            Linear::of_rows(Group::Other, &layers, dim)
+        };
+        Layer {
+            input_norm: norm("input_layernorm", dim),
+            qkv: stacked(&[
+                ("self_attn.q_proj", heads * head_dim),
+                ("self_attn.k_proj", kv_heads * head_dim),
+                ("self_attn.v_proj", kv_heads * head_dim),
+            ]),
+            q_norm: norm("self_attn.q_norm", head_dim),
+            k_norm: norm("self_attn.k_norm", head_dim),
+            out: Linear::new(Group::Other, &name("self_attn.o_proj"), dim, heads * head_dim),
+            post_attention_norm: norm("post_attention_layernorm", dim),
+            gate_up: stacked(&[("mlp.gate_proj", ffn_hidden), ("mlp.up_proj", ffn_hidden)]),
+            down: Linear::new(Group::Other, &name("mlp.down_proj"), dim, ffn_hidden),
+        }
+    }
 }
 
 impl TextEncoder {
@@ -42,27 +125,12 @@ impl TextEncoder {
     /// When a tensor is missing, has another shape, the device's kernels cannot take its sizes, or it has no room.
     pub fn load(params: &dyn ParamSource, device: &Device, config: &TextConfig) -> Result<Self> {
         config.expect_runs_on(device)?;
-        const EMBEDDINGS: &str = "embed_tokens.weight";
-        let Some(layers) = config.layers.checked_sub(1) else {
-            return Err(Error::invalid(
-                "a text encoder without layers has no features to read out",
-            ));
-        };
         let prefix = match params.shape(&format!("model.{EMBEDDINGS}")) {
             Some(_) => "model.",
             None => "",
         };
-        Ok(TextEncoder {
-            config: config.clone(),
-            embeddings: params.load(
-                device,
-                &format!("{prefix}{EMBEDDINGS}"),
-                &[config.vocabulary, config.dim],
-            )?,
-            layers: (0..layers)
-                .map(|index| Layer::load(params, device, &format!("{prefix}layers.{index}"), config))
-                .collect::<Result<_>>()?,
-        })
+        let described = TextEncoder::describe(config, prefix)?;
+        Loader::load(&described, params, device, &mut |_, _| Ok(()))
     }
 
     /// The features `[1, tokens, dim]` of a prompt's token ids.
@@ -71,22 +139,22 @@ impl TextEncoder {
     /// When there are no ids, one of them is not in the vocabulary, or the device has no room.
     pub fn encode(&self, ids: &[u32]) -> Result<Tensor> {
         let _range = profile::range(c"text encoder");
-        let device = self.embeddings.device();
+        let device = self.embeddings.tensor().device();
         let ids = Tensor::from_slice(&device, &self.checked(ids)?, [1, ids.len()])?;
         let rotation = self.rotation(&device, ids.dim(1))?;
         let epsilon = self.config.norm_eps;
-        let mut stream = embedding(&self.embeddings, &ids)?;
+        let mut stream = embedding(self.embeddings.tensor(), &ids)?;
         let Some(first) = self.layers.first() else {
             return Ok(stream);
         };
-        let mut input = rms_norm(&stream, &first.input_norm, epsilon)?;
+        let mut input = rms_norm(&stream, first.input_norm.tensor(), epsilon)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let _range = profile::range(c"layer");
             let attended = layer.attend(&input, &self.config, &rotation)?;
-            let (sum, normalised) = add_rms_norm(&stream, &attended, &layer.post_attention_norm, epsilon)?;
-            let forwarded = linear(&swiglu(&linear(&normalised, &layer.gate_up, None)?)?, &layer.down, None)?;
+            let (sum, normalised) = add_rms_norm(&stream, &attended, layer.post_attention_norm.tensor(), epsilon)?;
+            let forwarded = layer.down.forward(&swiglu(&layer.gate_up.forward(&normalised)?)?)?;
             match self.layers.get(index + 1) {
-                Some(next) => (stream, input) = add_rms_norm(&sum, &forwarded, &next.input_norm, epsilon)?,
+                Some(next) => (stream, input) = add_rms_norm(&sum, &forwarded, next.input_norm.tensor(), epsilon)?,
                 None => stream = add(&sum, &forwarded)?,
             }
         }
@@ -131,55 +199,7 @@ impl TextEncoder {
     }
 }
 
-/// One decoder layer. Query, key and value projections are stacked, as are the two inputs of SwiGLU.
-struct Layer {
-    /// `[dim]`
-    input_norm: Tensor,
-    /// `[(heads + 2 · kv_heads) · head_dim, dim]`
-    qkv: Tensor,
-    /// `[head_dim]` each
-    q_norm: Tensor,
-    k_norm: Tensor,
-    /// `[dim, heads · head_dim]`
-    out: Tensor,
-    /// `[dim]`
-    post_attention_norm: Tensor,
-    /// `[2 · ffn_hidden, dim]`
-    gate_up: Tensor,
-    /// `[dim, ffn_hidden]`
-    down: Tensor,
-}
-
 impl Layer {
-    fn load(params: &dyn ParamSource, device: &Device, prefix: &str, config: &TextConfig) -> Result<Self> {
-        let TextConfig {
-            dim,
-            heads,
-            kv_heads,
-            head_dim,
-            ffn_hidden,
-            ..
-        } = *config;
-        let name = |suffix: &str| format!("{prefix}.{suffix}.weight");
-        let load = |suffix: &str, shape: &[usize]| params.load(device, &name(suffix), shape);
-        let stacked = |suffixes: &[&str], rows: usize| {
-            let names: Vec<String> = suffixes.iter().map(|suffix| name(suffix)).collect();
-            let names: Vec<&str> = names.iter().map(String::as_str).collect();
-            params.load_stacked(device, &names, &[rows, dim])
-        };
-        let projections = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
-        Ok(Layer {
-            input_norm: load("input_layernorm", &[dim])?,
-            qkv: stacked(&projections, (heads + 2 * kv_heads) * head_dim)?,
-            q_norm: load("self_attn.q_norm", &[head_dim])?,
-            k_norm: load("self_attn.k_norm", &[head_dim])?,
-            out: load("self_attn.o_proj", &[dim, heads * head_dim])?,
-            post_attention_norm: load("post_attention_layernorm", &[dim])?,
-            gate_up: stacked(&["mlp.gate_proj", "mlp.up_proj"], 2 * ffn_hidden)?,
-            down: load("mlp.down_proj", &[dim, ffn_hidden])?,
-        })
-    }
-
     /// The attention sublayer without its residual sum.
     fn attend(&self, input: &Tensor, config: &TextConfig, rotation: &Tensor) -> Result<Tensor> {
         let TextConfig {
@@ -188,13 +208,13 @@ impl Layer {
             head_dim,
             ..
         } = *config;
-        let mut qkv = linear(input, &self.qkv, None)?;
+        let mut qkv = self.qkv.forward(input)?;
         let norm_and_turn = QkNormRope {
             heads,
             kv_heads,
             head_dim,
-            q_weight: &self.q_norm,
-            k_weight: &self.k_norm,
+            q_weight: self.q_norm.tensor(),
+            k_weight: self.k_norm.tensor(),
             epsilon: config.norm_eps,
             rotation: Rotation::HalfSplit,
         };
@@ -206,6 +226,6 @@ impl Layer {
             causal: true,
             scale: 1.0 / (head_dim as f32).sqrt(),
         };
-        linear(&attention(&qkv, &heads, None)?, &self.out, None)
+        self.out.forward(&attention(&qkv, &heads, None)?)
     }
 }

@@ -13,11 +13,11 @@ pub(super) use self::attention::WIDEST as WIDEST_ATTENTION;
 pub use self::encoder::VaeEncoder;
 use super::config::VaeConfig;
 use super::limits::DeviceLimits;
-use super::params::ParamSource;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::conv::{Activation, Conv, Input, conv2d, conv2d_f32, upsample_conv3x3};
-use crate::ops::group_norm::{GroupNorm, group_norm, group_norm_in_place};
+use crate::layers::{ConvLayer, Described, Group, GroupNorm, Loader, ParamSource, module};
+use crate::ops::conv::{Activation, Input, conv2d, conv2d_f32, upsample_conv3x3};
+use crate::ops::group_norm::{group_norm, group_norm_in_place};
 use crate::ops::latent::denormalize_latent;
 use crate::profile;
 use crate::tensor::Tensor;
@@ -25,22 +25,140 @@ use crate::tensor::Tensor;
 /// ε of all group normalisations.
 const EPSILON: f32 = 1e-6;
 
-/// The decoder's parameters.
-pub struct VaeDecoder {
-    config: VaeConfig,
-    input: Conv,
-    mid: [ResidualBlock; 2],
-    attention: Option<MidAttention>,
-    /// Deepest first.
-    blocks: Vec<UpBlock>,
-    norm: GroupNorm,
-    output: Conv,
+module! {
+    /// The decoder.
+    pub struct VaeDecoder<K> {
+        input: ConvLayer<K>,
+        mid: Middle<K>,
+        /// Deepest first.
+        blocks: Vec<UpBlock<K>>,
+        norm: GroupNorm<K>,
+        output: ConvLayer<K>,
+        ;
+        config: VaeConfig,
+    }
 }
 
-/// The residual blocks of one resolution, and what leads to the next.
-struct UpBlock {
-    residual: Vec<ResidualBlock>,
-    upsample: Option<Conv>,
+module! {
+    /// The residual blocks of one resolution, and what leads to the next.
+    struct UpBlock<K> {
+        residual: Vec<ResidualBlock<K>>,
+        upsample: Option<ConvLayer<K>>,
+    }
+}
+
+module! {
+    /// The middle of encoder and decoder.
+    struct Middle<K> {
+        first: ResidualBlock<K>,
+        attention: Option<MidAttention<K>>,
+        second: ResidualBlock<K>,
+    }
+}
+
+module! {
+    /// Two convolutions around which the input is carried.
+    struct ResidualBlock<K> {
+        norm1: GroupNorm<K>,
+        conv1: ConvLayer<K>,
+        norm2: GroupNorm<K>,
+        conv2: ConvLayer<K>,
+        shortcut: Option<ConvLayer<K>>,
+    }
+}
+
+fn conv(name: &str, kernel: usize, inputs: usize, outputs: usize, arranged: Option<Input>) -> ConvLayer<Described> {
+    ConvLayer::new(Group::Other, name, kernel, &[inputs], outputs, arranged)
+}
+
+fn norm(config: &VaeConfig, name: &str, channels: usize) -> GroupNorm<Described> {
+    GroupNorm::new(Group::Other, name, channels, config.norm_num_groups, EPSILON)
+}
+
+impl ResidualBlock<Described> {
+    fn describe(config: &VaeConfig, name: &str, inputs: usize, outputs: usize) -> Self {
+        let same = Some(Input::Same);
+        let shortcut = || conv(&format!("{name}.conv_shortcut"), 1, inputs, outputs, same);
+        ResidualBlock {
+            norm1: norm(config, &format!("{name}.norm1"), inputs),
+            conv1: conv(&format!("{name}.conv1"), 3, inputs, outputs, same),
+            norm2: norm(config, &format!("{name}.norm2"), outputs),
+            conv2: conv(&format!("{name}.conv2"), 3, outputs, outputs, same),
+            shortcut: (inputs != outputs).then(shortcut),
+        }
+    }
+
+    /// The residual blocks of a resolution: all but the first keep its channels.
+    fn describe_all(config: &VaeConfig, name: &str, count: usize, inputs: usize, outputs: usize) -> Vec<Self> {
+        let block = |index: usize| {
+            let inputs = if index == 0 { inputs } else { outputs };
+            Self::describe(config, &format!("{name}.resnets.{index}"), inputs, outputs)
+        };
+        (0..count).map(block).collect()
+    }
+}
+
+impl Middle<Described> {
+    fn describe(config: &VaeConfig, name: &str, channels: usize) -> Self {
+        let residual =
+            |index: usize| ResidualBlock::describe(config, &format!("{name}.resnets.{index}"), channels, channels);
+        let attention = || MidAttention::describe(config, &format!("{name}.attentions.0"), channels);
+        Middle {
+            first: residual(0),
+            attention: config.mid_block_add_attention.then(attention),
+            second: residual(1),
+        }
+    }
+}
+
+impl Middle {
+    /// Takes its input, so that each image is freed as soon as the next no longer needs it.
+    fn forward(&self, x: Tensor) -> Result<Tensor> {
+        let mut x = self.first.forward(x)?;
+        if let Some(attention) = &self.attention {
+            x = attention.forward(x)?;
+        }
+        self.second.forward(x)
+    }
+
+    /// Makes the attention's head as wide as the device's kernels want it, after loading.
+    fn fill_up(&mut self, device: &Device) -> Result<()> {
+        match &mut self.attention {
+            Some(attention) => attention.fill_up(device),
+            None => Ok(()),
+        }
+    }
+}
+
+impl VaeDecoder<Described> {
+    /// The decoder whose parameters are named `decoder.…`.
+    pub fn describe(config: &VaeConfig) -> Self {
+        let widths = &config.block_out_channels;
+        let deepest = widths.last().copied().unwrap_or(1);
+        let mut width = deepest;
+        let mut blocks = Vec::with_capacity(widths.len());
+        for (index, &outputs) in widths.iter().rev().enumerate() {
+            let name = format!("decoder.up_blocks.{index}");
+            let upsample = || {
+                let name = format!("{name}.upsamplers.0.conv");
+                conv(&name, 3, outputs, outputs, Some(Input::Upsampled))
+            };
+            blocks.push(UpBlock {
+                residual: ResidualBlock::describe_all(config, &name, config.layers_per_block + 1, width, outputs),
+                upsample: (index + 1 < widths.len()).then(upsample),
+            });
+            width = outputs;
+        }
+        let same = Some(Input::Same);
+        VaeDecoder {
+            input: conv("decoder.conv_in", 3, config.latent_channels, deepest, same),
+            mid: Middle::describe(config, "decoder.mid_block", deepest),
+            blocks,
+            norm: norm(config, "decoder.conv_norm_out", width),
+            output: conv("decoder.conv_out", 3, width, config.out_channels, same),
+            config: config.clone(),
+        }
+    }
 }
 
 impl VaeDecoder {
@@ -52,38 +170,9 @@ impl VaeDecoder {
     pub fn load(params: &dyn ParamSource, device: &Device, config: &VaeConfig) -> Result<Self> {
         config.check().map_err(Error::invalid)?;
         config.expect_runs_on(device)?;
-        let loader = Loader { params, device, config };
-        let deepest = config.block_out_channels[config.block_out_channels.len() - 1];
-        let mut width = deepest;
-        let mut blocks = Vec::with_capacity(config.block_out_channels.len());
-        for (index, &outputs) in config.block_out_channels.iter().rev().enumerate() {
-            let name = format!("decoder.up_blocks.{index}");
-            let mut residual = Vec::with_capacity(config.layers_per_block + 1);
-            for layer in 0..=config.layers_per_block {
-                residual.push(loader.residual_block(&format!("{name}.resnets.{layer}"), width, outputs)?);
-                width = outputs;
-            }
-            let last = index + 1 == config.block_out_channels.len();
-            let upsample = match last {
-                true => None,
-                false => Some(loader.upsampling_conv(&format!("{name}.upsamplers.0.conv"), width)?),
-            };
-            blocks.push(UpBlock { residual, upsample });
-        }
-        let mid = |index| loader.residual_block(&format!("decoder.mid_block.resnets.{index}"), deepest, deepest);
-        let attention = match config.mid_block_add_attention {
-            true => Some(MidAttention::load(&loader, "decoder.mid_block.attentions.0", deepest)?),
-            false => None,
-        };
-        Ok(VaeDecoder {
-            config: config.clone(),
-            input: loader.conv("decoder.conv_in", 3, config.latent_channels, deepest)?,
-            mid: [mid(0)?, mid(1)?],
-            attention,
-            blocks,
-            norm: loader.norm("decoder.conv_norm_out", width)?,
-            output: loader.conv("decoder.conv_out", 3, width, config.out_channels)?,
-        })
+        let mut vae = Loader::load(&VaeDecoder::describe(config), params, device, &mut |_, _| Ok(()))?;
+        vae.mid.fill_up(device)?;
+        Ok(vae)
     }
 
     /// The autoencoder's sizes.
@@ -102,11 +191,7 @@ impl VaeDecoder {
         latent.expect_rank("vae", "latent", 4, "[batch, rows, columns, channels]")?;
         let mut x = denormalize_latent(latent, config.scaling_factor, config.shift_factor)?;
         x = conv2d(&x, None, &self.input, Activation::None, None)?;
-        x = self.mid[0].forward(x)?;
-        if let Some(attention) = &self.attention {
-            x = attention.forward(x)?;
-        }
-        x = self.mid[1].forward(x)?;
+        x = self.mid.forward(x)?;
         for block in &self.blocks {
             for residual in &block.residual {
                 x = residual.forward(x)?;
@@ -115,16 +200,9 @@ impl VaeDecoder {
                 x = upsample_conv3x3(&x, conv)?;
             }
         }
-        group_norm_in_place(&mut x, &self.norm, Activation::Silu)?;
+        group_norm_in_place(&mut x, &self.norm.op(), Activation::Silu)?;
         conv2d_f32(&x, &self.output, 1.0)
     }
-}
-
-/// Two convolutions around which the input is carried.
-struct ResidualBlock {
-    norms: [GroupNorm; 2],
-    convs: [Conv; 2],
-    shortcut: Option<Conv>,
 }
 
 impl ResidualBlock {
@@ -134,79 +212,13 @@ impl ResidualBlock {
             // Carried in another form, so that the input itself can be normalised in place.
             Some(shortcut) => {
                 let carried = conv2d(&x, None, shortcut, Activation::None, None)?;
-                group_norm_in_place(&mut x, &self.norms[0], Activation::Silu)?;
+                group_norm_in_place(&mut x, &self.norm1.op(), Activation::Silu)?;
                 (x, carried)
             }
-            None => (group_norm(&x, &self.norms[0], Activation::Silu)?, x),
+            None => (group_norm(&x, &self.norm1.op(), Activation::Silu)?, x),
         };
-        hidden = conv2d(&hidden, None, &self.convs[0], Activation::None, None)?;
-        group_norm_in_place(&mut hidden, &self.norms[1], Activation::Silu)?;
-        conv2d(&hidden, None, &self.convs[1], Activation::None, Some(&carried))
-    }
-}
-
-/// Reads layers of known shapes by name.
-struct Loader<'a> {
-    params: &'a dyn ParamSource,
-    device: &'a Device,
-    config: &'a VaeConfig,
-}
-
-impl Loader<'_> {
-    fn vector(&self, name: &str, size: usize) -> Result<Tensor> {
-        self.params.load(self.device, name, &[size])
-    }
-
-    fn conv(&self, name: &str, kernel: usize, inputs: usize, outputs: usize) -> Result<Conv> {
-        self.plain_conv(name, kernel, inputs, outputs)?.arranged(Input::Same)
-    }
-
-    fn upsampling_conv(&self, name: &str, channels: usize) -> Result<Conv> {
-        self.plain_conv(name, 3, channels, channels)?.arranged(Input::Upsampled)
-    }
-
-    fn plain_conv(&self, name: &str, kernel: usize, inputs: usize, outputs: usize) -> Result<Conv> {
-        let [weight, bias] = self.conv_params(name, kernel, inputs, outputs)?;
-        Conv::new(weight, bias, kernel, &[inputs])
-    }
-
-    /// Weight and bias of a convolution.
-    fn conv_params(&self, name: &str, kernel: usize, inputs: usize, outputs: usize) -> Result<[Tensor; 2]> {
-        let weight = format!("{name}.weight");
-        let expected = [outputs, inputs, kernel, kernel];
-        match self.params.shape(&weight) {
-            Some(found) if found[..] == expected => {}
-            Some(found) => {
-                return Err(Error::invalid(format!(
-                    "autoencoder: `{weight}` has shape {found:?}, the configuration calls for {expected:?}"
-                )));
-            }
-            None => return Err(Error::invalid(format!("autoencoder: there is no parameter `{weight}`"))),
-        }
-        let bias = self.vector(&format!("{name}.bias"), outputs)?;
-        Ok([self.params.load_conv(self.device, &weight)?, bias])
-    }
-
-    fn norm(&self, name: &str, channels: usize) -> Result<GroupNorm> {
-        Ok(GroupNorm {
-            weight: self.vector(&format!("{name}.weight"), channels)?,
-            bias: self.vector(&format!("{name}.bias"), channels)?,
-            groups: self.config.norm_num_groups,
-            epsilon: EPSILON,
-        })
-    }
-
-    fn residual_block(&self, name: &str, inputs: usize, outputs: usize) -> Result<ResidualBlock> {
-        let norm = |index: usize, channels| self.norm(&format!("{name}.norm{index}"), channels);
-        let conv = |index: usize, inputs| self.conv(&format!("{name}.conv{index}"), 3, inputs, outputs);
-        let shortcut = match inputs == outputs {
-            true => None,
-            false => Some(self.conv(&format!("{name}.conv_shortcut"), 1, inputs, outputs)?),
-        };
-        Ok(ResidualBlock {
-            norms: [norm(1, inputs)?, norm(2, outputs)?],
-            convs: [conv(1, inputs)?, conv(2, outputs)?],
-            shortcut,
-        })
+        hidden = conv2d(&hidden, None, &self.conv1, Activation::None, None)?;
+        group_norm_in_place(&mut hidden, &self.norm2.op(), Activation::Silu)?;
+        conv2d(&hidden, None, &self.conv2, Activation::None, Some(&carried))
     }
 }

@@ -20,10 +20,11 @@ use serde::Serialize;
 use super::TrainOptions;
 use super::trainable::choose;
 use crate::error::{Error, Result};
+use crate::layers::{Meta, Trained, metas, trained};
 use crate::model::config::{DitConfig, ModelKind};
 use crate::model::detailer::DetailerLayout;
-use crate::model::dit::{TOKEN_MULTIPLE, parameters};
-use crate::model::parameters::Parameter;
+use crate::model::zimage::block::{Block, Keep};
+use crate::model::zimage::{Parts, Reach, TOKEN_MULTIPLE};
 
 /// What a plan is made for.
 #[derive(Clone, Copy, Debug)]
@@ -128,26 +129,29 @@ impl TrainingPlan {
                 config.patch
             )));
         }
-        let parameters = parameters(config, head)?;
-        let chosen = choose(&parameters, &options.policy, config.layers)?;
-        let all: u64 = parameters.iter().map(|parameter| parameter.elements() as u64).sum();
-        let pairs = parameters.iter().zip(&chosen);
-        let trained_parameters = pairs
-            .clone()
-            .filter(|(_, chosen)| **chosen)
-            .map(|(parameter, _)| parameter.elements() as u64)
-            .sum();
-        let trained = pairs
-            .filter(|(_, chosen)| **chosen)
-            .flat_map(|(parameter, _)| &parameter.parts);
+        let described = Parts::describe(config, head)?;
+        let choice = choose(&described, &options.policy)?;
+        let chosen = trained(&choice);
+        let all = metas(&described);
+        let elements = |metas: &mut dyn Iterator<Item = &&Meta>| metas.map(|meta| meta.elements() as u64).sum::<u64>();
+        let changing: Vec<&Meta> = all
+            .iter()
+            .zip(&chosen)
+            .filter_map(|(meta, chosen)| chosen.then_some(*meta))
+            .collect();
+        let (all, trained_parameters) = (elements(&mut all.iter()), elements(&mut changing.iter()));
         let counter = Counter {
             input,
-            model: Model::of(&parameters, &chosen),
+            reach: Reach::new(&choice, &|trained| options.recompute.applies_to(trained)),
+            choice,
         };
         Ok(TrainingPlan {
             trained_parameters,
             frozen_parameters: all - trained_parameters,
-            trained: trained.map(|part| part.name.clone()).collect(),
+            trained: changing
+                .iter()
+                .flat_map(|meta| meta.parts.iter().map(|part| part.name.clone()))
+                .collect(),
             memory: counter.memory(all, trained_parameters),
             arithmetic: counter.arithmetic(),
         })
@@ -160,85 +164,53 @@ impl TrainingPlan {
 }
 
 /// A block of the model in the eyes of the plan.
-struct PlannedBlock {
-    captions_only: bool,
-    image_only: bool,
+struct PlannedBlock<'a> {
+    /// Tokens of an item.
+    tokens: usize,
+    keep: Keep,
+    trained: &'a Block<Trained>,
+}
+
+impl<'a> PlannedBlock<'a> {
+    fn stack(blocks: &'a [Block<Trained>], keeps: &[Keep], tokens: usize) -> Vec<Self> {
+        let blocks = blocks.iter().zip(keeps);
+        blocks
+            .map(|(trained, keep)| PlannedBlock {
+                tokens,
+                keep: *keep,
+                trained,
+            })
+            .collect()
+    }
+
     /// A gradient passes through it.
-    reached: bool,
-    /// Its matrices that are trained, in the order qkv, out, w13, w2.
-    trained: [bool; 4],
-    /// Any of its parameters is trained.
-    any: bool,
-}
+    fn reached(&self) -> bool {
+        self.keep != Keep::Nothing
+    }
 
-/// Which parts are trained and which are reached.
-struct Model {
-    blocks: Vec<PlannedBlock>,
-    patch: bool,
-    caption: [bool; 2],
-    head: bool,
-    features: bool,
-}
-
-impl Model {
-    fn of(parameters: &[Parameter], chosen: &[bool]) -> Self {
-        let trained = |fits: &dyn Fn(&str) -> bool| {
-            let pairs = parameters.iter().zip(chosen);
-            pairs
-                .into_iter()
-                .any(|(parameter, chosen)| *chosen && fits(&parameter.parts[0].name))
-        };
-        let starts = |start: &str| trained(&|name: &str| name.starts_with(start));
-        let condition = starts("t_embedder.");
-        let image = starts("all_x_embedder.") || starts("x_pad_token");
-        let caption_weight = starts("cap_embedder.1.weight");
-        let caption = starts("cap_embedder.") || starts("cap_pad_token");
-        let mut blocks = Vec::new();
-        let mut stack = |prefix: &str, below: bool| -> bool {
-            let mut reached = below;
-            for index in 0.. {
-                let prefix = format!("{prefix}.{index}.");
-                let qkv = format!("{prefix}attention.to_q.weight");
-                if !parameters.iter().any(|parameter| parameter.parts[0].name == qkv) {
-                    break;
-                }
-                let any = starts(&prefix);
-                reached |= any;
-                let matrices = [
-                    "attention.to_q.",
-                    "attention.to_out.",
-                    "feed_forward.w1.",
-                    "feed_forward.w2.",
-                ];
-                blocks.push(PlannedBlock {
-                    captions_only: prefix.starts_with("context"),
-                    image_only: prefix.starts_with("noise"),
-                    reached,
-                    trained: matrices.map(|matrix| starts(&format!("{prefix}{matrix}"))),
-                    any,
-                });
-            }
-            reached
-        };
-        let images = stack("noise_refiner", image || condition);
-        let captions = stack("context_refiner", caption);
-        let features = stack("layers", images || captions || condition);
-        Model {
-            blocks,
-            patch: starts("all_x_embedder."),
-            caption: [caption, caption_weight],
-            head: starts("local_decoder.") || starts("all_final_layer."),
-            features,
-        }
+    /// It is run a second time.
+    fn again(&self) -> bool {
+        self.keep == Keep::Input
     }
 }
 
 struct Counter<'a> {
     input: &'a PlanInput<'a>,
-    model: Model,
+    choice: Parts<Trained>,
+    reach: Reach,
 }
 
 impl Counter<'_> {
+    /// The refiners' blocks, and the main blocks.
+    fn blocks(&self) -> [Vec<PlannedBlock<'_>>; 2] {
+        let (image, captions) = (self.image_tokens()[1], self.caption_tokens());
+        let (choice, reach) = (&self.choice, &self.reach);
+        let stack = PlannedBlock::stack;
+        let mut refiners = stack(&choice.noise_refiner, &reach.noise_refiner, image);
+        refiners.extend(stack(&choice.context_refiner, &reach.context_refiner, captions));
+        [refiners, stack(&choice.layers, &reach.layers, image + captions)]
+    }
+
     fn caption_tokens(&self) -> usize {
         self.input.caption_tokens.max(1).next_multiple_of(TOKEN_MULTIPLE)
     }
@@ -249,19 +221,6 @@ impl Counter<'_> {
         [height * width, (height * width).next_multiple_of(TOKEN_MULTIPLE)]
     }
 
-    /// Tokens of an item in a block.
-    fn tokens(&self, block: &PlannedBlock) -> usize {
-        match (block.image_only, block.captions_only) {
-            (true, _) => self.image_tokens()[1],
-            (_, true) => self.caption_tokens(),
-            _ => self.image_tokens()[1] + self.caption_tokens(),
-        }
-    }
-
-    fn again(&self, block: &PlannedBlock) -> bool {
-        block.reached && self.input.options.recompute.applies_to(block.any)
-    }
-
     fn memory(&self, all: u64, trained: u64) -> PlannedMemory {
         let input = self.input;
         let element = if input.cuda { 2 } else { 4 };
@@ -270,16 +229,16 @@ impl Counter<'_> {
         let (dim, ffn) = (input.config.dim as u64, input.config.ffn_hidden as u64);
         let inside = element * (6 * dim + 2 * ffn) + 4 * input.config.heads as u64;
         let (mut saved, mut block_needs) = (0, 0);
-        for block in &self.model.blocks {
-            let tokens = (input.batch * self.tokens(block)) as u64;
-            if block.reached {
-                saved += tokens * (element * dim + if self.again(block) { 0 } else { inside });
+        for block in self.blocks().iter().flatten() {
+            let tokens = (input.batch * block.tokens) as u64;
+            if block.reached() {
+                saved += tokens * (element * dim + if block.again() { 0 } else { inside });
             }
             // Two gradients of the stream beside the feed-forward network's, or the rotated heads, their gradient and the result's.
             let backward = element * (2 * dim + (2 * ffn).max(7 * dim));
-            let again = if self.again(block) { inside } else { 0 };
+            let again = if block.again() { inside } else { 0 };
             let forward = element * (2 * dim + (3 * ffn).max(6 * dim));
-            block_needs = block_needs.max(tokens * if block.reached { backward + again } else { forward });
+            block_needs = block_needs.max(tokens * if block.reached() { backward + again } else { forward });
         }
         let [height, width] = input.size;
         let pixels = (input.batch * height * width) as u64;
@@ -318,9 +277,10 @@ impl Counter<'_> {
         let mut embedders = Arithmetic::new("embedders");
         let [tokens, _] = self.image_tokens().map(|tokens| batch * tokens as f64);
         let features = (config.patch * config.patch * config.in_channels) as f64;
-        embedders.product(2.0 * tokens * features * dim, [false, self.model.patch]);
+        embedders.product(2.0 * tokens * features * dim, [false, self.choice.patch.weight]);
         let caption = 2.0 * batch * self.caption_tokens() as f64 * config.caption_width as f64 * dim;
-        embedders.product(caption, self.model.caption);
+        let flags = [self.reach.caption_embedder, self.choice.caption.weight];
+        embedders.product(caption, flags);
         let parts = [
             "refiners",
             "refiners' attention",
@@ -328,22 +288,25 @@ impl Counter<'_> {
             "main blocks' attention",
         ];
         let [mut refiners, mut refiners_attention, mut main, mut main_attention] = parts.map(Arithmetic::new);
-        for block in &self.model.blocks {
-            let own = self.tokens(block) as f64;
-            let (products, attention) = match block.image_only || block.captions_only {
-                true => (&mut refiners, &mut refiners_attention),
-                false => (&mut main, &mut main_attention),
-            };
-            let sizes = [3.0 * dim * dim, dim * dim, 2.0 * dim * ffn, dim * ffn];
-            for (size, trained) in sizes.into_iter().zip(block.trained) {
-                let operations = 2.0 * batch * own * size;
-                products.product(operations, [block.reached, trained]);
-                products.again += if self.again(block) { operations } else { 0.0 };
+        let [refiner_blocks, main_blocks] = self.blocks();
+        for (blocks, products, attention) in [
+            (refiner_blocks, &mut refiners, &mut refiners_attention),
+            (main_blocks, &mut main, &mut main_attention),
+        ] {
+            for block in blocks {
+                let own = block.tokens as f64;
+                let Block { qkv, out, w13, w2, .. } = block.trained;
+                let sizes = [3.0 * dim * dim, dim * dim, 2.0 * dim * ffn, dim * ffn];
+                for (size, layer) in sizes.into_iter().zip([qkv, out, w13, w2]) {
+                    let operations = 2.0 * batch * own * size;
+                    products.product(operations, [block.reached(), layer.weight]);
+                    products.again += if block.again() { operations } else { 0.0 };
+                }
+                let operations = 4.0 * batch * own * own * dim;
+                attention.forward += operations;
+                attention.inputs += if block.reached() { 2.5 * operations } else { 0.0 };
+                attention.again += if block.again() { operations } else { 0.0 };
             }
-            let operations = 4.0 * batch * own * own * dim;
-            attention.forward += operations;
-            attention.inputs += if block.reached { 2.5 * operations } else { 0.0 };
-            attention.again += if self.again(block) { operations } else { 0.0 };
         }
         vec![
             embedders,
@@ -356,8 +319,8 @@ impl Counter<'_> {
     }
 
     fn output(&self, tokens: f64, features: f64) -> Arithmetic {
-        let (config, model) = (self.input.config, &self.model);
-        let flags = [model.features || model.head, model.head];
+        let (config, trained) = (self.input.config, self.reach.output);
+        let flags = [self.reach.features || trained, trained];
         let mut output = Arithmetic::new(match config.kind {
             ModelKind::Latent => "final layer",
             ModelKind::Pixel => "detailer head",
@@ -375,7 +338,7 @@ impl Counter<'_> {
             let up = here * 9.0 * (stage.below * stage.upsampled) as f64;
             let decoder = here * 9.0 * ((stage.upsampled + stage.skip) * stage.outputs) as f64;
             // The image needs no gradient.
-            output.product(encoder, [model.head && index > 0, model.head]);
+            output.product(encoder, [trained && index > 0, trained]);
             output.product(up, flags);
             output.product(decoder, flags);
             output.again += if again { encoder + decoder } else { 0.0 };

@@ -6,24 +6,12 @@ use std::str::FromStr;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::layers::{Group, Meta};
 
 /// Main blocks that the published recipe trains at either end.
 pub const DEFAULT_ENDS: usize = 5;
 
-/// What names of the input projection and of the output side start with.
-const INPUT_AND_HEAD: [&str; 3] = ["all_x_embedder.", "local_decoder.", "all_final_layer."];
-
-/// What names of refiners, embedders and pad tokens start with.
-const CONDITIONING: [&str; 6] = [
-    "noise_refiner.",
-    "context_refiner.",
-    "t_embedder.",
-    "cap_embedder.",
-    "x_pad_token",
-    "cap_pad_token",
-];
-
-/// A freeze policy: says of every tensor, by its canonical name, whether it is trained. In a latent model the final layer
+/// A freeze policy: says of every parameter whether it is trained. In a latent model the final layer
 /// stands in the head's place.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -47,20 +35,23 @@ pub enum Policy {
 }
 
 impl Policy {
-    /// Whether the policy trains the tensor `name` of a model with `layers` main blocks.
-    pub fn trains(&self, name: &str, layers: usize) -> bool {
-        let starts = |starts: &[&str]| starts.iter().any(|start| name.starts_with(start));
-        let at_an_end = |ends: usize| {
-            let index = name.strip_prefix("layers.").and_then(|rest| rest.split('.').next());
-            let index = index.and_then(|index| index.parse::<usize>().ok());
-            index.is_some_and(|index| index < ends || index + ends >= layers)
+    /// Whether the policy trains a parameter.
+    ///
+    /// # Errors
+    /// When patterns fit some of the tensors that it is made of and others not.
+    pub fn trains(&self, meta: &Meta) -> Result<bool> {
+        let at_an_end = |ends: usize| match meta.group {
+            Group::Block { index, of } => index < ends || index + ends >= of,
+            _ => false,
         };
+        let at_the_border = matches!(meta.group, Group::Input | Group::Output);
+        let conditions = matches!(meta.group, Group::Embedder | Group::Refiner);
         match self {
-            Policy::Paper { ends } => starts(&INPUT_AND_HEAD) || at_an_end(*ends),
-            Policy::Released { ends } => starts(&INPUT_AND_HEAD) || starts(&CONDITIONING) || at_an_end(*ends),
-            Policy::Full => true,
-            Policy::HeadOnly => starts(&INPUT_AND_HEAD[1..]),
-            Policy::Patterns(patterns) => patterns.iter().any(|pattern| fits(pattern, name)),
+            Policy::Paper { ends } => Ok(at_the_border || at_an_end(*ends)),
+            Policy::Released { ends } => Ok(at_the_border || conditions || at_an_end(*ends)),
+            Policy::Full => Ok(meta.group != Group::Other),
+            Policy::HeadOnly => Ok(meta.group == Group::Output),
+            Policy::Patterns(patterns) => meta.trained(&|name| patterns.iter().any(|pattern| fits(pattern, name))),
         }
     }
 
@@ -199,39 +190,51 @@ impl fmt::Display for Recompute {
 mod tests {
     use super::*;
 
-    fn trained(policy: &str, name: &str) -> bool {
-        policy.parse::<Policy>().unwrap().trains(name, 30)
+    fn trained(policy: &str, name: &str, group: Group) -> bool {
+        let meta = Meta::one(group, name, &[8]);
+        policy.parse::<Policy>().unwrap().trains(&meta).unwrap()
     }
 
     #[test]
-    fn policies_choose_by_name() {
-        for (name, paper, released, head) in [
-            ("all_x_embedder.16-1.weight", true, true, false),
-            ("local_decoder.enc1.0.bias", true, true, true),
-            ("all_final_layer.2-1.linear.weight", true, true, true),
-            ("layers.4.ffn_norm1.weight", true, true, false),
-            ("layers.5.ffn_norm1.weight", false, false, false),
-            ("layers.24.attention.to_q.weight", false, false, false),
-            ("layers.25.attention.to_q.weight", true, true, false),
-            ("noise_refiner.0.attention_norm1.weight", false, true, false),
-            ("t_embedder.mlp.0.weight", false, true, false),
-            ("x_pad_token", false, true, false),
+    fn policies_choose_by_group() {
+        let block = |index| Group::Block { index, of: 30 };
+        for (group, paper, released, head) in [
+            (Group::Input, true, true, false),
+            (Group::Output, true, true, true),
+            (block(4), true, true, false),
+            (block(5), false, false, false),
+            (block(24), false, false, false),
+            (block(25), true, true, false),
+            (Group::Refiner, false, true, false),
+            (Group::Embedder, false, true, false),
         ] {
-            let found = ["paper", "released", "head-only"].map(|policy| trained(policy, name));
-            assert_eq!(found, [paper, released, head], "{name}");
-            assert!(trained("full", name));
+            let found = ["paper", "released", "head-only"].map(|policy| trained(policy, "x.weight", group));
+            assert_eq!(found, [paper, released, head], "{group:?}");
+            assert!(trained("full", "x.weight", group));
         }
-        assert!(!trained("paper:1", "layers.1.ffn_norm1.weight"));
-        assert!(trained("released:0", "cap_pad_token"));
-        assert!(!trained("released:0", "layers.0.ffn_norm1.weight"));
+        assert!(!trained("paper:1", "x.weight", block(1)));
+        assert!(trained("released:0", "x.weight", Group::Embedder));
+        assert!(!trained("released:0", "x.weight", block(0)));
     }
 
     #[test]
     fn patterns_have_stars_and_question_marks() {
-        assert!(trained("layers.?.*norm*, cap_*", "layers.3.ffn_norm1.weight"));
-        assert!(trained("layers.?.*norm*, cap_*", "cap_pad_token"));
-        assert!(!trained("layers.?.*norm*, cap_*", "layers.13.ffn_norm1.weight"));
-        assert!(!trained("layers.?.*norm*, cap_*", "layers.3.feed_forward.w1.weight"));
+        assert!(trained(
+            "layers.?.*norm*, cap_*",
+            "layers.3.ffn_norm1.weight",
+            Group::Other
+        ));
+        assert!(trained("layers.?.*norm*, cap_*", "cap_pad_token", Group::Other));
+        assert!(!trained(
+            "layers.?.*norm*, cap_*",
+            "layers.13.ffn_norm1.weight",
+            Group::Other
+        ));
+        assert!(!trained(
+            "layers.?.*norm*, cap_*",
+            "layers.3.feed_forward.w1.weight",
+            Group::Other
+        ));
         let policy: Policy = "layers.*,lazers.*".parse().unwrap();
         assert_eq!(policy.unused_patterns(&["layers.0.x"]), ["lazers.*"]);
     }

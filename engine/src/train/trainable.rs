@@ -6,11 +6,13 @@ use super::adamw::{AdamW, StateArray};
 use super::{Policy, Recompute, TrainOptions};
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
-use crate::model::ParamSource;
+use crate::layers::{
+    Choose, Described, Gradients, MakeSlots, Meta, Module, ParamSource, Slot, Trained, any_trained, metas, slots,
+    slots_mut, tensors, tensors_mut, trained,
+};
 use crate::model::config::{DitConfig, ModelKind};
 use crate::model::detailer::DetailerLayout;
-use crate::model::dit::{Dit, HEAD_PREFIX, Reach, RopeTables, parameters};
-use crate::model::parameters::{Listed, Parameter, Slot};
+use crate::model::zimage::{Dit, HEAD_PREFIX, Parts, Reach, RopeTables};
 use crate::ops::cast::cast;
 use crate::ops::finite::count_not_finite;
 use crate::ops::flow_loss::{flow_loss, noisy_image};
@@ -113,10 +115,10 @@ impl TrainedTensor<'_> {
     pub fn read(&self, part: StatePart) -> Result<Option<Vec<f32>>> {
         let owner = self.owner;
         let index = owner.trained[self.trained];
-        let weight = || owner.dit.listed()[index].clone();
+        let weight = || tensors(owner.dit.parts())[index].clone();
         let whole = match part {
             StatePart::Weight => Some(weight()),
-            StatePart::Gradient => owner.slots[index].clone(),
+            StatePart::Gradient => slots(&owner.gradients)[index].clone(),
             StatePart::Master => owner
                 .optimizer
                 .state(StateArray::Master, self.trained)?
@@ -161,11 +163,10 @@ impl StateTensor<'_> {
 pub struct TrainableDit {
     dit: Dit,
     recompute: Recompute,
-    parameters: Vec<Parameter>,
+    parameters: Vec<Meta>,
     /// The trained ones among the parameters.
     trained: Vec<usize>,
-    /// A place for the gradient of each trained parameter.
-    slots: Vec<Slot>,
+    gradients: Parts<Gradients>,
     optimizer: AdamW,
     reach: Reach,
     tables: Mutex<RopeTables>,
@@ -188,35 +189,30 @@ impl TrainableDit {
             ModelKind::Pixel => Some(DetailerLayout::read(params, HEAD_PREFIX)?),
             ModelKind::Latent => None,
         };
-        let parameters = parameters(config, head.as_ref())?;
-        let chosen = choose(&parameters, &options.policy, config.layers)?;
-        let mut dit = Dit::load(params, device, config, loaded)?;
-        let trained: Vec<usize> = (0..parameters.len()).filter(|&index| chosen[index]).collect();
-        let mut slots: Vec<Slot> = {
+        let described = Parts::describe(config, head.as_ref())?;
+        let choice = choose(&described, &options.policy)?;
+        let mut dit = Dit::load_described(&described, params, device, config, loaded)?;
+        let chosen = trained(&choice);
+        let mut gradients = {
             let _tag = MemoryTag::Gradients.scope();
-            let weights = dit.listed().into_iter().zip(&chosen);
-            let slots = weights.map(|(weight, chosen)| {
-                let zeros = || Tensor::zeros(device, weight.shape(), weight.dtype());
-                chosen.then(zeros).transpose()
-            });
-            slots.collect::<Result<_>>()?
+            dit.parts().transform(&mut MakeSlots(chosen.iter().copied()))?
         };
         let optimizer = AdamW::new(
             device,
             &mut pick(&mut dit, &chosen),
-            &mut slots.iter_mut().flatten().collect::<Vec<_>>(),
+            &mut slots_mut(&mut gradients).into_iter().flatten().collect::<Vec<_>>(),
             options,
         )?;
         let recompute = options.recompute;
         Ok(TrainableDit {
-            reach: Reach::new(&dit, &chosen, &|trained| recompute.applies_to(trained)),
+            reach: Reach::new(&choice, &|trained| recompute.applies_to(trained)),
             tables: Mutex::new(RopeTables::new(config, device, ROPE_TABLE_BYTES)),
             keeps_ema: options.ema_decay.is_some(),
             recompute,
             dit,
-            parameters,
-            trained,
-            slots,
+            trained: (0..chosen.len()).filter(|&index| chosen[index]).collect(),
+            parameters: metas(&described).into_iter().cloned().collect(),
+            gradients,
             optimizer,
         })
     }
@@ -232,12 +228,12 @@ impl TrainableDit {
         let tables = self.tables.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
         let (velocity, kept) =
             self.dit
-                .forward_keeping(&noisy, batch.captions, &times, &self.reach, keep_sums, tables)?;
+                .forward_saving(&noisy, batch.captions, &times, &self.reach, keep_sums, tables)?;
         drop(noisy);
         let (loss, gradient) = flow_loss(&velocity, batch.images, batch.noise, Some(weight))?;
         drop(velocity);
         let gradient = gradient.expect("a gradient was asked for");
-        self.dit.backward(&gradient, kept, &mut self.slots, &self.reach)?;
+        self.dit.backward(&gradient, kept, &mut self.gradients, &self.reach)?;
         Ok(loss)
     }
 
@@ -261,10 +257,10 @@ impl TrainableDit {
     /// # Errors
     /// When the learning rate is not a number, or the device refuses the work.
     pub fn step(&mut self, learning_rate: f32) -> Result<StepNorm> {
-        let chosen: Vec<bool> = self.slots.iter().map(Option::is_some).collect();
+        let chosen: Vec<bool> = slots(&self.gradients).into_iter().map(Slot::is_some).collect();
         let values = self.optimizer.step(
             &mut pick(&mut self.dit, &chosen),
-            &mut self.slots.iter_mut().flatten().collect::<Vec<_>>(),
+            &mut slots_mut(&mut self.gradients).into_iter().flatten().collect::<Vec<_>>(),
             learning_rate,
         )?;
         self.dit.rearrange()?;
@@ -311,12 +307,33 @@ impl TrainableDit {
         Ok(None)
     }
 
+    /// Every parameter's values on the host under its canonical name, in the checkpoint's order of axes: for comparing small models.
+    /// Waits for the device.
+    ///
+    /// # Errors
+    /// When the work so far failed.
+    pub fn parameter_values(&self) -> Result<Vec<(String, Vec<f32>)>> {
+        let mut all = Vec::new();
+        for (meta, tensor) in self.parameters.iter().zip(tensors(self.dit.parts())) {
+            let values = tensor.to_vec_f32()?;
+            for (index, part) in meta.parts.iter().enumerate() {
+                let own = values[meta.range(index)].to_vec();
+                all.push((part.name.clone(), meta.to_published(index, own)));
+            }
+        }
+        Ok(all)
+    }
+
     /// The tensors that no step changes, as they lie on the device, each under the canonical name of the first that it is made of.
     pub fn frozen(&self) -> Vec<(String, Tensor)> {
-        let all = self.parameters.iter().zip(self.dit.listed()).zip(&self.slots);
-        let frozen = all.filter(|(_, slot)| slot.is_none());
+        let places = tensors(self.dit.parts()).into_iter().zip(slots(&self.gradients));
+        let frozen = self
+            .parameters
+            .iter()
+            .zip(places)
+            .filter(|(_, (_, slot))| slot.is_none());
         frozen
-            .map(|((parameter, weight), _)| (parameter.parts[0].name.clone(), weight.clone()))
+            .map(|(meta, (weight, _))| (meta.name().to_owned(), weight.clone()))
             .collect()
     }
 
@@ -390,7 +407,7 @@ impl TrainableDit {
     fn set_weight(&mut self, index: usize, first: usize, values: &[f32]) -> Result<()> {
         let device = self.dit.device().clone();
         let values = Tensor::from_slice(&device, values, [values.len()])?;
-        let weight = <&mut Dit as Listed>::listed(&mut self.dit).swap_remove(index);
+        let weight = tensors_mut(self.dit.parts_mut()).swap_remove(index);
         let values = cast(&values, weight.dtype())?;
         weight.copy_elements_from(first, &values)
     }
@@ -405,10 +422,11 @@ impl TrainableDit {
 ///
 /// # Errors
 /// When it trains none, only a part of some, or a pattern fits no tensor.
-pub(super) fn choose(parameters: &[Parameter], policy: &Policy, layers: usize) -> Result<Vec<bool>> {
-    let names: Vec<&str> = parameters
+pub(super) fn choose(described: &Parts<Described>, policy: &Policy) -> Result<Parts<Trained>> {
+    let all = metas(described);
+    let names: Vec<&str> = all
         .iter()
-        .flat_map(|parameter| parameter.parts.iter().map(|part| part.name.as_str()))
+        .flat_map(|meta| meta.parts.iter().map(|part| part.name.as_str()))
         .collect();
     if let Some(unused) = policy.unused_patterns(&names).first() {
         return Err(Error::invalid(format!(
@@ -416,12 +434,8 @@ pub(super) fn choose(parameters: &[Parameter], policy: &Policy, layers: usize) -
             names[0]
         )));
     }
-    let trains = |name: &str| policy.trains(name, layers);
-    let chosen: Vec<bool> = parameters
-        .iter()
-        .map(|parameter| parameter.trained(&trains))
-        .collect::<Result<_>>()?;
-    match chosen.contains(&true) {
+    let chosen = described.transform(&mut Choose(|meta: &Meta| policy.trains(meta)))?;
+    match any_trained(&chosen) {
         true => Ok(chosen),
         false => Err(Error::invalid(format!(
             "the freeze policy `{policy}` trains nothing of this model"
@@ -431,7 +445,6 @@ pub(super) fn choose(parameters: &[Parameter], policy: &Policy, layers: usize) -
 
 /// The chosen ones of a model's parameters.
 fn pick<'a>(dit: &'a mut Dit, chosen: &[bool]) -> Vec<&'a mut Tensor> {
-    // By value: the list for changing, not the one for reading.
-    let all = <&mut Dit as Listed>::listed(dit).into_iter().zip(chosen);
+    let all = tensors_mut(dit.parts_mut()).into_iter().zip(chosen);
     all.filter_map(|(weight, chosen)| chosen.then_some(weight)).collect()
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use l2p_engine::checkpoint::{Checkpoint, HeadLayout, HeadVariant};
-use l2p_engine::model::MemoryParams;
+use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::config::{DitConfig, ModelKind, SchedulerConfig, TextConfig, TransformerConfig, VaeConfig};
 use l2p_tests::{Outcome, Suite, fixtures};
 use libtest_mimic::Failed;

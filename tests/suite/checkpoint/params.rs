@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use l2p_engine::checkpoint::Checkpoint;
-use l2p_engine::model::{MemoryParams, ParamSource};
+use l2p_engine::layers::{MemoryParams, ParamSource};
 use l2p_engine::{Device, Tensor};
 use l2p_tests::{Outcome, Suite};
 use libtest_mimic::Failed;

@@ -1,7 +1,7 @@
-use l2p_engine::model::block::{Block, Sequence, run_blocks};
+use l2p_engine::layers::{Group as Part, Loader, MemoryParams};
 use l2p_engine::model::config::ModelKind;
-use l2p_engine::model::params::MemoryParams;
 use l2p_engine::model::rope::{Position, RopeAxes};
+use l2p_engine::model::zimage::block::{Block, Sequence, run_blocks};
 use l2p_engine::{Device, Result, Tensor};
 use l2p_tests::fixtures::{Case, Group};
 use l2p_tests::{Outcome, Suite, expect_like_cpu};
@@ -38,7 +38,8 @@ fn lengths(case: &Case<'_>) -> Option<Vec<usize>> {
 fn run(case: &Case<'_>, params: &MemoryParams, device: &Device, round: bool) -> Result<Tensor> {
     let modulated = case.has_input("c");
     let config = small_config(ModelKind::Latent, case.size(&["dim"]), 2);
-    let block = Block::load(params, device, PREFIX, &config, modulated)?;
+    let described = Block::describe(&config, Part::Refiner, PREFIX, modulated);
+    let block = Loader::load(&described, params, device, &mut |_, _| Ok(()))?;
     let values = |name: &str| {
         let (values, shape) = case.input(name);
         (if round { rounded(&values) } else { values }, shape)
@@ -72,7 +73,7 @@ fn run(case: &Case<'_>, params: &MemoryParams, device: &Device, round: bool) -> 
         rope: &rope,
         key_lengths: lengths.as_ref(),
     };
-    run_blocks(&[block], tables.first().map(|table| (table, 0)), x, &sequence)
+    run_blocks(&[block], tables.first().map(|table| (table, 0)), x, &sequence, None)
 }
 
 /// The values with zeros past each item's length.
@@ -112,7 +113,8 @@ fn mistakes_are_named() -> Outcome {
     let message = |change: &dyn Fn(&mut MemoryParams)| {
         let mut params = params(&case, false);
         change(&mut params);
-        let outcome = Block::load(&params, &Device::Cpu, PREFIX, &config, true);
+        let described = Block::describe(&config, Part::Refiner, PREFIX, true);
+        let outcome = Loader::load(&described, &params, &Device::Cpu, &mut |_, _| Ok(()));
         outcome.err().map(|error| error.to_string()).unwrap_or_default()
     };
     assert_eq!(

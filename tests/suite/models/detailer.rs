@@ -1,5 +1,5 @@
+use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::detailer::{Detailer, DetailerLayout};
-use l2p_engine::model::params::MemoryParams;
 use l2p_engine::{Device, Tensor};
 use l2p_tests::fixtures::Group;
 use l2p_tests::{Outcome, Suite, expect_like_cpu};

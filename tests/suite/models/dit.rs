@@ -1,8 +1,8 @@
 //! The whole transformer, latent and pixel.
 
+use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::config::{DitConfig, ModelKind, TransformerConfig};
-use l2p_engine::model::dit::Dit;
-use l2p_engine::model::params::MemoryParams;
+use l2p_engine::model::zimage::Dit;
 use l2p_engine::ops::tokens::narrow_tokens;
 use l2p_engine::{Device, Error, Result, Tensor};
 use l2p_tests::fixtures::{Case, Group};

@@ -2,10 +2,10 @@
 
 use l2p_engine::Device;
 use l2p_engine::checkpoint::HeadLayout;
+use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::DeviceLimits;
 use l2p_engine::model::config::{DitConfig, ModelKind, TextConfig, VaeConfig};
 use l2p_engine::model::detailer::DetailerLayout;
-use l2p_engine::model::params::MemoryParams;
 use l2p_tests::{Outcome, Suite};
 
 use super::small_config;

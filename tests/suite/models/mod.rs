@@ -10,8 +10,8 @@ mod vae;
 
 use half::bf16;
 use l2p_engine::checkpoint::HeadLayout;
+use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::config::{DitConfig, ModelKind};
-use l2p_engine::model::params::MemoryParams;
 use l2p_engine::{Device, Result, Tensor};
 use l2p_tests::Suite;
 use l2p_tests::fixtures::{Case, generated_weight};

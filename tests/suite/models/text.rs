@@ -1,6 +1,6 @@
 use l2p_engine::Device;
+use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::config::TextConfig;
-use l2p_engine::model::params::MemoryParams;
 use l2p_engine::model::text::TextEncoder;
 use l2p_tests::fixtures::{Case, Group};
 use l2p_tests::{Outcome, Suite, expect_like_cpu};

@@ -1,5 +1,5 @@
+use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::config::VaeConfig;
-use l2p_engine::model::params::MemoryParams;
 use l2p_engine::model::vae::{VaeDecoder, VaeEncoder};
 use l2p_engine::{Device, Tensor};
 use l2p_tests::fixtures::{Case, Group};

@@ -2,7 +2,7 @@ mod cuda;
 mod hopper;
 mod plain;
 
-use l2p_engine::model::params::{MemoryParams, ParamSource};
+use l2p_engine::layers::{MemoryParams, ParamSource};
 use l2p_engine::ops::conv::{Activation, Conv, conv2d, conv3x3_silu_pool, upsample_conv3x3};
 use l2p_engine::{DType, Device, Result, Tensor};
 use l2p_tests::fixtures::{Case, Group};

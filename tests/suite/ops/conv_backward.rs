@@ -1,7 +1,7 @@
 mod cuda;
 mod differences;
 
-use l2p_engine::model::params::{MemoryParams, ParamSource};
+use l2p_engine::layers::{MemoryParams, ParamSource};
 use l2p_engine::ops::conv::{
     Activation, Conv, ConvGrads, ConvSaved, SourceGrads, conv2d, conv2d_backward, conv2d_f32_backward,
     conv2d_silu_with_sum, conv3x3_silu_pool, conv3x3_silu_pool_backward, conv3x3_silu_pool_with_sum,

@@ -6,8 +6,8 @@ mod modules;
 mod plan;
 mod promises;
 
+use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::config::DitConfig;
-use l2p_engine::model::params::MemoryParams;
 use l2p_engine::train::{AdamWOptions, Batch, Policy, Recompute, TrainOptions, TrainableDit};
 use l2p_engine::{Device, Result, Tensor};
 use l2p_tests::{Suite, random_bf16};
@@ -34,12 +34,31 @@ fn load(params: &MemoryParams, device: &Device, config: &DitConfig, options: &Tr
     TrainableDit::load(params, device, config, options, &mut |_, _| Ok(()))
 }
 
+/// Whether a policy trains the tensor `name` of a model with `layers` main blocks, told by the published names.
+fn trains(policy: &Policy, name: &str, layers: usize) -> bool {
+    let starts = |starts: &[&str]| starts.iter().any(|start| name.starts_with(start));
+    let input = starts(&["all_x_embedder."]);
+    let output = starts(&["local_decoder.", "all_final_layer."]);
+    let main_block = name.strip_prefix("layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+    let at_an_end = |ends: usize| main_block.is_some_and(|index| index < ends || index + ends >= layers);
+    match policy {
+        Policy::Paper { ends } => input || output || at_an_end(*ends),
+        Policy::Released { ends } => main_block.is_none() || at_an_end(*ends),
+        Policy::Full => true,
+        Policy::HeadOnly => output,
+        Policy::Patterns(patterns) => patterns.iter().any(|pattern| match pattern.split_once('*') {
+            Some((start, _)) => name.starts_with(start),
+            None => name == pattern,
+        }),
+    }
+}
+
 /// The names that a policy trains of a model, sorted.
 fn trained_names(params: &MemoryParams, policy: &Policy, layers: usize) -> Vec<String> {
     let mut names: Vec<String> = params
         .0
         .keys()
-        .filter(|name| policy.trains(name, layers))
+        .filter(|name| trains(policy, name, layers))
         .cloned()
         .collect();
     names.sort();

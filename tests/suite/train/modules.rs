@@ -1,11 +1,10 @@
 //! Blocks and Detailer Heads.
 
-use l2p_engine::model::block::{self, Block, Condition, Keep, Sequence, backward_blocks, forward_blocks};
+use l2p_engine::layers::{self, Gradients, Loaded, Loader, MakeSlots, MemoryParams, Meta, Module, Slot, metas, slots};
 use l2p_engine::model::config::ModelKind;
 use l2p_engine::model::detailer::Detailer;
-use l2p_engine::model::parameters::{Parameter, Slot};
-use l2p_engine::model::params::MemoryParams;
 use l2p_engine::model::rope::{Position, RopeAxes};
+use l2p_engine::model::zimage::block::{Block, Condition, Keep, Saving, Sequence, backward_blocks, run_blocks};
 use l2p_engine::{DType, Device, Result, Tensor};
 use l2p_tests::fixtures::{Case, Group};
 use l2p_tests::{Outcome, Suite, Tolerance, expect_like_cpu};
@@ -23,29 +22,21 @@ pub fn register(suite: &mut Suite) {
 /// The gradients of a module of some fifteen operations in bf16.
 const BF16_GRADIENT_TOLERANCE: Tolerance = Tolerance::of_gradients(2e-2);
 
-fn slots(device: &Device, parameters: &[Parameter], trained: impl Fn(&str) -> bool) -> Result<Vec<Slot>> {
-    let slots = parameters.iter().map(|parameter| {
-        let first = &parameter.parts[0];
-        let shape = match first.shape.as_slice() {
-            [outputs, inputs, height, width] => vec![*outputs, inputs * height * width],
-            [_, rest @ ..] => [&[parameter.elements() / rest.iter().product::<usize>()], rest].concat(),
-            [] => Vec::new(),
-        };
-        let zeros = || Tensor::zeros(device, shape.as_slice(), device.compute_dtype());
-        trained(&first.name).then(zeros).transpose()
-    });
-    slots.collect()
+/// Places for the gradients of those of a loaded module's parameters whose first tensor's name `trained` says so.
+fn places<M: Module<Kind = Loaded>>(module: &M, metas: &[&Meta], trained: impl Fn(&str) -> bool) -> Result<M::As<Gradients>> {
+    let chosen = metas.iter().map(|meta| trained(meta.name()));
+    module.transform(&mut MakeSlots(chosen))
 }
 
 /// Gradients by published name.
-fn named(parameters: &[Parameter], slots: &[Slot]) -> Result<Vec<(String, Vec<f32>)>> {
+fn named(metas: &[&Meta], slots: &[&Slot]) -> Result<Vec<(String, Vec<f32>)>> {
     let mut all = Vec::new();
-    for (parameter, slot) in parameters.iter().zip(slots) {
+    for (meta, slot) in metas.iter().zip(slots) {
         let Some(slot) = slot else { continue };
         let values = slot.to_vec_f32()?;
-        for (index, part) in parameter.parts.iter().enumerate() {
-            let own = values[parameter.range(index)].to_vec();
-            all.push((part.name.clone(), parameter.to_published(index, own)));
+        for (index, part) in meta.parts.iter().enumerate() {
+            let own = values[meta.range(index)].to_vec();
+            all.push((part.name.clone(), meta.to_published(index, own)));
         }
     }
     Ok(all)
@@ -93,7 +84,8 @@ impl<'a> BlockRun<'a> {
     ) -> Result<(Tensor, Option<Tensor>, Vec<(String, Vec<f32>)>)> {
         let modulated = self.case.has_input("c");
         let config = small_config(ModelKind::Latent, self.case.size(&["dim"]), 2);
-        let blocks = [Block::load(&self.params, device, BLOCK, &config, modulated)?];
+        let described = Block::describe(&config, layers::Group::Refiner, BLOCK, modulated);
+        let blocks = [Loader::load(&described, &self.params, device, &mut |_, _| Ok(()))?];
         let (x, shape) = self.values("x");
         let x = Tensor::from_f32(device, &x, shape.as_slice())?;
         let ids: Vec<Position> = self
@@ -130,7 +122,13 @@ impl<'a> BlockRun<'a> {
             .as_ref()
             .zip(table.as_ref())
             .map(|(c, table)| Condition { table, first: 0, c });
-        let (_, kept) = forward_blocks(&blocks, condition, x, &sequence, &[self.keep])?;
+        let mut kept = Vec::new();
+        let saving = Saving {
+            keeps: &[self.keep],
+            kept: &mut kept,
+        };
+        let vectors = condition.map(|condition| (condition.table, condition.first));
+        run_blocks(&blocks, vectors, x, &sequence, Some(saving))?;
 
         let (mut dy, _) = self.values("grad.y");
         if let Some(lengths) = self.lengths() {
@@ -140,15 +138,15 @@ impl<'a> BlockRun<'a> {
             }
         }
         let dy = Tensor::from_f32(device, &dy, shape.as_slice())?;
-        let parameters = block::parameters(BLOCK, &config, modulated);
-        let mut slots = slots(device, &parameters, trained)?;
+        let metas = metas(&described);
+        let mut gradients = [places(&blocks[0], &metas, trained)?];
         let mut dc = c
             .as_ref()
             .map(|c| Tensor::zeros(device, c.shape(), DType::F32))
             .transpose()?;
-        let dx = backward_blocks(&blocks, condition, dy, &sequence, kept, &mut slots, dc.as_mut())?;
+        let dx = backward_blocks(&blocks, condition, dy, &sequence, kept, &mut gradients, dc.as_mut())?;
         let dx = dx.expect("the block was reached");
-        Ok((dx, dc, named(&parameters, &slots)?))
+        Ok((dx, dc, named(&metas, &slots(&gradients[0]))?))
     }
 }
 
@@ -246,11 +244,12 @@ fn run_head(
         true => (exact("x")?, exact("c")?, exact("grad.v")?),
         false => (image("x")?, image("c")?, image("grad.v")?),
     };
-    let (_, kept) = head.forward_keeping(&x, c, keep_sums)?;
-    let parameters = head.layout().parameters(HEAD);
-    let mut slots = slots(device, &parameters, trained)?;
-    let dc = head.backward(&dv, kept, &mut slots, true)?;
-    Ok((dc, named(&parameters, &slots)?))
+    let (_, kept) = head.forward_saving(&x, c, keep_sums)?;
+    let described = head.layout().describe(HEAD);
+    let metas = metas(&described);
+    let mut gradients = places(&head, &metas, trained)?;
+    let dc = head.backward(&dv, kept, &mut gradients, true)?;
+    Ok((dc, named(&metas, &slots(&gradients))?))
 }
 
 fn heads_equal_torch() -> Outcome {

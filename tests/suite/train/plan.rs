@@ -1,8 +1,8 @@
 use l2p_engine::checkpoint::HeadLayout;
 use l2p_engine::device::MemoryTag;
+use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::config::{DitConfig, ModelKind};
 use l2p_engine::model::detailer::DetailerLayout;
-use l2p_engine::model::params::MemoryParams;
 use l2p_engine::train::{PlanInput, Recompute, TrainingPlan};
 use l2p_engine::{Device, Result};
 use l2p_tests::{Outcome, Suite};

@@ -2,15 +2,15 @@
 
 use std::collections::HashMap;
 
+use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::config::{DitConfig, ModelKind};
-use l2p_engine::model::dit::Dit;
-use l2p_engine::model::params::MemoryParams;
+use l2p_engine::model::zimage::Dit;
 use l2p_engine::ops::cast::cast;
 use l2p_engine::train::{Recompute, StatePart, TrainOptions, TrainableDit};
 use l2p_engine::{Device, Result, Tensor};
 use l2p_tests::{Outcome, Suite, expect_close, relative_error};
 
-use super::{Inputs, load, options};
+use super::{Inputs, load, options, trains};
 use crate::models::{random_model, small_config};
 
 pub fn register(suite: &mut Suite) {
@@ -77,7 +77,7 @@ fn state(model: &TrainableDit) -> Result<HashMap<String, Vec<f32>>> {
 
 /// Every parameter of the model as it computes with them.
 fn weights(model: &TrainableDit) -> Result<Vec<(String, Vec<f32>)>> {
-    model.dit().parameter_values()
+    model.parameter_values()
 }
 
 fn frozen_weights_stay(device: &Device) -> Outcome {
@@ -96,7 +96,7 @@ fn frozen_weights_stay(device: &Device) -> Outcome {
         }
         assert_eq!(model.steps(), 3);
         for ((name, before), (_, after)) in before.iter().zip(&weights(&model)?) {
-            let trained = options.policy.trains(name, config.layers);
+            let trained = trains(&options.policy, name, config.layers);
             assert!(trained || before == after, "{policy}: frozen `{name}` has changed");
             assert!(
                 !trained || before != after,

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::TransformerConfig;
 use crate::error::{Error, Result};
+use crate::layers::ParamSource;
 use crate::limits::Width;
-use crate::model::params::ParamSource;
 
 /// No model has as many blocks of one kind, or as large a patch; bounds the search for tensors by name.
 const LARGEST_INDEX: usize = 512;

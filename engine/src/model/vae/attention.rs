@@ -1,12 +1,13 @@
 //! The self-attention in the middle of the autoencoder: one head over all pixels, with normalisation and residual.
 
-use super::Loader;
+use super::norm;
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
+use crate::layers::{Described, Group, GroupNorm, Linear, Weight, module};
+use crate::model::config::VaeConfig;
 use crate::ops::attention::{Attention, attention};
 use crate::ops::conv::{Activation, Conv, conv2d};
-use crate::ops::group_norm::{GroupNorm, group_norm};
-use crate::ops::linear::linear;
+use crate::ops::group_norm::group_norm;
 use crate::tensor::Tensor;
 
 /// Widths of a head that the CUDA kernels know; others are filled up with zeros.
@@ -15,87 +16,103 @@ const KERNEL_HEAD_DIMS: [usize; 3] = [64, 128, WIDEST];
 /// The most channels that the CUDA kernels can attend over.
 pub(in crate::model) const WIDEST: usize = 512;
 
-/// `x + out(attention(q, k, v of norm(x)))`.
-pub(super) struct MidAttention {
-    norm: GroupNorm,
-    /// `[3 · head_dim, channels]`: query, key, value.
-    qkv_weight: Tensor,
-    /// `[3 · head_dim]`
-    qkv_bias: Tensor,
-    /// `[channels, head_dim]`, as a 1×1 convolution that adds the residual.
-    out: Conv,
-    attention: Attention,
+module! {
+    /// `x + out(attention(q, k, v of norm(x)))`.
+    pub(super) struct MidAttention<K> {
+        norm: GroupNorm<K>,
+        /// `[3 · head_dim, channels]`: query, key, value, with bias.
+        qkv: Linear<K>,
+        /// `[channels, head_dim]`, with bias.
+        out: Linear<K>,
+        ;
+        attention: Attention,
+    }
 }
 
-impl MidAttention {
-    /// Reads the layer whose parameters are named `{name}.…`, its head as wide as the device's kernels want it.
-    pub fn load(loader: &Loader<'_>, name: &str, channels: usize) -> Result<Self> {
-        let head_dim = match loader.device {
-            Device::Cpu => channels,
-            Device::Cuda(_) => kernel_head_dim(channels)?,
-        };
-        Self::load_filled_up(loader, name, channels, head_dim)
-    }
-
-    /// As [`MidAttention::load`], with a head filled up with zeros to `head_dim`.
-    fn load_filled_up(loader: &Loader<'_>, name: &str, channels: usize, head_dim: usize) -> Result<Self> {
-        let layers = ["to_q", "to_k", "to_v"];
-        let weights = layers.map(|layer| format!("{name}.{layer}.weight"));
-        let biases = layers.map(|layer| format!("{name}.{layer}.bias"));
-        let out_weight = format!("{name}.to_out.0.weight");
-        let (qkv_weight, qkv_bias, out_weight) = if head_dim == channels {
-            let (params, device) = (loader.params, loader.device);
-            (
-                params.load_stacked(device, &as_strs(&weights), &[3 * channels, channels])?,
-                params.load_stacked(device, &as_strs(&biases), &[3 * channels])?,
-                params.load(device, &out_weight, &[channels, channels])?,
-            )
-        } else {
-            let padding = Padding {
-                loader,
-                channels,
-                head_dim,
-            };
-            (
-                padding.rows(&weights, &[channels, channels])?,
-                padding.rows(&biases, &[channels])?,
-                padding.columns(&out_weight)?,
-            )
-        };
-        let out_bias = loader.vector(&format!("{name}.to_out.0.bias"), channels)?;
-        Ok(MidAttention {
-            norm: loader.norm(&format!("{name}.group_norm"), channels)?,
-            qkv_weight,
-            qkv_bias,
-            out: Conv::new(out_weight, out_bias, 1, &[head_dim])?,
+impl MidAttention<Described> {
+    /// The layer whose parameters are named `{name}.…`.
+    pub fn describe(config: &VaeConfig, name: &str, channels: usize) -> Self {
+        let layers = ["to_q", "to_k", "to_v"].map(|layer| format!("{name}.{layer}"));
+        MidAttention {
+            norm: norm(config, &format!("{name}.group_norm"), channels),
+            qkv: Linear::stacked(Group::Other, &layers.each_ref().map(String::as_str), channels, channels).with_bias(),
+            out: Linear::new(Group::Other, &format!("{name}.to_out.0"), channels, channels).with_bias(),
             attention: Attention {
                 heads: 1,
                 kv_heads: 1,
-                head_dim,
+                head_dim: channels,
                 causal: false,
                 // Zeros that fill up a head change no score, so the scale stays that of the channels.
                 scale: 1.0 / (channels as f32).sqrt(),
             },
-        })
+        }
+    }
+}
+
+impl MidAttention {
+    /// Fills the head up with zeros to a width that the device's kernels know.
+    pub fn fill_up(&mut self, device: &Device) -> Result<()> {
+        let channels = self.attention.head_dim;
+        match device {
+            Device::Cpu => Ok(()),
+            Device::Cuda(_) => self.fill_up_to(kernel_head_dim(channels)?),
+        }
+    }
+
+    fn fill_up_to(&mut self, head_dim: usize) -> Result<()> {
+        let channels = self.attention.head_dim;
+        if head_dim == channels {
+            return Ok(());
+        }
+        let _tag = MemoryTag::Weights.scope();
+        let (Weight::Dense(qkv), Weight::Dense(out)) = (&self.qkv.weight, &self.out.weight);
+        // Rows of zeros after those of each projection; columns of zeros.
+        let rows = |tensor: &Tensor, width: usize| -> Result<Tensor> {
+            let filled: Vec<f32> = tensor
+                .to_vec_f32()?
+                .chunks(channels * width)
+                .flat_map(|part| {
+                    let zeros = std::iter::repeat_n(0.0, (head_dim - channels) * width);
+                    part.iter().copied().chain(zeros)
+                })
+                .collect();
+            let shape = [3 * head_dim, width];
+            Tensor::from_f32(&tensor.device(), &filled, &shape[..if width == 1 { 1 } else { 2 }])
+        };
+        let columns: Vec<f32> = out
+            .to_vec_f32()?
+            .chunks(channels)
+            .flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(0.0, head_dim - channels)))
+            .collect();
+        let columns = Tensor::from_f32(&out.device(), &columns, [channels, head_dim])?;
+        let bias = self.qkv.bias.as_ref().map(|bias| rows(bias, 1)).transpose()?;
+        let qkv = rows(qkv, channels)?;
+        self.qkv = Linear {
+            weight: Weight::Dense(qkv),
+            bias,
+        };
+        self.out.weight = Weight::Dense(columns);
+        self.attention.head_dim = head_dim;
+        Ok(())
     }
 
     /// Takes its input, which is freed on return.
     pub fn forward(&self, x: Tensor) -> Result<Tensor> {
         let (batch, height, width, channels) = (x.dim(0), x.dim(1), x.dim(2), x.dim(3));
-        let normalised = group_norm(&x, &self.norm, Activation::None)?;
+        let normalised = group_norm(&x, &self.norm.op(), Activation::None)?;
         let tokens = normalised.reshape([batch, height * width, channels])?;
         drop(normalised);
-        let qkv = linear(&tokens, &self.qkv_weight, Some(&self.qkv_bias))?;
+        let qkv = self.qkv.forward(&tokens)?;
         drop(tokens);
         let attended = attention(&qkv, &self.attention, None)?;
         drop(qkv);
         let attended = attended.reshape([batch, height, width, self.attention.head_dim])?;
-        conv2d(&attended, None, &self.out, Activation::None, Some(&x))
+        // The projection as a 1×1 convolution, which adds the residual.
+        let bias = self.out.bias.clone();
+        let bias = bias.ok_or_else(|| Error::invalid("the autoencoder's attention has no bias"))?;
+        let out = Conv::new(self.out.dense_weight().clone(), bias, 1, &[self.attention.head_dim])?;
+        conv2d(&attended, None, &out, Activation::None, Some(&x))
     }
-}
-
-fn as_strs(names: &[String; 3]) -> [&str; 3] {
-    names.each_ref().map(String::as_str)
 }
 
 /// The narrowest head of the CUDA kernels that holds `channels`.
@@ -108,53 +125,11 @@ fn kernel_head_dim(channels: usize) -> Result<usize> {
     })
 }
 
-/// Reads projections of `channels` filled up with zeros to `head_dim`.
-struct Padding<'a> {
-    loader: &'a Loader<'a>,
-    channels: usize,
-    head_dim: usize,
-}
-
-impl Padding<'_> {
-    fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        self.loader.params.load(&Device::Cpu, name, shape)?.to_vec::<f32>()
-    }
-
-    /// Several projections of the given shape, each with rows of zeros after its own, stacked.
-    fn rows(&self, names: &[String], shape: &[usize]) -> Result<Tensor> {
-        let row: usize = shape[1..].iter().product();
-        let mut stacked = Vec::with_capacity(names.len() * self.head_dim * row);
-        for name in names {
-            stacked.extend(self.values(name, shape)?);
-            stacked.resize(stacked.len() + (self.head_dim - self.channels) * row, 0.0);
-        }
-        let mut stacked_shape = shape.to_vec();
-        stacked_shape[0] = names.len() * self.head_dim;
-        self.tensor(&stacked, &stacked_shape)
-    }
-
-    /// A projection back to the channels, with columns of zeros.
-    fn columns(&self, name: &str) -> Result<Tensor> {
-        let mut padded = vec![0.0; self.channels * self.head_dim];
-        let values = self.values(name, &[self.channels, self.channels])?;
-        for (to, from) in padded.chunks_mut(self.head_dim).zip(values.chunks(self.channels)) {
-            to[..self.channels].copy_from_slice(from);
-        }
-        self.tensor(&padded, &[self.channels, self.head_dim])
-    }
-
-    fn tensor(&self, values: &[f32], shape: &[usize]) -> Result<Tensor> {
-        let _tag = MemoryTag::Weights.scope();
-        Tensor::from_f32(self.loader.device, values, shape)
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::VaeConfig;
     use super::*;
     use crate::dtype::DType;
-    use crate::model::params::MemoryParams;
+    use crate::layers::{Loader, MemoryParams};
 
     #[test]
     fn zeros_that_fill_up_a_head_change_nothing() {
@@ -173,14 +148,11 @@ mod tests {
             norm_num_groups: 2,
             ..VaeConfig::default()
         };
-        let loader = Loader {
-            params: &params,
-            device: &Device::Cpu,
-            config: &config,
-        };
         let run = |head_dim: usize| {
-            let layer = MidAttention::load_filled_up(&loader, "mid", channels, head_dim).unwrap();
-            assert_eq!(layer.qkv_weight.shape().to_vec(), [3 * head_dim, channels]);
+            let described = MidAttention::describe(&config, "mid", channels);
+            let mut layer = Loader::load(&described, &params, &Device::Cpu, &mut |_, _| Ok(())).unwrap();
+            layer.fill_up_to(head_dim).unwrap();
+            assert_eq!(layer.qkv.extents(), [3 * head_dim, channels]);
             let x = Tensor::from_f32(&Device::Cpu, &values(2 * 3 * 5 * channels, 3), [2, 3, 5, channels]).unwrap();
             let y = layer.forward(x).unwrap();
             assert_eq!(y.dtype(), DType::F32);

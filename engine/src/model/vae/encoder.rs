@@ -4,41 +4,66 @@
 //! a middle like the decoder's; group normalisation, SiLU and a 3×3 convolution to the mean and the log variance of a
 //! distribution, of which the mean is used: latent = (mean − shift_factor) · scaling_factor.
 
-use super::attention::MidAttention;
-use super::{Loader, ResidualBlock};
+use super::{Middle, ResidualBlock, conv, norm};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::layers::{ConvLayer, Described, GroupNorm, Loader, ParamSource, module};
 use crate::model::DeviceLimits;
 use crate::model::config::VaeConfig;
-use crate::model::params::ParamSource;
-use crate::ops::conv::{Activation, Conv, conv2d, conv2d_f32};
+use crate::ops::conv::{Activation, Input, conv2d, conv2d_f32};
 use crate::ops::downsample_conv::downsample_conv3x3;
-use crate::ops::group_norm::{GroupNorm, group_norm};
+use crate::ops::group_norm::group_norm;
 use crate::profile;
 use crate::tensor::Tensor;
 
-/// The encoder's parameters.
-pub struct VaeEncoder {
-    config: VaeConfig,
-    input: Conv,
-    /// Finest first.
-    blocks: Vec<DownBlock>,
-    mid: [ResidualBlock; 2],
-    attention: Option<MidAttention>,
-    norm: GroupNorm,
-    output: Conv,
+module! {
+    /// The encoder.
+    pub struct VaeEncoder<K> {
+        input: ConvLayer<K>,
+        /// Finest first.
+        blocks: Vec<DownBlock<K>>,
+        mid: Middle<K>,
+        norm: GroupNorm<K>,
+        output: ConvLayer<K>,
+        ;
+        config: VaeConfig,
+    }
 }
 
-/// The residual blocks of one resolution, and what leads to the next.
-struct DownBlock {
-    residual: Vec<ResidualBlock>,
-    downsample: Option<Downsample>,
+module! {
+    /// The residual blocks of one resolution, and the convolution of stride 2 that leads to the next.
+    struct DownBlock<K> {
+        residual: Vec<ResidualBlock<K>>,
+        downsample: Option<ConvLayer<K>>,
+    }
 }
 
-/// Weight and bias of a convolution of stride 2.
-struct Downsample {
-    weight: Tensor,
-    bias: Tensor,
+impl VaeEncoder<Described> {
+    /// The encoder whose parameters are named `encoder.…`.
+    pub fn describe(config: &VaeConfig) -> Self {
+        let widths = &config.block_out_channels;
+        let first = widths.first().copied().unwrap_or(1);
+        let mut width = first;
+        let mut blocks = Vec::with_capacity(widths.len());
+        for (index, &outputs) in widths.iter().enumerate() {
+            let name = format!("encoder.down_blocks.{index}");
+            let downsample = || conv(&format!("{name}.downsamplers.0.conv"), 3, outputs, outputs, None);
+            blocks.push(DownBlock {
+                residual: ResidualBlock::describe_all(config, &name, config.layers_per_block, width, outputs),
+                downsample: (index + 1 < widths.len()).then(downsample),
+            });
+            width = outputs;
+        }
+        let same = Some(Input::Same);
+        VaeEncoder {
+            input: conv("encoder.conv_in", 3, config.out_channels, first, same),
+            blocks,
+            mid: Middle::describe(config, "encoder.mid_block", width),
+            norm: norm(config, "encoder.conv_norm_out", width),
+            output: conv("encoder.conv_out", 3, width, 2 * config.latent_channels, same),
+            config: config.clone(),
+        }
+    }
 }
 
 impl VaeEncoder {
@@ -55,41 +80,9 @@ impl VaeEncoder {
                 "the VAE has a convolution after its encoder (quant_conv), which is not supported",
             ));
         }
-        let loader = Loader { params, device, config };
-        let widths = &config.block_out_channels;
-        let mut width = widths[0];
-        let input = loader.conv("encoder.conv_in", 3, config.out_channels, width)?;
-        let mut blocks = Vec::with_capacity(widths.len());
-        for (index, &outputs) in widths.iter().enumerate() {
-            let name = format!("encoder.down_blocks.{index}");
-            let mut residual = Vec::with_capacity(config.layers_per_block);
-            for layer in 0..config.layers_per_block {
-                residual.push(loader.residual_block(&format!("{name}.resnets.{layer}"), width, outputs)?);
-                width = outputs;
-            }
-            let downsample = match index + 1 == widths.len() {
-                true => None,
-                false => {
-                    let [weight, bias] = loader.conv_params(&format!("{name}.downsamplers.0.conv"), 3, width, width)?;
-                    Some(Downsample { weight, bias })
-                }
-            };
-            blocks.push(DownBlock { residual, downsample });
-        }
-        let mid = |index| loader.residual_block(&format!("encoder.mid_block.resnets.{index}"), width, width);
-        let attention = match config.mid_block_add_attention {
-            true => Some(MidAttention::load(&loader, "encoder.mid_block.attentions.0", width)?),
-            false => None,
-        };
-        Ok(VaeEncoder {
-            config: config.clone(),
-            input,
-            blocks,
-            mid: [mid(0)?, mid(1)?],
-            attention,
-            norm: loader.norm("encoder.conv_norm_out", width)?,
-            output: loader.conv("encoder.conv_out", 3, width, 2 * config.latent_channels)?,
-        })
+        let mut vae = Loader::load(&VaeEncoder::describe(config), params, device, &mut |_, _| Ok(()))?;
+        vae.mid.fill_up(device)?;
+        Ok(vae)
     }
 
     /// Mean and log variance `[batch, rows, columns, 2 · latent channels]` in f32, the mean first, of the image
@@ -116,16 +109,12 @@ impl VaeEncoder {
             for residual in &block.residual {
                 x = residual.forward(x)?;
             }
-            if let Some(Downsample { weight, bias }) = &block.downsample {
-                x = downsample_conv3x3(&x, weight, bias)?;
+            if let Some(conv) = &block.downsample {
+                x = downsample_conv3x3(&x, conv.weight(), conv.bias())?;
             }
         }
-        x = self.mid[0].forward(x)?;
-        if let Some(attention) = &self.attention {
-            x = attention.forward(x)?;
-        }
-        x = self.mid[1].forward(x)?;
-        x = group_norm(&x, &self.norm, Activation::Silu)?;
+        x = self.mid.forward(x)?;
+        x = group_norm(&x, &self.norm.op(), Activation::Silu)?;
         conv2d_f32(&x, &self.output, 1.0)
     }
 

@@ -11,10 +11,10 @@ use crate::checkpoint::{HeadLayout, Transformer};
 use crate::data::{PictureSize, Sizing};
 use crate::device::{Device, format_bytes};
 use crate::error::{Error, Result};
+use crate::layers::MemoryParams;
 use crate::model::config::{DitConfig, ModelKind, VaeConfig};
 use crate::model::detailer::DetailerLayout;
-use crate::model::dit::HEAD_PREFIX;
-use crate::model::params::MemoryParams;
+use crate::model::zimage::HEAD_PREFIX;
 use crate::train::{Arithmetic, PlanInput, PlannedMemory, Recompute, TrainOptions, TrainingPlan};
 
 /// Side of a picture in patches where nobody says.

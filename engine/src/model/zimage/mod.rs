@@ -7,19 +7,24 @@
 //! * [`Dit::forward`]: image to velocity. Once per step.
 
 mod backward;
+pub mod block;
 mod layout;
 
-use super::block::{Block, Sequence, VECTORS, run_blocks};
+use self::block::{Block, Saving, Sequence, VECTORS, run_blocks};
+use self::layout::Layout;
+pub(crate) use self::layout::RopeTables;
 use super::config::{DitConfig, ModelKind};
 use super::detailer::{Detailer, DetailerLayout};
 use super::limits::DeviceLimits;
-use super::params::ParamSource;
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
+use crate::layers::{
+    Bare, Described, Group, Kind, Linear, Loader, Module, Norm, ParamSource, Place, PlaceMut, Transform, module,
+};
 use crate::ops::Modulation;
 use crate::ops::conv::Canvas;
 use crate::ops::layer_norm::layer_norm_modulate;
-use crate::ops::linear::{InputActivation, linear, linear_vectors};
+use crate::ops::linear::InputActivation;
 use crate::ops::patch_embed::patch_embed;
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::timestep::timestep_embedding;
@@ -29,9 +34,6 @@ use crate::profile;
 use crate::tensor::Tensor;
 
 pub(crate) use backward::Reach;
-pub use backward::parameters;
-use layout::Layout;
-pub(crate) use layout::RopeTables;
 
 /// Image and caption tokens are padded to multiples of this many.
 pub const TOKEN_MULTIPLE: usize = 32;
@@ -41,46 +43,149 @@ pub const HEAD_PREFIX: &str = "local_decoder";
 
 /// The transformer with its input layers and what follows its last block.
 pub struct Dit {
+    parts: Parts,
     config: DitConfig,
     device: Device,
-    /// `[dim, patch · patch · channels]`, channel fastest.
-    patch_weight: Tensor,
-    patch_bias: Tensor,
-    /// `[dim]` each
-    image_pad: Tensor,
-    caption_pad: Tensor,
-    caption_norm: Tensor,
-    /// `[dim, caption_width]`
-    caption_weight: Tensor,
-    caption_bias: Tensor,
-    time: TimeEmbedder,
-    noise_refiner: Vec<Block>,
-    context_refiner: Vec<Block>,
-    layers: Vec<Block>,
-    output: Output,
+}
+
+module! {
+    /// The transformer's parameters.
+    pub struct Parts<K> {
+        /// Patches to tokens: `[dim, patch · patch · channels]`, channel fastest, with bias.
+        pub patch: Linear<K>,
+        /// `[dim]`
+        pub image_pad: Bare<K>,
+        /// `[dim]`
+        pub caption_pad: Bare<K>,
+        /// `[caption_width]`
+        pub caption_norm: Norm<K>,
+        /// `[dim, caption_width]`, with bias.
+        pub caption: Linear<K>,
+        /// Sinusoids of the time to the timestep embedding.
+        pub time: TimeEmbedder<K>,
+        /// Modulated blocks for image tokens alone.
+        pub noise_refiner: Vec<Block<K>>,
+        /// Blocks without modulation for captions alone.
+        pub context_refiner: Vec<Block<K>>,
+        /// The main blocks, modulated.
+        pub layers: Vec<Block<K>>,
+        /// What turns the last block's image tokens into a velocity.
+        pub output: Output<K>,
+    }
+}
+
+module! {
+    /// Sinusoid and a two-layer perceptron.
+    pub struct TimeEmbedder<K> {
+        /// `[t_hidden, t_frequencies]`, with bias.
+        pub first: Linear<K>,
+        /// `[adaln_width, t_hidden]`, with bias.
+        pub second: Linear<K>,
+        ;
+        frequencies: usize,
+        /// What times are multiplied by before they are embedded, in thousands; 1 but for unusual configurations.
+        scale: f32,
+    }
+}
+
+module! {
+    /// LayerNorm, scaled by the time, and a projection to patches.
+    pub struct FinalLayer<K> {
+        /// `[patch · patch · channels, dim]`, with bias.
+        pub linear: Linear<K>,
+        /// `[dim, adaln_width]`, with bias.
+        pub modulation: Linear<K>,
+    }
 }
 
 /// What turns the last block's image tokens into a velocity.
-enum Output {
-    Latent(Box<FinalLayer>),
-    Pixel(Box<Detailer>),
+pub enum Output<K: Kind = crate::layers::Loaded> {
+    /// A latent model's.
+    Latent(Box<FinalLayer<K>>),
+    /// A pixel model's.
+    Pixel(Box<Detailer<K>>),
 }
 
-/// Sinusoid and a two-layer perceptron.
-struct TimeEmbedder {
-    weights: [Tensor; 2],
-    biases: [Tensor; 2],
-    frequencies: usize,
-    /// What times are multiplied by before they are embedded, in thousands; 1 but for unusual configurations.
-    scale: f32,
+impl<K: Kind> Module for Output<K> {
+    type Kind = K;
+    type As<B: Kind> = Output<B>;
+
+    fn transform<B: Kind>(&self, transform: &mut impl Transform<K, B>) -> Result<Output<B>> {
+        match self {
+            Output::Latent(last) => last.transform(transform).map(Output::Latent),
+            Output::Pixel(head) => head.transform(transform).map(Output::Pixel),
+        }
+    }
+
+    fn visit<'a>(&'a self, visit: &mut dyn FnMut(Place<'a, K>)) {
+        match self {
+            Output::Latent(last) => last.visit(visit),
+            Output::Pixel(head) => head.visit(visit),
+        }
+    }
+
+    fn visit_mut<'a>(&'a mut self, visit: &mut dyn FnMut(PlaceMut<'a, K>)) {
+        match self {
+            Output::Latent(last) => last.visit_mut(visit),
+            Output::Pixel(head) => head.visit_mut(visit),
+        }
+    }
 }
 
-/// LayerNorm, scaled by the time, and a projection to patches.
-struct FinalLayer {
-    weight: Tensor,
-    bias: Tensor,
-    modulation_weight: Tensor,
-    modulation_bias: Tensor,
+impl Parts<Described> {
+    /// The parameters of a transformer of these sizes; `head` is a pixel model's.
+    ///
+    /// # Errors
+    /// When a pixel model has no head.
+    pub fn describe(config: &DitConfig, head: Option<&DetailerLayout>) -> Result<Self> {
+        let (dim, features) = (config.dim, config.patch * config.patch * config.in_channels);
+        let linear = |group, name: &str, outputs, inputs| Linear::new(group, name, outputs, inputs).with_bias();
+        let stack = |name: &str, blocks: usize, modulated, group: &dyn Fn(usize) -> Group| {
+            let block = |index| Block::describe(config, group(index), &format!("{name}.{index}"), modulated);
+            (0..blocks).map(block).collect()
+        };
+        let (embedder, refiner) = (Group::Embedder, |_| Group::Refiner);
+        Ok(Parts {
+            patch: linear(
+                Group::Input,
+                &format!("all_x_embedder.{}-1", config.patch),
+                dim,
+                features,
+            ),
+            image_pad: Bare::token(embedder, "x_pad_token", dim),
+            caption_pad: Bare::token(embedder, "cap_pad_token", dim),
+            caption_norm: Bare::norm(embedder, "cap_embedder.0", config.caption_width),
+            caption: linear(embedder, "cap_embedder.1", dim, config.caption_width),
+            time: TimeEmbedder {
+                first: linear(embedder, "t_embedder.mlp.0", config.t_hidden, config.t_frequencies),
+                second: linear(embedder, "t_embedder.mlp.2", config.adaln_width, config.t_hidden),
+                frequencies: config.t_frequencies,
+                scale: config.t_scale / 1000.0,
+            },
+            noise_refiner: stack("noise_refiner", config.refiner_layers, true, &refiner),
+            context_refiner: stack("context_refiner", config.refiner_layers, false, &refiner),
+            layers: stack("layers", config.layers, true, &|index| Group::Block {
+                index,
+                of: config.layers,
+            }),
+            output: match (config.kind, head) {
+                (ModelKind::Latent, _) => {
+                    let prefix = format!("all_final_layer.{}-1", config.patch);
+                    Output::Latent(Box::new(FinalLayer {
+                        linear: linear(Group::Output, &format!("{prefix}.linear"), features, dim),
+                        modulation: linear(
+                            Group::Output,
+                            &format!("{prefix}.adaLN_modulation.1"),
+                            dim,
+                            config.adaln_width,
+                        ),
+                    }))
+                }
+                (ModelKind::Pixel, Some(head)) => Output::Pixel(Box::new(head.describe(HEAD_PREFIX))),
+                (ModelKind::Pixel, None) => return Err(Error::invalid("a pixel model needs a detailer head")),
+            },
+        })
+    }
 }
 
 /// A batch of captions, ready for any number of steps at one image size.
@@ -151,13 +256,13 @@ impl Dit {
     /// Naming the size at fault and the way out, or a parameter of the head that is missing.
     pub fn expect_runs_on(params: &dyn ParamSource, device: &Device, config: &DitConfig) -> Result<()> {
         config.expect_runs_on(device)?;
-        match config.kind {
-            ModelKind::Latent => Ok(()),
-            ModelKind::Pixel => DetailerLayout::read(params, HEAD_PREFIX)?.expect_runs_on(device),
+        match head_layout(params, config)? {
+            Some(head) => head.expect_runs_on(device),
+            None => Ok(()),
         }
     }
 
-    /// Reads a model's parameters (canonical names, see `checkpoint`). `loaded` is called after each block, with how many are done
+    /// Reads a model's parameters (canonical names, see `checkpoint`). `loaded` is called after each of them, with how many are done
     /// and how many there are; an error from it ends the loading.
     ///
     /// # Errors
@@ -169,40 +274,25 @@ impl Dit {
         config: &DitConfig,
         loaded: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<Self> {
+        let described = Parts::describe(config, head_layout(params, config)?.as_ref())?;
+        Self::load_described(&described, params, device, config, loaded)
+    }
+
+    /// As [`Dit::load`], of parameters that were described before.
+    pub(crate) fn load_described(
+        described: &Parts<Described>,
+        params: &dyn ParamSource,
+        device: &Device,
+        config: &DitConfig,
+        loaded: &mut dyn FnMut(usize, usize) -> Result<()>,
+    ) -> Result<Self> {
         Self::expect_runs_on(params, device, config)?;
-        let _tag = MemoryTag::Weights.scope();
-        let dim = config.dim;
-        let vector = |name: &str, size: usize| params.load(device, name, &[size]);
-        let matrix = |name: &str, rows: usize, columns: usize| params.load(device, name, &[rows, columns]);
-        let total = 2 * config.refiner_layers + config.layers;
-        let mut done = 0;
-        let mut blocks = |stack: &str, count: usize, modulated: bool| -> Result<Vec<Block>> {
-            (0..count)
-                .map(|index| {
-                    let block = Block::load(params, device, &format!("{stack}.{index}"), config, modulated)?;
-                    done += 1;
-                    loaded(done, total)?;
-                    Ok(block)
-                })
-                .collect()
-        };
-        let embedder = format!("all_x_embedder.{}-1", config.patch);
-        let patch_inputs = config.patch * config.patch * config.in_channels;
-        // The pad tokens are stored as [1, dim].
-        let pad = |name: &str| matrix(name, 1, dim)?.reshape([dim]);
+        let mut parts = Loader::load(described, params, device, loaded)?;
+        if let Output::Pixel(head) = &mut parts.output {
+            head.arrange(device)?;
+        }
         Ok(Dit {
-            patch_weight: matrix(&format!("{embedder}.weight"), dim, patch_inputs)?,
-            patch_bias: vector(&format!("{embedder}.bias"), dim)?,
-            image_pad: pad("x_pad_token")?,
-            caption_pad: pad("cap_pad_token")?,
-            caption_norm: vector("cap_embedder.0.weight", config.caption_width)?,
-            caption_weight: matrix("cap_embedder.1.weight", dim, config.caption_width)?,
-            caption_bias: vector("cap_embedder.1.bias", dim)?,
-            time: TimeEmbedder::load(params, device, config)?,
-            noise_refiner: blocks("noise_refiner", config.refiner_layers, true)?,
-            context_refiner: blocks("context_refiner", config.refiner_layers, false)?,
-            layers: blocks("layers", config.layers, true)?,
-            output: Output::load(params, device, config)?,
+            parts,
             config: config.clone(),
             device: device.clone(),
         })
@@ -216,6 +306,16 @@ impl Dit {
     /// The device it lives on.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Its parameters.
+    pub fn parts(&self) -> &Parts {
+        &self.parts
+    }
+
+    /// Its parameters, to be changed; [`Dit::rearrange`] afterwards.
+    pub(crate) fn parts_mut(&mut self) -> &mut Parts {
+        &mut self.parts
     }
 
     /// Embeds and refines captions for images of `height × width` pixels (latent model: latent cells). `captions` holds one
@@ -239,7 +339,7 @@ impl Dit {
         let layout = self.layout(captions, size, tables)?;
         let embedded = self.embed_captions(&self.normalise_captions(captions, &layout)?.1, &layout)?;
         Ok(Prepared {
-            captions: run_blocks(&self.context_refiner, None, embedded, &layout.caption_sequence())?,
+            captions: self.refine_captions(embedded, &layout, None)?,
             layout,
         })
     }
@@ -256,15 +356,21 @@ impl Dit {
     /// The captions' features side by side, padded with zeros to `[batch, tokens, caption_width]`, and the same normalised.
     fn normalise_captions(&self, captions: &[&Tensor], layout: &Layout) -> Result<(Tensor, Tensor)> {
         let features = stack_tokens(captions, layout.caption_tokens)?;
-        let normalised = rms_norm(&features, &self.caption_norm, self.config.norm_eps)?;
+        let normalised = rms_norm(&features, self.parts.caption_norm.tensor(), self.config.norm_eps)?;
         Ok((features, normalised))
     }
 
     /// The projection of normalised captions `[batch, tokens, caption_width]`, pads filled in: `[batch, tokens, dim]`.
     fn embed_captions(&self, normalised: &Tensor, layout: &Layout) -> Result<Tensor> {
-        let mut embedded = linear(normalised, &self.caption_weight, Some(&self.caption_bias))?;
-        fill_pad_tokens(&mut embedded, &layout.caption_lengths, &self.caption_pad)?;
+        let mut embedded = self.parts.caption.forward(normalised)?;
+        fill_pad_tokens(&mut embedded, &layout.caption_lengths, self.parts.caption_pad.tensor())?;
         Ok(embedded)
+    }
+
+    /// Embedded captions `[batch, tokens, dim]` after their refiner.
+    fn refine_captions(&self, embedded: Tensor, layout: &Layout, saving: Option<Saving<'_>>) -> Result<Tensor> {
+        let sequence = layout.caption_sequence();
+        run_blocks(&self.parts.context_refiner, None, embedded, &sequence, saving)
     }
 
     /// Brings what kernels keep of the weights in forms of their own up to date, after parameters have changed. The blocks keep
@@ -274,7 +380,10 @@ impl Dit {
     /// When the device refuses.
     pub(crate) fn rearrange(&mut self) -> Result<()> {
         let _tag = MemoryTag::Weights.scope();
-        self.output.rearrange()
+        match &mut self.parts.output {
+            Output::Latent(_) => Ok(()),
+            Output::Pixel(head) => head.rearrange(),
+        }
     }
 
     /// The embeddings `[times, adaln_width]` (f32) of model times `t = 1 − sigma`.
@@ -282,7 +391,8 @@ impl Dit {
     /// # Errors
     /// When the device has no room.
     pub fn embed_times(&self, times: &[f32]) -> Result<Tensor> {
-        self.time.embed(&self.device, times)
+        let [.., embeddings] = self.parts.time.layers(&self.device, times)?;
+        Ok(embeddings)
     }
 
     /// The modulation tables for model times `t = 1 − sigma`, one entry per time.
@@ -297,10 +407,10 @@ impl Dit {
     /// The modulation tables for embedded times.
     fn modulate_by(&self, c: &Tensor) -> Result<Modulations> {
         let mut tables = Vec::new();
-        for block in self.noise_refiner.iter().chain(&self.layers) {
+        for block in self.parts.noise_refiner.iter().chain(&self.parts.layers) {
             tables.extend(block.modulation_table(c)?);
         }
-        if let Output::Latent(last) = &self.output {
+        if let Output::Latent(last) = &self.parts.output {
             tables.push(last.modulation_table(c)?);
         }
         let table = concat_all(&tables.iter().collect::<Vec<_>>())?;
@@ -315,13 +425,16 @@ impl Dit {
     pub fn forward(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
         let _range = profile::range(c"dit");
         let x = self.image_features(image, prepared, modulations)?;
-        self.output
-            .forward(x, image, prepared.layout.grid, modulations, &self.config)
+        let _range = profile::range(c"output");
+        match &self.parts.output {
+            Output::Latent(last) => last.forward(&x, &modulations.table, [image.dim(1), image.dim(2)], &self.config),
+            Output::Pixel(head) => head.forward(image, &self.as_map(&x, prepared.layout.grid)?),
+        }
     }
 
     /// Whether [`Dit::paint`] can do without a velocity of the picture's size, which makes it the better way to take a step.
     pub fn paints(&self) -> bool {
-        matches!((&self.output, &self.device), (Output::Pixel(_), Device::Cuda(_)))
+        matches!((&self.parts.output, &self.device), (Output::Pixel(_), Device::Cuda(_)))
     }
 
     /// The velocity of [`Dit::forward`], as the result that goes onto `canvas`. The canvas may be the picture that `image` was
@@ -336,13 +449,13 @@ impl Dit {
         modulations: &Modulations,
         canvas: Canvas<'_>,
     ) -> Result<()> {
-        let Output::Pixel(head) = &self.output else {
+        let Output::Pixel(head) = &self.parts.output else {
             return Err(Error::invalid("dit: only a pixel model paints onto a canvas"));
         };
         let _range = profile::range(c"dit");
         let features = self.image_features(image, prepared, modulations)?;
         let _range = profile::range(c"output");
-        head.paint(image, &self.as_map(&features, prepared)?, canvas)
+        head.paint(image, &self.as_map(&features, prepared.layout.grid)?, canvas)
     }
 
     /// The image tokens `[batch, tokens, dim]` after the last block.
@@ -352,8 +465,7 @@ impl Dit {
     }
 
     /// Image tokens as a feature map `[batch, rows, columns, dim]`.
-    fn as_map(&self, features: &Tensor, prepared: &Prepared) -> Result<Tensor> {
-        let [rows, columns] = prepared.layout.grid;
+    fn as_map(&self, features: &Tensor, [rows, columns]: [usize; 2]) -> Result<Tensor> {
         features.reshape([features.dim(0), rows, columns, self.config.dim])
     }
 
@@ -363,12 +475,34 @@ impl Dit {
     /// # Errors
     /// As [`Dit::forward`].
     pub fn run_trunk(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
-        let refined = self.refine_image(image, prepared, modulations)?;
-        let x = concat_tokens(&refined, &prepared.captions)?;
-        drop(refined);
-        let sequence = prepared.layout.sequence();
-        let main_blocks = VECTORS * self.noise_refiner.len();
-        run_blocks(&self.layers, Some((&modulations.table, main_blocks)), x, &sequence)
+        self.trunk(
+            image,
+            prepared.captions.clone(),
+            &prepared.layout,
+            &modulations.table,
+            None,
+        )
+    }
+
+    /// The whole sequence after the last block, for refined captions; `saving` for the image's refiner and the main blocks.
+    fn trunk(
+        &self,
+        image: &Tensor,
+        captions: Tensor,
+        layout: &Layout,
+        table: &Tensor,
+        saving: Option<[Saving<'_>; 2]>,
+    ) -> Result<Tensor> {
+        let [refiner, layers] = saving.map_or([None, None], |saving| saving.map(Some));
+        let saves = layers.is_some();
+        let refined = self.refine(image, layout, table, refiner)?;
+        let x = {
+            let _tag = saves.then(|| MemoryTag::Saved.scope());
+            concat_tokens(&refined, &captions)?
+        };
+        drop((refined, captions));
+        let first = VECTORS * self.parts.noise_refiner.len();
+        run_blocks(&self.parts.layers, Some((table, first)), x, &layout.sequence(), layers)
     }
 
     /// The first part of [`Dit::run_trunk`]: the image's tokens, padded, after their refiner.
@@ -376,14 +510,13 @@ impl Dit {
     /// # Errors
     /// As [`Dit::forward`].
     pub fn refine_image(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
-        let embedded = self.embed_image(image, &prepared.layout)?;
-        let modulation = Some((&modulations.table, 0));
-        run_blocks(
-            &self.noise_refiner,
-            modulation,
-            embedded,
-            &prepared.layout.image_sequence(),
-        )
+        self.refine(image, &prepared.layout, &modulations.table, None)
+    }
+
+    fn refine(&self, image: &Tensor, layout: &Layout, table: &Tensor, saving: Option<Saving<'_>>) -> Result<Tensor> {
+        let embedded = self.embed_image(image, layout)?;
+        let sequence = layout.image_sequence();
+        run_blocks(&self.parts.noise_refiner, Some((table, 0)), embedded, &sequence, saving)
     }
 
     /// The image's patches as tokens, pads filled in: `[batch, tokens, dim]`.
@@ -391,10 +524,10 @@ impl Dit {
         let _range = profile::range(c"patch_embed");
         let [height, width] = layout.grid.map(|extent| extent * self.config.patch);
         image.expect_shape("dit", "image", [layout.batch(), height, width, self.config.in_channels])?;
-        let mut embedded = patch_embed(image, self.config.patch, &self.patch_weight, &self.patch_bias)?;
+        let mut embedded = self.parts.patch_embed(image, self.config.patch)?;
         if let Some(lengths) = &layout.image_lengths {
             embedded = pad_tokens(&embedded, layout.image_tokens)?;
-            fill_pad_tokens(&mut embedded, lengths, &self.image_pad)?;
+            fill_pad_tokens(&mut embedded, lengths, self.parts.image_pad.tensor())?;
         }
         Ok(embedded)
     }
@@ -424,43 +557,23 @@ impl Layout {
     }
 }
 
+impl Parts {
+    fn patch_embed(&self, image: &Tensor, patch: usize) -> Result<Tensor> {
+        let bias = self.patch.bias.as_ref();
+        let bias = bias.ok_or_else(|| Error::invalid("the input projection has no bias"))?;
+        patch_embed(image, patch, self.patch.dense_weight(), bias)
+    }
+}
+
 impl TimeEmbedder {
-    fn load(params: &dyn ParamSource, device: &Device, config: &DitConfig) -> Result<Self> {
-        let [frequencies, hidden, out] = [config.t_frequencies, config.t_hidden, config.adaln_width];
-        let matrix = |name: &str, rows, columns| params.load(device, name, &[rows, columns]);
-        Ok(TimeEmbedder {
-            weights: [
-                matrix("t_embedder.mlp.0.weight", hidden, frequencies)?,
-                matrix("t_embedder.mlp.2.weight", out, hidden)?,
-            ],
-            biases: [
-                params.load(device, "t_embedder.mlp.0.bias", &[hidden])?,
-                params.load(device, "t_embedder.mlp.2.bias", &[out])?,
-            ],
-            frequencies,
-            scale: config.t_scale / 1000.0,
-        })
-    }
-
-    /// Embeddings `[times, adaln_width]` in f32.
-    fn embed(&self, device: &Device, times: &[f32]) -> Result<Tensor> {
-        let [.., embeddings] = self.layers(device, times)?;
-        Ok(embeddings)
-    }
-
     /// The sinusoids of the times, what the first layer makes of them, and the embeddings; f32.
     fn layers(&self, device: &Device, times: &[f32]) -> Result<[Tensor; 3]> {
         const MAX_PERIOD: f32 = 10_000.0;
         let scaled: Vec<f32> = times.iter().map(|time| time * self.scale).collect();
         let sinusoids = timestep_embedding(&scaled, self.frequencies, MAX_PERIOD);
         let sinusoids = Tensor::from_slice(device, &sinusoids, [times.len(), self.frequencies])?;
-        let hidden = linear_vectors(
-            &sinusoids,
-            InputActivation::None,
-            &self.weights[0],
-            Some(&self.biases[0]),
-        )?;
-        let embeddings = linear_vectors(&hidden, InputActivation::Silu, &self.weights[1], Some(&self.biases[1]))?;
+        let hidden = self.first.forward_vectors(&sinusoids, InputActivation::None)?;
+        let embeddings = self.second.forward_vectors(&hidden, InputActivation::Silu)?;
         Ok([sinusoids, hidden, embeddings])
     }
 }
@@ -469,77 +582,29 @@ impl FinalLayer {
     /// LayerNorm's epsilon.
     const EPSILON: f32 = 1e-6;
 
-    fn load(params: &dyn ParamSource, device: &Device, config: &DitConfig) -> Result<Self> {
-        let prefix = format!("all_final_layer.{}-1", config.patch);
-        let (dim, outputs) = (config.dim, config.patch * config.patch * config.in_channels);
-        let load = |suffix: &str, shape: &[usize]| params.load(device, &format!("{prefix}.{suffix}"), shape);
-        Ok(FinalLayer {
-            weight: load("linear.weight", &[outputs, dim])?,
-            bias: load("linear.bias", &[outputs])?,
-            modulation_weight: load("adaLN_modulation.1.weight", &[dim, config.adaln_width])?,
-            modulation_bias: load("adaLN_modulation.1.bias", &[dim])?,
-        })
-    }
-
     fn modulation_table(&self, c: &Tensor) -> Result<Tensor> {
-        let table = linear_vectors(
-            c,
-            InputActivation::Silu,
-            &self.modulation_weight,
-            Some(&self.modulation_bias),
-        )?;
+        let table = self.modulation.forward_vectors(c, InputActivation::Silu)?;
         let dim = table.dim(1);
         table.reshape([c.dim(0), 1, dim])
     }
+
+    /// Its vector in a table of modulation vectors: the last.
+    fn scale(table: &Tensor) -> Result<Modulation<'_>> {
+        Modulation::new(table, table.dim(1) - 1)
+    }
+
+    /// The velocity, which is minus what the published models put out, of image tokens `[batch, tokens, dim]`.
+    fn forward(&self, x: &Tensor, table: &Tensor, [height, width]: [usize; 2], config: &DitConfig) -> Result<Tensor> {
+        let normalised = layer_norm_modulate(x, Some(Self::scale(table)?), Self::EPSILON)?;
+        let patches = self.linear.forward(&normalised)?;
+        unpatchify(&patches, height, width, config.patch, config.in_channels, -1.0)
+    }
 }
 
-impl Output {
-    fn load(params: &dyn ParamSource, device: &Device, config: &DitConfig) -> Result<Self> {
-        Ok(match config.kind {
-            ModelKind::Latent => Output::Latent(Box::new(FinalLayer::load(params, device, config)?)),
-            ModelKind::Pixel => Output::Pixel(Box::new(Detailer::load(params, device, HEAD_PREFIX)?)),
-        })
-    }
-
-    /// Brings what kernels keep of the weights in forms of their own up to date; see [`Detailer::rearrange`].
-    fn rearrange(&mut self) -> Result<()> {
-        match self {
-            Output::Latent(_) => Ok(()),
-            Output::Pixel(head) => head.rearrange(),
-        }
-    }
-
-    /// The velocity, which is minus what the published models put out.
-    fn forward(
-        &self,
-        x: Tensor,
-        image: &Tensor,
-        grid: [usize; 2],
-        modulations: &Modulations,
-        config: &DitConfig,
-    ) -> Result<Tensor> {
-        let _range = profile::range(c"output");
-        match self {
-            Output::Latent(last) => {
-                let table = &modulations.table;
-                let scale = Modulation::new(table, table.dim(1) - 1)?;
-                let normalised = layer_norm_modulate(&x, Some(scale), FinalLayer::EPSILON)?;
-                drop(x);
-                let patches = linear(&normalised, &last.weight, Some(&last.bias))?;
-                unpatchify(
-                    &patches,
-                    grid[0] * config.patch,
-                    grid[1] * config.patch,
-                    config.patch,
-                    config.in_channels,
-                    -1.0,
-                )
-            }
-            Output::Pixel(head) => {
-                let features = x.reshape([x.dim(0), grid[0], grid[1], config.dim])?;
-                drop(x);
-                head.forward(image, &features)
-            }
-        }
+/// The head of a pixel model, read off its tensors.
+fn head_layout(params: &dyn ParamSource, config: &DitConfig) -> Result<Option<DetailerLayout>> {
+    match config.kind {
+        ModelKind::Latent => Ok(None),
+        ModelKind::Pixel => DetailerLayout::read(params, HEAD_PREFIX).map(Some),
     }
 }

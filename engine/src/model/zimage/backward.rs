@@ -1,0 +1,387 @@
+//! The transformer in training: forward with what backward needs, and backward.
+//!
+//! Who has a place for its gradient decides everything else: a part is reached by the backward pass when it, or something before
+//! it, is trained; what is not reached keeps nothing.
+
+use super::block::{Condition, Keep, SavedBlock, Saving, VECTORS, backward_blocks};
+use super::layout::Layout;
+use super::{Block, Dit, FinalLayer, Modulations, Output, Parts, RopeTables, TimeEmbedder};
+use crate::device::MemoryTag;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layers::{Gradients, Trained, any_trained};
+use crate::model::detailer::SavedDetailer;
+use crate::ops::VectorGradient;
+use crate::ops::layer_norm::{layer_norm_modulate, layer_norm_modulate_backward};
+use crate::ops::linear::InputActivation;
+use crate::ops::patch_embed::patch_embed_backward;
+use crate::ops::rms_norm::{NormGradients, RmsNorm, rms_norm_modulate_backward};
+use crate::ops::sum_rows::add_pad_row_sum;
+use crate::ops::tokens::{fill_pad_tokens, narrow_tokens, pad_tokens};
+use crate::ops::unpatchify::patchify;
+use crate::profile;
+use crate::tensor::Tensor;
+
+/// Which parts the backward pass reaches.
+#[derive(Clone, Debug)]
+pub(crate) struct Reach {
+    /// The timestep embedder is trained, so that every block's modulation counts.
+    condition: bool,
+    /// For each stack, what its blocks keep.
+    pub noise_refiner: Vec<Keep>,
+    pub context_refiner: Vec<Keep>,
+    pub layers: Vec<Keep>,
+    /// Tokens of images or captions need a gradient where they enter the main blocks.
+    images: bool,
+    captions: bool,
+    /// The caption embedder is trained.
+    pub caption_embedder: bool,
+    /// The last block's output needs a gradient.
+    pub features: bool,
+    /// The output part is trained.
+    pub output: bool,
+}
+
+impl Reach {
+    /// For the parameters that are trained; `recomputed` says of a block whether it is to keep its input alone, given whether it is
+    /// trained.
+    pub fn new(trained: &Parts<Trained>, recomputed: &dyn Fn(bool) -> bool) -> Self {
+        let stack = |blocks: &[Block<Trained>], below: bool| -> (Vec<Keep>, bool) {
+            let mut reached = below;
+            let keeps = blocks.iter().map(|block| {
+                let trained = any_trained(block);
+                reached |= trained;
+                match (reached, recomputed(trained)) {
+                    (false, _) => Keep::Nothing,
+                    (true, true) => Keep::Input,
+                    (true, false) => Keep::Everything,
+                }
+            });
+            (keeps.collect(), reached)
+        };
+        let condition = any_trained(&trained.time);
+        let caption_embedder = trained.caption_pad.0 || trained.caption_norm.0 || any_trained(&trained.caption);
+        let image_embedder = any_trained(&trained.patch) || trained.image_pad.0;
+        let (noise_refiner, images) = stack(&trained.noise_refiner, image_embedder || condition);
+        let (context_refiner, captions) = stack(&trained.context_refiner, caption_embedder);
+        // A stack without blocks has no modulation.
+        let images = if noise_refiner.is_empty() {
+            image_embedder
+        } else {
+            images
+        };
+        let below = images || captions;
+        let (layers, features) = stack(&trained.layers, below || condition);
+        Reach {
+            condition,
+            features: if layers.is_empty() { below } else { features },
+            output: any_trained(&trained.output),
+            noise_refiner,
+            context_refiner,
+            layers,
+            images,
+            captions,
+            caption_embedder,
+        }
+    }
+}
+
+/// What a forward pass has kept for the backward pass.
+pub(crate) struct SavedDit {
+    layout: Layout,
+    image: Tensor,
+    /// The captions' features, padded, and the same normalised.
+    captions: Option<(Tensor, Tensor)>,
+    /// Sinusoids, hidden layer and embeddings of the times.
+    times: [Tensor; 3],
+    table: Tensor,
+    noise_refiner: Vec<Option<SavedBlock>>,
+    context_refiner: Vec<Option<SavedBlock>>,
+    layers: Vec<Option<SavedBlock>>,
+    output: SavedOutput,
+}
+
+enum SavedOutput {
+    /// The image tokens after the last block.
+    Latent(Tensor),
+    Pixel(Box<SavedDetailer>),
+}
+
+impl Dit {
+    /// The velocity of `image` (in the compute type) for captions and model times `t = 1 − sigma`, one of each per item, as by
+    /// [`Dit::prepare`], [`Dit::modulate`] and [`Dit::forward`]; and what backward needs. With `keep_sums` a pixel model's head keeps what its
+    /// activations read.
+    pub(crate) fn forward_saving(
+        &self,
+        image: &Tensor,
+        captions: &[&Tensor],
+        times: &[f32],
+        reach: &Reach,
+        keep_sums: bool,
+        tables: &mut RopeTables,
+    ) -> Result<(Tensor, SavedDit)> {
+        let _range = profile::range(c"forward");
+        image.expect_rank("dit", "image", 4, "[batch, height, width, channels]")?;
+        let batch = image.dim(0);
+        if captions.len() != batch || times.len() != batch {
+            return Err(Error::invalid(format!(
+                "dit: {} captions and {} times for {batch} images",
+                captions.len(),
+                times.len()
+            )));
+        }
+        let layout = self.layout(captions, [image.dim(1), image.dim(2)], tables)?;
+        let times = self.parts.time.layers(&self.device, times)?;
+        let Modulations { table } = self.modulate_by(&times[2])?;
+
+        let (features, normalised) = {
+            let _tag = MemoryTag::Saved.scope();
+            self.normalise_captions(captions, &layout)?
+        };
+        let embedded = self.embed_captions(&normalised, &layout)?;
+        let kept_captions = reach.caption_embedder.then_some((features, normalised));
+        let (mut context_refiner, mut noise_refiner, mut layers) = (Vec::new(), Vec::new(), Vec::new());
+        let saving = |keeps, kept| Saving { keeps, kept };
+        let refined = self.refine_captions(
+            embedded,
+            &layout,
+            Some(saving(&reach.context_refiner[..], &mut context_refiner)),
+        )?;
+        let stacks = [
+            saving(&reach.noise_refiner[..], &mut noise_refiner),
+            saving(&reach.layers[..], &mut layers),
+        ];
+        let x = self.trunk(image, refined, &layout, &table, Some(stacks))?;
+
+        let (velocity, output) = self.output_saving(x, image, &layout, &table, keep_sums)?;
+        let kept = SavedDit {
+            layout,
+            image: image.clone(),
+            captions: kept_captions,
+            times,
+            table,
+            noise_refiner,
+            context_refiner,
+            layers,
+            output,
+        };
+        Ok((velocity, kept))
+    }
+
+    /// The velocity of the last block's tokens, and what the output part needs for its backward pass.
+    fn output_saving(
+        &self,
+        x: Tensor,
+        image: &Tensor,
+        layout: &Layout,
+        table: &Tensor,
+        keep_sums: bool,
+    ) -> Result<(Tensor, SavedOutput)> {
+        let _range = profile::range(c"output");
+        let [rows, columns] = layout.grid;
+        let features = narrow_tokens(&x, 0, rows * columns)?;
+        drop(x);
+        match &self.parts.output {
+            Output::Latent(last) => {
+                let velocity = last.forward(&features, table, [image.dim(1), image.dim(2)], &self.config)?;
+                Ok((velocity, SavedOutput::Latent(features)))
+            }
+            Output::Pixel(head) => {
+                let map = self.as_map(&features, layout.grid)?;
+                drop(features);
+                let (velocity, kept) = head.forward_saving(image, map, keep_sums)?;
+                Ok((velocity, SavedOutput::Pixel(Box::new(kept))))
+            }
+        }
+    }
+
+    /// Adds the gradients of all parameters that have a place in `gradients`, for the gradient `dv` of the velocity in the compute
+    /// type.
+    pub(crate) fn backward(
+        &self,
+        dv: &Tensor,
+        kept: SavedDit,
+        gradients: &mut Parts<Gradients>,
+        reach: &Reach,
+    ) -> Result<()> {
+        let _range = profile::range(c"backward");
+        let SavedDit {
+            layout,
+            image,
+            captions,
+            times,
+            table,
+            noise_refiner,
+            context_refiner,
+            layers,
+            output,
+        } = kept;
+        let [sinusoids, hidden, c] = times;
+        let mut dc = match reach.condition {
+            true => Some(Tensor::zeros(&self.device, c.shape(), DType::F32)?),
+            false => None,
+        };
+        let condition = |first: usize| Condition {
+            table: &table,
+            first,
+            c: &c,
+        };
+        let features = match reach.output || reach.features {
+            true => {
+                let own = &mut gradients.output;
+                self.output_backward(dv, output, condition(0), own, dc.as_mut(), reach.features)?
+            }
+            false => None,
+        };
+        let Some(features) = features else { return Ok(()) };
+        let tokens = [layout.batch(), layout.grid[0] * layout.grid[1], self.config.dim];
+        let features = features.into_shape(tokens)?;
+        let dx = pad_tokens(&features, layout.image_tokens + layout.caption_tokens)?;
+        drop(features);
+        let main = Some(condition(VECTORS * self.parts.noise_refiner.len()));
+        let sequence = layout.sequence();
+        let (blocks, own) = (&self.parts.layers, &mut gradients.layers);
+        let dx = backward_blocks(blocks, main, dx, &sequence, layers, own, dc.as_mut())?;
+        if let Some(dx) = dx {
+            if reach.captions {
+                let dx = narrow_tokens(&dx, layout.image_tokens, layout.caption_tokens)?;
+                let sequence = layout.caption_sequence();
+                let (blocks, own) = (&self.parts.context_refiner, &mut gradients.context_refiner);
+                let dx = backward_blocks(blocks, None, dx, &sequence, context_refiner, own, None)?;
+                if let (Some(dx), Some(captions)) = (dx, captions) {
+                    self.caption_backward(dx, captions, &layout, gradients)?;
+                }
+            }
+            if reach.images {
+                let dx = narrow_tokens(&dx, 0, layout.image_tokens)?;
+                let sequence = layout.image_sequence();
+                let (blocks, own) = (&self.parts.noise_refiner, &mut gradients.noise_refiner);
+                let first = Some(condition(0));
+                let dx = backward_blocks(blocks, first, dx, &sequence, noise_refiner, own, dc.as_mut())?;
+                if let Some(dx) = dx {
+                    self.image_backward(&dx, &image, &layout, gradients)?;
+                }
+            }
+        }
+        match dc {
+            Some(dc) => self
+                .parts
+                .time
+                .backward(&dc, [&sinusoids, &hidden], &mut gradients.time),
+            None => Ok(()),
+        }
+    }
+
+    /// The gradient of the last block's image tokens, if `wanted`, as tokens or as a map.
+    fn output_backward(
+        &self,
+        dv: &Tensor,
+        kept: SavedOutput,
+        condition: Condition<'_>,
+        gradients: &mut Output<Gradients>,
+        dc: Option<&mut Tensor>,
+        wanted: bool,
+    ) -> Result<Option<Tensor>> {
+        match (&self.parts.output, kept, gradients) {
+            (Output::Pixel(head), SavedOutput::Pixel(kept), Output::Pixel(gradients)) => {
+                head.backward(dv, *kept, gradients, wanted)
+            }
+            (Output::Latent(last), SavedOutput::Latent(x), Output::Latent(gradients)) => {
+                let d_patches = patchify(dv, self.config.patch, x.dim(1), -1.0)?;
+                let dx = last.backward(&d_patches, &x, condition, gradients, dc)?;
+                Ok(wanted.then_some(dx))
+            }
+            _ => unreachable!("an output part keeps what is its own"),
+        }
+    }
+
+    fn image_backward(
+        &self,
+        dx: &Tensor,
+        image: &Tensor,
+        layout: &Layout,
+        gradients: &mut Parts<Gradients>,
+    ) -> Result<()> {
+        if let (Some(lengths), Some(pad)) = (&layout.image_lengths, &mut gradients.image_pad.0) {
+            add_pad_row_sum(dx, lengths, pad)?;
+        }
+        let dx = narrow_tokens(dx, 0, layout.grid[0] * layout.grid[1])?;
+        patch_embed_backward(&dx, image, self.config.patch, gradients.patch.places())
+    }
+
+    fn caption_backward(
+        &self,
+        dx: Tensor,
+        (features, normalised): (Tensor, Tensor),
+        layout: &Layout,
+        gradients: &mut Parts<Gradients>,
+    ) -> Result<()> {
+        if let Some(pad) = &mut gradients.caption_pad.0 {
+            add_pad_row_sum(&dx, &layout.caption_lengths, pad)?;
+        }
+        // What stands in the pads' places does not come from the projection.
+        let nothing = Tensor::zeros(&self.device, [self.config.dim], dx.dtype())?;
+        let mut dx = dx.into_unshared()?;
+        fill_pad_tokens(&mut dx, &layout.caption_lengths, &nothing)?;
+        gradients.caption.add(&dx, &normalised)?;
+        if let Some(norm) = &mut gradients.caption_norm.0 {
+            let d_normalised = self.parts.caption.backward_input(&dx)?;
+            let spec = RmsNorm {
+                weight: self.parts.caption_norm.tensor(),
+                scale: None,
+                epsilon: self.config.norm_eps,
+            };
+            let places = NormGradients {
+                weight: Some(norm),
+                vector: None,
+            };
+            rms_norm_modulate_backward(&d_normalised, &features, &spec, None, places)?;
+        }
+        Ok(())
+    }
+}
+
+impl FinalLayer {
+    /// The gradient of its input `x` `[batch, tokens, dim]` for that of its patches.
+    fn backward(
+        &self,
+        d_patches: &Tensor,
+        x: &Tensor,
+        Condition { table, c, .. }: Condition<'_>,
+        gradients: &mut FinalLayer<Gradients>,
+        dc: Option<&mut Tensor>,
+    ) -> Result<Tensor> {
+        let (batch, dim) = (x.dim(0), x.dim(2));
+        let scale = Some(Self::scale(table)?);
+        let normalised = layer_norm_modulate(x, scale, Self::EPSILON)?;
+        gradients.linear.add(d_patches, &normalised)?;
+        drop(normalised);
+        let d_normalised = self.linear.backward_input(d_patches)?;
+        let mut d_scale = Tensor::empty(&x.device(), [batch, 1, dim], DType::F32)?;
+        let vector = VectorGradient {
+            table: &mut d_scale,
+            index: 0,
+        };
+        let dx = layer_norm_modulate_backward(&d_normalised, x, scale, Self::EPSILON, Some(vector))?;
+        let d_scale = d_scale.into_shape([batch, dim])?;
+        self.modulation
+            .backward_vectors(&d_scale, c, InputActivation::Silu, &mut gradients.modulation, dc)?;
+        Ok(dx)
+    }
+}
+
+impl TimeEmbedder {
+    fn backward(
+        &self,
+        dc: &Tensor,
+        [sinusoids, hidden]: [&Tensor; 2],
+        gradients: &mut TimeEmbedder<Gradients>,
+    ) -> Result<()> {
+        let mut d_hidden = Tensor::zeros(&dc.device(), hidden.shape(), DType::F32)?;
+        let (silu, none) = (InputActivation::Silu, InputActivation::None);
+        self.second
+            .backward_vectors(dc, hidden, silu, &mut gradients.second, Some(&mut d_hidden))?;
+        self.first
+            .backward_vectors(&d_hidden, sinusoids, none, &mut gradients.first, None)
+    }
+}
