@@ -244,14 +244,15 @@ mod tests {
     use crate::published::{self, ModelName};
     use l2p_engine::model::text::TextEncoder;
     use l2p_engine::model::vae::VaeDecoder;
-    use l2p_engine::model::zimage::Dit;
+    use l2p_engine::model::zimage::{Dit, ZImage};
 
     #[test]
     fn every_small_model_loads_and_runs() {
         for name in ModelName::ALL {
             let model = name.model(true).unwrap();
             let params = RandomParams::transformer(1, &model.config, model.head.as_ref());
-            Dit::load(&params, &Device::Cpu, &model.config, &mut |_, _| Ok(())).unwrap();
+            let spec = ZImage::read(&params, &model.config).unwrap();
+            Dit::load(&spec, &params, &Device::Cpu, &mut |_, _| Ok(())).unwrap();
         }
         let config = published::vae(true);
         let decoder = VaeDecoder::load(&RandomParams::vae(1, &config), &Device::Cpu, &config).unwrap();

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use l2p_engine::checkpoint::{Checkpoint, ModelPaths, PathOverrides, Values, read_values};
 use l2p_engine::device::MemoryTag;
+use l2p_engine::model::Denoiser;
 use l2p_engine::model::config::{TextConfig, VaeConfig};
 use l2p_engine::model::detailer::Detailer;
 use l2p_engine::model::text::TextEncoder;
@@ -183,13 +184,18 @@ pub fn check(component: Component, model: &Path, io: &Path, device: &Device, rep
 
 fn check_dit(model: &Path, io: &mut Io<'_>, device: &Device, repeats: usize) -> Result<Outcome> {
     let transformer = ModelPaths::resolve(model, &PathOverrides::default())?.open_transformer()?;
-    let dit = Dit::load(&transformer.checkpoint, device, &transformer.config, &mut |_, _| Ok(()))?;
+    let dit = Dit::load(
+        &transformer.spec()?,
+        &transformer.checkpoint,
+        device,
+        &mut |_, _| Ok(()),
+    )?;
     let x = io.image("x", device, false)?;
     let (times, captions) = io.conditions(x.dim(0), device)?;
     let captions: Vec<&Tensor> = captions.iter().collect();
     let run = || {
         let prepared = dit.prepare(&captions, [x.dim(1), x.dim(2)])?;
-        dit.forward(&x, &prepared, &dit.modulate(&times)?)
+        dit.forward(&x, &prepared, &dit.modulate(&times, None)?)
     };
     finish(device, repeats, run, |found| io.compare_image("v", found))
 }

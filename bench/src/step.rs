@@ -10,9 +10,10 @@ use l2p_engine::checkpoint::HeadLayout;
 use l2p_engine::device::{MemoryTag, format_bytes};
 use l2p_engine::flow::sampler::{Conditioning, Walk};
 use l2p_engine::flow::schedule::Schedule;
+use l2p_engine::model::Denoiser;
 use l2p_engine::model::config::VaeConfig;
 use l2p_engine::model::vae::VaeDecoder;
-use l2p_engine::model::zimage::Dit;
+use l2p_engine::model::zimage::{Dit, ZImage};
 use l2p_engine::profile::{Profile, measure};
 use l2p_engine::{Device, Result, Tensor};
 use serde_json::{Map, Value, json};
@@ -160,7 +161,9 @@ impl Setup {
     /// When the device has no room.
     pub fn new(device: &Device, model: &Model, caption_tokens: usize, seed: u64) -> Result<Self> {
         let params = RandomParams::transformer(seed, &model.config, model.head.as_ref());
-        let dit = Dit::load(&params, device, &model.config, &mut |_, _| Ok(()))?;
+        let dit = Dit::load(&ZImage::read(&params, &model.config)?, &params, device, &mut |_, _| {
+            Ok(())
+        })?;
         let caption = random(device, [1, caption_tokens, model.config.caption_width], seed, 1)?;
         let [height, width, channels] = model.canvas();
         Ok(Setup {

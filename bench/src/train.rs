@@ -7,9 +7,10 @@ use std::process::Command;
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use l2p_engine::device::{MemoryTag, format_bytes};
-use l2p_engine::model::detailer::DetailerLayout;
-use l2p_engine::model::zimage::HEAD_PREFIX;
-use l2p_engine::train::{AdamWOptions, Batch, PlanInput, Policy, Recompute, TrainOptions, TrainableDit, TrainingPlan};
+use l2p_engine::model::zimage::ZImage;
+use l2p_engine::train::{
+    AdamWOptions, Batch, PlanInput, Policy, Recompute, TrainOptions, TrainableModel, TrainingPlan,
+};
 use l2p_engine::{Device, Result, Tensor};
 use serde_json::{Map, Value, json};
 
@@ -288,8 +289,7 @@ impl Case<'_> {
     fn plan(&self, device: &Device) -> Result<TrainingPlan> {
         let [height, width, _] = self.model.canvas();
         TrainingPlan::new(&PlanInput {
-            config: &self.model.config,
-            head: Some(&DetailerLayout::read(&self.params(), HEAD_PREFIX)?),
+            spec: &ZImage::read(&self.params(), &self.model.config)?,
             options: &self.options,
             size: [height, width],
             caption_tokens: self.caption,
@@ -303,7 +303,11 @@ impl Case<'_> {
         let [height, width, channels] = model.canvas();
         let picture = |stream| random_f32(device, [1, height, width, channels], seed, stream);
         Ok(Trained {
-            model: TrainableDit::load(&self.params(), device, &model.config, &self.options, &mut |_, _| Ok(()))?,
+            model: {
+                let params = self.params();
+                let spec = ZImage::read(&params, &model.config)?;
+                TrainableModel::load(&spec, &params, device, &self.options, &mut |_, _| Ok(()))?
+            },
             image: picture(2)?,
             noise: picture(3)?,
             caption: random(device, [1, self.caption, model.config.caption_width], seed, 1)?,
@@ -313,7 +317,7 @@ impl Case<'_> {
 
 /// A model in training and its one picture.
 struct Trained {
-    model: TrainableDit,
+    model: TrainableModel,
     image: Tensor,
     noise: Tensor,
     caption: Tensor,

@@ -22,10 +22,9 @@ use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
 use crate::flow::sampler::{Conditioning, StepReport, Walk, sample};
 use crate::flow::schedule::Schedule;
-use crate::model::DeviceLimits;
 use crate::model::config::{DitConfig, ModelKind, VaeConfig};
 use crate::model::vae::VaeDecoder;
-use crate::model::zimage::Dit;
+use crate::model::{Denoiser, DeviceLimits, Spec};
 use crate::ops::to_rgb8::to_rgb8;
 use crate::profile::{self, Profile};
 use crate::tensor::Tensor;
@@ -80,7 +79,7 @@ pub struct Pipeline {
     transformer: Transformer,
     /// A latent model's.
     vae_files: Option<(VaeConfig, Checkpoint)>,
-    dit: Option<Dit>,
+    model: Option<Box<dyn Denoiser>>,
     vae: Option<VaeDecoder>,
     text: Option<PromptEncoder>,
     /// Keep the text encoder on the device after its phase.
@@ -116,7 +115,7 @@ impl Pipeline {
     /// When a part is missing, damaged, does not fit the others, or has sizes that the device's kernels cannot take.
     pub fn open(paths: ModelPaths, device: Device, keep_text_encoder: bool) -> Result<Self> {
         let transformer = paths.open_transformer()?;
-        Dit::expect_runs_on(&transformer.checkpoint, &device, &transformer.config)?;
+        transformer.spec()?.expect_runs_on(&device)?;
         let vae_files = match transformer.config.kind {
             ModelKind::Latent => {
                 let (config, checkpoint) = open_vae(paths.vae()?)?;
@@ -130,7 +129,7 @@ impl Pipeline {
             paths,
             transformer,
             vae_files,
-            dit: None,
+            model: None,
             vae: None,
             text: None,
             keep_text_encoder,
@@ -316,7 +315,7 @@ impl Pipeline {
     /// # Errors
     /// When a tensor cannot be read, the device has no room, or `loaded` says so.
     pub fn load(&mut self, loaded: &mut dyn FnMut(usize, usize) -> Result<()>) -> Result<()> {
-        if self.dit.is_some() {
+        if self.model.is_some() {
             return Ok(());
         }
         self.phase("load", |pipeline| {
@@ -326,8 +325,12 @@ impl Pipeline {
                 let vae = VaeDecoder::load(checkpoint, &pipeline.device, config);
                 pipeline.vae = Some(vae.map_err(|error| of_file(checkpoint, error))?);
             }
-            let Transformer { checkpoint, config, .. } = &pipeline.transformer;
-            pipeline.dit = Some(Dit::load(checkpoint, &pipeline.device, config, loaded)?);
+            let transformer = &pipeline.transformer;
+            pipeline.model = Some(
+                transformer
+                    .spec()?
+                    .load(&transformer.checkpoint, &pipeline.device, loaded)?,
+            );
             Ok(())
         })
     }
@@ -367,9 +370,9 @@ impl Pipeline {
         let schedule = Schedule::new(settings.steps, f64::from(settings.shift))?;
         let size = [noise.dim(1), noise.dim(2)];
         self.phase("denoise", |pipeline| {
-            let dit = pipeline.loaded()?;
-            let conditioning = conditioning(dit, captions, settings, size)?;
-            sample(dit, &conditioning, &schedule, noise, progress)
+            let model = pipeline.loaded()?;
+            let conditioning = conditioning(model, captions, settings, size)?;
+            sample(model, &conditioning, &schedule, noise, progress)
         })
     }
 
@@ -380,20 +383,20 @@ impl Pipeline {
     /// # Errors
     /// When shapes do not fit, or the device has no room.
     pub fn profile_step(&self, captions: &Captions, noise: Tensor, settings: &Settings) -> Result<Profile> {
-        let dit = self.loaded()?;
-        let conditioning = conditioning(dit, captions, settings, [noise.dim(1), noise.dim(2)])?;
+        let model = self.loaded()?;
+        let conditioning = conditioning(model, captions, settings, [noise.dim(1), noise.dim(2)])?;
         let before = usize::from(matches!(self.device, Device::Cuda(_)));
         let schedule = Schedule::new(before + 1, f64::from(settings.shift))?;
-        let mut walk = Walk::new(dit, &conditioning, &schedule, noise)?.unrecorded();
+        let mut walk = Walk::new(model, &conditioning, &schedule, noise)?.unrecorded();
         for _ in 0..before {
             walk.advance()?;
         }
         Ok(profile::measure(&self.device, || walk.advance())?.1)
     }
 
-    fn loaded(&self) -> Result<&Dit> {
-        let dit = self.dit.as_ref();
-        dit.ok_or_else(|| Error::invalid("the transformer is not loaded"))
+    fn loaded(&self) -> Result<&dyn Denoiser> {
+        let model = self.model.as_deref();
+        model.ok_or_else(|| Error::invalid("the transformer is not loaded"))
     }
 
     /// The images of what [`Pipeline::denoise`] returned: latents through the VAE decoder, images as they are. f32
@@ -502,8 +505,13 @@ impl Pipeline {
 }
 
 /// What pictures of this height and width follow.
-fn conditioning(dit: &Dit, captions: &Captions, settings: &Settings, size: [usize; 2]) -> Result<Conditioning> {
-    let prepare = |captions: &[Tensor]| dit.prepare(&captions.iter().collect::<Vec<_>>(), size);
+fn conditioning(
+    model: &dyn Denoiser,
+    captions: &Captions,
+    settings: &Settings,
+    size: [usize; 2],
+) -> Result<Conditioning> {
+    let prepare = |captions: &[Tensor]| model.prepare(&captions.iter().collect::<Vec<_>>(), size);
     Ok(Conditioning {
         prompt: prepare(&captions.prompts)?,
         negative: match captions.negatives.is_empty() {

@@ -7,7 +7,7 @@ use half::bf16;
 use l2p_engine::checkpoint::{
     Content, Fetch, Float, ModelPaths, OutputFile, OutputTensor, PathOverrides, read_values, write_file,
 };
-use l2p_engine::train::{AdamWOptions, Batch, Policy, Recompute, StatePart, TrainOptions, TrainableDit};
+use l2p_engine::train::{AdamWOptions, Batch, Policy, Recompute, StatePart, TrainOptions, TrainableModel};
 use l2p_engine::{DType, Device, Error, Result, Tensor};
 use rayon::prelude::*;
 
@@ -73,10 +73,10 @@ pub fn check_gradients(
         clip_norm: None,
         ema_decay: None,
     };
-    let mut model = TrainableDit::load(
+    let mut model = TrainableModel::load(
+        &transformer.spec()?,
         &transformer.checkpoint,
         device,
-        &transformer.config,
         &options,
         &mut |_, _| Ok(()),
     )?;
@@ -155,13 +155,13 @@ impl Inputs {
     }
 
     /// Adds the batch's gradients; its loss.
-    fn accumulate(&self, model: &mut TrainableDit) -> Result<f32> {
+    fn accumulate(&self, model: &mut TrainableModel) -> Result<f32> {
         let loss = self.batch(|batch| model.accumulate(batch, 1.0))?;
         Ok(loss.to_vec::<f32>()?[0])
     }
 }
 
-fn compare(io: &mut Io<'_>, loss: f32, model: &TrainableDit) -> Result<Vec<Comparison>> {
+fn compare(io: &mut Io<'_>, loss: f32, model: &TrainableModel) -> Result<Vec<Comparison>> {
     let mut outputs = vec![io.compare("loss", vec![loss], vec![1])?];
     for tensor in model.trained() {
         let gradient = tensor.read(StatePart::Gradient)?.unwrap_or_default();
@@ -171,8 +171,8 @@ fn compare(io: &mut Io<'_>, loss: f32, model: &TrainableDit) -> Result<Vec<Compa
 }
 
 /// Writes `loss` (f32) and `grad.NAME` (in the compute type, in which gradients are kept).
-fn write(path: &Path, loss: f32, model: &TrainableDit) -> Result<()> {
-    let float = match model.dit().device().compute_dtype() {
+fn write(path: &Path, loss: f32, model: &TrainableModel) -> Result<()> {
+    let float = match model.denoiser().device().compute_dtype() {
         DType::Bf16 => Float::Bf16,
         _ => Float::F32,
     };
@@ -199,7 +199,7 @@ fn write(path: &Path, loss: f32, model: &TrainableDit) -> Result<()> {
 }
 
 /// Steps of the optimizer, the first one by the gradients that are there.
-fn take_steps(model: &mut TrainableDit, inputs: &Inputs, training: &Training, first_loss: f32) -> Result<Steps> {
+fn take_steps(model: &mut TrainableModel, inputs: &Inputs, training: &Training, first_loss: f32) -> Result<Steps> {
     let mut steps = Steps {
         losses: Vec::new(),
         norms: Vec::new(),
@@ -225,7 +225,7 @@ fn take_steps(model: &mut TrainableDit, inputs: &Inputs, training: &Training, fi
 }
 
 /// A number for the bits of each frozen tensor.
-fn digests(model: &TrainableDit) -> Result<Vec<(String, u64)>> {
+fn digests(model: &TrainableModel) -> Result<Vec<(String, u64)>> {
     let tensors = model.frozen().into_iter();
     tensors
         .map(|(name, tensor)| {

@@ -11,7 +11,7 @@ use l2p_engine::device::MemoryTag;
 use l2p_engine::model::config::{DitConfig, TextConfig, VaeConfig};
 use l2p_engine::model::text::TextEncoder;
 use l2p_engine::model::vae::VaeDecoder;
-use l2p_engine::model::zimage::Dit;
+use l2p_engine::model::zimage::{Dit, ZImage};
 use l2p_engine::text::PromptTokenizer;
 
 use crate::params::RandomParams;
@@ -129,9 +129,14 @@ impl Source {
         Ok(match &self.parts {
             Parts::Random { seed, head } => {
                 let params = RandomParams::transformer(*seed, &self.config, head.as_ref());
-                Dit::load(&params, device, &self.config, loaded)?
+                Dit::load(&ZImage::read(&params, &self.config)?, &params, device, loaded)?
             }
-            Parts::Files(files) => Dit::load(&files.transformer.checkpoint, device, &self.config, loaded)?,
+            Parts::Files(files) => Dit::load(
+                &files.transformer.spec()?,
+                &files.transformer.checkpoint,
+                device,
+                loaded,
+            )?,
         })
     }
 

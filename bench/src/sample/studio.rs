@@ -6,6 +6,7 @@ use std::time::Instant;
 use l2p_engine::flow::sampler::{Conditioning, Walk, sample};
 use l2p_engine::flow::schedule::Schedule;
 use l2p_engine::image_io::{RgbImage, WriteOptions, read_image, write_image};
+use l2p_engine::model::Denoiser;
 use l2p_engine::model::config::VaeConfig;
 use l2p_engine::model::text::TextEncoder;
 use l2p_engine::model::vae::VaeDecoder;

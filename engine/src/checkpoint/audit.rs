@@ -9,6 +9,7 @@ use super::set::Checkpoint;
 use crate::error::{Error, Result};
 use crate::layers::ParamSource;
 use crate::model::config::{DitConfig, DitSurvey, ModelKind, TransformerConfig, block_tensors};
+use crate::model::zimage::ZImage;
 use crate::printable::shown_name;
 
 /// Names listed in a message before the rest is only counted.
@@ -172,6 +173,18 @@ pub struct Transformer {
 }
 
 impl Transformer {
+    /// What the model is.
+    ///
+    /// # Errors
+    /// When the head makes no sense.
+    pub fn spec(&self) -> Result<ZImage> {
+        let spec = ZImage::read(&self.checkpoint, &self.config);
+        spec.map_err(|error| match error {
+            Error::Invalid(reason) => Error::file(self.checkpoint.path(), reason),
+            error => error,
+        })
+    }
+
     /// Reads the sizes of a checkpoint and checks that every tensor is there, with the right shape and a readable type,
     /// and that none is left over.
     ///

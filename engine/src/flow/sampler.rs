@@ -14,7 +14,7 @@ use super::schedule::Schedule;
 use crate::device::{CudaDevice, Device, Graph, Marker};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::model::zimage::{Dit, Modulations, Prepared};
+use crate::model::{Denoiser, Modulations, Prepared};
 use crate::ops::cast::cast;
 use crate::ops::conv::Canvas;
 use crate::ops::guidance::{Guidance, guided_euler_step};
@@ -51,18 +51,18 @@ pub struct StepReport {
 /// # Errors
 /// When shapes do not fit, the device has no room, or `progress` says so.
 pub fn sample(
-    dit: &Dit,
+    model: &dyn Denoiser,
     conditioning: &Conditioning,
     schedule: &Schedule,
     noise: Tensor,
     progress: &mut dyn FnMut(StepReport) -> Result<()>,
 ) -> Result<Tensor> {
     let _range = profile::range(c"denoise");
-    let mut walk = Walk::new(dit, conditioning, schedule, noise)?;
+    let mut walk = Walk::new(model, conditioning, schedule, noise)?;
     let mut queue = Queue::new(schedule.steps());
     for _ in 0..schedule.steps() {
         walk.advance()?;
-        queue.push(dit.device().marker()?);
+        queue.push(model.device().marker()?);
         queue.drain(QUEUED_STEPS, progress)?;
     }
     queue.drain(0, progress)?;
@@ -71,7 +71,7 @@ pub fn sample(
 
 /// A walk down a schedule, step by step; [`sample`] for those who have to look at each step.
 pub struct Walk<'a> {
-    dit: &'a Dit,
+    model: &'a dyn Denoiser,
     conditioning: &'a Conditioning,
     /// The model's time and the change of sigma of each step; the latter f32 `[steps]`.
     times: Vec<f32>,
@@ -89,19 +89,24 @@ impl<'a> Walk<'a> {
     ///
     /// # Errors
     /// When the device has no room.
-    pub fn new(dit: &'a Dit, conditioning: &'a Conditioning, schedule: &Schedule, noise: Tensor) -> Result<Self> {
+    pub fn new(
+        model: &'a dyn Denoiser,
+        conditioning: &'a Conditioning,
+        schedule: &Schedule,
+        noise: Tensor,
+    ) -> Result<Self> {
         let times = schedule.times();
         let deltas: Vec<f32> = (0..schedule.steps()).map(|step| schedule.delta(step)).collect();
-        let tables = dit.modulate(&times[..times.len().min(STEPS_PER_TABLE)])?;
+        let tables = model.modulate(&times[..times.len().min(STEPS_PER_TABLE)], None)?;
         Ok(Walk {
-            deltas: Tensor::from_slice(dit.device(), &deltas, [deltas.len()])?,
+            deltas: Tensor::from_slice(model.device(), &deltas, [deltas.len()])?,
             state: State {
                 modulations: tables.narrow(0, 1)?.duplicate()?,
-                delta: Tensor::empty(dit.device(), [1], DType::F32)?,
+                delta: Tensor::empty(model.device(), [1], DType::F32)?,
                 x: noise,
             },
-            recording: Recording::new(dit.device(), schedule.steps()),
-            dit,
+            recording: Recording::new(model.device(), schedule.steps()),
+            model,
             conditioning,
             times,
             tables,
@@ -129,14 +134,14 @@ impl<'a> Walk<'a> {
         }
         if step > 0 && step.is_multiple_of(STEPS_PER_TABLE) {
             let end = self.times.len().min(step + STEPS_PER_TABLE);
-            self.tables = self.dit.modulate(&self.times[step..end])?;
+            self.tables = self.model.modulate(&self.times[step..end], None)?;
         }
         let state = &mut self.state;
         state
             .modulations
             .copy_from(&self.tables.narrow(step % STEPS_PER_TABLE, 1)?)?;
         state.delta.copy_from(&self.deltas.narrow(step, 1)?)?;
-        self.recording.run(step, || state.step(self.dit, self.conditioning))?;
+        self.recording.run(step, || state.step(self.model, self.conditioning))?;
         self.step += 1;
         Ok(())
     }
@@ -159,14 +164,14 @@ struct State {
 
 impl State {
     /// Moves the picture by one step.
-    fn step(&mut self, dit: &Dit, conditioning: &Conditioning) -> Result<()> {
-        let image = cast(&self.x, dit.device().compute_dtype())?;
-        if dit.paints() {
-            return self.paint(dit, conditioning, &image);
+    fn step(&mut self, model: &dyn Denoiser, conditioning: &Conditioning) -> Result<()> {
+        let image = cast(&self.x, model.device().compute_dtype())?;
+        if model.paints() {
+            return self.paint(model, conditioning, &image);
         }
-        let velocity = dit.forward(&image, &conditioning.prompt, &self.modulations)?;
+        let velocity = model.forward(&image, &conditioning.prompt, &self.modulations)?;
         let away = match &conditioning.negative {
-            Some((negative, cfg)) => Some((dit.forward(&image, negative, &self.modulations)?, *cfg)),
+            Some((negative, cfg)) => Some((model.forward(&image, negative, &self.modulations)?, *cfg)),
             None => None,
         };
         drop(image);
@@ -176,7 +181,7 @@ impl State {
 
     /// The same where each pass adds its share to the picture itself: with guidance, `cfg` times the one velocity and
     /// `1 − cfg` times the other.
-    fn paint(&mut self, dit: &Dit, conditioning: &Conditioning, image: &Tensor) -> Result<()> {
+    fn paint(&mut self, model: &dyn Denoiser, conditioning: &Conditioning, image: &Tensor) -> Result<()> {
         let negative = conditioning.negative.as_ref();
         let strength = negative.map_or(1.0, |(_, cfg)| *cfg);
         let passes = [(&conditioning.prompt, strength)];
@@ -189,7 +194,7 @@ impl State {
                 scale,
                 delta: Some(&self.delta),
             };
-            dit.paint(image, prepared, &self.modulations, canvas)?;
+            model.paint(image, prepared, &self.modulations, canvas)?;
         }
         Ok(())
     }

@@ -1,11 +1,16 @@
 //! Models, made of operations: written once, for every device.
 
 pub mod config;
+pub mod denoiser;
 pub mod detailer;
 pub mod limits;
 pub mod rope;
+pub mod spec;
 pub mod text;
 pub mod vae;
+pub mod work;
 pub mod zimage;
 
+pub use denoiser::{Denoiser, Modulations, Prepared, Trainable};
 pub use limits::DeviceLimits;
+pub use spec::Spec;

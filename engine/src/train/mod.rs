@@ -1,7 +1,7 @@
 //! Training: which tensors change, how, and at what cost.
 //!
-//! [`TrainableDit`] owns a transformer with the gradients and the optimizer state of the tensors that its [`Policy`] trains.
-//! One optimizer step is any number of [`TrainableDit::accumulate`] and one [`TrainableDit::step`]; neither waits for the
+//! [`TrainableModel`] owns a model with the gradients and the optimizer state of the tensors that its [`Policy`] trains.
+//! One optimizer step is any number of [`TrainableModel::accumulate`] and one [`TrainableModel::step`]; neither waits for the
 //! device. [`TrainingPlan`] tells what a run will hold and compute before anything is allocated.
 
 mod adamw;
@@ -13,7 +13,7 @@ mod trainable;
 pub use adamw::{AdamW, StateArray};
 pub use plan::{Arithmetic, PlanInput, PlannedMemory, TrainingPlan};
 pub use policy::{DEFAULT_ENDS, Policy, Recompute};
-pub use trainable::{Batch, StatePart, StateTensor, StepNorm, TrainableDit, TrainedTensor};
+pub use trainable::{Batch, StatePart, StateTensor, StepNorm, TrainableModel, TrainedTensor};
 
 /// The settings of AdamW but the learning rate, which may change from step to step.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]

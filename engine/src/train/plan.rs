@@ -17,22 +17,19 @@
 
 use serde::Serialize;
 
-use super::TrainOptions;
 use super::trainable::choose;
-use crate::error::{Error, Result};
-use crate::layers::{Meta, Trained, metas, trained};
-use crate::model::config::{DitConfig, ModelKind};
+use super::{Recompute, TrainOptions};
+use crate::error::Result;
+use crate::layers::Meta;
+use crate::model::Spec;
 use crate::model::detailer::DetailerLayout;
-use crate::model::zimage::block::{Block, Keep};
-use crate::model::zimage::{Parts, Reach, TOKEN_MULTIPLE};
+use crate::model::work::{OutputWork, ProductWork, Work};
 
 /// What a plan is made for.
 #[derive(Clone, Copy, Debug)]
 pub struct PlanInput<'a> {
-    /// The transformer's sizes.
-    pub config: &'a DitConfig,
-    /// A pixel model's head.
-    pub head: Option<&'a DetailerLayout>,
+    /// The model.
+    pub spec: &'a dyn Spec,
     /// What is trained, and how.
     pub options: &'a TrainOptions,
     /// Height and width of the images (latent model: latent cells).
@@ -90,11 +87,14 @@ impl Arithmetic {
         self.forward + self.inputs + self.weights + self.again
     }
 
-    /// Counts a product by a weight: forward, and backward where a gradient passes and where the weight is trained.
-    fn product(&mut self, operations: f64, [passes, trained]: [bool; 2]) {
+    /// Counts a product over so many rows: forward, backward where a gradient passes and where the weight is trained, and once more
+    /// where it is run again.
+    fn product(&mut self, rows: f64, product: ProductWork, again: bool) {
+        let operations = 2.0 * rows * product.size;
         self.forward += operations;
-        self.inputs += if passes { operations } else { 0.0 };
-        self.weights += if trained { operations } else { 0.0 };
+        self.inputs += if product.passes { operations } else { 0.0 };
+        self.weights += if product.trained { operations } else { 0.0 };
+        self.again += if again { operations } else { 0.0 };
     }
 }
 
@@ -119,37 +119,17 @@ impl TrainingPlan {
     /// # Errors
     /// When the policy does not suit the model, or the size is no multiple of the patch.
     pub fn new(input: &PlanInput<'_>) -> Result<Self> {
-        let PlanInput {
-            config, head, options, ..
-        } = *input;
-        let [height, width] = input.size;
-        if config.patch == 0 || !height.is_multiple_of(config.patch) || !width.is_multiple_of(config.patch) {
-            return Err(Error::invalid(format!(
-                "an image of {width}x{height} cannot be cut into patches of {}",
-                config.patch
-            )));
-        }
-        let described = Parts::describe(config, head)?;
-        let choice = choose(&described, &options.policy)?;
-        let chosen = trained(&choice);
-        let all = metas(&described);
-        let elements = |metas: &mut dyn Iterator<Item = &&Meta>| metas.map(|meta| meta.elements() as u64).sum::<u64>();
-        let changing: Vec<&Meta> = all
-            .iter()
-            .zip(&chosen)
-            .filter_map(|(meta, chosen)| chosen.then_some(*meta))
-            .collect();
-        let (all, trained_parameters) = (elements(&mut all.iter()), elements(&mut changing.iter()));
-        let counter = Counter {
-            input,
-            reach: Reach::new(&choice, &|trained| options.recompute.applies_to(trained)),
-            choice,
-        };
+        let PlanInput { spec, options, .. } = *input;
+        let metas = spec.metas();
+        let changing = choose(&metas, &options.policy)?.into_iter().map(|index| &metas[index]);
+        let elements = |metas: &mut dyn Iterator<Item = &Meta>| metas.map(|meta| meta.elements() as u64).sum::<u64>();
+        let (all, trained_parameters) = (elements(&mut metas.iter()), elements(&mut changing.clone()));
+        let work = options.with_choice(|choice| spec.work(choice, input.size, input.caption_tokens))?;
+        let counter = Counter { input, work };
         Ok(TrainingPlan {
             trained_parameters,
             frozen_parameters: all - trained_parameters,
             trained: changing
-                .iter()
                 .flat_map(|meta| meta.parts.iter().map(|part| part.name.clone()))
                 .collect(),
             memory: counter.memory(all, trained_parameters),
@@ -163,88 +143,38 @@ impl TrainingPlan {
     }
 }
 
-/// A block of the model in the eyes of the plan.
-struct PlannedBlock<'a> {
-    /// Tokens of an item.
-    tokens: usize,
-    keep: Keep,
-    trained: &'a Block<Trained>,
-}
-
-impl<'a> PlannedBlock<'a> {
-    fn stack(blocks: &'a [Block<Trained>], keeps: &[Keep], tokens: usize) -> Vec<Self> {
-        let blocks = blocks.iter().zip(keeps);
-        blocks
-            .map(|(trained, keep)| PlannedBlock {
-                tokens,
-                keep: *keep,
-                trained,
-            })
-            .collect()
-    }
-
-    /// A gradient passes through it.
-    fn reached(&self) -> bool {
-        self.keep != Keep::Nothing
-    }
-
-    /// It is run a second time.
-    fn again(&self) -> bool {
-        self.keep == Keep::Input
-    }
-}
-
 struct Counter<'a> {
     input: &'a PlanInput<'a>,
-    choice: Parts<Trained>,
-    reach: Reach,
+    work: Work,
 }
 
 impl Counter<'_> {
-    /// The refiners' blocks, and the main blocks.
-    fn blocks(&self) -> [Vec<PlannedBlock<'_>>; 2] {
-        let (image, captions) = (self.image_tokens()[1], self.caption_tokens());
-        let (choice, reach) = (&self.choice, &self.reach);
-        let stack = PlannedBlock::stack;
-        let mut refiners = stack(&choice.noise_refiner, &reach.noise_refiner, image);
-        refiners.extend(stack(&choice.context_refiner, &reach.context_refiner, captions));
-        [refiners, stack(&choice.layers, &reach.layers, image + captions)]
-    }
-
-    fn caption_tokens(&self) -> usize {
-        self.input.caption_tokens.max(1).next_multiple_of(TOKEN_MULTIPLE)
-    }
-
-    /// Image tokens of an item, without and with pads.
-    fn image_tokens(&self) -> [usize; 2] {
-        let [height, width] = self.input.size.map(|extent| extent / self.input.config.patch);
-        [height * width, (height * width).next_multiple_of(TOKEN_MULTIPLE)]
-    }
-
     fn memory(&self, all: u64, trained: u64) -> PlannedMemory {
         let input = self.input;
         let element = if input.cuda { 2 } else { 4 };
         let copies = 2 + u64::from(input.cuda) + u64::from(input.options.ema_decay.is_some());
         let (weights, gradients, optimizer) = (element * all, element * trained, 4 * copies * trained);
-        let (dim, ffn) = (input.config.dim as u64, input.config.ffn_hidden as u64);
-        let inside = element * (6 * dim + 2 * ffn) + 4 * input.config.heads as u64;
         let (mut saved, mut block_needs) = (0, 0);
-        for block in self.blocks().iter().flatten() {
+        for block in self.work.stacks.iter().flat_map(|stack| &stack.blocks) {
             let tokens = (input.batch * block.tokens) as u64;
-            if block.reached() {
-                saved += tokens * (element * dim + if block.again() { 0 } else { inside });
+            let elements = block.elements;
+            let inside = element * elements.inside as u64 + 4 * elements.inside_f32 as u64;
+            if block.keep.reached() {
+                let kept = if block.keep.again() { 0 } else { inside };
+                saved += tokens * (element * elements.input as u64 + kept);
             }
-            // Two gradients of the stream beside the feed-forward network's, or the rotated heads, their gradient and the result's.
-            let backward = element * (2 * dim + (2 * ffn).max(7 * dim));
-            let again = if block.again() { inside } else { 0 };
-            let forward = element * (2 * dim + (3 * ffn).max(6 * dim));
-            block_needs = block_needs.max(tokens * if block.reached() { backward + again } else { forward });
+            let again = if block.keep.again() { inside } else { 0 };
+            let needs = match block.keep.reached() {
+                true => element * elements.backward as u64 + again,
+                false => element * elements.forward as u64,
+            };
+            block_needs = block_needs.max(tokens * needs);
         }
         let [height, width] = input.size;
         let pixels = (input.batch * height * width) as u64;
         let (head_saved, head_needs) = self.head_memory(element, pixels);
         saved += head_saved;
-        let images = pixels * input.config.in_channels as u64 * (element + 4 + element);
+        let images = pixels * input.spec.geometry().channels as u64 * (element + 4 + element);
         let activations = block_needs.max(head_needs) + images;
         PlannedMemory {
             weights,
@@ -258,8 +188,10 @@ impl Counter<'_> {
 
     /// What the head keeps, and what its widest stage needs besides.
     fn head_memory(&self, element: u64, pixels: u64) -> (u64, u64) {
-        let Some(head) = self.input.head else { return (0, 0) };
-        let sums = u64::from(self.input.options.recompute != super::Recompute::All);
+        let Some(head) = self.input.spec.head() else {
+            return (0, 0);
+        };
+        let sums = u64::from(self.input.options.recompute != Recompute::All);
         let (mut saved, mut needs) = (0, 0);
         for (index, stage) in head.stages.iter().enumerate() {
             let here = element * (pixels >> (2 * index));
@@ -271,85 +203,66 @@ impl Counter<'_> {
     }
 
     fn arithmetic(&self) -> Vec<Arithmetic> {
-        let input = self.input;
-        let (config, batch) = (input.config, input.batch as f64);
-        let (dim, ffn) = (config.dim as f64, config.ffn_hidden as f64);
+        let batch = self.input.batch as f64;
         let mut embedders = Arithmetic::new("embedders");
-        let [tokens, _] = self.image_tokens().map(|tokens| batch * tokens as f64);
-        let features = (config.patch * config.patch * config.in_channels) as f64;
-        embedders.product(2.0 * tokens * features * dim, [false, self.choice.patch.weight]);
-        let caption = 2.0 * batch * self.caption_tokens() as f64 * config.caption_width as f64 * dim;
-        let flags = [self.reach.caption_embedder, self.choice.caption.weight];
-        embedders.product(caption, flags);
-        let parts = [
-            "refiners",
-            "refiners' attention",
-            "main blocks",
-            "main blocks' attention",
-        ];
-        let [mut refiners, mut refiners_attention, mut main, mut main_attention] = parts.map(Arithmetic::new);
-        let [refiner_blocks, main_blocks] = self.blocks();
-        for (blocks, products, attention) in [
-            (refiner_blocks, &mut refiners, &mut refiners_attention),
-            (main_blocks, &mut main, &mut main_attention),
-        ] {
-            for block in blocks {
-                let own = block.tokens as f64;
-                let Block { qkv, out, w13, w2, .. } = block.trained;
-                let sizes = [3.0 * dim * dim, dim * dim, 2.0 * dim * ffn, dim * ffn];
-                for (size, layer) in sizes.into_iter().zip([qkv, out, w13, w2]) {
-                    let operations = 2.0 * batch * own * size;
-                    products.product(operations, [block.reached(), layer.weight]);
-                    products.again += if block.again() { operations } else { 0.0 };
-                }
-                let operations = 4.0 * batch * own * own * dim;
-                attention.forward += operations;
-                attention.inputs += if block.reached() { 2.5 * operations } else { 0.0 };
-                attention.again += if block.again() { operations } else { 0.0 };
-            }
+        for work in &self.work.embedders {
+            embedders.product(batch * work.rows as f64, work.product, false);
         }
-        vec![
-            embedders,
-            refiners,
-            refiners_attention,
-            main,
-            main_attention,
-            self.output(tokens, features),
-        ]
+        let mut all = vec![embedders];
+        for stack in &self.work.stacks {
+            let [mut products, mut attention] = stack.names.map(Arithmetic::new);
+            for block in &stack.blocks {
+                let own = block.tokens as f64;
+                for product in &block.products {
+                    products.product(batch * own, *product, block.keep.again());
+                }
+                let operations = 4.0 * batch * own * own * block.attention_width as f64;
+                attention.forward += operations;
+                attention.inputs += if block.keep.reached() { 2.5 * operations } else { 0.0 };
+                attention.again += if block.keep.again() { operations } else { 0.0 };
+            }
+            all.extend([products, attention]);
+        }
+        all.push(self.output());
+        all
     }
 
-    fn output(&self, tokens: f64, features: f64) -> Arithmetic {
-        let (config, trained) = (self.input.config, self.reach.output);
-        let flags = [self.reach.features || trained, trained];
-        let mut output = Arithmetic::new(match config.kind {
-            ModelKind::Latent => "final layer",
-            ModelKind::Pixel => "detailer head",
-        });
-        let Some(head) = self.input.head else {
-            output.product(2.0 * tokens * config.dim as f64 * features, flags);
-            return output;
-        };
+    fn output(&self) -> Arithmetic {
+        match (&self.work.output, self.input.spec.head()) {
+            (OutputWork::Head { passes, trained }, Some(head)) => self.head(head, *passes || *trained, *trained),
+            (OutputWork::FinalLayer(work), _) => {
+                let mut output = Arithmetic::new("final layer");
+                output.product((self.input.batch * work.rows) as f64, work.product, false);
+                output
+            }
+            (OutputWork::Head { .. }, None) => Arithmetic::new("detailer head"),
+        }
+    }
+
+    fn head(&self, head: &DetailerLayout, passes: bool, trained: bool) -> Arithmetic {
+        let mut output = Arithmetic::new("detailer head");
         let [height, width] = self.input.size;
         let pixels = (self.input.batch * height * width) as f64;
-        let again = self.input.options.recompute == super::Recompute::All && (flags[0] || flags[1]);
+        let again = self.input.options.recompute == Recompute::All && passes;
+        let product = |size: usize, passes| ProductWork {
+            size: size as f64,
+            passes,
+            trained,
+        };
         for (index, stage) in head.stages.iter().enumerate() {
-            let here = 2.0 * pixels / 4f64.powi(index as i32);
-            let encoder = here * 9.0 * (stage.inputs * stage.skip) as f64;
-            let up = here * 9.0 * (stage.below * stage.upsampled) as f64;
-            let decoder = here * 9.0 * ((stage.upsampled + stage.skip) * stage.outputs) as f64;
+            let here = pixels / 4f64.powi(index as i32);
             // The image needs no gradient.
-            output.product(encoder, [trained && index > 0, trained]);
-            output.product(up, flags);
-            output.product(decoder, flags);
-            output.again += if again { encoder + decoder } else { 0.0 };
+            let encoder = product(9 * stage.inputs * stage.skip, trained && index > 0);
+            output.product(here, encoder, again);
+            output.product(here, product(9 * stage.below * stage.upsampled, passes), false);
+            let joined = stage.upsampled + stage.skip;
+            output.product(here, product(9 * joined * stage.outputs, passes), again);
         }
         let bottom = pixels / (head.reduction() * head.reduction()) as f64;
         let joined = head.stages.last().map_or(0, |stage| stage.skip) + head.context;
-        let bottleneck = 2.0 * bottom * (joined * head.bottleneck) as f64;
-        output.product(bottleneck, flags);
-        output.again += if again { bottleneck } else { 0.0 };
+        output.product(bottom, product(joined * head.bottleneck, passes), again);
         let last = head.stages.first().map_or(head.bottleneck, |stage| stage.outputs);
-        output.product(2.0 * pixels * (3 * last) as f64, flags);
+        output.product(pixels, product(3 * last, passes), false);
         output
     }
 }

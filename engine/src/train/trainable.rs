@@ -1,25 +1,16 @@
-//! A transformer with what training adds to it.
-
-use std::sync::Mutex;
+//! A model with what training adds to it.
 
 use super::adamw::{AdamW, StateArray};
 use super::{Policy, Recompute, TrainOptions};
-use crate::device::{Device, MemoryTag};
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::layers::{
-    Choose, Described, Gradients, MakeSlots, Meta, Module, ParamSource, Slot, Trained, any_trained, metas, slots,
-    slots_mut, tensors, tensors_mut, trained,
-};
-use crate::model::config::{DitConfig, ModelKind};
-use crate::model::detailer::DetailerLayout;
-use crate::model::zimage::{Dit, HEAD_PREFIX, Parts, Reach, RopeTables};
+use crate::layers::{Meta, ParamSource, Slot};
+use crate::model::denoiser::{Noisy, TrainingChoice};
+use crate::model::{Denoiser, Spec, Trainable};
 use crate::ops::cast::cast;
 use crate::ops::finite::count_not_finite;
 use crate::ops::flow_loss::{flow_loss, noisy_image};
 use crate::tensor::Tensor;
-
-/// Bytes of rotary tables that are kept for sequences met again.
-const ROPE_TABLE_BYTES: usize = 256 << 20;
 
 /// Reads a named array of a checkpoint's state of the given shape.
 pub type ReadState<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>> + 'a;
@@ -51,7 +42,7 @@ impl Batch<'_> {
     }
 }
 
-/// What [`TrainableDit::step`] did, still on the device.
+/// What [`TrainableModel::step`] did, still on the device.
 #[derive(Clone, Debug)]
 pub struct StepNorm {
     /// f32 `[2]`: the norm of all gradients before clipping, and 1 where the step was skipped because it is not finite.
@@ -86,7 +77,7 @@ pub enum StatePart {
     Gradient,
 }
 
-/// The parts that [`TrainableDit::state_tensors`] gives, and what their names begin with.
+/// The parts that [`TrainableModel::state_tensors`] gives, and what their names begin with.
 const STATE: [(StatePart, &str); 4] = [
     (StatePart::Master, "master"),
     (StatePart::FirstMoment, "first_moment"),
@@ -100,7 +91,7 @@ pub struct TrainedTensor<'a> {
     pub name: String,
     /// The shape in checkpoints.
     pub shape: Vec<usize>,
-    owner: &'a TrainableDit,
+    owner: &'a TrainableModel,
     /// Its place in the list of trained parameters, and which part of that parameter it is.
     trained: usize,
     part: usize,
@@ -115,10 +106,10 @@ impl TrainedTensor<'_> {
     pub fn read(&self, part: StatePart) -> Result<Option<Vec<f32>>> {
         let owner = self.owner;
         let index = owner.trained[self.trained];
-        let weight = || tensors(owner.dit.parts())[index].clone();
+        let weight = || owner.model.weights()[index].clone();
         let whole = match part {
             StatePart::Weight => Some(weight()),
-            StatePart::Gradient => slots(&owner.gradients)[index].clone(),
+            StatePart::Gradient => owner.model.slots()[index].clone(),
             StatePart::Master => owner
                 .optimizer
                 .state(StateArray::Master, self.trained)?
@@ -159,60 +150,38 @@ impl StateTensor<'_> {
     }
 }
 
-/// A transformer, the gradients of its trained tensors, and the optimizer's state.
-pub struct TrainableDit {
-    dit: Dit,
-    recompute: Recompute,
+/// A model, the gradients of its trained tensors, and the optimizer's state.
+pub struct TrainableModel {
+    model: Box<dyn Trainable>,
     parameters: Vec<Meta>,
     /// The trained ones among the parameters.
     trained: Vec<usize>,
-    gradients: Parts<Gradients>,
     optimizer: AdamW,
-    reach: Reach,
-    tables: Mutex<RopeTables>,
     keeps_ema: bool,
 }
 
-impl TrainableDit {
-    /// Reads a model's parameters as [`Dit::load`] does, and makes room for gradients and state.
+impl TrainableModel {
+    /// Reads a model's parameters, and makes room for gradients and state.
     ///
     /// # Errors
-    /// As for [`Dit::load`]; when the policy trains nothing, or only a part of projections that are stacked.
+    /// As for [`Spec::load`]; when the policy trains nothing, or only a part of projections that are stacked.
     pub fn load(
+        spec: &dyn Spec,
         params: &dyn ParamSource,
         device: &Device,
-        config: &DitConfig,
         options: &TrainOptions,
         loaded: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<Self> {
-        let head = match config.kind {
-            ModelKind::Pixel => Some(DetailerLayout::read(params, HEAD_PREFIX)?),
-            ModelKind::Latent => None,
-        };
-        let described = Parts::describe(config, head.as_ref())?;
-        let choice = choose(&described, &options.policy)?;
-        let mut dit = Dit::load_described(&described, params, device, config, loaded)?;
-        let chosen = trained(&choice);
-        let mut gradients = {
-            let _tag = MemoryTag::Gradients.scope();
-            dit.parts().transform(&mut MakeSlots(chosen.iter().copied()))?
-        };
-        let optimizer = AdamW::new(
-            device,
-            &mut pick(&mut dit, &chosen),
-            &mut slots_mut(&mut gradients).into_iter().flatten().collect::<Vec<_>>(),
-            options,
-        )?;
-        let recompute = options.recompute;
-        Ok(TrainableDit {
-            reach: Reach::new(&choice, &|trained| recompute.applies_to(trained)),
-            tables: Mutex::new(RopeTables::new(config, device, ROPE_TABLE_BYTES)),
+        let parameters = spec.metas();
+        let trained = choose(&parameters, &options.policy)?;
+        let mut model = options.with_choice(|choice| spec.load_trainable(params, device, choice, loaded))?;
+        let (mut weights, mut slots) = pick(&mut *model);
+        let optimizer = AdamW::new(device, &mut weights, &mut slots, options)?;
+        Ok(TrainableModel {
             keeps_ema: options.ema_decay.is_some(),
-            recompute,
-            dit,
-            trained: (0..chosen.len()).filter(|&index| chosen[index]).collect(),
-            parameters: metas(&described).into_iter().cloned().collect(),
-            gradients,
+            model,
+            parameters,
+            trained,
             optimizer,
         })
     }
@@ -223,33 +192,33 @@ impl TrainableDit {
     /// # Errors
     /// When shapes do not fit or the device has no room.
     pub fn accumulate(&mut self, batch: &Batch<'_>, weight: f32) -> Result<Tensor> {
-        let (noisy, times) = batch.noisy()?;
-        let keep_sums = self.recompute != Recompute::All;
-        let tables = self.tables.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let (velocity, kept) =
-            self.dit
-                .forward_saving(&noisy, batch.captions, &times, &self.reach, keep_sums, tables)?;
-        drop(noisy);
-        let (loss, gradient) = flow_loss(&velocity, batch.images, batch.noise, Some(weight))?;
-        drop(velocity);
-        let gradient = gradient.expect("a gradient was asked for");
-        self.dit.backward(&gradient, kept, &mut self.gradients, &self.reach)?;
-        Ok(loss)
+        let (image, times) = batch.noisy()?;
+        let noisy = Noisy {
+            image: &image,
+            captions: batch.captions,
+            times: &times,
+        };
+        let mut found = None;
+        self.model.accumulate(noisy, &mut |prediction| {
+            let (loss, gradient) = flow_loss(prediction, batch.images, batch.noise, Some(weight))?;
+            found = Some(loss);
+            gradient.ok_or_else(|| Error::invalid("the loss has no gradient"))
+        })?;
+        found.ok_or_else(|| Error::invalid("the model did not ask for its loss"))
     }
 
     /// The loss of a batch, f32 `[1]` on the device, without gradients.
     ///
     /// # Errors
-    /// As for [`TrainableDit::accumulate`].
+    /// As for [`TrainableModel::accumulate`].
     pub fn evaluate(&self, batch: &Batch<'_>) -> Result<Tensor> {
-        let (noisy, times) = batch.noisy()?;
-        let size = [noisy.dim(1), noisy.dim(2)];
-        let prepared = {
-            let mut tables = self.tables.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            self.dit.prepare_with(batch.captions, size, &mut tables)?
-        };
-        let velocity = self.dit.forward(&noisy, &prepared, &self.dit.modulate(&times)?)?;
-        Ok(flow_loss(&velocity, batch.images, batch.noise, None)?.0)
+        let (image, times) = batch.noisy()?;
+        let prediction = self.model.predict(Noisy {
+            image: &image,
+            captions: batch.captions,
+            times: &times,
+        })?;
+        Ok(flow_loss(&prediction, batch.images, batch.noise, None)?.0)
     }
 
     /// Changes the trained weights by the gradients gathered since the last step, and sets the gradients to zero.
@@ -257,19 +226,15 @@ impl TrainableDit {
     /// # Errors
     /// When the learning rate is not a number, or the device refuses the work.
     pub fn step(&mut self, learning_rate: f32) -> Result<StepNorm> {
-        let chosen: Vec<bool> = slots(&self.gradients).into_iter().map(Slot::is_some).collect();
-        let values = self.optimizer.step(
-            &mut pick(&mut self.dit, &chosen),
-            &mut slots_mut(&mut self.gradients).into_iter().flatten().collect::<Vec<_>>(),
-            learning_rate,
-        )?;
-        self.dit.rearrange()?;
+        let (mut weights, mut slots) = pick(&mut *self.model);
+        let values = self.optimizer.step(&mut weights, &mut slots, learning_rate)?;
+        self.model.rearrange()?;
         Ok(StepNorm { values })
     }
 
     /// The model, for sampling.
-    pub fn dit(&self) -> &Dit {
-        &self.dit
+    pub fn denoiser(&self) -> &dyn Denoiser {
+        self.model.denoiser()
     }
 
     /// The trained tensors under their canonical names, in the model's order.
@@ -314,7 +279,7 @@ impl TrainableDit {
     /// When the work so far failed.
     pub fn parameter_values(&self) -> Result<Vec<(String, Vec<f32>)>> {
         let mut all = Vec::new();
-        for (meta, tensor) in self.parameters.iter().zip(tensors(self.dit.parts())) {
+        for (meta, tensor) in self.parameters.iter().zip(self.model.weights()) {
             let values = tensor.to_vec_f32()?;
             for (index, part) in meta.parts.iter().enumerate() {
                 let own = values[meta.range(index)].to_vec();
@@ -326,7 +291,7 @@ impl TrainableDit {
 
     /// The tensors that no step changes, as they lie on the device, each under the canonical name of the first that it is made of.
     pub fn frozen(&self) -> Vec<(String, Tensor)> {
-        let places = tensors(self.dit.parts()).into_iter().zip(slots(&self.gradients));
+        let places = self.model.weights().into_iter().zip(self.model.slots());
         let frozen = self
             .parameters
             .iter()
@@ -345,7 +310,7 @@ impl TrainableDit {
             .sum()
     }
 
-    /// All that [`TrainableDit::restore_state`] needs but the number of steps; gradients not yet used by a step are no part of it.
+    /// All that [`TrainableModel::restore_state`] needs but the number of steps; gradients not yet used by a step are no part of it.
     pub fn state_tensors(&self) -> Vec<StateTensor<'_>> {
         let kept = STATE
             .into_iter()
@@ -361,7 +326,7 @@ impl TrainableDit {
         tensors.collect()
     }
 
-    /// Puts back what [`TrainableDit::state_tensors`] gave: `read(name, shape)` gives the values of each, and `steps` is the
+    /// Puts back what [`TrainableModel::state_tensors`] gave: `read(name, shape)` gives the values of each, and `steps` is the
     /// number of steps they were made by. Weights follow from their masters. Continues bit for bit.
     ///
     /// # Errors
@@ -400,19 +365,19 @@ impl TrainableDit {
             }
         }
         self.optimizer.set_steps(steps);
-        self.dit.rearrange()
+        self.model.rearrange()
     }
 
     /// Overwrites elements of a parameter, rounded to the compute type.
     fn set_weight(&mut self, index: usize, first: usize, values: &[f32]) -> Result<()> {
-        let device = self.dit.device().clone();
+        let device = self.model.denoiser().device().clone();
         let values = Tensor::from_slice(&device, values, [values.len()])?;
-        let weight = tensors_mut(self.dit.parts_mut()).swap_remove(index);
+        let weight = self.model.weights_and_slots_mut().0.swap_remove(index);
         let values = cast(&values, weight.dtype())?;
         weight.copy_elements_from(first, &values)
     }
 
-    /// Calls of [`TrainableDit::step`] so far, skipped steps included.
+    /// Calls of [`TrainableModel::step`] so far, skipped steps included.
     pub fn steps(&self) -> u64 {
         self.optimizer.steps()
     }
@@ -422,29 +387,47 @@ impl TrainableDit {
 ///
 /// # Errors
 /// When it trains none, only a part of some, or a pattern fits no tensor.
-pub(super) fn choose(described: &Parts<Described>, policy: &Policy) -> Result<Parts<Trained>> {
-    let all = metas(described);
-    let names: Vec<&str> = all
+pub(super) fn choose(parameters: &[Meta], policy: &Policy) -> Result<Vec<usize>> {
+    let names: Vec<&str> = parameters
         .iter()
         .flat_map(|meta| meta.parts.iter().map(|part| part.name.as_str()))
         .collect();
     if let Some(unused) = policy.unused_patterns(&names).first() {
         return Err(Error::invalid(format!(
             "the pattern `{unused}` of the freeze policy fits no tensor of this model; its tensors have names such as `{}`",
-            names[0]
+            names.first().copied().unwrap_or_default()
         )));
     }
-    let chosen = described.transform(&mut Choose(|meta: &Meta| policy.trains(meta)))?;
-    match any_trained(&chosen) {
-        true => Ok(chosen),
-        false => Err(Error::invalid(format!(
+    let mut chosen = Vec::new();
+    for (index, meta) in parameters.iter().enumerate() {
+        if policy.trains(meta)? {
+            chosen.push(index);
+        }
+    }
+    match chosen.is_empty() {
+        false => Ok(chosen),
+        true => Err(Error::invalid(format!(
             "the freeze policy `{policy}` trains nothing of this model"
         ))),
     }
 }
 
-/// The chosen ones of a model's parameters.
-fn pick<'a>(dit: &'a mut Dit, chosen: &[bool]) -> Vec<&'a mut Tensor> {
-    let all = tensors_mut(dit.parts_mut()).into_iter().zip(chosen);
-    all.filter_map(|(weight, chosen)| chosen.then_some(weight)).collect()
+/// The trained weights and their gradients.
+fn pick(model: &mut dyn Trainable) -> (Vec<&mut Tensor>, Vec<&mut Tensor>) {
+    let (weights, slots) = model.weights_and_slots_mut();
+    let pairs = weights.into_iter().zip(slots);
+    pairs
+        .filter_map(|(weight, slot): (_, &mut Slot)| slot.as_mut().map(|gradient| (weight, gradient)))
+        .unzip()
+}
+
+impl TrainOptions {
+    /// Runs `work` with what a model has to know of these options.
+    pub(super) fn with_choice<T>(&self, work: impl FnOnce(&TrainingChoice<'_>) -> T) -> T {
+        work(&TrainingChoice {
+            trains: &|meta| self.policy.trains(meta),
+            recomputes: &|trained| self.recompute.applies_to(trained),
+            keep_sums: self.recompute != Recompute::All,
+        })
+    }
 }

@@ -2,6 +2,7 @@
 
 use l2p_engine::flow::sampler::{Conditioning, StepReport, sample};
 use l2p_engine::flow::schedule::Schedule;
+use l2p_engine::model::Denoiser;
 use l2p_engine::model::config::ModelKind;
 use l2p_engine::ops::guidance::{Guidance, guided_euler_step};
 use l2p_engine::{Device, Error, Tensor};
@@ -53,7 +54,7 @@ fn a_walk_equals_the_pipelines() -> Outcome {
     let fresh = || Tensor::from_slice(&Device::Cpu, noise.as_slice::<f32>()?, noise.shape());
     let mut x = fresh()?;
     for step in 0..schedule.steps() {
-        let modulations = dit.modulate(&[1.0 - schedule.sigma(step)])?;
+        let modulations = dit.modulate(&[1.0 - schedule.sigma(step)], None)?;
         let [velocity, away] = [&prompt, &negative].map(|prepared| dit.forward(&x, prepared, &modulations));
         let (velocity, away) = (velocity?, away?);
         let guidance = Guidance { negative: &away, cfg };

@@ -2,7 +2,8 @@
 
 use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::config::{DitConfig, ModelKind, TransformerConfig};
-use l2p_engine::model::zimage::Dit;
+use l2p_engine::model::zimage::{Dit, ZImage};
+use l2p_engine::model::{Denoiser, Spec};
 use l2p_engine::ops::tokens::narrow_tokens;
 use l2p_engine::{Device, Error, Result, Tensor};
 use l2p_tests::fixtures::{Case, Group};
@@ -43,7 +44,7 @@ pub fn config(case: &Case<'_>, params: &MemoryParams) -> Result<DitConfig> {
 }
 
 pub fn load(params: &MemoryParams, config: &DitConfig, device: &Device) -> Result<Dit> {
-    Dit::load(params, device, config, &mut |_, _| Ok(()))
+    Dit::load(&ZImage::read(params, config)?, params, device, &mut |_, _| Ok(()))
 }
 
 /// The caption `name`, `[1, tokens, width]`.
@@ -74,12 +75,12 @@ fn latent_equals_diffusers() -> Outcome {
         let (x, times) = (input_image(&case, "x")?, case.input("t").0);
         let captions = captions(&case)?;
         let prepared = dit.prepare(&captions.iter().collect::<Vec<_>>(), [x.dim(1), x.dim(2)])?;
-        let modulations = dit.modulate(&times)?;
+        let modulations = dit.modulate(&times, None)?;
         for name in case.expected() {
             let found = match name {
                 "c" => dit.embed_times(&times)?.to_vec_f32()?,
                 "noise_refiner" => dit.refine_image(&x, &prepared, &modulations)?.to_vec_f32()?,
-                "context_refiner" => prepared.captions().to_vec_f32()?,
+                "context_refiner" => dit.refined_captions(&prepared)?.to_vec_f32()?,
                 "layers" => dit.run_trunk(&x, &prepared, &modulations)?.to_vec_f32()?,
                 _ => channels_first(&dit.forward(&x, &prepared, &modulations)?)?,
             };
@@ -99,7 +100,7 @@ fn pixel_equals_torch() -> Outcome {
         let x = input_image(&case, "x")?;
         let captions = captions(&case)?;
         let prepared = dit.prepare(&captions.iter().collect::<Vec<_>>(), [x.dim(1), x.dim(2)])?;
-        let modulations = dit.modulate(&case.input("t").0)?;
+        let modulations = dit.modulate(&case.input("t").0, None)?;
         let sequence = dit.run_trunk(&x, &prepared, &modulations)?;
         let grid = [x.dim(1) / config.patch, x.dim(2) / config.patch];
         case.check("c", &as_map(&sequence, grid)?)?;
@@ -119,7 +120,8 @@ fn items_do_not_touch() -> Outcome {
         let captions: Vec<&Tensor> = captions[items.clone()].iter().collect();
         let prepared = dit.prepare(&captions, [x.dim(1), x.dim(2)])?;
         let x = x.narrow(items.start, items.len())?;
-        dit.forward(&x, &prepared, &dit.modulate(&times[items])?)?.to_vec_f32()
+        dit.forward(&x, &prepared, &dit.modulate(&times[items], None)?)?
+            .to_vec_f32()
     };
     let together = run(0..3)?;
     for (item, expected) in together.chunks(together.len() / 3).enumerate() {
@@ -170,7 +172,7 @@ fn mistakes_are_named() -> Outcome {
     let prepared = dit.prepare(&[&caption(4, 96)?], [4, 6])?;
     let image = Tensor::from_f32(&Device::Cpu, &[0.0; 4 * 4 * 16], [1, 4, 4, 16])?;
     let message = dit
-        .forward(&image, &prepared, &dit.modulate(&[0.5])?)
+        .forward(&image, &prepared, &dit.modulate(&[0.5], None)?)
         .map(|_| ())
         .unwrap_err()
         .to_string();
@@ -190,12 +192,14 @@ fn loading_can_be_stopped() -> Outcome {
     let config = small_config(ModelKind::Latent, 256, 2);
     let params = random_model(&config, &[]);
     let mut seen = Vec::new();
-    let outcome = Dit::load(&params, &Device::Cpu, &config, &mut |done, total| {
+    let spec = ZImage::read(&params, &config)?;
+    let outcome = Dit::load(&spec, &params, &Device::Cpu, &mut |done, total| {
         seen.push((done, total));
         if done == 2 { Err(Error::Interrupted) } else { Ok(()) }
     });
     assert!(matches!(outcome.map(|_| ()), Err(Error::Interrupted)));
-    assert_eq!(seen, [(1, 4), (2, 4)]);
+    let parameters = spec.metas().len();
+    assert_eq!(seen, [(1, parameters), (2, parameters)]);
     Ok(())
 }
 
@@ -219,7 +223,7 @@ impl Inputs {
         });
         let captions: Vec<Tensor> = captions.collect::<Result<_>>()?;
         let prepared = dit.prepare(&captions.iter().collect::<Vec<_>>(), self.size)?;
-        let modulations = dit.modulate(self.times)?;
+        let modulations = dit.modulate(self.times, None)?;
         let tokens = height / config.patch * (width / config.patch);
         let sequence = dit.run_trunk(&x, &prepared, &modulations)?;
         Ok(vec![

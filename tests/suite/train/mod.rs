@@ -8,7 +8,8 @@ mod promises;
 
 use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::config::DitConfig;
-use l2p_engine::train::{AdamWOptions, Batch, Policy, Recompute, TrainOptions, TrainableDit};
+use l2p_engine::model::zimage::ZImage;
+use l2p_engine::train::{AdamWOptions, Batch, Policy, Recompute, TrainOptions, TrainableModel};
 use l2p_engine::{Device, Result, Tensor};
 use l2p_tests::{Suite, random_bf16};
 
@@ -30,8 +31,10 @@ fn options(policy: &str, recompute: Recompute) -> TrainOptions {
     }
 }
 
-fn load(params: &MemoryParams, device: &Device, config: &DitConfig, options: &TrainOptions) -> Result<TrainableDit> {
-    TrainableDit::load(params, device, config, options, &mut |_, _| Ok(()))
+fn load(params: &MemoryParams, device: &Device, config: &DitConfig, options: &TrainOptions) -> Result<TrainableModel> {
+    TrainableModel::load(&ZImage::read(params, config)?, params, device, options, &mut |_, _| {
+        Ok(())
+    })
 }
 
 /// Whether a policy trains the tensor `name` of a model with `layers` main blocks, told by the published names.
@@ -39,7 +42,9 @@ fn trains(policy: &Policy, name: &str, layers: usize) -> bool {
     let starts = |starts: &[&str]| starts.iter().any(|start| name.starts_with(start));
     let input = starts(&["all_x_embedder."]);
     let output = starts(&["local_decoder.", "all_final_layer."]);
-    let main_block = name.strip_prefix("layers.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+    let main_block = name
+        .strip_prefix("layers.")
+        .and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
     let at_an_end = |ends: usize| main_block.is_some_and(|index| index < ends || index + ends >= layers);
     match policy {
         Policy::Paper { ends } => input || output || at_an_end(*ends),

@@ -4,7 +4,8 @@ use l2p_engine::layers::{self, Gradients, Loaded, Loader, MakeSlots, MemoryParam
 use l2p_engine::model::config::ModelKind;
 use l2p_engine::model::detailer::Detailer;
 use l2p_engine::model::rope::{Position, RopeAxes};
-use l2p_engine::model::zimage::block::{Block, Condition, Keep, Saving, Sequence, backward_blocks, run_blocks};
+use l2p_engine::model::work::Keep;
+use l2p_engine::model::zimage::block::{Block, Condition, Saving, Sequence, backward_blocks, run_blocks};
 use l2p_engine::{DType, Device, Result, Tensor};
 use l2p_tests::fixtures::{Case, Group};
 use l2p_tests::{Outcome, Suite, Tolerance, expect_like_cpu};
@@ -23,7 +24,11 @@ pub fn register(suite: &mut Suite) {
 const BF16_GRADIENT_TOLERANCE: Tolerance = Tolerance::of_gradients(2e-2);
 
 /// Places for the gradients of those of a loaded module's parameters whose first tensor's name `trained` says so.
-fn places<M: Module<Kind = Loaded>>(module: &M, metas: &[&Meta], trained: impl Fn(&str) -> bool) -> Result<M::As<Gradients>> {
+fn places<M: Module<Kind = Loaded>>(
+    module: &M,
+    metas: &[&Meta],
+    trained: impl Fn(&str) -> bool,
+) -> Result<M::As<Gradients>> {
     let chosen = metas.iter().map(|meta| trained(meta.name()));
     module.transform(&mut MakeSlots(chosen))
 }

@@ -3,6 +3,7 @@ use l2p_engine::device::MemoryTag;
 use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::config::{DitConfig, ModelKind};
 use l2p_engine::model::detailer::DetailerLayout;
+use l2p_engine::model::zimage::ZImage;
 use l2p_engine::train::{PlanInput, Recompute, TrainingPlan};
 use l2p_engine::{Device, Result};
 use l2p_tests::{Outcome, Suite};
@@ -44,8 +45,10 @@ fn head(patch: usize, widths: Option<&[usize]>, bottleneck: Option<usize>, dim: 
 fn plan_1k(policy: &str, recompute: Recompute) -> Result<TrainingPlan> {
     let config = config_1k();
     TrainingPlan::new(&PlanInput {
-        config: &config,
-        head: Some(&head(16, None, None, 3840)?),
+        spec: &ZImage {
+            config: config.clone(),
+            head: Some(head(16, None, None, 3840)?),
+        },
         options: &options(policy, recompute),
         size: [1024, 1024],
         caption_tokens: 96,
@@ -126,8 +129,10 @@ fn cuda_needs_what_was_planned(device: &Device) -> Outcome {
     for recompute in Recompute::ALL {
         let options = options("released:2", recompute);
         let plan = TrainingPlan::new(&PlanInput {
-            config: &config,
-            head: Some(&head(16, Some(&widths), Some(32), config.dim)?),
+            spec: &ZImage {
+                config: config.clone(),
+                head: Some(head(16, Some(&widths), Some(32), config.dim)?),
+            },
             options: &options,
             size,
             caption_tokens: 96,

@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 
 use l2p_engine::layers::MemoryParams;
+use l2p_engine::model::Denoiser;
 use l2p_engine::model::config::{DitConfig, ModelKind};
-use l2p_engine::model::zimage::Dit;
 use l2p_engine::ops::cast::cast;
-use l2p_engine::train::{Recompute, StatePart, TrainOptions, TrainableDit};
+use l2p_engine::train::{Recompute, StatePart, TrainOptions, TrainableModel};
 use l2p_engine::{Device, Result, Tensor};
 use l2p_tests::{Outcome, Suite, expect_close, relative_error};
 
@@ -60,7 +60,7 @@ fn with_extras(policy: &str, recompute: Recompute) -> TrainOptions {
 }
 
 /// One step on a batch that `name` decides; the loss and the norm.
-fn step(model: &mut TrainableDit, device: &Device, config: &DitConfig, name: &str) -> Result<Vec<f32>> {
+fn step(model: &mut TrainableModel, device: &Device, config: &DitConfig, name: &str) -> Result<Vec<f32>> {
     let inputs = Inputs::new(device, name, config, SIZE, &LENGTHS)?;
     let mut found = inputs.batch(|batch| model.accumulate(batch, 1.0))?.to_vec_f32()?;
     found.push(model.step(1e-3)?.read()?.0);
@@ -68,7 +68,7 @@ fn step(model: &mut TrainableDit, device: &Device, config: &DitConfig, name: &st
 }
 
 /// Everything that is kept of the trained tensors, by name.
-fn state(model: &TrainableDit) -> Result<HashMap<String, Vec<f32>>> {
+fn state(model: &TrainableModel) -> Result<HashMap<String, Vec<f32>>> {
     let tensors = model.state_tensors().into_iter();
     tensors
         .map(|tensor| Ok((tensor.name.clone(), tensor.read()?)))
@@ -76,7 +76,7 @@ fn state(model: &TrainableDit) -> Result<HashMap<String, Vec<f32>>> {
 }
 
 /// Every parameter of the model as it computes with them.
-fn weights(model: &TrainableDit) -> Result<Vec<(String, Vec<f32>)>> {
+fn weights(model: &TrainableModel) -> Result<Vec<(String, Vec<f32>)>> {
     model.parameter_values()
 }
 
@@ -176,11 +176,11 @@ fn restored(device: &Device) -> Outcome {
 }
 
 /// The velocity by the way that sampling takes.
-fn sampled(dit: &Dit, inputs: &Inputs) -> Result<Vec<f32>> {
+fn sampled(dit: &dyn Denoiser, inputs: &Inputs) -> Result<Vec<f32>> {
     let captions: Vec<&Tensor> = inputs.captions.iter().collect();
     let image = cast(&inputs.images, dit.device().compute_dtype())?;
     let prepared = dit.prepare(&captions, [image.dim(1), image.dim(2)])?;
-    dit.forward(&image, &prepared, &dit.modulate(&inputs.sigmas)?)?
+    dit.forward(&image, &prepared, &dit.modulate(&inputs.sigmas, None)?)?
         .to_vec_f32()
 }
 
@@ -199,10 +199,10 @@ fn a_trained_model_is_its_weights(device: &Device) -> Outcome {
         let mut params = random_model(&config, widths);
         let options = options("full", Recompute::None);
         let inputs = Inputs::new(device, "a", &config, size, &LENGTHS)?;
-        let loss = |model: &mut TrainableDit| inputs.batch(|batch| model.accumulate(batch, 1.0))?.to_vec_f32();
+        let loss = |model: &mut TrainableModel| inputs.batch(|batch| model.accumulate(batch, 1.0))?.to_vec_f32();
 
         let mut model = load(&params, device, &config, &options)?;
-        let untrained = sampled(model.dit(), &inputs)?;
+        let untrained = sampled(model.denoiser(), &inputs)?;
         for _ in 0..2 {
             loss(&mut model)?;
             model.step(1e-2)?;
@@ -211,9 +211,9 @@ fn a_trained_model_is_its_weights(device: &Device) -> Outcome {
             params.0.get_mut(&name).expect("a parameter of the model").1 = values;
         }
         let mut fresh = load(&params, device, &config, &options)?;
-        let expected = sampled(fresh.dit(), &inputs)?;
+        let expected = sampled(fresh.denoiser(), &inputs)?;
         assert!(
-            sampled(model.dit(), &inputs)? == expected,
+            sampled(model.denoiser(), &inputs)? == expected,
             "patch {patch}: sampling differs"
         );
         assert!(untrained != expected, "patch {patch}: training changed nothing");
@@ -221,10 +221,10 @@ fn a_trained_model_is_its_weights(device: &Device) -> Outcome {
 
         let kept = state(&model)?;
         let mut restored = load(&random_model(&config, widths), device, &config, &options)?;
-        assert!(sampled(restored.dit(), &inputs)? == untrained);
+        assert!(sampled(restored.denoiser(), &inputs)? == untrained);
         restored.restore_state(2, &mut |name, _| Ok(kept[name].clone()))?;
         assert!(
-            sampled(restored.dit(), &inputs)? == expected,
+            sampled(restored.denoiser(), &inputs)? == expected,
             "patch {patch}: what was restored differs"
         );
     }
@@ -281,7 +281,7 @@ fn mistakes_are_named() -> Outcome {
     assert!(refused("layer.*").starts_with("the pattern `layer.*` of the freeze policy fits no tensor of this model"));
     let mut model = load(&params, &Device::Cpu, &config, &options("head-only", Recompute::None))?;
     let inputs = Inputs::new(&Device::Cpu, "a", &config, SIZE, &LENGTHS)?;
-    let message = |inputs: &Inputs, model: &mut TrainableDit| {
+    let message = |inputs: &Inputs, model: &mut TrainableModel| {
         let outcome = inputs.batch(|batch| model.accumulate(batch, 1.0));
         outcome.map(|_| ()).unwrap_err().to_string()
     };

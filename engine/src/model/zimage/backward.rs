@@ -3,14 +3,16 @@
 //! Who has a place for its gradient decides everything else: a part is reached by the backward pass when it, or something before
 //! it, is trained; what is not reached keeps nothing.
 
-use super::block::{Condition, Keep, SavedBlock, Saving, VECTORS, backward_blocks};
+use super::block::{Condition, SavedBlock, Saving, VECTORS, backward_blocks};
 use super::layout::Layout;
-use super::{Block, Dit, FinalLayer, Modulations, Output, Parts, RopeTables, TimeEmbedder};
+use super::{Block, Dit, FinalLayer, Output, Parts, RopeTables, TimeEmbedder};
 use crate::device::MemoryTag;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layers::{Gradients, Trained, any_trained};
+use crate::model::denoiser::Modulations;
 use crate::model::detailer::SavedDetailer;
+use crate::model::work::Keep;
 use crate::ops::VectorGradient;
 use crate::ops::layer_norm::{layer_norm_modulate, layer_norm_modulate_backward};
 use crate::ops::linear::InputActivation;
@@ -24,7 +26,7 @@ use crate::tensor::Tensor;
 
 /// Which parts the backward pass reaches.
 #[derive(Clone, Debug)]
-pub(crate) struct Reach {
+pub(super) struct Reach {
     /// The timestep embedder is trained, so that every block's modulation counts.
     condition: bool,
     /// For each stack, what its blocks keep.
@@ -87,7 +89,7 @@ impl Reach {
 }
 
 /// What a forward pass has kept for the backward pass.
-pub(crate) struct SavedDit {
+pub(super) struct SavedDit {
     layout: Layout,
     image: Tensor,
     /// The captions' features, padded, and the same normalised.
@@ -111,7 +113,7 @@ impl Dit {
     /// The velocity of `image` (in the compute type) for captions and model times `t = 1 − sigma`, one of each per item, as by
     /// [`Dit::prepare`], [`Dit::modulate`] and [`Dit::forward`]; and what backward needs. With `keep_sums` a pixel model's head keeps what its
     /// activations read.
-    pub(crate) fn forward_saving(
+    pub(super) fn forward_saving(
         &self,
         image: &Tensor,
         captions: &[&Tensor],
@@ -197,7 +199,7 @@ impl Dit {
 
     /// Adds the gradients of all parameters that have a place in `gradients`, for the gradient `dv` of the velocity in the compute
     /// type.
-    pub(crate) fn backward(
+    pub(super) fn backward(
         &self,
         dv: &Tensor,
         kept: SavedDit,

@@ -17,6 +17,7 @@ use crate::device::MemoryTag;
 use crate::error::Result;
 use crate::layers::{Bare, Described, Group, Linear, Norm, module};
 use crate::model::config::DitConfig;
+use crate::model::work::Keep;
 use crate::ops::Modulation;
 use crate::ops::attention::{Attention, attention, attention_with_lse};
 use crate::ops::linear::InputActivation;
@@ -101,17 +102,6 @@ impl Block<Described> {
             epsilon: config.norm_eps,
         }
     }
-}
-
-/// What a block keeps of its forward pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Keep {
-    /// Nothing: no gradient passes through it.
-    Nothing,
-    /// Its input, from which the rest is made again.
-    Input,
-    /// Everything that is worth it.
-    Everything,
 }
 
 /// What a block has kept.

@@ -22,7 +22,9 @@ pub(super) struct Layout {
     pub caption_rope: Tensor,
     pub image_rope: Tensor,
     pub rope: Tensor,
-    /// Real caption tokens per item, i32 `[batch]`.
+    /// Real caption tokens per item.
+    lengths: Vec<usize>,
+    /// The same on the device, i32 `[batch]`.
     pub caption_lengths: Tensor,
     /// Caption tokens per item up to its own padding, i32 `[batch]`, where they differ.
     pub caption_key_lengths: Option<Tensor>,
@@ -83,6 +85,7 @@ impl Layout {
             caption_tokens: 0,
         };
         Ok(Layout {
+            lengths: lengths.to_vec(),
             grid,
             caption_tokens: longest,
             image_tokens,
@@ -105,6 +108,21 @@ impl Layout {
                 false => Some(on_device(&mut lengths.iter().map(|_| tokens))?),
             },
         })
+    }
+
+    /// Refuses captions that have other numbers of tokens than those that this was made for.
+    ///
+    /// # Errors
+    /// Naming the item.
+    pub fn expect_lengths(&self, captions: &[&Tensor]) -> Result<()> {
+        let found: Vec<usize> = captions.iter().map(|caption| caption.dim(1)).collect();
+        match found == self.lengths {
+            true => Ok(()),
+            false => Err(Error::invalid(format!(
+                "captions of {found:?} tokens cannot take the place of captions of {:?}",
+                self.lengths
+            ))),
+        }
     }
 
     /// The number of items.
@@ -148,7 +166,7 @@ impl ItemPositions {
 
 /// Rotary tables of single items, the latest ones kept: training meets the same few sequences over and over, and making a table
 /// takes the host longer than a step can hide.
-pub(crate) struct RopeTables {
+pub(super) struct RopeTables {
     axes: RopeAxes,
     device: Device,
     most_bytes: usize,

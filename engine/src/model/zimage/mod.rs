@@ -1,21 +1,22 @@
 //! The diffusion transformer: image and caption tokens in one sequence, latent or pixel.
 //!
-//! A forward pass is split by what its parts depend on, so that nothing is computed twice while sampling:
-//!
-//! * [`Dit::prepare`]: captions through their embedder and refiner, rotary tables, key lengths. Once per prompt and size.
-//! * [`Dit::modulate`]: the modulation tables of all blocks for a list of times. Once per schedule.
-//! * [`Dit::forward`]: image to velocity. Once per step.
+//! As a [`Denoiser`] it prepares captions (embedder, refiner, rotary tables, key lengths), modulates (the tables of all blocks for a
+//! list of times: four vectors per block of the noise refiner, four per main block, the final layer's one), and goes from image to
+//! velocity.
 
 mod backward;
 pub mod block;
 mod layout;
+mod spec;
+mod trained;
 
 use self::block::{Block, Saving, Sequence, VECTORS, run_blocks};
 use self::layout::Layout;
-pub(crate) use self::layout::RopeTables;
+use self::layout::RopeTables;
 use super::config::{DitConfig, ModelKind};
+use super::denoiser::{Denoiser, Geometry, Modulations, Prepared};
 use super::detailer::{Detailer, DetailerLayout};
-use super::limits::DeviceLimits;
+use super::spec::Spec;
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
 use crate::layers::{
@@ -33,7 +34,7 @@ use crate::ops::unpatchify::unpatchify;
 use crate::profile;
 use crate::tensor::Tensor;
 
-pub(crate) use backward::Reach;
+pub use spec::ZImage;
 
 /// Image and caption tokens are padded to multiples of this many.
 pub const TOKEN_MULTIPLE: usize = 32;
@@ -189,79 +190,20 @@ impl Parts<Described> {
 }
 
 /// A batch of captions, ready for any number of steps at one image size.
-pub struct Prepared {
-    /// Caption tokens `[batch, padded, dim]`.
+struct Ready {
+    /// Refined caption tokens `[batch, padded, dim]`.
     captions: Tensor,
     layout: Layout,
 }
 
-impl Prepared {
-    /// The refined captions `[batch, tokens, dim]`, pads included.
-    pub fn captions(&self) -> &Tensor {
-        &self.captions
-    }
-
-    /// The number of items in the batch.
-    pub fn batch(&self) -> usize {
-        self.layout.batch()
-    }
-
-    /// Tokens of the main sequence, pads included.
-    pub fn tokens(&self) -> usize {
-        self.layout.image_tokens + self.layout.caption_tokens
-    }
-}
-
-/// The modulation vectors of every block for a list of times, in one table: four per block of the noise refiner, four per
-/// main block, and the final layer's one.
-pub struct Modulations {
-    /// f32 `[times, vectors, dim]`
-    table: Tensor,
-}
-
-impl Modulations {
-    /// The vectors of `count` times from `start` on; a view, nothing is copied.
-    ///
-    /// # Errors
-    /// When there are fewer times.
-    pub fn narrow(&self, start: usize, count: usize) -> Result<Self> {
-        Ok(Modulations {
-            table: self.table.narrow(start, count)?,
-        })
-    }
-
-    /// Overwrites the vectors with those of `source`, keeping their address.
-    ///
-    /// # Errors
-    /// When the numbers of times differ, or the table is shared.
-    pub fn copy_from(&mut self, source: &Modulations) -> Result<()> {
-        self.table.copy_from(&source.table)
-    }
-
-    /// A copy with a table of its own.
-    ///
-    /// # Errors
-    /// When the device has no room.
-    pub fn duplicate(&self) -> Result<Self> {
-        let mut table = Tensor::empty(&self.table.device(), self.table.shape(), self.table.dtype())?;
-        table.copy_from(&self.table)?;
-        Ok(Modulations { table })
+impl Ready {
+    fn prepared(self) -> Prepared {
+        let tokens = self.layout.image_tokens + self.layout.caption_tokens;
+        Prepared::new(self.layout.batch(), tokens, self)
     }
 }
 
 impl Dit {
-    /// Refuses a device whose kernels cannot take the model's sizes; reads no values.
-    ///
-    /// # Errors
-    /// Naming the size at fault and the way out, or a parameter of the head that is missing.
-    pub fn expect_runs_on(params: &dyn ParamSource, device: &Device, config: &DitConfig) -> Result<()> {
-        config.expect_runs_on(device)?;
-        match head_layout(params, config)? {
-            Some(head) => head.expect_runs_on(device),
-            None => Ok(()),
-        }
-    }
-
     /// Reads a model's parameters (canonical names, see `checkpoint`). `loaded` is called after each of them, with how many are done
     /// and how many there are; an error from it ends the loading.
     ///
@@ -269,31 +211,19 @@ impl Dit {
     /// When a tensor is missing or has another shape, the device's kernels cannot take its sizes, it has no room, or
     /// `loaded` says so.
     pub fn load(
+        spec: &ZImage,
         params: &dyn ParamSource,
         device: &Device,
-        config: &DitConfig,
         loaded: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<Self> {
-        let described = Parts::describe(config, head_layout(params, config)?.as_ref())?;
-        Self::load_described(&described, params, device, config, loaded)
-    }
-
-    /// As [`Dit::load`], of parameters that were described before.
-    pub(crate) fn load_described(
-        described: &Parts<Described>,
-        params: &dyn ParamSource,
-        device: &Device,
-        config: &DitConfig,
-        loaded: &mut dyn FnMut(usize, usize) -> Result<()>,
-    ) -> Result<Self> {
-        Self::expect_runs_on(params, device, config)?;
-        let mut parts = Loader::load(described, params, device, loaded)?;
+        spec.expect_runs_on(device)?;
+        let mut parts = Loader::load(&spec.describe()?, params, device, loaded)?;
         if let Output::Pixel(head) = &mut parts.output {
             head.arrange(device)?;
         }
         Ok(Dit {
             parts,
-            config: config.clone(),
+            config: spec.config.clone(),
             device: device.clone(),
         })
     }
@@ -303,42 +233,12 @@ impl Dit {
         &self.config
     }
 
-    /// The device it lives on.
-    pub fn device(&self) -> &Device {
-        &self.device
-    }
-
-    /// Its parameters.
-    pub fn parts(&self) -> &Parts {
-        &self.parts
-    }
-
-    /// Its parameters, to be changed; [`Dit::rearrange`] afterwards.
-    pub(crate) fn parts_mut(&mut self) -> &mut Parts {
-        &mut self.parts
-    }
-
-    /// Embeds and refines captions for images of `height × width` pixels (latent model: latent cells). `captions` holds one
-    /// `[1, tokens, caption_width]` tensor of features per item, real tokens only.
-    ///
-    /// # Errors
-    /// When the size is not a multiple of the patch, a caption is empty or has another width, or the device has no room.
-    pub fn prepare(&self, captions: &[&Tensor], size: [usize; 2]) -> Result<Prepared> {
-        let mut tables = RopeTables::new(&self.config, &self.device, usize::MAX);
-        self.prepare_with(captions, size, &mut tables)
-    }
-
-    /// As [`Dit::prepare`], with rotary tables that may be known.
-    pub(crate) fn prepare_with(
-        &self,
-        captions: &[&Tensor],
-        size: [usize; 2],
-        tables: &mut RopeTables,
-    ) -> Result<Prepared> {
+    /// Embeds and refines captions, with rotary tables that may be known.
+    fn ready(&self, captions: &[&Tensor], size: [usize; 2], tables: &mut RopeTables) -> Result<Ready> {
         let _range = profile::range(c"prepare");
         let layout = self.layout(captions, size, tables)?;
         let embedded = self.embed_captions(&self.normalise_captions(captions, &layout)?.1, &layout)?;
-        Ok(Prepared {
+        Ok(Ready {
             captions: self.refine_captions(embedded, &layout, None)?,
             layout,
         })
@@ -378,7 +278,7 @@ impl Dit {
     ///
     /// # Errors
     /// When the device refuses.
-    pub(crate) fn rearrange(&mut self) -> Result<()> {
+    fn rearrange(&mut self) -> Result<()> {
         let _tag = MemoryTag::Weights.scope();
         match &mut self.parts.output {
             Output::Latent(_) => Ok(()),
@@ -395,15 +295,6 @@ impl Dit {
         Ok(embeddings)
     }
 
-    /// The modulation tables for model times `t = 1 − sigma`, one entry per time.
-    ///
-    /// # Errors
-    /// When the device has no room.
-    pub fn modulate(&self, times: &[f32]) -> Result<Modulations> {
-        let _range = profile::range(c"modulate");
-        self.modulate_by(&self.embed_times(times)?)
-    }
-
     /// The modulation tables for embedded times.
     fn modulate_by(&self, c: &Tensor) -> Result<Modulations> {
         let mut tables = Vec::new();
@@ -417,56 +308,23 @@ impl Dit {
         Ok(Modulations { table })
     }
 
-    /// The velocity (noise − image) of `image` `[batch, height, width, channels]` in the compute type, as f32 of the same
-    /// shape. `modulations` holds one time for all items, or one per item.
-    ///
-    /// # Errors
-    /// When shapes do not fit what was prepared, or the device has no room.
-    pub fn forward(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
-        let _range = profile::range(c"dit");
-        let x = self.image_features(image, prepared, modulations)?;
-        let _range = profile::range(c"output");
-        match &self.parts.output {
-            Output::Latent(last) => last.forward(&x, &modulations.table, [image.dim(1), image.dim(2)], &self.config),
-            Output::Pixel(head) => head.forward(image, &self.as_map(&x, prepared.layout.grid)?),
-        }
-    }
-
-    /// Whether [`Dit::paint`] can do without a velocity of the picture's size, which makes it the better way to take a step.
-    pub fn paints(&self) -> bool {
-        matches!((&self.parts.output, &self.device), (Output::Pixel(_), Device::Cuda(_)))
-    }
-
-    /// The velocity of [`Dit::forward`], as the result that goes onto `canvas`. The canvas may be the picture that `image` was
-    /// converted from.
-    ///
-    /// # Errors
-    /// As [`Dit::forward`], and for a latent model.
-    pub fn paint(
-        &self,
-        image: &Tensor,
-        prepared: &Prepared,
-        modulations: &Modulations,
-        canvas: Canvas<'_>,
-    ) -> Result<()> {
-        let Output::Pixel(head) = &self.parts.output else {
-            return Err(Error::invalid("dit: only a pixel model paints onto a canvas"));
-        };
-        let _range = profile::range(c"dit");
-        let features = self.image_features(image, prepared, modulations)?;
-        let _range = profile::range(c"output");
-        head.paint(image, &self.as_map(&features, prepared.layout.grid)?, canvas)
-    }
-
     /// The image tokens `[batch, tokens, dim]` after the last block.
-    fn image_features(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
-        let x = self.run_trunk(image, prepared, modulations)?;
-        narrow_tokens(&x, 0, prepared.layout.grid[0] * prepared.layout.grid[1])
+    fn image_features(&self, image: &Tensor, ready: &Ready, table: &Tensor) -> Result<Tensor> {
+        let x = self.trunk(image, ready.captions.clone(), &ready.layout, table, None)?;
+        narrow_tokens(&x, 0, ready.layout.grid[0] * ready.layout.grid[1])
     }
 
     /// Image tokens as a feature map `[batch, rows, columns, dim]`.
     fn as_map(&self, features: &Tensor, [rows, columns]: [usize; 2]) -> Result<Tensor> {
         features.reshape([features.dim(0), rows, columns, self.config.dim])
+    }
+
+    /// The refined captions `[batch, tokens, dim]`, pads included, of prepared conditions.
+    ///
+    /// # Errors
+    /// When they are another family's.
+    pub fn refined_captions<'a>(&self, prepared: &'a Prepared) -> Result<&'a Tensor> {
+        Ok(&prepared.inner::<Ready>()?.captions)
     }
 
     /// The first part of [`Dit::forward`]: the whole sequence `[batch, tokens, dim]` after the last block, image tokens
@@ -475,13 +333,8 @@ impl Dit {
     /// # Errors
     /// As [`Dit::forward`].
     pub fn run_trunk(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
-        self.trunk(
-            image,
-            prepared.captions.clone(),
-            &prepared.layout,
-            &modulations.table,
-            None,
-        )
+        let Ready { captions, layout } = prepared.inner()?;
+        self.trunk(image, captions.clone(), layout, &modulations.table, None)
     }
 
     /// The whole sequence after the last block, for refined captions; `saving` for the image's refiner and the main blocks.
@@ -510,7 +363,8 @@ impl Dit {
     /// # Errors
     /// As [`Dit::forward`].
     pub fn refine_image(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
-        self.refine(image, &prepared.layout, &modulations.table, None)
+        let Ready { layout, .. } = prepared.inner()?;
+        self.refine(image, layout, &modulations.table, None)
     }
 
     fn refine(&self, image: &Tensor, layout: &Layout, table: &Tensor, saving: Option<Saving<'_>>) -> Result<Tensor> {
@@ -530,6 +384,73 @@ impl Dit {
             fill_pad_tokens(&mut embedded, lengths, self.parts.image_pad.tensor())?;
         }
         Ok(embedded)
+    }
+}
+
+impl Denoiser for Dit {
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            kind: self.config.kind,
+            patch: self.config.patch,
+            channels: self.config.in_channels,
+        }
+    }
+
+    fn prepare(&self, captions: &[&Tensor], size: [usize; 2]) -> Result<Prepared> {
+        let mut tables = RopeTables::new(&self.config, &self.device, usize::MAX);
+        Ok(self.ready(captions, size, &mut tables)?.prepared())
+    }
+
+    fn prepare_into(&self, captions: &[&Tensor], prepared: &mut Prepared) -> Result<()> {
+        let _range = profile::range(c"prepare");
+        let ready: &mut Ready = prepared.inner_mut()?;
+        ready.layout.expect_lengths(captions)?;
+        let features = self.normalise_captions(captions, &ready.layout)?.1;
+        let embedded = self.embed_captions(&features, &ready.layout)?;
+        let refined = self.refine_captions(embedded, &ready.layout, None)?;
+        ready.captions.copy_from(&refined)
+    }
+
+    fn modulate(&self, times: &[f32], pooled: Option<&Tensor>) -> Result<Modulations> {
+        let _range = profile::range(c"modulate");
+        if pooled.is_some() {
+            return Err(Error::invalid("dit: this family takes no pooled conditions"));
+        }
+        self.modulate_by(&self.embed_times(times)?)
+    }
+
+    fn forward(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
+        let _range = profile::range(c"dit");
+        let ready: &Ready = prepared.inner()?;
+        let x = self.image_features(image, ready, &modulations.table)?;
+        let _range = profile::range(c"output");
+        match &self.parts.output {
+            Output::Latent(last) => last.forward(&x, &modulations.table, [image.dim(1), image.dim(2)], &self.config),
+            Output::Pixel(head) => {
+                let map = self.as_map(&x, ready.layout.grid)?;
+                drop(x);
+                head.forward(image, &map)
+            }
+        }
+    }
+
+    fn paints(&self) -> bool {
+        matches!((&self.parts.output, &self.device), (Output::Pixel(_), Device::Cuda(_)))
+    }
+
+    fn paint(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations, canvas: Canvas<'_>) -> Result<()> {
+        let Output::Pixel(head) = &self.parts.output else {
+            return Err(Error::invalid("dit: only a pixel model paints onto a canvas"));
+        };
+        let _range = profile::range(c"dit");
+        let ready: &Ready = prepared.inner()?;
+        let features = self.image_features(image, ready, &modulations.table)?;
+        let _range = profile::range(c"output");
+        head.paint(image, &self.as_map(&features, ready.layout.grid)?, canvas)
     }
 }
 
@@ -598,13 +519,5 @@ impl FinalLayer {
         let normalised = layer_norm_modulate(x, Some(Self::scale(table)?), Self::EPSILON)?;
         let patches = self.linear.forward(&normalised)?;
         unpatchify(&patches, height, width, config.patch, config.in_channels, -1.0)
-    }
-}
-
-/// The head of a pixel model, read off its tensors.
-fn head_layout(params: &dyn ParamSource, config: &DitConfig) -> Result<Option<DetailerLayout>> {
-    match config.kind {
-        ModelKind::Latent => Ok(None),
-        ModelKind::Pixel => DetailerLayout::read(params, HEAD_PREFIX).map(Some),
     }
 }

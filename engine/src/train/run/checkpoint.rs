@@ -26,7 +26,7 @@ use crate::checkpoint::{Content, Fetch, Float, OutputFile, OutputTensor, Safeten
 use crate::data::Position;
 use crate::error::{Error, Result};
 use crate::files::{self, sync_folder};
-use crate::train::{StatePart, TrainableDit};
+use crate::train::{StatePart, TrainableModel};
 
 /// The folder of checkpoints in a run's folder.
 pub const CHECKPOINTS: &str = "checkpoints";
@@ -227,7 +227,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// When the state is that of other tensors.
-    pub fn restore(&self, model: &mut TrainableDit) -> Result<Option<String>> {
+    pub fn restore(&self, model: &mut TrainableModel) -> Result<Option<String>> {
         let path = self.file.path();
         let expected = model.state_tensors().len();
         let found = self.file.tensors().len();
@@ -312,7 +312,7 @@ pub fn remove_leftovers(run: &Path) {
 /// When the disk does not take it; then nothing has changed.
 pub fn save(
     run: &Path,
-    model: &TrainableDit,
+    model: &TrainableModel,
     state: &RunState,
     options: SaveOptions,
     complete: &dyn Fn(&Path) -> Result<()>,
@@ -421,7 +421,7 @@ fn at(folder: &Path, name: &str, error: Error) -> Error {
 }
 
 /// The optimizer's state as a file, with the rest of the run's state in its metadata.
-fn whole_state(model: &TrainableDit, json: String) -> OutputFile<'_> {
+fn whole_state(model: &TrainableModel, json: String) -> OutputFile<'_> {
     let tensors = model.state_tensors().into_iter().map(|tensor| OutputTensor {
         name: tensor.name.clone(),
         dtype: Dtype::F32,
@@ -432,7 +432,12 @@ fn whole_state(model: &TrainableDit, json: String) -> OutputFile<'_> {
 }
 
 /// The trained tensors as a file; `part` is one that is kept of each.
-fn trained(model: &TrainableDit, part: StatePart, dtype: Float, metadata: BTreeMap<String, String>) -> OutputFile<'_> {
+fn trained(
+    model: &TrainableModel,
+    part: StatePart,
+    dtype: Float,
+    metadata: BTreeMap<String, String>,
+) -> OutputFile<'_> {
     let tensors = model.trained().into_iter().map(|tensor| OutputTensor {
         name: tensor.name.clone(),
         dtype: dtype.dtype(),

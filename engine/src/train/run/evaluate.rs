@@ -11,7 +11,7 @@ use super::feeder::Feeder;
 use super::setup::{Progress, Setup};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::train::{Policy, Recompute, TrainOptions, TrainableDit};
+use crate::train::{Policy, Recompute, TrainOptions, TrainableModel};
 
 /// What [`evaluate`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -53,10 +53,10 @@ pub fn evaluate(
     let setup = Setup::new(&config, cache, device, &mut progress)?;
     let transformer = setup.transformer();
     let options: TrainOptions = config.train_options();
-    let model = TrainableDit::load(
+    let model = TrainableModel::load(
+        &transformer.spec()?,
         &transformer.checkpoint,
         device,
-        &transformer.config,
         &options,
         &mut |done, total| progress.report("loading the model", done, total),
     )?;

@@ -12,9 +12,10 @@ use crate::data::{PictureSize, Sizing};
 use crate::device::{Device, format_bytes};
 use crate::error::{Error, Result};
 use crate::layers::MemoryParams;
+use crate::model::Spec;
 use crate::model::config::{DitConfig, ModelKind, VaeConfig};
 use crate::model::detailer::DetailerLayout;
-use crate::model::zimage::HEAD_PREFIX;
+use crate::model::zimage::{HEAD_PREFIX, ZImage};
 use crate::train::{Arithmetic, PlanInput, PlannedMemory, Recompute, TrainOptions, TrainingPlan};
 
 /// Side of a picture in patches where nobody says.
@@ -26,8 +27,7 @@ const DEFAULT_LATENT_SIDE: usize = 1024;
 /// The sizes of a model that is to be trained.
 #[derive(Clone, Debug)]
 pub(super) struct ModelSizes {
-    config: DitConfig,
-    head: Option<DetailerLayout>,
+    spec: ZImage,
     /// Pixels along a side of what one cell of the model's input stands for: 1, or a VAE's downsampling.
     cell: usize,
 }
@@ -38,15 +38,15 @@ impl ModelSizes {
     /// # Errors
     /// When a part is missing or damaged.
     pub fn of(transformer: &Transformer, vae: Option<&Path>) -> Result<Self> {
-        let config = transformer.config.clone();
-        let (head, cell) = match (config.kind, vae) {
-            (ModelKind::Pixel, _) => (Some(DetailerLayout::read(&transformer.checkpoint, HEAD_PREFIX)?), 1),
-            (ModelKind::Latent, Some(vae)) => (None, VaeConfig::read(vae)?.downsampling()),
+        let spec = transformer.spec()?;
+        let cell = match (spec.geometry().kind, vae) {
+            (ModelKind::Pixel, _) => 1,
+            (ModelKind::Latent, Some(vae)) => VaeConfig::read(vae)?.downsampling(),
             (ModelKind::Latent, None) => {
                 return Err(Error::invalid("a latent model needs a VAE: name its folder, vae"));
             }
         };
-        Ok(ModelSizes { config, head, cell })
+        Ok(ModelSizes { spec, cell })
     }
 
     /// Those of a pixel model that is yet to be made.
@@ -54,8 +54,10 @@ impl ModelSizes {
         let shapes = head.tensors().into_iter();
         let shapes = MemoryParams(shapes.map(|(name, shape)| (name, (shape, Vec::new()))).collect());
         Ok(ModelSizes {
-            head: Some(DetailerLayout::read(&shapes, HEAD_PREFIX)?),
-            config,
+            spec: ZImage {
+                head: Some(DetailerLayout::read(&shapes, HEAD_PREFIX)?),
+                config,
+            },
             cell: 1,
         })
     }
@@ -66,8 +68,7 @@ impl ModelSizes {
     /// When the policy or the size does not suit the model.
     pub fn plan(&self, options: &TrainOptions, work: &Work) -> Result<TrainingPlan> {
         TrainingPlan::new(&PlanInput {
-            config: &self.config,
-            head: self.head.as_ref(),
+            spec: &self.spec,
             options,
             size: [work.size.height / self.cell, work.size.width / self.cell],
             caption_tokens: work.caption_tokens,
@@ -144,11 +145,12 @@ impl Forecast {
             Some((config, head)) => ModelSizes::made(config, &head)?,
             None => ModelSizes::of(&transformer, paths.vae.as_deref())?,
         };
-        let side = match sizes.config.kind {
+        let geometry = sizes.spec.geometry();
+        let side = match geometry.kind {
             ModelKind::Latent => DEFAULT_LATENT_SIDE,
-            ModelKind::Pixel => DEFAULT_GRID * sizes.config.patch,
+            ModelKind::Pixel => DEFAULT_GRID * geometry.patch,
         };
-        let multiple = sizes.config.patch * sizes.cell;
+        let multiple = geometry.patch * sizes.cell;
         let own = paths.defaults;
         let sizing = config.sizing(PictureSize {
             width: own.width.unwrap_or(side).next_multiple_of(multiple),

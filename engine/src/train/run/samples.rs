@@ -8,9 +8,9 @@ use crate::flow::noise_source::NoiseSource;
 use crate::flow::sampler::{Conditioning, sample};
 use crate::flow::schedule::Schedule;
 use crate::image_io::RgbImage;
+use crate::model::Denoiser;
 use crate::model::config::VaeConfig;
 use crate::model::vae::VaeDecoder;
-use crate::model::zimage::Dit;
 use crate::ops::to_rgb8::to_rgb8;
 use crate::pipeline::Settings;
 use crate::tensor::Tensor;
@@ -42,16 +42,16 @@ impl Sheet {
     ///
     /// # Errors
     /// When the device has no room, a sample holds NaN or an infinity, or `go_on` says so.
-    pub fn draw(&self, dit: &Dit, go_on: &mut dyn FnMut() -> Result<()>) -> Result<RgbImage> {
-        let device = dit.device();
+    pub fn draw(&self, model: &dyn Denoiser, go_on: &mut dyn FnMut() -> Result<()>) -> Result<RgbImage> {
+        let device = model.device();
         let Settings { width, height, .. } = self.settings;
         let vae = match &self.vae {
             Some((config, checkpoint)) => Some(VaeDecoder::load(checkpoint, device, config)?),
             None => None,
         };
         let cell = self.vae.as_ref().map_or(1, |(config, _)| config.downsampling());
-        let canvas = [height / cell, width / cell, dit.config().in_channels];
-        let tokens = canvas[0] / dit.config().patch * (canvas[1] / dit.config().patch);
+        let canvas = [height / cell, width / cell, model.geometry().channels];
+        let tokens = model.geometry().image_tokens([canvas[0], canvas[1]]);
         let at_once = match device {
             Device::Cpu => 1,
             Device::Cuda(_) => (TOKENS_AT_ONCE / tokens.max(1)).max(1),
@@ -63,7 +63,7 @@ impl Sheet {
                 .map(|offset| first.wrapping_add(offset))
                 .collect();
             let noise = self.rng.noise(device, &seeds, canvas)?;
-            let drawn = self.denoise(dit, captions, noise, go_on)?;
+            let drawn = self.denoise(model, captions, noise, go_on)?;
             for item in 0..captions.len() {
                 let drawn = drawn.narrow(item, 1)?;
                 let image = match &vae {
@@ -78,16 +78,16 @@ impl Sheet {
 
     fn denoise(
         &self,
-        dit: &Dit,
+        model: &dyn Denoiser,
         captions: &[Features],
         noise: Tensor,
         go_on: &mut dyn FnMut() -> Result<()>,
     ) -> Result<Tensor> {
         let size = [noise.dim(1), noise.dim(2)];
         let prepare = |captions: Vec<&Features>| {
-            let tensors = captions.into_iter().map(|caption| caption.to_tensor(dit.device()));
+            let tensors = captions.into_iter().map(|caption| caption.to_tensor(model.device()));
             let tensors: Vec<Tensor> = tensors.collect::<Result<_>>()?;
-            dit.prepare(&tensors.iter().collect::<Vec<_>>(), size)
+            model.prepare(&tensors.iter().collect::<Vec<_>>(), size)
         };
         let negative = match &self.negative {
             Some(negative) => Some((prepare(vec![negative; captions.len()])?, self.settings.cfg)),
@@ -98,7 +98,7 @@ impl Sheet {
             negative,
         };
         let schedule = Schedule::new(self.settings.steps, f64::from(self.settings.shift))?;
-        sample(dit, &conditioning, &schedule, noise, &mut |_| go_on())
+        sample(model, &conditioning, &schedule, noise, &mut |_| go_on())
     }
 }
 

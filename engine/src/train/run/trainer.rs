@@ -28,7 +28,7 @@ use crate::error::{Error, Result};
 use crate::files::FolderLock;
 use crate::profile::{self, PartTimes};
 use crate::tensor::Tensor;
-use crate::train::{StepNorm, TrainableDit};
+use crate::train::{StepNorm, TrainableModel};
 
 /// Bytes of decoded pictures that may wait for the device.
 const PREFETCH: usize = 2 << 30;
@@ -62,7 +62,7 @@ struct Trainer<'a> {
     device: &'a Device,
     observer: &'a mut dyn Observer,
     setup: &'a Setup,
-    model: TrainableDit,
+    model: TrainableModel,
     loader: Loader,
     /// As of the last whole step.
     state: RunState,
@@ -126,10 +126,10 @@ impl<'a> Trainer<'a> {
     ) -> Result<Self> {
         let mut progress = Progress { observer };
         let transformer = setup.transformer();
-        let mut model = TrainableDit::load(
+        let mut model = TrainableModel::load(
+            &transformer.spec()?,
             &transformer.checkpoint,
             device,
-            &transformer.config,
             &config.train_options(),
             &mut |done, total| progress.report("loading the model", done, total),
         )?;

@@ -9,7 +9,7 @@ use super::feeder::Feeder;
 use crate::data::{DamageLog, DataSet, Item, ItemSource, PictureSize, damage_of};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
-use crate::train::TrainableDit;
+use crate::train::TrainableModel;
 
 /// Held-out pictures and how to load them.
 pub struct Validation {
@@ -71,7 +71,7 @@ impl Validation {
     /// When a picture is damaged, the device has no room, or `go_on` says so.
     pub fn loss(
         &self,
-        model: &TrainableDit,
+        model: &TrainableModel,
         feeder: &mut Feeder<'_>,
         go_on: &mut dyn FnMut() -> Result<()>,
     ) -> Result<f64> {

@@ -153,7 +153,7 @@ impl Trainer<'_> {
         let mut progress = Progress {
             observer: &mut *self.observer,
         };
-        let image = match sheet.draw(self.model.dit(), &mut || progress.go_on()) {
+        let image = match sheet.draw(self.model.denoiser(), &mut || progress.go_on()) {
             // Steps have a guard of their own against weights that diverge: a sheet alone ends no run.
             Err(error @ Error::NotFinite { .. }) => {
                 let (step, text) = (self.state.step, format!("no sheet of samples: {error}"));

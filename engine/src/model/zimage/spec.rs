@@ -1,0 +1,181 @@
+//! The family's description of itself.
+
+use super::backward::Reach;
+use super::trained::TrainedDit;
+use super::{Block, Dit, HEAD_PREFIX, Parts, TOKEN_MULTIPLE};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::layers::{Choose, Meta, Module, ParamSource, Trained, metas};
+use crate::model::config::{DitConfig, ModelKind};
+use crate::model::denoiser::{Denoiser, Geometry, Trainable, TrainingChoice};
+use crate::model::detailer::DetailerLayout;
+use crate::model::limits::DeviceLimits;
+use crate::model::spec::{Loading, Spec};
+use crate::model::work::{BlockElements, BlockWork, Keep, OutputWork, ProductWork, RowsWork, StackWork, Work};
+
+/// A Z-Image transformer, latent or pixel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ZImage {
+    /// Its sizes and settings.
+    pub config: DitConfig,
+    /// A pixel model's head.
+    pub head: Option<DetailerLayout>,
+}
+
+impl ZImage {
+    /// A model of these sizes, its head read off the parameters.
+    ///
+    /// # Errors
+    /// When a pixel model's head is missing or makes no sense.
+    pub fn read(params: &dyn ParamSource, config: &DitConfig) -> Result<Self> {
+        let head = match config.kind {
+            ModelKind::Latent => None,
+            ModelKind::Pixel => Some(DetailerLayout::read(params, HEAD_PREFIX)?),
+        };
+        Ok(ZImage {
+            config: config.clone(),
+            head,
+        })
+    }
+
+    /// Its parameters.
+    ///
+    /// # Errors
+    /// When a pixel model has no head.
+    pub fn describe(&self) -> Result<Parts<crate::layers::Described>> {
+        Parts::describe(&self.config, self.head.as_ref())
+    }
+
+    fn blocks(&self, blocks: &[Block<Trained>], keeps: &[Keep], tokens: usize) -> Vec<BlockWork> {
+        let (dim, ffn) = (self.config.dim, self.config.ffn_hidden);
+        let elements = BlockElements {
+            input: dim,
+            inside: 6 * dim + 2 * ffn,
+            inside_f32: self.config.heads,
+            forward: 2 * dim + (3 * ffn).max(6 * dim),
+            // Two gradients of the stream beside the feed-forward network's, or the rotated heads, their gradient and the result's.
+            backward: 2 * dim + (2 * ffn).max(7 * dim),
+        };
+        let work = |(block, keep): (&Block<Trained>, &Keep)| {
+            let product = |layer, outputs, inputs| ProductWork::of(layer, [outputs, inputs], keep.reached());
+            BlockWork {
+                tokens,
+                keep: *keep,
+                products: vec![
+                    product(&block.qkv, 3 * dim, dim),
+                    product(&block.out, dim, dim),
+                    product(&block.w13, 2 * ffn, dim),
+                    product(&block.w2, dim, ffn),
+                ],
+                attention_width: dim,
+                elements,
+            }
+        };
+        blocks.iter().zip(keeps).map(work).collect()
+    }
+}
+
+impl Spec for ZImage {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            kind: self.config.kind,
+            patch: self.config.patch,
+            channels: self.config.in_channels,
+        }
+    }
+
+    fn caption_width(&self) -> usize {
+        self.config.caption_width
+    }
+
+    fn main_blocks(&self) -> usize {
+        self.config.layers
+    }
+
+    fn head(&self) -> Option<&DetailerLayout> {
+        self.head.as_ref()
+    }
+
+    fn metas(&self) -> Vec<Meta> {
+        let described = self.describe();
+        described.map_or_else(|_| Vec::new(), |parts| metas(&parts).into_iter().cloned().collect())
+    }
+
+    fn expect_runs_on(&self, device: &Device) -> Result<()> {
+        self.config.expect_runs_on(device)?;
+        self.head.as_ref().map_or(Ok(()), |head| head.expect_runs_on(device))
+    }
+
+    fn load(&self, params: &dyn ParamSource, device: &Device, loaded: &mut Loading<'_>) -> Result<Box<dyn Denoiser>> {
+        Ok(Box::new(Dit::load(self, params, device, loaded)?))
+    }
+
+    fn load_trainable(
+        &self,
+        params: &dyn ParamSource,
+        device: &Device,
+        choice: &TrainingChoice<'_>,
+        loaded: &mut Loading<'_>,
+    ) -> Result<Box<dyn Trainable>> {
+        Ok(Box::new(TrainedDit::load(self, params, device, choice, loaded)?))
+    }
+
+    fn work(&self, choice: &TrainingChoice<'_>, [height, width]: [usize; 2], caption_tokens: usize) -> Result<Work> {
+        let DitConfig {
+            dim,
+            patch,
+            in_channels,
+            caption_width,
+            ..
+        } = self.config;
+        if patch == 0 || !height.is_multiple_of(patch) || !width.is_multiple_of(patch) {
+            return Err(Error::invalid(format!(
+                "an image of {width}x{height} cannot be cut into patches of {patch}"
+            )));
+        }
+        let trained = self
+            .describe()?
+            .transform(&mut Choose(|meta: &Meta| (choice.trains)(meta)))?;
+        let reach = Reach::new(&trained, choice.recomputes);
+        let image = (height / patch) * (width / patch);
+        let padded_image = image.next_multiple_of(TOKEN_MULTIPLE);
+        let captions = caption_tokens.max(1).next_multiple_of(TOKEN_MULTIPLE);
+        let features = patch * patch * in_channels;
+        let rows = |rows, product| RowsWork { rows, product };
+        let mut refiners = self.blocks(&trained.noise_refiner, &reach.noise_refiner, padded_image);
+        refiners.extend(self.blocks(&trained.context_refiner, &reach.context_refiner, captions));
+        Ok(Work {
+            embedders: vec![
+                rows(image, ProductWork::of(&trained.patch, [dim, features], false)),
+                rows(
+                    captions,
+                    ProductWork::of(&trained.caption, [dim, caption_width], reach.caption_embedder),
+                ),
+            ],
+            stacks: vec![
+                StackWork {
+                    names: ["refiners", "refiners' attention"],
+                    blocks: refiners,
+                },
+                StackWork {
+                    names: ["main blocks", "main blocks' attention"],
+                    blocks: self.blocks(&trained.layers, &reach.layers, padded_image + captions),
+                },
+            ],
+            output: match &self.head {
+                Some(_) => OutputWork::Head {
+                    passes: reach.features,
+                    trained: reach.output,
+                },
+                None => OutputWork::FinalLayer(rows(
+                    image,
+                    ProductWork {
+                        size: (dim * features) as f64,
+                        passes: reach.features || reach.output,
+                        trained: reach.output,
+                    },
+                )),
+            },
+        })
+    }
+}
