@@ -10,7 +10,7 @@
 
 mod backward;
 
-use super::limits::DeviceLimits;
+use super::limits::{DeviceLimits, vectors};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -110,6 +110,22 @@ impl DetailerLayout {
     /// Image pixels per pixel of the bottleneck, along each axis.
     pub fn reduction(&self) -> usize {
         1 << self.stages.len()
+    }
+}
+
+impl DeviceLimits for DetailerLayout {
+    const PART: &'static str = "detailer head";
+
+    fn cuda_obstacle(&self) -> Option<String> {
+        let mut widths = vec![("bottleneck", self.bottleneck), ("feature map", self.context)];
+        for (index, stage) in self.stages.iter().enumerate() {
+            // An encoder that keeps the image's channels hands them on as an image.
+            if index > 0 || stage.skip != stage.inputs {
+                widths.push(("encoder width", stage.skip));
+            }
+            widths.extend([("upsampled width", stage.upsampled), ("decoder width", stage.outputs)]);
+        }
+        vectors(&widths)
     }
 }
 

@@ -1,9 +1,7 @@
 //! What the CUDA kernels ask of a model's sizes, checked before anything is loaded. Operations check the same at their doors,
 //! but by then a text encoder has run and gigabytes have been read.
 
-use super::config::{DitConfig, TextConfig, VaeConfig};
-use super::detailer::DetailerLayout;
-use super::vae::WIDEST_ATTENTION;
+use super::config::{DitConfig, TextConfig};
 use crate::device::Device;
 use crate::error::{Error, Result};
 
@@ -12,9 +10,6 @@ const VECTOR: usize = 8;
 
 /// The heads that the kernel for normalised and rotated queries and keys handles.
 const HEAD_DIM: usize = 128;
-
-/// The most channels that the group normalisation's kernels take.
-const MAX_NORM_CHANNELS: usize = 2048;
 
 /// A model, or a part of one, that not every device can run.
 pub trait DeviceLimits {
@@ -56,22 +51,6 @@ impl DeviceLimits for DitConfig {
     }
 }
 
-impl DeviceLimits for DetailerLayout {
-    const PART: &'static str = "detailer head";
-
-    fn cuda_obstacle(&self) -> Option<String> {
-        let mut widths = vec![("bottleneck", self.bottleneck), ("feature map", self.context)];
-        for (index, stage) in self.stages.iter().enumerate() {
-            // An encoder that keeps the image's channels hands them on as an image.
-            if index > 0 || stage.skip != stage.inputs {
-                widths.push(("encoder width", stage.skip));
-            }
-            widths.extend([("upsampled width", stage.upsampled), ("decoder width", stage.outputs)]);
-        }
-        vectors(&widths)
-    }
-}
-
 impl DeviceLimits for TextConfig {
     const PART: &'static str = "text encoder";
 
@@ -80,28 +59,8 @@ impl DeviceLimits for TextConfig {
     }
 }
 
-impl DeviceLimits for VaeConfig {
-    const PART: &'static str = "VAE";
-
-    fn cuda_obstacle(&self) -> Option<String> {
-        let mut widths = vec![("latent channels", self.latent_channels)];
-        widths.extend(self.block_out_channels.iter().map(|&width| ("block width", width)));
-        let (widest, deepest) = (self.block_out_channels.iter().max(), self.block_out_channels.last());
-        let beyond = |width: Option<&usize>, most: usize, what: &str| {
-            width
-                .filter(|width| **width > most)
-                .map(|width| format!("a block width of {width} is more than {what} takes, {most}"))
-        };
-        vectors(&widths)
-            .or_else(|| beyond(widest, MAX_NORM_CHANNELS, "the group normalisation"))
-            .or_else(|| {
-                let deepest = deepest.filter(|_| self.mid_block_add_attention);
-                beyond(deepest, WIDEST_ATTENTION, "the attention")
-            })
-    }
-}
-
-fn vectors(sizes: &[(&str, usize)]) -> Option<String> {
+/// Why kernels cannot take one of these sizes, if they cannot.
+pub(super) fn vectors(sizes: &[(&str, usize)]) -> Option<String> {
     let odd = sizes.iter().find(|(_, size)| !size.is_multiple_of(VECTOR));
     odd.map(|(what, size)| format!("its {what} of {size} is not a multiple of {VECTOR}"))
 }

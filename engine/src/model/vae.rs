@@ -9,10 +9,9 @@ mod attention;
 mod encoder;
 
 use self::attention::MidAttention;
-pub(super) use self::attention::WIDEST as WIDEST_ATTENTION;
 pub use self::encoder::VaeEncoder;
 use super::config::VaeConfig;
-use super::limits::DeviceLimits;
+use super::limits::{DeviceLimits, vectors};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::layers::{ConvLayer, Described, Group, GroupNorm, Loader, ParamSource, module};
@@ -21,6 +20,9 @@ use crate::ops::group_norm::{group_norm, group_norm_in_place};
 use crate::ops::latent::denormalize_latent;
 use crate::profile;
 use crate::tensor::Tensor;
+
+/// The most channels that the group normalisation's kernels take.
+const MAX_NORM_CHANNELS: usize = 2048;
 
 /// ε of all group normalisations.
 const EPSILON: f32 = 1e-6;
@@ -64,6 +66,27 @@ module! {
         norm2: GroupNorm<K>,
         conv2: ConvLayer<K>,
         shortcut: Option<ConvLayer<K>>,
+    }
+}
+
+impl DeviceLimits for VaeConfig {
+    const PART: &'static str = "VAE";
+
+    fn cuda_obstacle(&self) -> Option<String> {
+        let mut widths = vec![("latent channels", self.latent_channels)];
+        widths.extend(self.block_out_channels.iter().map(|&width| ("block width", width)));
+        let (widest, deepest) = (self.block_out_channels.iter().max(), self.block_out_channels.last());
+        let beyond = |width: Option<&usize>, most: usize, what: &str| {
+            width
+                .filter(|width| **width > most)
+                .map(|width| format!("a block width of {width} is more than {what} takes, {most}"))
+        };
+        vectors(&widths)
+            .or_else(|| beyond(widest, MAX_NORM_CHANNELS, "the group normalisation"))
+            .or_else(|| {
+                let deepest = deepest.filter(|_| self.mid_block_add_attention);
+                beyond(deepest, attention::WIDEST, "the attention")
+            })
     }
 }
 

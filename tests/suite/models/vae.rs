@@ -137,11 +137,11 @@ fn mistakes_are_named() -> Outcome {
     let name = "decoder.up_blocks.2.resnets.0.conv_shortcut.weight";
     assert_eq!(
         message(&|params| drop(params.0.remove(name))),
-        format!("autoencoder: there is no parameter `{name}`")
+        format!("there is no parameter `{name}`")
     );
     assert_eq!(
         message(&|params| params.insert("decoder.conv_in.weight", &[64, 8, 3, 3], vec![0.0; 64 * 72])),
-        "autoencoder: `decoder.conv_in.weight` has shape [64, 8, 3, 3], the configuration calls for [64, 16, 3, 3]"
+        "`decoder.conv_in.weight` has shape [64, 8, 3, 3], expected [64, 16, 3, 3]"
     );
     let decoder = VaeDecoder::load(&params(&case), &Device::Cpu, &config)?;
     let latent = Tensor::from_slice(&Device::Cpu, &[0.0f32; 4 * 8], [1, 2, 2, 8])?;

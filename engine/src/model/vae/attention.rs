@@ -14,7 +14,7 @@ use crate::tensor::Tensor;
 const KERNEL_HEAD_DIMS: [usize; 3] = [64, 128, WIDEST];
 
 /// The most channels that the CUDA kernels can attend over.
-pub(in crate::model) const WIDEST: usize = 512;
+pub(super) const WIDEST: usize = 512;
 
 module! {
     /// `x + out(attention(q, k, v of norm(x)))`.
