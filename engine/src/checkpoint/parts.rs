@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::set::Checkpoint;
 use crate::error::{Error, Result};
-use crate::model::ParamSource;
+use crate::layers::ParamSource;
 use crate::model::config::{TextConfig, VaeConfig};
 use crate::printable::shown_name;
 

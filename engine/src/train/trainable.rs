@@ -258,7 +258,7 @@ impl TrainableModel {
     /// # Errors
     /// When the work so far failed.
     pub fn first_not_finite(&self) -> Result<Option<String>> {
-        let weights = self.dit.listed();
+        let weights = self.model.weights();
         let count = |(trained, &index): (usize, &usize)| {
             let master = self.optimizer.state(StateArray::Master, trained)?;
             Ok((index, count_not_finite(master.as_ref().unwrap_or(weights[index]))?))
@@ -266,7 +266,7 @@ impl TrainableModel {
         let counts: Vec<(usize, Tensor)> = self.trained.iter().enumerate().map(count).collect::<Result<_>>()?;
         for (index, count) in counts {
             if count.to_vec::<i32>()?[0] > 0 {
-                return Ok(Some(self.parameters[index].parts[0].name.clone()));
+                return Ok(Some(self.parameters[index].name().to_owned()));
             }
         }
         Ok(None)

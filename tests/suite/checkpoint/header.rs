@@ -5,7 +5,7 @@ use std::path::Path;
 
 use l2p_engine::Device;
 use l2p_engine::checkpoint::Checkpoint;
-use l2p_engine::model::ParamSource;
+use l2p_engine::layers::ParamSource;
 use l2p_tests::{Outcome, Suite, cli};
 use libtest_mimic::Failed;
 use safetensors::Dtype;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use l2p_engine::checkpoint::{Checkpoint, ModelPaths, PathOverrides, open_text_encoder, open_vae};
-use l2p_engine::model::ParamSource;
+use l2p_engine::layers::ParamSource;
 use l2p_engine::model::config::{TextConfig, VaeConfig};
 use l2p_tests::{Outcome, Suite};
 use libtest_mimic::Failed;

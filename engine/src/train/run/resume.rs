@@ -12,7 +12,7 @@ use super::log::{self, Record};
 use super::setup::Progress;
 use crate::data::Position;
 use crate::error::{Error, Result};
-use crate::train::TrainableDit;
+use crate::train::TrainableModel;
 
 /// From where a run goes on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub(super) struct Candidates {
 }
 
 /// The loss of a model on something that is always the same; `None` where there is nothing to compute it of.
-pub(super) type Probe<'a> = dyn FnMut(&TrainableDit) -> Result<Option<f32>> + 'a;
+pub(super) type Probe<'a> = dyn FnMut(&TrainableModel) -> Result<Option<f32>> + 'a;
 
 /// The checkpoints that the run may go on from.
 ///
@@ -145,7 +145,7 @@ impl Candidates {
     /// When there were some and none is good, when they belong to another configuration, or the observer asks to stop.
     pub fn restore(
         mut self,
-        model: &mut TrainableDit,
+        model: &mut TrainableModel,
         probe: &mut Probe<'_>,
         progress: &mut Progress<'_>,
     ) -> Result<Option<Checkpoint>> {
@@ -182,7 +182,7 @@ impl Candidates {
 /// Why the run cannot go on from a checkpoint, which is put into `model`; `None` when it can.
 fn damage(
     checkpoint: &Checkpoint,
-    model: &mut TrainableDit,
+    model: &mut TrainableModel,
     probe: &mut Probe<'_>,
     progress: &mut Progress<'_>,
 ) -> Result<Option<String>> {

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
 use crate::model::vae::VaeEncoder;
 use crate::pipeline::{Pipeline, PromptFiles, Settings};
-use crate::train::TrainableDit;
+use crate::train::TrainableModel;
 
 /// The most decoding threads where the configuration does not say.
 const MOST_WORKERS: usize = 16;
@@ -159,7 +159,7 @@ impl Setup {
     ///
     /// # Errors
     /// When the device has no room.
-    pub fn probe(&self, model: &TrainableDit, feeder: &mut Feeder<'_>) -> Result<Option<f32>> {
+    pub fn probe(&self, model: &TrainableModel, feeder: &mut Feeder<'_>) -> Result<Option<f32>> {
         /// Pictures that are tried; more than these are damaged in no set that a run accepts.
         const TRIED: usize = 16;
         let records = self.set.records().iter().enumerate().take(TRIED);

@@ -136,7 +136,7 @@ impl<'a> Trainer<'a> {
         let json = serde_json::to_value(config).map_err(|error| Error::invalid(error.to_string()))?;
         let mut state = RunState::new(setup.data_identity.clone(), setup.model_identity.clone(), json.clone());
         let mut feeder = Feeder::new(config, device, setup.seeded);
-        let mut probe = |model: &TrainableDit| setup.probe(model, &mut feeder);
+        let mut probe = |model: &TrainableModel| setup.probe(model, &mut feeder);
         let resumed = candidates.restore(&mut model, &mut probe, &mut progress)?;
         if let Some(resumed) = &resumed {
             state = continued(resumed, config, state, &mut progress)?;

@@ -123,7 +123,7 @@ impl Trainer<'_> {
             },
             average: self.config.ema.is_some(),
         };
-        let kind = self.model.dit().config().kind;
+        let kind = self.model.denoiser().geometry().kind;
         let settings = sample_settings(self.config, &self.setup.pipeline)?;
         let complete = |folder: &Path| manifest::write(folder, self.run, self.setup.paths(), kind, &settings);
         let state = RunState {
