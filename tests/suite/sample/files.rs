@@ -161,7 +161,7 @@ fn damaged_parts_end_with_1() -> Outcome {
         (
             "vae/diffusion_pytorch_model.safetensors",
             |file| without(file, "decoder.conv_in.weight"),
-            "autoencoder: there is no parameter `decoder.conv_in.weight`",
+            "vae: there is no parameter `decoder.conv_in.weight`",
         ),
         (
             "tokenizer/tokenizer.json",
