@@ -14,20 +14,20 @@ __device__ __forceinline__ unsigned char to_byte(float value) {
     return static_cast<unsigned char>(__float2int_rn(unit * 255.0f));
 }
 
-// x, y [items, values]; not_finite [items], zeros before. `blocks` of the grid for each item.
+// x, y [items, values]; not_finite [items], zeros before. Grid (blocks, items).
 extern "C" __global__ __launch_bounds__(THREADS) void to_rgb8(
-    const float* x, unsigned char* y, int* not_finite, size_t values, int blocks) {
-    const size_t item = blockIdx.x / blocks, start = item * values;
-    const size_t first = static_cast<size_t>(blockIdx.x % blocks) * THREADS * VALUES + threadIdx.x;
+    const float* x, unsigned char* y, int* not_finite, size_t values) {
+    x += blockIdx.y * values, y += blockIdx.y * values;
+    const size_t first = static_cast<size_t>(blockIdx.x) * THREADS * VALUES + threadIdx.x;
+    float value[VALUES];  // all on their way before the first is used
+#pragma unroll
+    for (int i = 0; i < VALUES; ++i) value[i] = first + i * THREADS < values ? x[first + i * THREADS] : 0.0f;
     int bad = 0;
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) {
-        const size_t at = first + i * THREADS;
-        if (at >= values) continue;
-        const float value = x[start + at];
-        y[start + at] = to_byte(value);
-        bad += !isfinite(value);
+        bad += !isfinite(value[i]);
+        if (first + i * THREADS < values) y[first + i * THREADS] = to_byte(value[i]);
     }
-    add_count(not_finite + item, bad);
+    add_count(not_finite + blockIdx.y, bad);
 }
 L2P_LAUNCH(to_rgb8, THREADS, 0, THREADS * VALUES)

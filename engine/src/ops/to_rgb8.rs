@@ -82,10 +82,10 @@ pub fn to_rgb8(x: &Tensor) -> Result<Rgb8> {
     let kernel = device.kernel("to_rgb8", OP)?;
     let blocks = values.div_ceil(kernel.info().tile[0].max(1) as usize);
     let args = Args::new().input(x)?.output(&mut bytes)?.output(&mut not_finite)?;
-    let args = args.long(values as u64).int(blocks);
+    let args = args.long(values as u64);
     // SAFETY: the arguments are those of `to_rgb8`: `items` pictures of as many values as it is told, and a number for each; the grid
-    // has `blocks` blocks for each picture, which cover it.
-    unsafe { kernel.launch(device, [grid(OP, items * blocks)?, 1, 1], args)? };
+    // has a row of blocks for each picture, which cover it.
+    unsafe { kernel.launch(device, [grid(OP, blocks)?, grid(OP, items)?, 1], args)? };
     Ok(Rgb8 { bytes, not_finite })
 }
 
