@@ -13,6 +13,7 @@ pub mod params;
 pub mod parity;
 pub mod peer;
 pub mod published;
+pub mod ranks;
 pub mod record;
 pub mod report;
 pub mod runner;

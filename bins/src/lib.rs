@@ -3,6 +3,7 @@
 #![deny(clippy::print_stderr, clippy::print_stdout)]
 
 pub mod data;
+pub mod launch;
 mod output;
 pub mod profile;
 mod progress;

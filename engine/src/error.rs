@@ -97,6 +97,16 @@ pub enum Error {
         /// weight or part that is to blame behind it.
         what: String,
     },
+    /// A run of several ranks cannot go on, because one of them is gone, hangs, or gave up.
+    #[error("rank {rank} on {host} was lost: {reason}")]
+    PeerLost {
+        /// The rank.
+        rank: usize,
+        /// Its machine.
+        host: String,
+        /// How that was noticed, or why it gave up.
+        reason: String,
+    },
     /// The user asked to stop.
     #[error("interrupted")]
     Interrupted,

@@ -1,8 +1,8 @@
 //! The engine of l2p: tensors and fused operations on CPU and CUDA, the models made of them, and what drives them.
 //!
-//! The layers, each using only those before it: [`device`] → [`tensor`] → [`ops`] → [`layers`] → [`model`] → [`checkpoint`], [`flow`] →
-//! [`pipeline`] → [`data`] → [`train`]; [`text`] and [`image_io`] stand beside them, [`profile`] below and [`ceilings`] above
-//! the operations.
+//! The layers, each using only those before it: [`device`] → [`tensor`] → [`ops`] → [`dist`], [`layers`] → [`model`] →
+//! [`checkpoint`], [`flow`] → [`pipeline`] → [`data`] → [`train`]; [`text`] and [`image_io`] stand beside them, [`profile`] below
+//! and [`ceilings`] above the operations.
 //! Operations know nothing of models; each defines itself by a plain CPU loop and launches the CUDA kernel that must equal it.
 
 #![deny(clippy::print_stderr, clippy::print_stdout)]
@@ -11,6 +11,7 @@ pub mod ceilings;
 pub mod checkpoint;
 pub mod data;
 pub mod device;
+pub mod dist;
 mod dtype;
 mod error;
 pub mod files;

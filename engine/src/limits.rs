@@ -49,6 +49,8 @@ pub type SomeCount = Bounded<1, 1_000_000_000>;
 pub type Pixels = Bounded<1, { 1 << 32 }>;
 /// Seed of a generator: whatever a whole number of TOML holds that is not negative.
 pub type Seed = Bounded<0, { i64::MAX as u64 }>;
+/// Ranks of a run.
+pub type Ranks = Bounded<1, 4096>;
 /// Threads.
 pub type Threads = Bounded<1, 1024>;
 /// Pictures that one command draws, and how often it draws each prompt.

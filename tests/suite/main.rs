@@ -6,6 +6,7 @@ mod bench;
 mod checkpoint;
 mod convert;
 mod data;
+mod dist;
 mod doors;
 mod flow;
 mod fuzz;
@@ -28,6 +29,7 @@ fn main() -> std::process::ExitCode {
     checkpoint::register(&mut suite);
     convert::register(&mut suite);
     data::register(&mut suite);
+    dist::register(&mut suite);
     doors::register(&mut suite);
     flow::register(&mut suite);
     fuzz::register(&mut suite);

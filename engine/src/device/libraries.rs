@@ -17,6 +17,9 @@ const CUPTI_FOLDER: &str = "/usr/local/cuda/extras/CUPTI/lib64";
 /// The file names of CUPTI.
 const CUPTI: [&str; 3] = ["libcupti.so.13", "libcupti.so.12", "libcupti.so"];
 
+/// The file names of NCCL; its own packages link the first alone.
+const NCCL: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
+
 /// The file names under which cuBLASLt of the supported major versions is installed.
 const CUBLAS_LT: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
 
@@ -77,6 +80,58 @@ pub fn load_cupti() -> Result<libloading::Library, String> {
          folder in L2P_CUDA_LIBRARIES",
         CUPTI.join(", ")
     ))
+}
+
+/// Loads NCCL, by the loader's own search, from the usual folders, or from where pip puts it; otherwise says where it was
+/// looked for.
+pub fn load_nccl() -> Result<libloading::Library, String> {
+    let folders: Vec<PathBuf> = folders().chain(nccl_wheels()).collect();
+    let in_folders = folders.iter().flat_map(|folder| NCCL.map(|name| folder.join(name)));
+    for path in NCCL.map(PathBuf::from).into_iter().chain(in_folders) {
+        // SAFETY: loading the library runs its initialisers only, which have no preconditions.
+        if let Ok(library) = unsafe { libloading::Library::new(path) } {
+            return Ok(library);
+        }
+    }
+    let folders: Vec<String> = folders.iter().map(|folder| folder.display().to_string()).collect();
+    Err(format!(
+        "NCCL, which several GPUs need, was not found ({} in LD_LIBRARY_PATH, {}): install it (Debian: libnccl2, pip: \
+         nvidia-nccl-cu13) or name its folder in L2P_CUDA_LIBRARIES",
+        NCCL.join(" or "),
+        folders.join(", ")
+    ))
+}
+
+/// Where pip installs NCCL: beside the other CUDA wheels that `L2P_CUDA_LIBRARIES` may name, in the environment that is active,
+/// and in those whose `python3` is in the search path.
+fn nccl_wheels() -> Vec<PathBuf> {
+    let beside = folders().filter_map(|folder| Some(folder.parent()?.parent()?.join("nccl/lib")));
+    let active = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let pythons = std::env::split_paths(&path).filter(|folder| folder.join("python3").is_file());
+    let prefixes = active
+        .map(PathBuf::from)
+        .chain(pythons.filter_map(|folder| Some(folder.parent()?.to_owned())));
+    let libraries = prefixes.flat_map(|prefix| {
+        let entries = std::fs::read_dir(prefix.join("lib")).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect::<Vec<_>>()
+    });
+    let packages = libraries
+        .filter(|folder| {
+            folder
+                .file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("python3"))
+        })
+        .flat_map(|folder| {
+            ["site-packages", "dist-packages"].map(|packages| folder.join(packages).join("nvidia/nccl/lib"))
+        });
+    let mut found: Vec<PathBuf> = Vec::new();
+    for folder in beside.chain(packages).filter(|folder| folder.is_dir()) {
+        if !found.contains(&folder) {
+            found.push(folder);
+        }
+    }
+    found
 }
 
 fn folders() -> impl Iterator<Item = PathBuf> {

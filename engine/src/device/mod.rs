@@ -17,11 +17,12 @@ mod graph;
 mod host_memory;
 mod images;
 mod kernel;
-mod libraries;
+pub(crate) mod libraries;
 mod lock;
 mod memory;
 mod pool;
 mod probe;
+mod streams;
 mod trace;
 mod upload;
 
@@ -38,6 +39,8 @@ pub use graph::Graph;
 pub use kernel::{Kernel, LaunchInfo, TensorMap, TensorMapSpec};
 pub use memory::{BesidePool, MemoryReport, MemoryTag, TagScope, format_bytes};
 pub use probe::{ForeignImages, GpuReport, ProbeReport, probe};
+pub(crate) use streams::keep_out_of_recordings;
+pub use streams::{SideStream, StreamMark, visible_gpus};
 pub use trace::{Activity, Tracer, busy_nanoseconds};
 
 use crate::dtype::DType;

@@ -28,6 +28,7 @@ pub mod patch_embed;
 pub mod qk_norm_rope;
 pub mod resize;
 pub mod rms_norm;
+pub mod sum_parts;
 pub mod sum_rows;
 pub mod swiglu;
 pub mod timestep;

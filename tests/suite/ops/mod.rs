@@ -27,6 +27,7 @@ mod qk_norm_rope;
 mod resize;
 mod resize_backward;
 mod rms_norm;
+mod sum_parts;
 mod swiglu;
 mod timestep;
 mod to_rgb8;
@@ -63,6 +64,7 @@ pub fn register(suite: &mut Suite) {
     resize::register(suite);
     resize_backward::register(suite);
     rms_norm::register(suite);
+    sum_parts::register(suite);
     swiglu::register(suite);
     timestep::register(suite);
     to_rgb8::register(suite);

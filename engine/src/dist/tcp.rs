@@ -1,0 +1,540 @@
+//! The data plane between CPUs: a connection between any two ranks.
+//!
+//! Operations run one after the other in a thread of their own, beside the computation. What goes to each rank is written by a thread
+//! for that rank, so that no two ranks can ever wait for each other to read, whatever the size. A transfer begins with a header that
+//! says which operation it belongs to; ranks whose programs have come apart notice it there.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::ops::{ControlFlow, Range};
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use half::bf16;
+
+use super::communicator::{Communicator, Pending, Work, expect_all_gather, expect_all_to_all, expect_broadcast};
+use super::control::{Control, GREETING, Place, Shared, Ticket, Until, address_of, admit, connect};
+use super::launch::Launch;
+use crate::device::Device;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// The first bytes of every connection, before the session and the rank.
+const MAGIC: [u8; 8] = *b"l2ptensr";
+
+/// Between attempts to reach a rank.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Where this rank takes connections from those of higher rank.
+pub(super) struct Door {
+    listener: TcpListener,
+    port: u16,
+}
+
+impl Door {
+    /// Opens a port that the system picks.
+    pub fn open(launch: &Launch) -> Result<Self> {
+        let everywhere = [IpAddr::from(Ipv6Addr::UNSPECIFIED), IpAddr::from(Ipv4Addr::UNSPECIFIED)];
+        let here = [IpAddr::from(Ipv4Addr::LOCALHOST)];
+        let addresses: &[IpAddr] = match launch.on_one_machine() {
+            true => &here,
+            false => &everywhere,
+        };
+        let addresses: Vec<SocketAddr> = addresses.iter().map(|address| (*address, 0).into()).collect();
+        let open = || {
+            let listener = TcpListener::bind(&addresses[..])?;
+            let port = listener.local_addr()?.port();
+            Ok(Door { listener, port })
+        };
+        open().map_err(|error: io::Error| Error::invalid(format!("cannot open a port for other ranks: {error}")))
+    }
+
+    /// The port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+}
+
+/// See the module's head comment.
+pub(super) struct Tcp {
+    rank: usize,
+    world: usize,
+    shared: Arc<Shared>,
+    queue: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    sockets: Arc<Vec<TcpStream>>,
+}
+
+impl Tcp {
+    /// Connects this rank with all others.
+    pub fn connect(door: &Door, control: &Control) -> Result<Self> {
+        let shared = control.shared().clone();
+        let (rank, world) = (shared.rank, shared.world());
+        let end = Instant::now() + shared.options.start;
+        let mut streams: Vec<Option<TcpStream>> = (0..world).map(|_| None).collect();
+        for (other, stream) in streams.iter_mut().enumerate().take(rank) {
+            *stream = Some(reach(control, other, end)?);
+        }
+        let mut missing = world - rank - 1;
+        if missing > 0 {
+            let session = control.session;
+            let greet = move |stream: TcpStream, _| hear(stream, session).ok();
+            let take = |guest: Option<(usize, TcpStream)>| {
+                if let Some((other, stream)) = guest
+                    && other > rank
+                    && other < world
+                    && streams[other].is_none()
+                {
+                    streams[other] = Some(stream);
+                    missing -= 1;
+                }
+                Ok(match missing {
+                    0 => ControlFlow::Break(()),
+                    _ => ControlFlow::Continue(()),
+                })
+            };
+            if !admit(&door.listener, end, greet, take, || shared.check())? {
+                let missing: Vec<String> = (rank + 1..world)
+                    .filter(|other| streams[*other].is_none())
+                    .map(|other| other.to_string())
+                    .collect();
+                return Err(Error::invalid(format!(
+                    "no connection for tensors came from rank {} within {} s: a firewall between the machines may keep port {} closed",
+                    missing.join(", "),
+                    shared.options.start.as_secs_f64(),
+                    door.port
+                )));
+            }
+        }
+        Self::begin(shared, streams)
+    }
+
+    fn begin(shared: Arc<Shared>, streams: Vec<Option<TcpStream>>) -> Result<Self> {
+        let failed = |error: io::Error| Error::invalid(format!("a connection for tensors broke at once ({error})"));
+        let mut lanes = Vec::new();
+        let mut sockets = Vec::new();
+        for (peer, stream) in streams.into_iter().enumerate() {
+            let Some(stream) = stream else { continue };
+            stream.set_nodelay(true).map_err(failed)?;
+            stream.set_read_timeout(None).map_err(failed)?;
+            stream.set_write_timeout(None).map_err(failed)?;
+            sockets.push(stream.try_clone().map_err(failed)?);
+            lanes.push(Lane::new(peer, stream).map_err(failed)?);
+        }
+        let sockets = Arc::new(sockets);
+        let closed = sockets.clone();
+        shared.on_loss(Box::new(move || close(&closed)));
+        let (queue, jobs) = mpsc::channel::<Job>();
+        let (rank, world) = (shared.rank, shared.world());
+        let mut runner = Runner {
+            rank,
+            shared: shared.clone(),
+            lanes,
+            broken: false,
+        };
+        let thread = std::thread::spawn(move || jobs.into_iter().for_each(|job| runner.run(job)));
+        Ok(Tcp {
+            rank,
+            world,
+            shared,
+            queue: Some(queue),
+            thread: Some(thread),
+            sockets,
+        })
+    }
+
+    fn start(&self, name: &'static str, plan: Plan) -> Result<Pending> {
+        let ticket = self.shared.enter(name)?;
+        let (reply, receiver) = mpsc::sync_channel(1);
+        let job = Job {
+            name,
+            plan,
+            ticket,
+            reply,
+        };
+        let queue = self.queue.as_ref().expect("there is a queue until this is dropped");
+        queue
+            .send(job)
+            .map_err(|_| Error::invalid("the thread that exchanges tensors has ended"))?;
+        Ok(Pending(Work::Queued(receiver)))
+    }
+}
+
+impl Drop for Tcp {
+    fn drop(&mut self) {
+        // The queue ends; whatever a job still waits for will not come, unless all have left, and then there is no such job.
+        self.queue = None;
+        close(&self.sockets);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread was printed where it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Communicator for Tcp {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn world(&self) -> usize {
+        self.world
+    }
+
+    fn all_to_all(&self, parts: &Tensor, receive: Tensor) -> Result<Pending> {
+        expect_all_to_all(self.world, parts, &receive)?;
+        let receive = owned("all_to_all", receive)?;
+        let row = parts.bytes() / self.world;
+        let rows: Vec<Option<Range<usize>>> = (0..self.world).map(|rank| Some(rank * row..(rank + 1) * row)).collect();
+        self.start(
+            "all_to_all",
+            Plan {
+                source: Some(parts.clone()),
+                outgoing: rows.clone(),
+                target: receive,
+                incoming: rows,
+            },
+        )
+    }
+
+    fn all_gather(&self, part: &Tensor, receive: Tensor) -> Result<Pending> {
+        expect_all_gather(self.world, part, &receive)?;
+        let receive = owned("all_gather", receive)?;
+        let row = part.bytes();
+        self.start(
+            "all_gather",
+            Plan {
+                source: Some(part.clone()),
+                outgoing: vec![Some(0..row); self.world],
+                target: receive,
+                incoming: (0..self.world).map(|rank| Some(rank * row..(rank + 1) * row)).collect(),
+            },
+        )
+    }
+
+    fn broadcast(&self, tensor: Tensor, root: usize) -> Result<Pending> {
+        expect_broadcast(self.world, root)?;
+        let tensor = owned("broadcast", tensor)?;
+        let all = 0..tensor.bytes();
+        let to_others = |rank| (self.rank == root && rank != root).then(|| all.clone());
+        let from_root = |rank| (self.rank != root && rank == root).then(|| all.clone());
+        let plan = Plan {
+            source: None,
+            outgoing: (0..self.world).map(to_others).collect(),
+            incoming: (0..self.world).map(from_root).collect(),
+            target: tensor,
+        };
+        self.start("broadcast", plan)
+    }
+
+    fn settle(&self) -> Result<()> {
+        let nothing = Plan {
+            source: None,
+            outgoing: vec![None; self.world],
+            target: Tensor::empty(&Device::Cpu, [0], DType::F32)?,
+            incoming: vec![None; self.world],
+        };
+        self.start("settling", nothing)?.wait().map(|_| ())
+    }
+}
+
+/// The tensor, if it can be written; checked when an operation is started, not when it runs.
+fn owned(op: &'static str, mut tensor: Tensor) -> Result<Tensor> {
+    tensor.expect_device(op, "receive", &Device::Cpu)?;
+    bytes_mut(&mut tensor)?;
+    Ok(tensor)
+}
+
+/// An operation: which bytes of `source` (of `target`, where there is none) go to each rank, and which of `target` come from it.
+struct Plan {
+    source: Option<Tensor>,
+    outgoing: Vec<Option<Range<usize>>>,
+    target: Tensor,
+    incoming: Vec<Option<Range<usize>>>,
+}
+
+struct Job {
+    name: &'static str,
+    plan: Plan,
+    ticket: Ticket,
+    reply: SyncSender<Result<Tensor>>,
+}
+
+/// Runs operations, one after the other.
+struct Runner {
+    rank: usize,
+    shared: Arc<Shared>,
+    lanes: Vec<Lane>,
+    /// Connections are out of step.
+    broken: bool,
+}
+
+impl Runner {
+    fn run(&mut self, job: Job) {
+        let Job {
+            name,
+            plan,
+            ticket,
+            reply,
+        } = job;
+        let outcome = match self.broken {
+            true => Err(self
+                .shared
+                .verdict(None, "its connections for tensors are broken".into())),
+            false => self.exchange(name, ticket.number, plan),
+        };
+        self.broken |= outcome.is_err();
+        drop(ticket);
+        // Nobody may wait for the result any more.
+        let _ = reply.send(outcome);
+    }
+
+    fn exchange(&mut self, name: &'static str, number: u64, plan: Plan) -> Result<Tensor> {
+        let Plan {
+            source,
+            outgoing,
+            mut target,
+            incoming,
+        } = plan;
+        for lane in &self.lanes {
+            if let Some(range) = outgoing[lane.peer].clone() {
+                let header = Header::new(name, number, range.len());
+                let tensor = source.as_ref().unwrap_or(&target).clone();
+                // A thread that has ended says so below.
+                let _ = lane.jobs.send(Outgoing { header, tensor, range });
+            }
+        }
+        let mut outcome = self.receive(name, number, source.as_ref(), &mut target, &outgoing, &incoming);
+        if let Err((peer, error)) = &outcome {
+            // Reported before the other connections close, which other ranks will report.
+            self.shared.report(Some(*peer), &self.reason(name, error));
+            self.lanes.iter().for_each(Lane::close);
+        }
+        // All that was begun is waited for, whatever happened: it holds the tensors.
+        for lane in self.lanes.iter().filter(|lane| outgoing[lane.peer].is_some()) {
+            let sent = lane
+                .done
+                .recv()
+                .unwrap_or_else(|_| Err(io::Error::other("its thread ended")));
+            if let (Err(error), true) = (sent, outcome.is_ok()) {
+                self.shared.report(Some(lane.peer), &self.reason(name, &error));
+                self.lanes.iter().for_each(Lane::close);
+                outcome = Err((lane.peer, error));
+            }
+        }
+        match outcome {
+            Ok(()) => Ok(target),
+            Err((peer, error)) => Err(self.shared.verdict(Some(peer), self.reason(name, &error))),
+        }
+    }
+
+    /// What an error says of the rank at the other end.
+    fn reason(&self, name: &str, error: &io::Error) -> String {
+        match error.kind() {
+            io::ErrorKind::InvalidData => error.to_string(),
+            _ => format!("rank {}'s connection to it broke in {name} ({error})", self.rank),
+        }
+    }
+
+    fn receive(
+        &mut self,
+        name: &'static str,
+        number: u64,
+        source: Option<&Tensor>,
+        target: &mut Tensor,
+        outgoing: &[Option<Range<usize>>],
+        incoming: &[Option<Range<usize>>],
+    ) -> std::result::Result<(), (usize, io::Error)> {
+        let other = |error: Error| (self.rank, io::Error::other(error.to_string()));
+        if incoming.iter().all(Option::is_none) {
+            return Ok(());
+        }
+        let target = bytes_mut(target).map_err(other)?;
+        if let (Some(source), Some(from), Some(to)) = (source, &outgoing[self.rank], &incoming[self.rank]) {
+            target[to.clone()].copy_from_slice(&bytes(source).map_err(other)?[from.clone()]);
+        }
+        for lane in &mut self.lanes {
+            if let Some(range) = incoming[lane.peer].clone() {
+                let expected = Header::new(name, number, range.len());
+                lane.receive(&expected, &mut target[range])
+                    .map_err(|error| (lane.peer, error))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What one lane's thread writes.
+struct Outgoing {
+    header: Header,
+    tensor: Tensor,
+    range: Range<usize>,
+}
+
+/// The connection to one rank.
+struct Lane {
+    peer: usize,
+    reader: TcpStream,
+    jobs: Sender<Outgoing>,
+    done: Receiver<io::Result<()>>,
+}
+
+impl Lane {
+    fn new(peer: usize, stream: TcpStream) -> io::Result<Self> {
+        let mut writer = stream.try_clone()?;
+        let (jobs, queue) = mpsc::channel::<Outgoing>();
+        let (report, done) = mpsc::channel();
+        std::thread::spawn(move || {
+            for Outgoing { header, tensor, range } in queue {
+                let outcome = bytes(&tensor)
+                    .map_err(|error| io::Error::other(error.to_string()))
+                    .and_then(|bytes| {
+                        writer.write_all(&header.0)?;
+                        writer.write_all(&bytes[range])
+                    });
+                // The tensor is free before the operation has ended.
+                drop(tensor);
+                if report.send(outcome).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Lane {
+            peer,
+            reader: stream,
+            jobs,
+            done,
+        })
+    }
+
+    fn receive(&mut self, expected: &Header, target: &mut [u8]) -> io::Result<()> {
+        let mut header = Header([0; HEADER]);
+        self.reader.read_exact(&mut header.0)?;
+        if header != *expected {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("it sent {header} where {expected} was expected: the ranks' programs have come apart",),
+            ));
+        }
+        self.reader.read_exact(target)
+    }
+
+    fn close(&self) {
+        // What is closed already needs no closing.
+        let _ = self.reader.shutdown(Shutdown::Both);
+    }
+}
+
+const HEADER: usize = 32;
+
+/// What a transfer belongs to: the operation's name (16 bytes), its number and the bytes that follow.
+#[derive(Clone, PartialEq, Eq)]
+struct Header([u8; HEADER]);
+
+impl Header {
+    fn new(name: &'static str, number: u64, bytes: usize) -> Self {
+        let mut header = [0; HEADER];
+        header[..name.len()].copy_from_slice(name.as_bytes());
+        header[16..24].copy_from_slice(&number.to_le_bytes());
+        header[24..].copy_from_slice(&(bytes as u64).to_le_bytes());
+        Header(header)
+    }
+}
+
+impl std::fmt::Display for Header {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
+        let name = String::from_utf8_lossy(&self.0[..16]);
+        write!(
+            f,
+            "{} bytes of operation {} ({})",
+            number(&self.0[24..]),
+            number(&self.0[16..24]),
+            crate::printable(name.trim_end_matches('\0'))
+        )
+    }
+}
+
+fn close(sockets: &[TcpStream]) {
+    for socket in sockets {
+        // What is closed already needs no closing.
+        let _ = socket.shutdown(Shutdown::Both);
+    }
+}
+
+/// The bytes of a tensor on the CPU.
+fn bytes(tensor: &Tensor) -> Result<&[u8]> {
+    Ok(match tensor.dtype() {
+        DType::F32 => bytemuck::cast_slice(tensor.as_slice::<f32>()?),
+        DType::Bf16 => bytemuck::cast_slice(tensor.as_slice::<bf16>()?),
+        DType::I32 => bytemuck::cast_slice(tensor.as_slice::<i32>()?),
+        DType::U8 => tensor.as_slice::<u8>()?,
+    })
+}
+
+/// The same for writing.
+fn bytes_mut(tensor: &mut Tensor) -> Result<&mut [u8]> {
+    Ok(match tensor.dtype() {
+        DType::F32 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<f32>()?),
+        DType::Bf16 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<bf16>()?),
+        DType::I32 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<i32>()?),
+        DType::U8 => tensor.as_mut_slice::<u8>()?,
+    })
+}
+
+/// Connects to a rank before this one.
+fn reach(control: &Control, other: usize, end: Instant) -> Result<TcpStream> {
+    let shared = control.shared();
+    let member = &shared.members[other];
+    let place: Place = control.places[other];
+    let address = SocketAddr::new(address_of(place, control.hub), member.data_port);
+    loop {
+        shared.check()?;
+        let error = match introduce(address, control.session, shared.rank, end) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => error,
+        };
+        if Instant::now() >= end {
+            return Err(Error::invalid(format!(
+                "rank {} cannot reach rank {other} at {address} for tensors ({error}): a firewall between the machines may keep \
+                 that port closed",
+                shared.rank
+            )));
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+fn introduce(address: SocketAddr, session: u64, rank: usize, end: Instant) -> io::Result<TcpStream> {
+    let mut stream = connect(std::iter::once(address), end)?;
+    let mut greeting = MAGIC.to_vec();
+    greeting.extend(session.to_le_bytes());
+    greeting.extend((rank as u64).to_le_bytes());
+    stream.set_write_timeout(Some(GREETING))?;
+    stream.write_all(&greeting)?;
+    // The other one answers with the session, so that neither takes a stranger for a rank.
+    let mut answer = [0; 8];
+    let end = end.min(Instant::now() + GREETING);
+    Until { stream: &stream, end }.read_exact(&mut answer)?;
+    match u64::from_le_bytes(answer) == session {
+        true => Ok(stream),
+        false => Err(io::Error::other("something else listens there")),
+    }
+}
+
+fn hear(mut stream: TcpStream, session: u64) -> io::Result<(usize, TcpStream)> {
+    let mut greeting = [0; 24];
+    let end = Instant::now() + GREETING;
+    Until { stream: &stream, end }.read_exact(&mut greeting)?;
+    let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
+    if greeting[..8] != MAGIC || number(&greeting[8..16]) != session {
+        return Err(io::Error::other("a stranger"));
+    }
+    stream.set_write_timeout(Some(GREETING))?;
+    stream.write_all(&session.to_le_bytes())?;
+    let rank = usize::try_from(number(&greeting[16..])).unwrap_or(usize::MAX);
+    Ok((rank, stream))
+}
