@@ -1,8 +1,5 @@
 //! What every data plane offers.
 
-use std::sync::mpsc::Receiver;
-
-use super::nccl::Submitted;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::sum_parts::sum_parts;
@@ -132,30 +129,38 @@ pub(super) fn expect_broadcast(world: usize, root: usize) -> Result<()> {
 /// An operation that was started. Its tensors belong to it until it is waited for; one that is dropped is still waited for by the
 /// device's later work.
 #[must_use = "the result is in what it returns"]
-pub struct Pending(pub(super) Work);
+pub struct Pending(Work);
 
-/// Where an operation runs.
-pub(super) enum Work {
-    /// It has ended.
+enum Work {
     Done(Tensor),
-    /// In a thread.
-    Queued(Receiver<Result<Tensor>>),
-    /// On a stream of a GPU.
-    Submitted(Submitted),
+    Running(Box<dyn Running>),
+}
+
+/// An operation that runs beside the computation.
+pub(super) trait Running: Send {
+    /// The result, as [`Pending::wait`] gives it.
+    fn wait(self: Box<Self>) -> Result<Tensor>;
 }
 
 impl Pending {
+    /// An operation that has ended.
+    pub(super) fn done(result: Tensor) -> Self {
+        Pending(Work::Done(result))
+    }
+
+    /// An operation that runs.
+    pub(super) fn running(operation: impl Running + 'static) -> Self {
+        Pending(Work::Running(Box::new(operation)))
+    }
+
     /// The result. On CUDA the device's later work begins after it, and the host does not wait; on the CPU this waits.
     ///
     /// # Errors
     /// When a rank was lost.
     pub fn wait(self) -> Result<Tensor> {
         match self.0 {
-            Work::Done(tensor) => Ok(tensor),
-            Work::Queued(receiver) => receiver
-                .recv()
-                .unwrap_or_else(|_| Err(Error::invalid("the thread that exchanges tensors has ended"))),
-            Work::Submitted(submitted) => submitted.wait(),
+            Work::Done(result) => Ok(result),
+            Work::Running(operation) => operation.wait(),
         }
     }
 }

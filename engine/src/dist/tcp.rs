@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use half::bf16;
 
-use super::communicator::{Communicator, Pending, Work, expect_all_gather, expect_all_to_all, expect_broadcast};
+use super::communicator::{Communicator, Pending, Running, expect_all_gather, expect_all_to_all, expect_broadcast};
 use super::control::{Control, GREETING, Place, Shared, Ticket, Until, address_of, admit, connect};
 use super::launch::Launch;
 use crate::device::Device;
@@ -159,7 +159,7 @@ impl Tcp {
         queue
             .send(job)
             .map_err(|_| Error::invalid("the thread that exchanges tensors has ended"))?;
-        Ok(Pending(Work::Queued(receiver)))
+        Ok(Pending::running(Queued(receiver)))
     }
 }
 
@@ -261,6 +261,16 @@ struct Job {
     plan: Plan,
     ticket: Ticket,
     reply: SyncSender<Result<Tensor>>,
+}
+
+/// An operation in the queue.
+struct Queued(Receiver<Result<Tensor>>);
+
+impl Running for Queued {
+    fn wait(self: Box<Self>) -> Result<Tensor> {
+        let ended = |_| Err(Error::invalid("the thread that exchanges tensors has ended"));
+        self.0.recv().unwrap_or_else(ended)
+    }
 }
 
 /// Runs operations, one after the other.

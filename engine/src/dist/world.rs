@@ -80,17 +80,21 @@ impl World {
         let control = Control::join(&mut launch, member, options)?;
         let peers: Vec<Peer> = control.shared().members.iter().map(peer).collect();
         expect_devices(&peers)?;
-        let communicator: Box<dyn Communicator> = match (device, door) {
-            (Device::Cuda(device), _) => Box::new(nccl::Nccl::connect(device, &control)?),
-            (Device::Cpu, Some(door)) => Box::new(tcp::Tcp::connect(&door, &control)?),
-            (Device::Cpu, None) => unreachable!("a rank on the CPU has opened its door"),
+        let connect = || -> Result<Box<dyn Communicator>> {
+            Ok(match (device, &door) {
+                (Device::Cuda(device), _) => Box::new(nccl::Nccl::connect(device, &control)?),
+                (Device::Cpu, Some(door)) => Box::new(tcp::Tcp::connect(door, &control)?),
+                (Device::Cpu, None) => unreachable!("a rank on the CPU has opened its door"),
+            })
         };
-        control.barrier("start")?;
-        Ok(World {
+        let communicator = connect().inspect_err(|error| give_up(&control, error))?;
+        let world = World {
             communicator,
             control: Some(control),
             peers,
-        })
+        };
+        world.barrier("start")?;
+        Ok(world)
     }
 
     /// This rank, from 0.
@@ -198,11 +202,15 @@ impl World {
 
     fn say_why(&self, error: &dyn std::fmt::Display) {
         if let Some(control) = &self.control {
-            let reason = error.to_string();
-            let reason = reason.lines().map(str::trim).collect::<Vec<_>>().join(" ");
-            control.shared().give_up(&format!("it gave up: {reason}"));
+            give_up(control, error);
         }
     }
+}
+
+fn give_up(control: &Control, error: &dyn std::fmt::Display) {
+    let reason = error.to_string();
+    let reason = reason.lines().map(str::trim).collect::<Vec<_>>().join(" ");
+    control.shared().give_up(&format!("it gave up: {reason}"));
 }
 
 impl Drop for World {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use library::{BYTES, Comm, Config, ID_BYTES, IN_PROGRESS, Library, SUCCESS, UniqueId, library};
 
-use super::communicator::{Communicator, Pending, Work, expect_all_gather, expect_all_to_all, expect_broadcast};
+use super::communicator::{Communicator, Pending, Running, expect_all_gather, expect_all_to_all, expect_broadcast};
 use super::control::{Control, Shared, Ticket};
 use crate::device::{CudaDevice, Device, SideStream, StreamMark, keep_out_of_recordings};
 use crate::error::{Error, Result};
@@ -26,6 +26,9 @@ const LOOK: Duration = Duration::from_millis(20);
 
 /// Between two looks at a call that has not returned its result.
 const POLL: Duration = Duration::from_micros(20);
+
+/// How long most calls take at most.
+const SOON: Duration = Duration::from_micros(500);
 
 /// How long the end of a communicator may take before it is aborted.
 const ENDING: Duration = Duration::from_secs(5);
@@ -45,13 +48,13 @@ pub(super) struct Nccl {
     shared: Arc<Shared>,
     stream: SideStream,
     handle: Arc<Handle>,
-    running: Arc<Mutex<VecDeque<Running>>>,
+    running: Arc<Mutex<VecDeque<Unfinished>>>,
     ending: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 /// An operation that has not ended.
-struct Running {
+struct Unfinished {
     mark: Arc<StreamMark>,
     _ticket: Ticket,
 }
@@ -84,6 +87,7 @@ impl Handle {
 
     /// Waits until the last call on `comm` has done its work on the host.
     fn finish(&self, call: &str, comm: &RawComm, check: impl Fn() -> Result<()>) -> Result<()> {
+        let began = Instant::now();
         loop {
             let mut code = SUCCESS;
             // SAFETY: the communicator is neither aborted nor destroyed, for it is locked and not null.
@@ -93,7 +97,11 @@ impl Handle {
                 return Ok(());
             }
             check()?;
-            std::thread::sleep(POLL);
+            // Once connections are made, a call takes less than the shortest sleep.
+            match began.elapsed() < SOON {
+                true => std::thread::yield_now(),
+                false => std::thread::sleep(POLL),
+            }
         }
     }
 
@@ -217,17 +225,17 @@ impl Nccl {
             }
         }
         let mark = Arc::new(self.stream.mark()?);
-        let running = Running {
+        let running = Unfinished {
             mark: mark.clone(),
             _ticket: ticket,
         };
         lock(&self.running).push_back(running);
-        Ok(Pending(Work::Submitted(Submitted {
+        Ok(Pending::running(Submitted {
             tensor: Some(tensor),
             _source: source,
             mark,
             shared: self.shared.clone(),
-        })))
+        }))
     }
 
     fn expect_here(&self, op: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
@@ -379,7 +387,7 @@ struct Watcher {
     device: Arc<CudaDevice>,
     shared: Arc<Shared>,
     handle: Arc<Handle>,
-    running: Arc<Mutex<VecDeque<Running>>>,
+    running: Arc<Mutex<VecDeque<Unfinished>>>,
     ending: Arc<AtomicBool>,
 }
 
@@ -412,16 +420,15 @@ impl Watcher {
 }
 
 /// An operation on the side stream, with the tensors that it uses.
-pub(super) struct Submitted {
+struct Submitted {
     tensor: Option<Tensor>,
     _source: Option<Tensor>,
     mark: Arc<StreamMark>,
     shared: Arc<Shared>,
 }
 
-impl Submitted {
-    /// The result; the device's later work begins after the operation.
-    pub fn wait(mut self) -> Result<Tensor> {
+impl Running for Submitted {
+    fn wait(mut self: Box<Self>) -> Result<Tensor> {
         self.shared.check()?;
         self.mark.hold_device()?;
         Ok(self.tensor.take().expect("taken once"))
