@@ -2,13 +2,15 @@
 
 mod check;
 mod fault;
+mod faults;
 mod measure;
 mod overlap;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
-use anyhow::Context;
-use clap::Parser;
+use anyhow::{Context, ensure};
+use clap::{Parser, ValueEnum};
 use l2p_bins::launch::{RANKS_HELP, RankFlags};
 use l2p_engine::dist::{Launch, Peer, World, nccl_available};
 use l2p_engine::{DType, Device, DeviceChoice};
@@ -22,25 +24,49 @@ use crate::environment::Environment;
 use crate::record::write_json;
 
 const HELP: &str = "\
+All there is to see on a machine with two GPUs, in one command:
+  bench-ranks --ranks 2 --device cuda --json ranks.json && bench-ranks faults --ranks 2 --device cuda --json faults.json
+NCCL is found in LD_LIBRARY_PATH, in the folders that L2P_CUDA_LIBRARIES names, and in the Python environment whose python3 comes
+first in PATH (site-packages/nvidia/nccl/lib).
+
 Examples:
-  bench-ranks --ranks 2                              two GPUs: check everything, measure it, and show it as a table
   bench-ranks --ranks 4 --device cpu --sizes 0,1,1000
-  bench-ranks --ranks 2 --only-check                 no measurement
-  bench-ranks --ranks 2 --fault kill:1 --after 3     rank 1 kills itself after 3 s; the others must end with one line
-  torchrun --no-python --nproc-per-node 2 bench-ranks --only-check
-  mpirun -np 2 bench-ranks --only-check
+  bench-ranks check --ranks 2                        no measurement
+  bench-ranks measure overlap --ranks 2 --json -
+  bench-ranks faults --ranks 3 --device cpu          ranks are killed, stopped, …; the others must end and name them
+  bench-ranks --ranks 2 --fault kill:1 --after 3     one such fault, as it appears to the user
+  torchrun --no-python --nproc-per-node 2 bench-ranks check
+  mpirun -np 2 bench-ranks check
 
 The columns: elements of the larger tensor of a rank; its type; median over the samples of the time that the slowest rank took,
 from the call to the end of the device's work; bytes that each rank sends to others, by that time. all_reduce is made of
 reduce_scatter in the type named and all_gather in f32. The last table puts reduce_scatter beside matrix products: each alone,
-both together, and the share of the shorter one that was hidden.
+both together, and the share of the shorter one that was hidden. With `faults`: what happened to which rank, the seconds until the
+others named it, and their line.
 
-Exit code: 0 when all results equal a plain loop bit for bit, 1 when one does not, a rank is lost, or on an error.";
+Exit code: 0 when all results equal a plain loop bit for bit, 1 when one does not, a rank is lost, or on an error; with `faults`
+0 when every lost rank was named by all others.";
+
+/// What is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Compare every operation with a plain loop, bit for bit
+    Check,
+    /// Time every operation
+    Measure,
+    /// Time reduce_scatter beside matrix products
+    Overlap,
+    /// Start ranks anew for each way to lose one, and see what the others do; by itself, with --ranks
+    Faults,
+}
 
 /// Checks and times what ranks exchange.
 #[derive(Parser, Debug)]
 #[command(name = "bench-ranks", version, after_help = HELP, after_long_help = format!("{HELP}\n\n{RANKS_HELP}"))]
 pub struct Arguments {
+    /// What to do [default: check measure overlap]
+    #[arg(value_name = "WHAT")]
+    parts: Vec<Part>,
     /// How many ranks, and how long they wait.
     #[command(flatten)]
     pub ranks: RankFlags,
@@ -59,14 +85,11 @@ pub struct Arguments {
     /// Timed samples of each case
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     repeats: u32,
-    /// Check, and measure nothing
-    #[arg(long)]
-    only_check: bool,
     /// Write the record as JSON, every sample included; `-` for standard output instead of the tables
     #[arg(long, value_name = "FILE|-")]
     json: Option<PathBuf>,
-    /// Exchange tensors until this happens to a rank: kill, stop, hang, fail or panic
-    #[arg(long, value_name = "WHAT:RANK|none", conflicts_with_all = ["json", "only_check"])]
+    /// Exchange tensors until this happens to a rank: kill, stop, hang, fail or panic; with `faults`: this one alone
+    #[arg(long, value_name = "WHAT:RANK|none")]
     fault: Option<Fault>,
     /// With --fault: after so many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 2.0, requires = "fault")]
@@ -80,17 +103,36 @@ struct Record {
     /// NCCL's version, or `tcp`.
     transport: String,
     ranks: Vec<Peer>,
-    /// Sizes and types at which all operations gave the right bits.
+    /// Sizes and types at which all operations gave the right bits; 0 without `check`.
     checked: usize,
     rows: Vec<Row>,
     overlap: Option<Overlap>,
 }
 
+/// Runs the benchmark, in each of the processes that it starts, and returns its exit code. Errors are printed.
+pub fn main(arguments: &Arguments) -> ExitCode {
+    match arguments.does(Part::Faults) {
+        true => l2p_bins::run(|| faults::run(arguments)),
+        false => arguments.ranks.run(|launch| run(arguments, launch)),
+    }
+}
+
+impl Arguments {
+    /// Whether tables go to standard output, which the record may have to itself.
+    fn shows(&self) -> bool {
+        self.json.as_deref() != Some("-".as_ref())
+    }
+
+    fn does(&self, part: Part) -> bool {
+        match self.parts.is_empty() {
+            true => part != Part::Faults,
+            false => self.parts.contains(&part),
+        }
+    }
+}
+
 /// Runs the benchmark as one rank, or alone.
-///
-/// # Errors
-/// When ranks do not meet, a result is wrong, or a rank is lost.
-pub fn run(arguments: &Arguments, launch: Option<Launch>) -> anyhow::Result<()> {
+fn run(arguments: &Arguments, launch: Option<Launch>) -> anyhow::Result<()> {
     let (device, world) = match launch {
         Some(launch) => {
             let device = launch.open_device(arguments.device)?;
@@ -109,31 +151,30 @@ pub fn run(arguments: &Arguments, launch: Option<Launch>) -> anyhow::Result<()> 
 }
 
 fn work(arguments: &Arguments, device: &Device, world: &World) -> anyhow::Result<()> {
-    world.agree(
-        "sizes",
-        format!("{:?}\n{}", arguments.sizes, arguments.repeats).as_bytes(),
-    )?;
+    let asked = format!("{:?}\n{:?}\n{}", arguments.parts, arguments.sizes, arguments.repeats);
+    world.agree("arguments", asked.as_bytes())?;
     if let Some(fault) = arguments.fault {
+        ensure!(
+            arguments.parts.is_empty() && arguments.json.is_none(),
+            "--fault stands by itself, or with faults"
+        );
         return fault::run(world, device, fault, arguments.after);
     }
     let sizes: Vec<usize> = arguments.sizes.iter().map(|size| *size as usize).collect();
     let mut checked = 0;
-    for &size in &sizes {
+    for &size in sizes.iter().filter(|_| arguments.does(Part::Check)) {
         for dtype in [DType::F32, DType::Bf16] {
             check::all(world, device, size, dtype)
                 .with_context(|| format!("{size} elements of {dtype} on rank {}", world.rank()))?;
             checked += 1;
         }
     }
-    let show = world.is_first() && arguments.json.as_deref() != Some("-".as_ref());
+    let show = world.is_first() && arguments.shows();
     if show {
         l2p_bins::print(&header(world, device, checked))?;
     }
-    if arguments.only_check {
-        return Ok(());
-    }
     let mut rows = Vec::new();
-    for &size in sizes.iter().filter(|size| **size > 0) {
+    for &size in sizes.iter().filter(|size| **size > 0 && arguments.does(Part::Measure)) {
         for dtype in [DType::F32, DType::Bf16] {
             for row in measure::all(world, device, size, dtype, arguments.repeats as usize)? {
                 if show {
@@ -143,9 +184,13 @@ fn work(arguments: &Arguments, device: &Device, world: &World) -> anyhow::Result
             }
         }
     }
-    let overlap = overlap::measure(world, device, arguments.repeats as usize)?;
-    if show {
-        l2p_bins::print(&overlap.lines())?;
+    let mut overlap = None;
+    if arguments.does(Part::Overlap) {
+        let found = overlap::measure(world, device, arguments.repeats as usize)?;
+        if show {
+            l2p_bins::print(&found.lines())?;
+        }
+        overlap = Some(found);
     }
     if let (true, Some(path)) = (world.is_first(), &arguments.json) {
         let record = Record {
@@ -154,7 +199,7 @@ fn work(arguments: &Arguments, device: &Device, world: &World) -> anyhow::Result
             ranks: world.peers().to_vec(),
             checked,
             rows,
-            overlap: Some(overlap),
+            overlap,
         };
         write_json(path, &record)?;
     }
@@ -171,11 +216,15 @@ fn transport(world: &World, device: &Device) -> String {
 
 fn header(world: &World, device: &Device, checked: usize) -> String {
     let mut text = format!(
-        "{} {} over {}: every operation right at {checked} sizes and types\n",
+        "{} {} over {}",
         world.size(),
         if world.size() == 1 { "rank" } else { "ranks" },
         transport(world, device)
     );
+    if checked > 0 {
+        text += &format!(": every operation right at {checked} sizes and types");
+    }
+    text.push('\n');
     for (rank, peer) in world.peers().iter().enumerate() {
         text += &format!(
             "  rank {rank}: process {} on {}, {}\n",

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::Args;
 use l2p_engine::dist::{Launch, Options};
-use l2p_engine::limits::Ranks;
+use l2p_engine::limits::{Count, Patience, Ranks};
 
 use crate::{say, stop_requested};
 
@@ -50,14 +50,14 @@ pub struct RankFlags {
     #[arg(long, visible_alias = "gpus", value_name = "N")]
     pub ranks: Option<Ranks>,
     /// With --ranks: start all ranks again, up to K times, when one fails
-    #[arg(long, value_name = "K", default_value_t = 0, requires = "ranks")]
-    pub max_restarts: u32,
+    #[arg(long, value_name = "K", default_value = "0", requires = "ranks")]
+    pub max_restarts: Count,
     /// The longest that ranks wait for one that hangs
-    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..=86_400))]
-    pub rank_timeout: u32,
+    #[arg(long, value_name = "SECONDS", default_value = "300")]
+    pub rank_timeout: Patience,
     /// The longest that ranks wait for each other to start
-    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..=86_400))]
-    pub start_timeout: u32,
+    #[arg(long, value_name = "SECONDS", default_value = "300")]
+    pub start_timeout: Patience,
 }
 
 impl RankFlags {
@@ -85,7 +85,7 @@ impl RankFlags {
                     work(Some(launch))
                 }
                 (None, Some(ranks)) if ranks.get() > 1 => {
-                    worst = Launcher::new(ranks.get())?.run(self.max_restarts)?;
+                    worst = Launcher::new(ranks.get())?.run(self.max_restarts.get())?;
                     Ok(())
                 }
                 (None, _) => work(None),
@@ -142,7 +142,7 @@ impl Launcher {
     }
 
     /// Runs all ranks, again after a failure, and returns the exit code.
-    fn run(&self, restarts: u32) -> anyhow::Result<u8> {
+    fn run(&self, restarts: usize) -> anyhow::Result<u8> {
         let mut restarted = 0;
         loop {
             let outcome = self.attempt()?;
@@ -376,7 +376,10 @@ mod tests {
         };
         assert!(flags(&[]).unwrap().ranks.is_none());
         let flags_given = flags(&["--gpus", "4", "--max-restarts", "2", "--rank-timeout", "5"]).unwrap();
-        assert_eq!((flags_given.ranks.unwrap().get(), flags_given.max_restarts), (4, 2));
+        assert_eq!(
+            (flags_given.ranks.unwrap().get(), flags_given.max_restarts.get()),
+            (4, 2)
+        );
         let options = flags_given.options();
         assert_eq!(
             (options.operation, options.silence),

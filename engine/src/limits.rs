@@ -51,6 +51,8 @@ pub type Pixels = Bounded<1, { 1 << 32 }>;
 pub type Seed = Bounded<0, { i64::MAX as u64 }>;
 /// Ranks of a run.
 pub type Ranks = Bounded<1, 4096>;
+/// Seconds that somebody waits.
+pub type Patience = Bounded<1, 86_400>;
 /// Threads.
 pub type Threads = Bounded<1, 1024>;
 /// Pictures that one command draws, and how often it draws each prompt.

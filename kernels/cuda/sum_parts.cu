@@ -1,6 +1,7 @@
 // The sum of one array per rank, in the order of ranks; engine/src/ops/sum_parts.rs holds the contract.
 //
 // Eight elements per thread. Bound by memory: every part is read once, 4 bytes are written per element.
+#include "common/fault.cuh"
 #include "common/launch.cuh"
 #include "common/types.cuh"
 
@@ -23,7 +24,7 @@ __device__ __forceinline__ void sum(
 #pragma unroll 4
         for (int rank = 1; rank < ranks; ++rank) {
             float values[8];
-            load8(values, mine + rank * elements);
+            load8(values, mine + L2P_FAULT_IF(28, ranks - rank, rank) * elements);
 #pragma unroll
             for (int i = 0; i < 8; ++i) total[i] += values[i];
         }

@@ -3,9 +3,8 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use l2p_bench::ranks::{Arguments, run};
+use l2p_bench::ranks::{Arguments, main as work};
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    arguments.ranks.run(|launch| run(&arguments, launch))
+    work(&Arguments::parse())
 }

@@ -1,5 +1,6 @@
 //! What becomes of the others when something happens to a rank.
 
+use std::fmt;
 use std::process::Command;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -28,6 +29,41 @@ enum What {
     Panic,
 }
 
+const WAYS: [(&str, What); 5] = [
+    ("kill", What::Kill),
+    ("stop", What::Stop),
+    ("hang", What::Hang),
+    ("fail", What::Fail),
+    ("panic", What::Panic),
+];
+
+impl Fault {
+    /// Everything that can happen to each of these ranks.
+    pub fn all(ranks: &[usize]) -> Vec<Fault> {
+        let each = |(_, what)| ranks.iter().map(move |rank| Fault(Some((what, *rank))));
+        WAYS.into_iter().flat_map(each).collect()
+    }
+
+    /// The rank that is lost, if one is.
+    pub fn rank(self) -> Option<usize> {
+        self.0.map(|(_, rank)| rank)
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = |what| {
+            WAYS.iter()
+                .find(|(_, other)| *other == what)
+                .map_or("", |(name, _)| name)
+        };
+        match self.0 {
+            None => f.write_str("none"),
+            Some((what, rank)) => write!(f, "{}:{rank}", name(what)),
+        }
+    }
+}
+
 impl FromStr for Fault {
     type Err = String;
 
@@ -38,14 +74,7 @@ impl FromStr for Fault {
             return Ok(Fault(None));
         }
         let (what, rank) = text.split_once(':').ok_or_else(expected)?;
-        let what = match what {
-            "kill" => What::Kill,
-            "stop" => What::Stop,
-            "hang" => What::Hang,
-            "fail" => What::Fail,
-            "panic" => What::Panic,
-            _ => return Err(expected()),
-        };
+        let (_, what) = WAYS.into_iter().find(|(name, _)| *name == what).ok_or_else(expected)?;
         let rank = rank.parse().map_err(|_| expected())?;
         Ok(Fault(Some((what, rank))))
     }
@@ -111,6 +140,9 @@ mod tests {
     fn faults_are_read() {
         assert_eq!("kill:1".parse(), Ok(Fault(Some((What::Kill, 1)))));
         assert_eq!("none".parse(), Ok(Fault(None)));
+        for fault in Fault::all(&[0, 12]).into_iter().chain([Fault(None)]) {
+            assert_eq!(fault.to_string().parse(), Ok(fault));
+        }
         for bad in ["kill", "kill:", "kill:-1", "die:1", ""] {
             assert!(bad.parse::<Fault>().unwrap_err().contains("such as kill:1"), "{bad}");
         }

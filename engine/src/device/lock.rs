@@ -5,6 +5,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Locks `mutex`, also after a thread has panicked while it held the lock. What the device keeps under locks (accounts, free blocks,
 /// tables of kernels) is whole between any two steps of a change, and has to be reached while a panic unwinds: buffers return what
 /// they hold when they are dropped, and a second panic there would end the process without a word on the first.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -3,6 +3,7 @@
 //! `unsafe` code lives in these places of the workspace and nowhere else; a test compares the list with the sources:
 //!
 //! * `engine/src/device/`: calls of the driver and of CUDA's libraries, and the memory of both kinds of device
+//! * `engine/src/dist/nccl/`: NCCL's functions, and calls of them
 //! * `engine/src/ops/`: launches of kernels and products
 //! * `engine/src/train/adamw.rs`: launches of its kernels
 //! * `engine/src/nvtx.rs`: the profiler's table of functions
@@ -18,7 +19,7 @@ mod host_memory;
 mod images;
 mod kernel;
 pub(crate) mod libraries;
-mod lock;
+pub(crate) mod lock;
 mod memory;
 mod pool;
 mod probe;

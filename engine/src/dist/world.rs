@@ -63,10 +63,8 @@ impl World {
     pub fn connect(mut launch: Launch, device: &Device, options: &Options) -> Result<Self> {
         let door = match device {
             Device::Cpu => Some(tcp::Door::open(&launch)?),
-            Device::Cuda(_) => {
-                nccl::available()?;
-                None
-            }
+            // Whether NCCL can be used is asked once the others are met, who are told when it cannot.
+            Device::Cuda(_) => None,
         };
         let member = Member {
             host: host_name(),
@@ -133,8 +131,8 @@ impl World {
         }
     }
 
-    /// What rank 0 decides, bit for bit, on all ranks. `value` is only called there; where it fails, the run is over for all. Its type must be one that serde can read without
-    /// names (no untagged or flattened fields).
+    /// What rank 0 decides, bit for bit, on all ranks. `value` is only called there; where it fails, the run is over for all. Its
+    /// type must be one that serde can read without names (no untagged or flattened fields).
     ///
     /// # Errors
     /// Those of `value`, and when a rank was lost.

@@ -17,6 +17,7 @@ pub fn register(suite: &mut Suite) {
     if cfg!(unix) {
         suite.cpu("dist::processes::the_launcher_names_who_failed", failures);
         suite.cpu("dist::processes::the_launcher_starts_again", restarts);
+        suite.cpu("dist::processes::losses_are_timed_and_judged", judged);
         suite.cpu("dist::processes::signals_are_passed_on", signals);
         suite.cpu("dist::processes::ranks_killed_at_random_moments_are_named", kills);
         suite.cpu("dist::processes::ranks_that_hang_or_stop_are_named", silent);
@@ -32,7 +33,7 @@ pub fn register(suite: &mut Suite) {
     }
 }
 
-const CHECK: [&str; 5] = ["--device", "cpu", "--sizes", "0,1,1000", "--only-check"];
+const CHECK: [&str; 5] = ["check", "--device", "cpu", "--sizes", "0,1,1000"];
 
 fn ranks(arguments: &[&str]) -> Result<Command, Failed> {
     let mut command = Command::new(program("bench-ranks")?);
@@ -153,6 +154,49 @@ fn failures() -> Outcome {
             .collect();
         assert_eq!(notes.len(), 1, "{what}: {}", finished.stderr);
         assert!(code == 101 || notes[0].ends_with(&ended), "{what}: {notes:?}");
+    }
+    Ok(())
+}
+
+/// What `bench-ranks faults` finds; all faults of it are tried on GPUs.
+fn judged() -> Outcome {
+    let arguments = ["faults", "--device", "cpu", "--fault", "kill:2", "--json", "-"];
+    let finished = launched("3", &arguments)?.success()?;
+    let record: Value = serde_json::from_str(&finished.stdout)?;
+    let found = &record["faults"][0];
+    assert_eq!(
+        (found["fault"].as_str(), found["exit_code"].as_i64()),
+        (Some("kill:2"), Some(137))
+    );
+    assert!(
+        found["seconds"]
+            .as_f64()
+            .is_some_and(|seconds| (0.0..20.0).contains(&seconds)),
+        "{found}"
+    );
+    assert!(
+        found["line"]
+            .as_str()
+            .is_some_and(|line| line.contains("error: rank 2 on ")),
+        "{found}"
+    );
+    // A rank that nobody loses is named by nobody.
+    let finished = launched("2", &["faults", "--device", "cpu", "--fault", "kill:2"])?;
+    assert_eq!(finished.code, 1, "{finished:?}");
+    assert!(finished.stderr.contains("there is no rank 2 among 2"), "{finished:?}");
+    for (arguments, message) in [
+        (
+            &["check", "--fault", "kill:0"][..],
+            "--fault stands by itself, or with faults",
+        ),
+        (
+            &["check", "faults"],
+            "it is done by itself, without check, measure or overlap",
+        ),
+    ] {
+        let finished = launched("2", &[arguments, &["--device", "cpu"]].concat())?;
+        assert_eq!(finished.code, 1, "{finished:?}");
+        assert!(finished.stderr.contains(message), "{finished:?}");
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::rounds::{Round, conclude};
 use super::watch::{Signs, oldest};
 use super::wire::{self, Entry, Kind, Member, Message, Pulse};
+use crate::device::lock::lock;
 use crate::dist::Options;
 use crate::error::{Error, Result};
 
@@ -56,13 +57,12 @@ impl Link {
 
     fn send(&self, message: &Message) -> std::io::Result<()> {
         let frame = wire::frame(message)?;
-        let mut stream = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        stream.write_all(&frame)
+        lock(&self.writer).write_all(&frame)
     }
 
     fn close(&self, how: Shutdown) {
         // What is closed already needs no closing.
-        let _ = self.writer.lock().unwrap_or_else(PoisonError::into_inner).shutdown(how);
+        let _ = lock(&self.writer).shutdown(how);
     }
 }
 
@@ -144,7 +144,7 @@ impl Shared {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     fn loss(&self, rank: usize, reason: impl Into<String>) -> Loss {

@@ -9,7 +9,7 @@ mod library;
 use std::collections::VecDeque;
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use library::{BYTES, Comm, Config, ID_BYTES, IN_PROGRESS, Library, SUCCESS, Uniq
 
 use super::communicator::{Communicator, Pending, Running, expect_all_gather, expect_all_to_all, expect_broadcast};
 use super::control::{Control, Shared, Ticket};
+use crate::device::lock::lock;
 use crate::device::{CudaDevice, Device, SideStream, StreamMark, keep_out_of_recordings};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -72,7 +73,7 @@ unsafe impl Send for RawComm {}
 
 impl Handle {
     fn lock(&self) -> MutexGuard<'_, RawComm> {
-        self.comm.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.comm)
     }
 
     fn checked(&self, call: &str, code: c_int) -> Result<()> {
@@ -241,10 +242,6 @@ impl Nccl {
     fn expect_here(&self, op: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
         tensor.expect_device(op, name, &Device::Cuda(self.stream.device().clone()))
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn unique_id(library: &Library) -> Result<Vec<u8>> {
