@@ -125,6 +125,20 @@ fn contradictions() -> Outcome {
             "{message}"
         );
     }
+    // One that comes when the others have given up already hears why, too.
+    let mut launches_of_three = launches(3);
+    launches_of_three[2].world = 4;
+    let began = Instant::now();
+    let told = messages(places(launches_of_three, &options(), |launch, options| {
+        if launch.rank == 1 {
+            std::thread::sleep(Duration::from_millis(700));
+        }
+        joined(launch, options)
+    }));
+    for message in told {
+        assert!(message.contains("was told of 4 ranks, rank 0 of 3"), "{message}");
+    }
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
     // Two that believe to be rank 0: the second cannot have the port.
     let mut launches = launches(2);
     launches[1].rank = 0;

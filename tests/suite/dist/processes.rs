@@ -386,8 +386,9 @@ fn silent() -> Outcome {
         let begun = Instant::now();
         let mut last = ranks.remove(lost);
         let lines = survivors(ranks, usize::MAX);
-        last.kill()?;
+        let killed = last.kill();
         last.wait()?;
+        killed?;
         for line in lines? {
             assert!(line.starts_with(&format!("error: rank {lost} on ")), "{what}: {line}");
             assert!(line.contains(&format!(" was lost: {reason}")), "{what}: {line}");

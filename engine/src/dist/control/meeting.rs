@@ -1,5 +1,6 @@
 //! How ranks find each other: rank 0 waits at its port until every other one has come, and tells all of them who is there.
 
+use std::collections::BTreeSet;
 use std::hash::{BuildHasher, RandomState};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -18,6 +19,9 @@ const PORT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long one attempt to reach rank 0 may take.
 const ATTEMPT: Duration = Duration::from_secs(5);
+
+/// How long rank 0 stays, once ranks contradict each other, to tell those who have not come yet.
+const LAST_WORD: Duration = Duration::from_secs(5);
 
 /// Between attempts.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -91,38 +95,33 @@ pub fn host(listener: &TcpListener, own: &Hello, launch: &Launch, options: &Opti
     let world = launch.world;
     let mut arrivals: Vec<Option<Arrival>> = (1..world).map(|_| None).collect();
     let mut turned_away = Vec::new();
-    let take = |guest| match guest {
-        Guest::TurnedAway(note) => {
-            tracing::debug!("{note}");
-            if !turned_away.contains(&note) && turned_away.len() < 4 {
-                turned_away.push(note);
+    let mut contradiction = None;
+    let take = |guest| {
+        match own_rank(guest, own) {
+            Err(note) => {
+                if !turned_away.contains(&note) && turned_away.len() < 4 {
+                    turned_away.push(note);
+                }
             }
-            Ok(ControlFlow::Continue(()))
+            Ok(arrival) => {
+                let rank = arrival.hello.rank as usize;
+                contradiction = seat(&mut arrivals, arrival, own).err().map(|reason| (rank, reason));
+            }
         }
-        Guest::Rank(arrival) => {
-            if arrival.hello.job != own.job {
-                let other = shown_name(&arrival.hello.job).into_owned();
-                refuse(&arrival.stream, "another run listens here", true);
-                turned_away.push(format!("a rank of another run ({other}) was turned away"));
-                return Ok(ControlFlow::Continue(()));
-            }
-            let outcome = seat(&mut arrivals, *arrival, own);
-            if let Err(Error::Invalid(reason)) = &outcome {
-                let streams = arrivals.iter().flatten().map(|arrival| &arrival.stream);
-                streams.for_each(|stream| refuse(stream, reason, false));
-            }
-            outcome?;
-            Ok(match arrivals.iter().all(Option::is_some) {
-                true => ControlFlow::Break(()),
-                false => ControlFlow::Continue(()),
-            })
-        }
+        Ok(match contradiction.is_some() || arrivals.iter().all(Option::is_some) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        })
     };
     let wait = || match (options.interrupted)() {
         true => Err(Error::Interrupted),
         false => Ok(()),
     };
     let complete = world == 1 || door::admit(listener, Instant::now() + options.start, greet, take, wait)?;
+    if let Some((told, reason)) = contradiction {
+        tell_all(listener, &arrivals, told, own, &reason, wait);
+        return Err(Error::invalid(reason));
+    }
     if !complete {
         let missing: Vec<usize> = (1..world).filter(|rank| arrivals[rank - 1].is_none()).collect();
         let mut reason = missing_ranks(&missing, launch, options);
@@ -152,6 +151,53 @@ pub fn host(listener: &TcpListener, own: &Hello, launch: &Launch, options: &Opti
     })
 }
 
+/// A guest who is a rank of this run; of others what to say about them.
+fn own_rank(guest: Guest, own: &Hello) -> std::result::Result<Arrival, String> {
+    let note = match guest {
+        Guest::Rank(arrival) if arrival.hello.job == own.job => return Ok(*arrival),
+        Guest::Rank(arrival) => {
+            refuse(&arrival.stream, "another run listens here", true);
+            let other = shown_name(&arrival.hello.job);
+            format!("a rank of another run ({other}) was turned away")
+        }
+        Guest::TurnedAway(note) => note,
+    };
+    tracing::debug!("{note}");
+    Err(note)
+}
+
+/// Tells all ranks that the run is over before it began: those that are there, and those that come soon; rank `told` knows.
+fn tell_all(
+    listener: &TcpListener,
+    arrivals: &[Option<Arrival>],
+    told: usize,
+    own: &Hello,
+    reason: &str,
+    wait: impl Fn() -> Result<()>,
+) {
+    let here = arrivals.iter().flatten().map(|arrival| &arrival.stream);
+    here.for_each(|stream| refuse(stream, reason, false));
+    let mut missing: BTreeSet<usize> = (1..=arrivals.len())
+        .filter(|rank| arrivals[rank - 1].is_none())
+        .collect();
+    missing.remove(&told);
+    let all_know = missing.is_empty();
+    let take = |guest| {
+        if let Ok(arrival) = own_rank(guest, own) {
+            refuse(&arrival.stream, reason, false);
+            missing.remove(&(arrival.hello.rank as usize));
+        }
+        Ok(match missing.is_empty() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        })
+    };
+    if !all_know {
+        // Whatever keeps the last of them from hearing it, the reason stays the same.
+        let _ = door::admit(listener, Instant::now() + LAST_WORD, greet, take, wait);
+    }
+}
+
 /// Hears who a connection is.
 fn greet(stream: TcpStream, address: SocketAddr) -> Guest {
     let hear = || -> std::io::Result<std::result::Result<Hello, String>> {
@@ -162,7 +208,7 @@ fn greet(stream: TcpStream, address: SocketAddr) -> Guest {
         let mut from = Until { stream: &stream, end };
         Ok(match wire::meet(&mut from)? {
             Other::Rank => Ok(wire::read_frame(&mut from, LONGEST_HELLO)?),
-            Other::OtherVersion(version) => Err(format!(
+            Other::Foreign(version) => Err(format!(
                 "a rank of another version of this program (protocol {version}) at {} was turned away",
                 address.ip().to_canonical()
             )),
@@ -179,8 +225,8 @@ fn greet(stream: TcpStream, address: SocketAddr) -> Guest {
     }
 }
 
-/// Gives an arrival its place.
-fn seat(arrivals: &mut [Option<Arrival>], arrival: Arrival, own: &Hello) -> Result<()> {
+/// Gives an arrival its place, or tells it, and the caller, what it contradicts.
+fn seat(arrivals: &mut [Option<Arrival>], arrival: Arrival, own: &Hello) -> std::result::Result<(), String> {
     let hello = &arrival.hello;
     let who = |hello: &Hello| {
         let Member { host, pid, .. } = &hello.member;
@@ -188,7 +234,7 @@ fn seat(arrivals: &mut [Option<Arrival>], arrival: Arrival, own: &Hello) -> Resu
     };
     let wrong = |reason: String| {
         refuse(&arrival.stream, &reason, false);
-        Err(Error::invalid(reason))
+        Err(reason)
     };
     if hello.world != own.world {
         return wrong(format!(
@@ -338,7 +384,7 @@ fn attempt(
         end: greeting,
     })? {
         Other::Rank => {}
-        Other::OtherVersion(version) => {
+        Other::Foreign(version) => {
             let reason = format!("rank 0 runs another version of this program (protocol {version})");
             return Ok(Err((reason, false)));
         }

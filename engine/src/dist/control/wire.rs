@@ -173,7 +173,7 @@ pub fn greet(mut stream: &TcpStream) -> io::Result<()> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Other {
     Rank,
-    OtherVersion(u32),
+    Foreign(u32),
     Stranger,
 }
 
@@ -188,7 +188,7 @@ pub fn meet(from: &mut impl Read) -> io::Result<Other> {
     let protocol = u32::from_le_bytes(greeting[8..].try_into().expect("four bytes"));
     Ok(match protocol {
         PROTOCOL => Other::Rank,
-        other => Other::OtherVersion(other),
+        other => Other::Foreign(other),
     })
 }
 
@@ -356,7 +356,7 @@ mod tests {
         ours.extend(PROTOCOL.to_le_bytes());
         assert_eq!(meet(&mut ours.as_slice()).unwrap(), Other::Rank);
         ours[8] = 9;
-        assert_eq!(meet(&mut ours.as_slice()).unwrap(), Other::OtherVersion(9));
+        assert_eq!(meet(&mut ours.as_slice()).unwrap(), Other::Foreign(9));
         assert_eq!(meet(&mut b"GET / HTTP/1.1\r\n".as_slice()).unwrap(), Other::Stranger);
         assert!(meet(&mut b"l2p".as_slice()).is_err());
     }

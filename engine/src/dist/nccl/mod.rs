@@ -363,16 +363,16 @@ impl Drop for Nccl {
             true => self.shared.check(),
             false => Err(Error::Interrupted),
         };
-        // SAFETY: the communicator is neither aborted nor destroyed, for it is locked and not null; it is not used afterwards.
         let ended = self.stream.device().bind().and_then(|()| {
-            self.handle
-                .checked("ncclCommFinalize", unsafe { (library.comm_finalize)(comm.0) })?;
-            self.handle.finish("ncclCommFinalize", &comm, in_time)?;
-            self.handle
-                .checked("ncclCommDestroy", unsafe { (library.comm_destroy)(comm.0) })
+            // SAFETY: the communicator is neither aborted nor destroyed, for it is locked and not null.
+            let code = unsafe { (library.comm_finalize)(comm.0) };
+            self.handle.checked("ncclCommFinalize", code)?;
+            self.handle.finish("ncclCommFinalize", &comm, in_time)
         });
         if ended.is_ok() {
-            comm.0 = std::ptr::null_mut();
+            let raw = std::mem::replace(&mut comm.0, std::ptr::null_mut());
+            // SAFETY: as above; it is not used after this, for its place is null. Nothing depends on how that ends.
+            unsafe { (library.comm_destroy)(raw) };
         }
         drop(comm);
         self.handle.abort();

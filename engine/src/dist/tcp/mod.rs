@@ -4,59 +4,25 @@
 //! for that rank, so that no two ranks can ever wait for each other to read, whatever the size. A transfer begins with a header that
 //! says which operation it belongs to; ranks whose programs have come apart notice it there.
 
-use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::ops::{ControlFlow, Range};
+mod door;
+mod lane;
+
+use std::io;
+use std::net::{Shutdown, TcpStream};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
-use half::bf16;
+pub(super) use door::Door;
+use lane::{Header, Lane, Outgoing, bytes, bytes_mut};
 
 use super::communicator::{Communicator, Pending, Running, expect_all_gather, expect_all_to_all, expect_broadcast};
-use super::control::{Control, GREETING, Place, Shared, Ticket, Until, address_of, admit, connect};
-use super::launch::Launch;
+use super::control::{Control, Shared, Ticket};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
-
-/// The first bytes of every connection, before the session and the rank.
-const MAGIC: [u8; 8] = *b"l2ptensr";
-
-/// Between attempts to reach a rank.
-const PAUSE: Duration = Duration::from_millis(50);
-
-/// Where this rank takes connections from those of higher rank.
-pub(super) struct Door {
-    listener: TcpListener,
-    port: u16,
-}
-
-impl Door {
-    /// Opens a port that the system picks.
-    pub fn open(launch: &Launch) -> Result<Self> {
-        let everywhere = [IpAddr::from(Ipv6Addr::UNSPECIFIED), IpAddr::from(Ipv4Addr::UNSPECIFIED)];
-        let here = [IpAddr::from(Ipv4Addr::LOCALHOST)];
-        let addresses: &[IpAddr] = match launch.on_one_machine() {
-            true => &here,
-            false => &everywhere,
-        };
-        let addresses: Vec<SocketAddr> = addresses.iter().map(|address| (*address, 0).into()).collect();
-        let open = || {
-            let listener = TcpListener::bind(&addresses[..])?;
-            let port = listener.local_addr()?.port();
-            Ok(Door { listener, port })
-        };
-        open().map_err(|error: io::Error| Error::invalid(format!("cannot open a port for other ranks: {error}")))
-    }
-
-    /// The port.
-    pub fn port(&self) -> u16 {
-        self.port
-    }
-}
 
 /// See the module's head comment.
 pub(super) struct Tcp {
@@ -71,45 +37,7 @@ pub(super) struct Tcp {
 impl Tcp {
     /// Connects this rank with all others.
     pub fn connect(door: &Door, control: &Control) -> Result<Self> {
-        let shared = control.shared().clone();
-        let (rank, world) = (shared.rank, shared.world());
-        let end = Instant::now() + shared.options.start;
-        let mut streams: Vec<Option<TcpStream>> = (0..world).map(|_| None).collect();
-        for (other, stream) in streams.iter_mut().enumerate().take(rank) {
-            *stream = Some(reach(control, other, end)?);
-        }
-        let mut missing = world - rank - 1;
-        if missing > 0 {
-            let session = control.session;
-            let greet = move |stream: TcpStream, _| hear(stream, session).ok();
-            let take = |guest: Option<(usize, TcpStream)>| {
-                if let Some((other, stream)) = guest
-                    && other > rank
-                    && other < world
-                    && streams[other].is_none()
-                {
-                    streams[other] = Some(stream);
-                    missing -= 1;
-                }
-                Ok(match missing {
-                    0 => ControlFlow::Break(()),
-                    _ => ControlFlow::Continue(()),
-                })
-            };
-            if !admit(&door.listener, end, greet, take, || shared.check())? {
-                let missing: Vec<String> = (rank + 1..world)
-                    .filter(|other| streams[*other].is_none())
-                    .map(|other| other.to_string())
-                    .collect();
-                return Err(Error::invalid(format!(
-                    "no connection for tensors came from rank {} within {} s: a firewall between the machines may keep port {} closed",
-                    missing.join(", "),
-                    shared.options.start.as_secs_f64(),
-                    door.port
-                )));
-            }
-        }
-        Self::begin(shared, streams)
+        Self::begin(control.shared().clone(), door.meet(control)?)
     }
 
     fn begin(shared: Arc<Shared>, streams: Vec<Option<TcpStream>>) -> Result<Self> {
@@ -377,174 +305,9 @@ impl Runner {
     }
 }
 
-/// What one lane's thread writes.
-struct Outgoing {
-    header: Header,
-    tensor: Tensor,
-    range: Range<usize>,
-}
-
-/// The connection to one rank.
-struct Lane {
-    peer: usize,
-    reader: TcpStream,
-    jobs: Sender<Outgoing>,
-    done: Receiver<io::Result<()>>,
-}
-
-impl Lane {
-    fn new(peer: usize, stream: TcpStream) -> io::Result<Self> {
-        let mut writer = stream.try_clone()?;
-        let (jobs, queue) = mpsc::channel::<Outgoing>();
-        let (report, done) = mpsc::channel();
-        std::thread::spawn(move || {
-            for Outgoing { header, tensor, range } in queue {
-                let outcome = bytes(&tensor)
-                    .map_err(|error| io::Error::other(error.to_string()))
-                    .and_then(|bytes| {
-                        writer.write_all(&header.0)?;
-                        writer.write_all(&bytes[range])
-                    });
-                // The tensor is free before the operation has ended.
-                drop(tensor);
-                if report.send(outcome).is_err() {
-                    return;
-                }
-            }
-        });
-        Ok(Lane {
-            peer,
-            reader: stream,
-            jobs,
-            done,
-        })
-    }
-
-    fn receive(&mut self, expected: &Header, target: &mut [u8]) -> io::Result<()> {
-        let mut header = Header([0; HEADER]);
-        self.reader.read_exact(&mut header.0)?;
-        if header != *expected {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!("it sent {header} where {expected} was expected: the ranks' programs have come apart",),
-            ));
-        }
-        self.reader.read_exact(target)
-    }
-
-    fn close(&self) {
-        // What is closed already needs no closing.
-        let _ = self.reader.shutdown(Shutdown::Both);
-    }
-}
-
-const HEADER: usize = 32;
-
-/// What a transfer belongs to: the operation's name (16 bytes), its number and the bytes that follow.
-#[derive(Clone, PartialEq, Eq)]
-struct Header([u8; HEADER]);
-
-impl Header {
-    fn new(name: &'static str, number: u64, bytes: usize) -> Self {
-        let mut header = [0; HEADER];
-        header[..name.len()].copy_from_slice(name.as_bytes());
-        header[16..24].copy_from_slice(&number.to_le_bytes());
-        header[24..].copy_from_slice(&(bytes as u64).to_le_bytes());
-        Header(header)
-    }
-}
-
-impl std::fmt::Display for Header {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
-        let name = String::from_utf8_lossy(&self.0[..16]);
-        write!(
-            f,
-            "{} bytes of operation {} ({})",
-            number(&self.0[24..]),
-            number(&self.0[16..24]),
-            crate::printable(name.trim_end_matches('\0'))
-        )
-    }
-}
-
 fn close(sockets: &[TcpStream]) {
     for socket in sockets {
         // What is closed already needs no closing.
         let _ = socket.shutdown(Shutdown::Both);
     }
-}
-
-/// The bytes of a tensor on the CPU.
-fn bytes(tensor: &Tensor) -> Result<&[u8]> {
-    Ok(match tensor.dtype() {
-        DType::F32 => bytemuck::cast_slice(tensor.as_slice::<f32>()?),
-        DType::Bf16 => bytemuck::cast_slice(tensor.as_slice::<bf16>()?),
-        DType::I32 => bytemuck::cast_slice(tensor.as_slice::<i32>()?),
-        DType::U8 => tensor.as_slice::<u8>()?,
-    })
-}
-
-/// The same for writing.
-fn bytes_mut(tensor: &mut Tensor) -> Result<&mut [u8]> {
-    Ok(match tensor.dtype() {
-        DType::F32 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<f32>()?),
-        DType::Bf16 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<bf16>()?),
-        DType::I32 => bytemuck::cast_slice_mut(tensor.as_mut_slice::<i32>()?),
-        DType::U8 => tensor.as_mut_slice::<u8>()?,
-    })
-}
-
-/// Connects to a rank before this one.
-fn reach(control: &Control, other: usize, end: Instant) -> Result<TcpStream> {
-    let shared = control.shared();
-    let member = &shared.members[other];
-    let place: Place = control.places[other];
-    let address = SocketAddr::new(address_of(place, control.hub), member.data_port);
-    loop {
-        shared.check()?;
-        let error = match introduce(address, control.session, shared.rank, end) {
-            Ok(stream) => return Ok(stream),
-            Err(error) => error,
-        };
-        if Instant::now() >= end {
-            return Err(Error::invalid(format!(
-                "rank {} cannot reach rank {other} at {address} for tensors ({error}): a firewall between the machines may keep \
-                 that port closed",
-                shared.rank
-            )));
-        }
-        std::thread::sleep(PAUSE);
-    }
-}
-
-fn introduce(address: SocketAddr, session: u64, rank: usize, end: Instant) -> io::Result<TcpStream> {
-    let mut stream = connect(std::iter::once(address), end)?;
-    let mut greeting = MAGIC.to_vec();
-    greeting.extend(session.to_le_bytes());
-    greeting.extend((rank as u64).to_le_bytes());
-    stream.set_write_timeout(Some(GREETING))?;
-    stream.write_all(&greeting)?;
-    // The other one answers with the session, so that neither takes a stranger for a rank.
-    let mut answer = [0; 8];
-    let end = end.min(Instant::now() + GREETING);
-    Until { stream: &stream, end }.read_exact(&mut answer)?;
-    match u64::from_le_bytes(answer) == session {
-        true => Ok(stream),
-        false => Err(io::Error::other("something else listens there")),
-    }
-}
-
-fn hear(mut stream: TcpStream, session: u64) -> io::Result<(usize, TcpStream)> {
-    let mut greeting = [0; 24];
-    let end = Instant::now() + GREETING;
-    Until { stream: &stream, end }.read_exact(&mut greeting)?;
-    let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
-    if greeting[..8] != MAGIC || number(&greeting[8..16]) != session {
-        return Err(io::Error::other("a stranger"));
-    }
-    stream.set_write_timeout(Some(GREETING))?;
-    stream.write_all(&session.to_le_bytes())?;
-    let rank = usize::try_from(number(&greeting[16..])).unwrap_or(usize::MAX);
-    Ok((rank, stream))
 }
