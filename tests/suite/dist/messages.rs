@@ -142,6 +142,16 @@ fn long() -> Outcome {
         ranks.leave()
     })?;
     let outcomes = ranks(2, &options(), |ranks| {
+        ranks.decide("table", || Ok(vec![0u8; 70 << 20])).map(|_| ())
+    });
+    let own = outcomes[0].as_ref().unwrap_err().to_string();
+    assert!(own.starts_with("decision on table: a message of 734"), "{own}");
+    assert!(
+        matches!(outcomes[1], Err(Error::PeerLost { rank: 0, .. })),
+        "{:?}",
+        outcomes[1]
+    );
+    let outcomes = ranks(2, &options(), |ranks| {
         let bytes = vec![0u8; if ranks.rank() == 1 { 70 << 20 } else { 1 }];
         ranks.gather("logs", bytes).map(|_| ())
     });

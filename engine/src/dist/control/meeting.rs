@@ -360,7 +360,10 @@ fn describe(error: &std::io::Error) -> String {
     match error.kind() {
         ErrorKind::ConnectionRefused => "nobody listens there".into(),
         ErrorKind::TimedOut | ErrorKind::WouldBlock => "no answer".into(),
-        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset => "the connection was closed".into(),
+        ErrorKind::UnexpectedEof
+        | ErrorKind::ConnectionReset
+        | ErrorKind::ConnectionAborted
+        | ErrorKind::BrokenPipe => "the connection was closed".into(),
         _ => error.to_string(),
     }
 }
@@ -376,14 +379,15 @@ fn attempt(
     let stream = connect((launch.host.as_str(), launch.port).to_socket_addrs()?, end)?;
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(GREETING))?;
-    wire::greet(&stream)?;
-    send(&stream, &wire::frame(hello)?)?;
+    let hello = wire::frame(hello)?;
+    let said = wire::greet(&stream).and_then(|()| send(&stream, &hello));
+    // What listens there may have said what it is and hung up, without hearing this out.
     let greeting = Instant::now() + GREETING;
     match wire::meet(&mut Until {
         stream: &stream,
         end: greeting,
     })? {
-        Other::Rank => {}
+        Other::Rank => said?,
         Other::Foreign(version) => {
             let reason = format!("rank 0 runs another version of this program (protocol {version})");
             return Ok(Err((reason, false)));

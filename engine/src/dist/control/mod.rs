@@ -11,6 +11,7 @@
 //! Rank 0 tells everybody which rank is to blame, and every wait, of the data plane too, ends with that error.
 
 mod door;
+mod link;
 mod meeting;
 mod rounds;
 mod state;
@@ -20,6 +21,7 @@ mod wire;
 use std::net::{IpAddr, TcpListener};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -82,8 +84,11 @@ impl Control {
         let mut readers = Vec::new();
         for (rank, stream) in ranks.zip(met.streams) {
             stream.set_read_timeout(None).map_err(broken)?;
+            // One that takes nothing in must not keep this rank from giving signs of life to others.
+            let longest = GREETING.min(options.silence / 2).max(Duration::from_millis(1));
+            stream.set_write_timeout(Some(longest)).map_err(broken)?;
             readers.push((rank, stream.try_clone().map_err(broken)?));
-            links.push(state::Link::new(rank, stream));
+            links.push(link::Link::new(rank, stream));
         }
         let shared = Arc::new(Shared::new(launch.rank, members, links, options.clone()));
         let mut threads: Vec<JoinHandle<()>> = Vec::new();

@@ -1,11 +1,11 @@
 //! What a rank's threads share: which operations it is in, what has come in answer, and whether the run is over.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::link::{Link, ended};
 use super::rounds::{Round, conclude};
 use super::watch::{Signs, oldest};
 use super::wire::{self, Entry, Kind, Member, Message, Pulse};
@@ -40,32 +40,6 @@ impl Loss {
 /// Ends what a data plane waits for.
 pub type Hook = Box<dyn FnOnce() + Send>;
 
-/// A connection of the control plane.
-pub struct Link {
-    /// The rank at its other end.
-    pub rank: usize,
-    writer: Mutex<TcpStream>,
-}
-
-impl Link {
-    pub fn new(rank: usize, stream: TcpStream) -> Self {
-        Link {
-            rank,
-            writer: Mutex::new(stream),
-        }
-    }
-
-    fn send(&self, message: &Message) -> std::io::Result<()> {
-        let frame = wire::frame(message)?;
-        lock(&self.writer).write_all(&frame)
-    }
-
-    fn close(&self, how: Shutdown) {
-        // What is closed already needs no closing.
-        let _ = lock(&self.writer).shutdown(how);
-    }
-}
-
 /// A rank's side of the control plane; see the module's head comment.
 pub struct Shared {
     pub rank: usize,
@@ -94,7 +68,7 @@ struct State {
     rounds: BTreeMap<u64, Round>,
     /// On rank 0 of every rank, elsewhere of rank 0 at its place: signs of life.
     signs: Vec<Signs>,
-    /// On rank 0: what ranks found wrong, and when to believe it.
+    /// What was found wrong, on rank 0 by others too, and when to believe it.
     reports: Vec<(Instant, Loss)>,
     /// The number of the operation by which this rank leaves.
     leaves_by: Option<u64>,
@@ -150,8 +124,8 @@ impl Shared {
     fn loss(&self, rank: usize, reason: impl Into<String>) -> Loss {
         Loss {
             rank,
-            host: self.members[rank].host.clone(),
-            reason: reason.into(),
+            host: crate::shown_name(&self.members[rank].host).into_owned(),
+            reason: crate::printable(&reason.into()).into_owned(),
         }
     }
 
@@ -197,6 +171,7 @@ impl Shared {
             what: what.to_owned(),
             payload,
         };
+        entry.expect_short()?;
         let _ticket = self.enter(&entry.name())?;
         let number = {
             let mut state = self.lock();
@@ -209,11 +184,8 @@ impl Shared {
         if self.is_hub() {
             self.arrive(0, number, entry);
         } else if let Err(error) = self.links[0].send(&Message::Enter(number, entry)) {
-            if error.kind() == std::io::ErrorKind::InvalidInput {
-                return Err(Error::invalid(format!("{}: {error}", kind.name())));
-            }
             // Rank 0's last word may be on its way.
-            return Err(self.verdict(Some(0), format!("its connection broke ({error})")));
+            return Err(self.verdict(Some(0), ended(&error)));
         }
         let mut state = self.lock();
         loop {
@@ -243,13 +215,19 @@ impl Shared {
         drop(state);
         let conclusion = conclude(&round, &self.members);
         for link in &self.links {
-            let answer = conclusion.of(link.rank);
-            if let Err(error) = link.send(&Message::Answer(number, answer)) {
-                self.lose(self.loss(link.rank, format!("its connection broke ({error})")));
-            }
+            self.tell(link, &Message::Answer(number, conclusion.of(link.rank)));
         }
         self.lock().answers.insert(number, conclusion.of(0));
         self.changed.notify_all();
+    }
+
+    /// Sends a message. Where that fails, the end of the connection says why, if it is not another one that takes nothing in.
+    fn tell(&self, link: &Link, message: &Message) {
+        if let Err(error) = link.send(message) {
+            let due = Instant::now() + BETTER_EXPLANATION;
+            let loss = self.loss(link.rank, ended(&error));
+            self.lock().reports.push((due, loss));
+        }
     }
 
     /// Tells rank 0 that something is wrong, with rank `suspect` if it can be told.
@@ -393,8 +371,7 @@ impl Shared {
                 sent = Some(now);
                 let pulse = self.pulse(now);
                 for link in &self.links {
-                    // A broken connection is noticed where it is read.
-                    let _ = link.send(&Message::Pulse(pulse.clone()));
+                    self.tell(link, &Message::Pulse(pulse.clone()));
                 }
                 self.lock().signs[self.rank] = Signs::of(pulse, now);
             }
@@ -454,16 +431,5 @@ impl Shared {
         }
         drop(state);
         self.links.iter().for_each(|link| link.close(Shutdown::Both));
-    }
-}
-
-/// What the end of a connection says of the rank at its other end.
-fn ended(error: &std::io::Error) -> String {
-    match error.kind() {
-        std::io::ErrorKind::InvalidData => format!("it sent {error}"),
-        std::io::ErrorKind::UnexpectedEof => {
-            "its connection closed without a word: killed, crashed, or its machine went down".into()
-        }
-        _ => format!("its connection broke ({error})"),
     }
 }

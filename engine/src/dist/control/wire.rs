@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
+
 /// The first bytes of every connection, in both directions.
 const MAGIC: [u8; 8] = *b"l2pranks";
 
@@ -115,6 +117,20 @@ impl Entry {
     pub fn name(&self) -> String {
         format!("{} {}", self.kind.name(), self.what).trim_end().to_owned()
     }
+
+    /// Fails when neither this nor an answer that repeats it fits into a frame. Asked before anybody hears of it.
+    pub fn expect_short(&self) -> Result<()> {
+        // For the other fields, each of a few bytes.
+        const OTHERS: usize = 64;
+        let bytes = self.payload.len() + self.what.len() + OTHERS;
+        match bytes <= LONGEST_FRAME {
+            true => Ok(()),
+            false => Err(Error::invalid(format!(
+                "{}: a message of {bytes} bytes is longer than the control plane carries ({LONGEST_FRAME})",
+                self.name()
+            ))),
+        }
+    }
 }
 
 /// A sign of life, and how far a rank is.
@@ -143,7 +159,7 @@ pub enum Message {
     /// To rank 0: the sender enters its operation of this number on the control plane.
     Enter(u64, Entry),
     /// From rank 0: what came of it.
-    Answer(u64, Result<Vec<u8>, String>),
+    Answer(u64, std::result::Result<Vec<u8>, String>),
     Pulse(Pulse),
     /// To rank 0: something is wrong, with this rank if it can be told.
     Report {
