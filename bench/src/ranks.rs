@@ -25,27 +25,29 @@ use crate::record::write_json;
 
 const HELP: &str = "\
 All there is to see on a machine with two GPUs, in one command:
-  bench-ranks --ranks 2 --device cuda --json ranks.json && bench-ranks faults --ranks 2 --device cuda --json faults.json
-NCCL is found in LD_LIBRARY_PATH, in the folders that L2P_CUDA_LIBRARIES names, and in the Python environment whose python3 comes
-first in PATH (site-packages/nvidia/nccl/lib).
+  bench-ranks --ranks 2 --device cuda --json ranks.json &&
+    bench-ranks faults --ranks 2 --device cuda --json faults.json
+NCCL is looked for in LD_LIBRARY_PATH, in the folders that L2P_CUDA_LIBRARIES names, and in the
+Python environments whose python3 is in PATH (site-packages/nvidia/nccl/lib).
 
 Examples:
   bench-ranks --ranks 4 --device cpu --sizes 0,1,1000
-  bench-ranks check --ranks 2                        no measurement
+  bench-ranks check --ranks 2                      no measurement
   bench-ranks measure overlap --ranks 2 --json -
-  bench-ranks faults --ranks 3 --device cpu          ranks are killed, stopped, …; the others must end and name them
-  bench-ranks --ranks 2 --fault kill:1 --after 3     one such fault, as it appears to the user
+  bench-ranks faults --ranks 3 --device cpu        ranks are killed, stopped, …: who notices?
+  bench-ranks --ranks 2 --fault kill:1 --after 3   one such fault, as it appears to the user
   torchrun --no-python --nproc-per-node 2 bench-ranks check
   mpirun -np 2 bench-ranks check
 
-The columns: elements of the larger tensor of a rank; its type; median over the samples of the time that the slowest rank took,
-from the call to the end of the device's work; bytes that each rank sends to others, by that time. all_reduce is made of
-reduce_scatter in the type named and all_gather in f32. The last table puts reduce_scatter beside matrix products: each alone,
-both together, and the share of the shorter one that was hidden. With `faults`: what happened to which rank, the seconds until the
-others named it, and their line.
+The columns: elements of the larger tensor of a rank; its type; median over the samples of the time
+that the slowest rank took, from the call to the end of the device's work; bytes that each rank
+sends to others, by that time. all_reduce is made of reduce_scatter in the type named and all_gather
+in f32. The last line puts reduce_scatter beside matrix products: each alone, both together, and the
+share of the shorter one that was hidden. With faults: what happened to which rank, the seconds
+until another one named it, and its line.
 
-Exit code: 0 when all results equal a plain loop bit for bit, 1 when one does not, a rank is lost, or on an error; with `faults`
-0 when every lost rank was named by all others.";
+Exit code: 0 when all results equal a plain loop bit for bit, 1 when one does not, a rank is lost,
+or on an error. With faults: 0 when every lost rank was named by all others.";
 
 /// What is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -20,11 +20,12 @@ use crate::{say, stop_requested};
 
 /// What `--help` says about many ranks, for the long help of programs.
 pub const RANKS_HELP: &str = "\
-Many GPUs: --ranks N starts N ranks of the program on this machine, each on a GPU of its own (with --device cpu, N processes
-that share the CPU). Over several machines, or instead, any of these does the same, without --ranks:
+Many GPUs: --ranks N starts N ranks of the program on this machine, each on a GPU of its own (with
+--device cpu: N processes that share the CPU). Over several machines, or instead, any of these does
+the same, without --ranks:
   torchrun --no-python --nnodes 2 --nproc-per-node 8 … PROGRAM …
   srun --kill-on-bad-exit=1 --ntasks-per-node 8 PROGRAM …
-  mpirun -np 8 PROGRAM …                      (several machines: add -x MASTER_ADDR=HOST)
+  mpirun -np 8 PROGRAM …             (several machines: add -x MASTER_ADDR=HOST)
 When a rank dies or hangs, all others end with one line that names it, and exit code 1.";
 
 /// The variable that tells a rank which process started it.

@@ -75,6 +75,8 @@ impl Gpu {
                 "train.json" => training = Some(train::record::Record::read(&path)?),
                 // Of every gradient: too long for the README.
                 "grad.json" => {}
+                // Between ranks: shown by bench-ranks itself.
+                "ranks.json" | "faults.json" => {}
                 name if name.ends_with(".json") => records.push(Record::read(&path)?),
                 _ => {}
             }

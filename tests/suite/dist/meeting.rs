@@ -142,7 +142,11 @@ fn contradictions() -> Outcome {
     // Two that believe to be rank 0: the second cannot have the port.
     let mut launches = launches(2);
     launches[1].rank = 0;
-    let told = messages(places(launches, &soon(1.0), joined));
+    let told = messages(places(launches, &options(), |launch, _| {
+        // The first keeps it for as long as the second tries.
+        let patience = if launch.local_rank == 0 { 3.0 } else { 0.5 };
+        joined(launch, &soon(patience))
+    }));
     assert!(told[1].contains("cannot listen at port"), "{told:?}");
     Ok(())
 }
@@ -157,8 +161,15 @@ fn another_run() -> Outcome {
         "{}",
         told[0]
     );
+    // The last of its attempts may meet the end of that run.
+    let reasons = [
+        "another run listens here",
+        "nobody listens there",
+        "the connection was closed",
+        "no answer",
+    ];
     assert!(
-        told[1].contains("(another run listens here)") || told[1].contains("(nobody listens there)"),
+        reasons.iter().any(|reason| told[1].contains(&format!("({reason})"))),
         "{}",
         told[1]
     );
