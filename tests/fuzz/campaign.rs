@@ -13,7 +13,6 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
 use crate::case::{self, Campaign};
-use crate::known;
 use crate::worker::Report;
 
 /// A case may take so much of a processor's time, …
@@ -63,8 +62,6 @@ pub struct Finding {
     reader: String,
     end: String,
     message: String,
-    /// The reason why it is expected for now.
-    known: Option<String>,
 }
 
 /// The campaign so far; what the summary says, and what a campaign goes on from.
@@ -78,7 +75,7 @@ pub struct State {
     seconds: f64,
     /// Cases in all, by how they ended.
     ends: BTreeMap<String, u64>,
-    /// Cases that ended as they may not and are not known.
+    /// Cases that ended as they may not.
     pub unexpected: u64,
     peak_bytes: usize,
     readers: BTreeMap<String, Tally>,
@@ -131,17 +128,15 @@ impl State {
             "drawn" => tally.drawn += 1,
             "refused" => tally.refused += 1,
             _ => {
-                let known = known::reason(report);
-                self.unexpected += u64::from(known.is_none());
+                self.unexpected += 1;
                 let of_kind = |finding: &&Finding| finding.reader == report.reader && finding.end == report.end;
                 let alike = self.findings.iter().filter(of_kind).count();
-                if self.findings.len() < MOST_FINDINGS && (known.is_none() || alike < 5) {
+                if self.findings.len() < MOST_FINDINGS && alike < 20 {
                     self.findings.push(Finding {
                         case,
                         reader: report.reader.clone(),
                         end: report.end.clone(),
                         message: report.message.clone(),
-                        known: known.map(str::to_owned),
                     });
                 }
             }
@@ -181,12 +176,8 @@ impl State {
             text += &format!("{end}: {count}\n");
         }
         for finding in self.findings.iter().take(40) {
-            let known = finding
-                .known
-                .as_ref()
-                .map_or(String::new(), |reason| format!(" (known: {reason})"));
             text += &format!(
-                "case {}: {}: {}: {}{known}\n",
+                "case {}: {}: {}: {}\n",
                 finding.case, finding.reader, finding.end, finding.message
             );
         }

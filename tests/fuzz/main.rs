@@ -9,7 +9,6 @@ mod bytes;
 mod campaign;
 mod case;
 mod json;
-mod known;
 mod lines;
 mod memory;
 mod pictures;
