@@ -112,10 +112,44 @@ pub enum Error {
     Interrupted,
 }
 
+/// Whose matter an error is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The caller asked for something that makes no sense, or that this model or device cannot do; asking again is of no use.
+    Request,
+    /// A file of the model or data set is missing, damaged or of another kind.
+    Data,
+    /// The machine failed or has too little of something: memory, disk, a GPU, a library, another rank. The same request may be
+    /// served elsewhere or later.
+    Machine,
+    /// The user asked to stop.
+    Interrupted,
+}
+
 /// A result of the engine.
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
+    /// Whose matter it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Error::Shape { .. } | Error::DType { .. } | Error::Placement { .. } | Error::Invalid(_) => {
+                ErrorKind::Request
+            }
+            Error::File { .. } | Error::NotFinite { .. } => ErrorKind::Data,
+            Error::Io { source, .. } => match source.kind() {
+                std::io::ErrorKind::NotFound
+                | std::io::ErrorKind::InvalidData
+                | std::io::ErrorKind::InvalidInput
+                | std::io::ErrorKind::IsADirectory
+                | std::io::ErrorKind::NotADirectory => ErrorKind::Data,
+                _ => ErrorKind::Machine,
+            },
+            Error::Cuda { .. } | Error::OutOfMemory { .. } | Error::NoGpu(_) => ErrorKind::Machine,
+            Error::Interrupted => ErrorKind::Interrupted,
+        }
+    }
+
     /// An [`Error::Io`] for `path`.
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Error::Io {
@@ -156,6 +190,17 @@ fn bounded(reason: String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mistake_is_told_from_a_fault_of_the_machine() {
+        let io = |kind: std::io::ErrorKind| Error::io("file", kind.into()).kind();
+        assert_eq!(Error::invalid("width 0").kind(), ErrorKind::Request);
+        assert_eq!(Error::file("m.safetensors", "is cut").kind(), ErrorKind::Data);
+        assert_eq!(io(std::io::ErrorKind::NotFound), ErrorKind::Data);
+        assert_eq!(io(std::io::ErrorKind::StorageFull), ErrorKind::Machine);
+        assert_eq!(Error::NoGpu("no driver".into()).kind(), ErrorKind::Machine);
+        assert_eq!(Error::Interrupted.kind(), ErrorKind::Interrupted);
+    }
 
     #[test]
     fn reasons_do_not_quote_whole_files() {

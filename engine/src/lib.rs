@@ -32,7 +32,7 @@ pub mod train;
 
 pub use device::{Device, DeviceChoice};
 pub use dtype::{DType, Element};
-pub use error::{Error, Result};
+pub use error::{Error, ErrorKind, Result};
 pub use layers::{MemoryParams, ParamSource};
 pub use printable::{printable, shown_name};
 pub use shape::Shape;

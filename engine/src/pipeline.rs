@@ -1,8 +1,8 @@
 //! From prompts to pictures: which parts of a model are on the device when, and how long each phase takes.
 //!
 //! The phases of a run: `text` (encoder loaded, prompts encoded, encoder freed), `load` (transformer), `denoise`, `decode`
-//! (VAE, latent models only); what they spent on searching for the algorithms of matrix products is a phase of its own, `search`. Device memory therefore peaks at the larger of the text encoder and the transformer with one
-//! step's activations.
+//! (VAE, latent models only); what they spent on searching for the algorithms of matrix products is a phase of its own, `search`.
+//! Device memory therefore peaks at the larger of the text encoder and the transformer with one step's activations.
 
 mod blame;
 mod prompts;
@@ -20,7 +20,7 @@ use crate::checkpoint::{Checkpoint, EstimateInput, MemoryEstimate, ModelPaths, T
 use crate::device::{Device, MemoryReport, MemoryTag, format_bytes};
 use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
-use crate::flow::sampler::{Conditioning, StepReport, Walk, sample};
+use crate::flow::sampler::{Guides, Sampler, StepReport, Walk};
 use crate::flow::schedule::Schedule;
 use crate::model::config::{DitConfig, ModelKind, VaeConfig};
 use crate::model::vae::VaeDecoder;
@@ -84,10 +84,20 @@ pub struct Pipeline {
     text: Option<PromptEncoder>,
     /// Keep the text encoder on the device after its phase.
     keep_text_encoder: bool,
+    sampler: Sampler,
     phases: Vec<Phase>,
 }
 
 impl Captions {
+    /// What pictures are to follow; `cfg` is the strength of guidance.
+    pub fn guides(&self, cfg: f32) -> Guides<'_> {
+        Guides {
+            prompts: &self.prompts,
+            negatives: &self.negatives,
+            cfg,
+        }
+    }
+
     /// Those of some of the pictures.
     ///
     /// # Errors
@@ -133,6 +143,7 @@ impl Pipeline {
             vae: None,
             text: None,
             keep_text_encoder,
+            sampler: Sampler::default(),
             phases: Vec::new(),
         })
     }
@@ -166,9 +177,15 @@ impl Pipeline {
         &self.device
     }
 
-    /// The phases so far.
-    pub fn phases(&self) -> &[Phase] {
-        &self.phases
+    /// The phases since this was last asked.
+    pub fn take_phases(&mut self) -> Vec<Phase> {
+        std::mem::take(&mut self.phases)
+    }
+
+    /// Keeps the recorded steps of so many shapes of pictures, for more pictures of these shapes; each holds the memory that a step
+    /// takes, also while a VAE decodes. None are kept where nobody asks.
+    pub fn keep_steps(&mut self, shapes: usize) {
+        self.sampler = Sampler::keeping(shapes);
     }
 
     /// Sides of a picture are multiples of this many pixels.
@@ -215,6 +232,12 @@ impl Pipeline {
 
     /// Bytes of device memory that drawing `batch` pictures of this size at once takes, estimated.
     pub fn estimate(&self, settings: &Settings, batch: usize) -> u64 {
+        let (weights, activations) = self.parts(settings, batch);
+        weights.saturating_add(activations)
+    }
+
+    /// Weights and activations of [`Pipeline::estimate`].
+    fn parts(&self, settings: &Settings, batch: usize) -> (u64, u64) {
         let estimate = MemoryEstimate::of(&EstimateInput {
             config: self.config(),
             head: self.transformer.head.as_ref(),
@@ -225,11 +248,24 @@ impl Pipeline {
         });
         // The estimate counts bf16; the CPU computes in f32.
         let element = self.device.compute_dtype().size() as u64;
+        let bytes = |bf16: u64| (bf16 / 2).saturating_mul(element);
         let sampling = estimate.sampling;
-        let bf16 = sampling
-            .weights
-            .saturating_add(sampling.activations.saturating_mul(batch as u64));
-        (bf16 / 2).saturating_mul(element)
+        (
+            bytes(sampling.weights),
+            bytes(sampling.activations.saturating_mul(batch as u64)),
+        )
+    }
+
+    /// Has batches of this kind share one recorded step, where the device has room for what it holds; [`Pipeline::keep_steps`] does
+    /// not ask.
+    ///
+    /// # Errors
+    /// When the device does not tell what it has.
+    pub fn share_steps(&mut self, settings: &Settings, batch: usize) -> Result<()> {
+        let (weights, activations) = self.parts(settings, batch);
+        let needed = weights.saturating_add(activations.saturating_mul(2));
+        self.keep_steps(usize::from(needed <= self.device.available_memory()?));
+        Ok(())
     }
 
     /// Refuses settings that make no sense and work that the device has no memory for, before any of it starts.
@@ -368,11 +404,10 @@ impl Pipeline {
         progress: &mut dyn FnMut(StepReport) -> Result<()>,
     ) -> Result<Tensor> {
         let schedule = Schedule::new(settings.steps, f64::from(settings.shift))?;
-        let size = [noise.dim(1), noise.dim(2)];
         self.phase("denoise", |pipeline| {
-            let model = pipeline.loaded()?;
-            let conditioning = conditioning(model, captions, settings, size)?;
-            sample(model, &conditioning, &schedule, noise, progress)
+            let model = loaded(&pipeline.model)?;
+            let guides = captions.guides(settings.cfg);
+            pipeline.sampler.draw(model, guides, &schedule, noise, progress)
         })
     }
 
@@ -383,8 +418,10 @@ impl Pipeline {
     /// # Errors
     /// When shapes do not fit, or the device has no room.
     pub fn profile_step(&self, captions: &Captions, noise: Tensor, settings: &Settings) -> Result<Profile> {
-        let model = self.loaded()?;
-        let conditioning = conditioning(model, captions, settings, [noise.dim(1), noise.dim(2)])?;
+        let model = loaded(&self.model)?;
+        let conditioning = captions
+            .guides(settings.cfg)
+            .prepare(model, [noise.dim(1), noise.dim(2)])?;
         let before = usize::from(matches!(self.device, Device::Cuda(_)));
         let schedule = Schedule::new(before + 1, f64::from(settings.shift))?;
         let mut walk = Walk::new(model, &conditioning, &schedule, noise)?.unrecorded();
@@ -392,11 +429,6 @@ impl Pipeline {
             walk.advance()?;
         }
         Ok(profile::measure(&self.device, || walk.advance())?.1)
-    }
-
-    fn loaded(&self) -> Result<&dyn Denoiser> {
-        let model = self.model.as_deref();
-        model.ok_or_else(|| Error::invalid("the transformer is not loaded"))
     }
 
     /// The images of what [`Pipeline::denoise`] returned: latents through the VAE decoder, images as they are. f32
@@ -414,10 +446,22 @@ impl Pipeline {
                 .as_ref()
                 .ok_or_else(|| Error::invalid("the VAE is not loaded"))?;
             // One picture at a time: the decoder's maps are the largest tensors of a latent model.
-            let images = (0..drawn.dim(0))
-                .map(|item| vae.decode(&drawn.narrow(item, 1)?))
-                .collect::<Result<Vec<_>>>()?;
-            stack(&images)
+            let one = |item| vae.decode(&drawn.narrow(item, 1)?);
+            let first = one(0)?;
+            let count = drawn.dim(0);
+            if count == 1 {
+                return Ok(first);
+            }
+            let mut extents = first.shape().to_vec();
+            extents[0] = count;
+            let mut images = Tensor::empty(&pipeline.device, extents.as_slice(), first.dtype())?;
+            let elements = first.elements();
+            images.copy_elements_from(0, &first)?;
+            drop(first);
+            for item in 1..count {
+                images.copy_elements_from(item * elements, &one(item)?)?;
+            }
+            Ok(images)
         })
     }
 
@@ -504,21 +548,9 @@ impl Pipeline {
     }
 }
 
-/// What pictures of this height and width follow.
-fn conditioning(
-    model: &dyn Denoiser,
-    captions: &Captions,
-    settings: &Settings,
-    size: [usize; 2],
-) -> Result<Conditioning> {
-    let prepare = |captions: &[Tensor]| model.prepare(&captions.iter().collect::<Vec<_>>(), size);
-    Ok(Conditioning {
-        prompt: prepare(&captions.prompts)?,
-        negative: match captions.negatives.is_empty() {
-            true => None,
-            false => Some((prepare(&captions.negatives)?, settings.cfg)),
-        },
-    })
+fn loaded(model: &Option<Box<dyn Denoiser>>) -> Result<&dyn Denoiser> {
+    let model = model.as_deref();
+    model.ok_or_else(|| Error::invalid("the transformer is not loaded"))
 }
 
 /// The error with the file that it is about.
@@ -526,23 +558,6 @@ fn of_file(checkpoint: &Checkpoint, error: Error) -> Error {
     match error {
         Error::Invalid(reason) => Error::file(checkpoint.path(), reason),
         error => error,
-    }
-}
-
-/// One batch of several of one item each.
-fn stack(items: &[Tensor]) -> Result<Tensor> {
-    match items {
-        [one] => Ok(one.clone()),
-        [first, ..] => {
-            let mut values = Vec::with_capacity(first.elements() * items.len());
-            for item in items {
-                values.extend(item.to_vec::<f32>()?);
-            }
-            let mut extents = first.shape().to_vec();
-            extents[0] = items.len();
-            Tensor::from_slice(&first.device(), &values, extents.as_slice())
-        }
-        [] => Err(Error::invalid("a batch of no pictures")),
     }
 }
 

@@ -44,6 +44,9 @@ fn synthesize_set(arguments: &Synthesize) -> anyhow::Result<()> {
     }
     let batch = batch_size(arguments, &pipeline, &settings).min(jobs.len());
     pipeline.expect_room(&settings, batch)?;
+    if jobs.len() > batch {
+        pipeline.share_steps(&settings, batch)?;
+    }
     let options = SynthesisOptions {
         settings,
         rng: arguments.rng,

@@ -75,6 +75,9 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
     let settings = settings(&arguments, &pipeline)?;
     let batch = batch_size(&arguments, &pipeline, &settings, jobs.len());
     pipeline.expect_room(&settings, batch)?;
+    if jobs.len() > batch {
+        pipeline.share_steps(&settings, batch)?;
+    }
     let noise = arguments
         .noise
         .as_deref()
@@ -126,7 +129,7 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
             Ceilings::measure(pipeline.device())?,
         );
     }
-    crate::print(&report.finish(&pipeline, arguments.report)?)
+    crate::print(&report.finish(&mut pipeline, arguments.report)?)
 }
 
 /// The operations of a step of the first batch.

@@ -68,8 +68,8 @@ impl Report {
     ///
     /// # Errors
     /// When it cannot be formatted.
-    pub fn finish(&self, pipeline: &Pipeline, format: Option<ReportFormat>) -> anyhow::Result<String> {
-        let phases = merged(pipeline.phases());
+    pub fn finish(&self, pipeline: &mut Pipeline, format: Option<ReportFormat>) -> anyhow::Result<String> {
+        let phases = merged(&pipeline.take_phases());
         let operations = || match &self.profile {
             Some((profile, ceilings)) => format!("{}\n", crate::profile::table(profile, ceilings)),
             None => String::new(),

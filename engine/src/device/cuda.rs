@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
@@ -68,6 +68,8 @@ pub struct CudaDevice {
     recording: Mutex<Option<Recorded>>,
     /// Whether `recording` holds something, for those who ask often.
     is_recording: AtomicBool,
+    /// Recordings begun so far.
+    recordings: AtomicU64,
     /// Held for reading while something is submitted, for writing while a recording begins: nothing is caught in between.
     turn: RwLock<()>,
     stream: Arc<CudaStream>,
@@ -155,6 +157,7 @@ impl CudaDevice {
             beside_pool: Mutex::new(beside_pool),
             recording: Mutex::new(None),
             is_recording: AtomicBool::new(false),
+            recordings: AtomicU64::new(0),
             turn: RwLock::new(()),
             stream,
             context,
@@ -379,6 +382,11 @@ impl CudaDevice {
         work(staging.as_mut().expect("made above"))
     }
 
+    /// How often work was recorded.
+    pub fn recordings(&self) -> u64 {
+        self.recordings.load(Ordering::Relaxed)
+    }
+
     /// From now on until [`CudaDevice::end_recording`], this thread's blocks come from a recording of their own, and no other
     /// thread can submit work, which would be recorded too.
     pub(super) fn begin_recording(&self) -> Result<()> {
@@ -388,6 +396,7 @@ impl CudaDevice {
             return Err(Error::invalid("work is being recorded on this device already"));
         }
         *recording = Some(Recorded::new());
+        self.recordings.fetch_add(1, Ordering::Relaxed);
         self.is_recording.store(true, Ordering::SeqCst);
         Ok(())
     }

@@ -4,5 +4,6 @@ pub mod noise_source;
 pub mod sampler;
 pub mod schedule;
 mod torch_rng;
+mod walk;
 
 pub use torch_rng::TorchNormal;

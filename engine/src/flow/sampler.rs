@@ -4,37 +4,22 @@
 //! ahead. So the GPU does not idle between steps, progress tells what is done and not what is queued, and stopping takes no
 //! longer than the step that is running.
 //!
-//! On CUDA the first step runs call by call, which loads every kernel; the second is recorded and replayed for all others,
-//! with the step's own modulation vectors and Δσ copied to fixed addresses. `L2P_GRAPH=0` turns recording off.
+//! [`sample`] draws once; a [`Sampler`] keeps the steps of what it drew, so that another picture of the same shape needs no
+//! recording, no search and no memory of its own.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 use super::schedule::Schedule;
-use crate::device::{CudaDevice, Device, Graph, Marker};
-use crate::dtype::DType;
-use crate::error::{Error, Result};
-use crate::model::{Denoiser, Modulations, Prepared};
-use crate::ops::cast::cast;
-use crate::ops::conv::Canvas;
-use crate::ops::guidance::{Guidance, guided_euler_step};
+pub use super::walk::{Conditioning, Walk};
+use super::walk::{Recording, Step};
+use crate::device::Marker;
+use crate::error::Result;
+use crate::model::Denoiser;
 use crate::profile;
 use crate::tensor::Tensor;
 
-/// Modulation tables are made for at most this many steps at once, which bounds their memory.
-const STEPS_PER_TABLE: usize = 16;
-
 /// Steps that may be submitted and not done when the host goes on to submit the next one.
 const QUEUED_STEPS: usize = 1;
-
-/// What the pictures follow.
-pub struct Conditioning {
-    /// The captions to follow.
-    pub prompt: Prepared,
-    /// With guidance, the captions to move away from and the strength: two passes per step instead of one,
-    /// `v = v_negative + cfg · (v_prompt − v_negative)`.
-    pub negative: Option<(Prepared, f32)>,
-}
 
 /// Told after each step.
 #[derive(Clone, Copy, Debug)]
@@ -59,178 +44,155 @@ pub fn sample(
 ) -> Result<Tensor> {
     let _range = profile::range(c"denoise");
     let mut walk = Walk::new(model, conditioning, schedule, noise)?;
+    go(&mut walk, model, schedule, progress)?;
+    Ok(walk.finish())
+}
+
+/// Takes all steps of a walk.
+fn go(
+    walk: &mut Walk<'_>,
+    model: &dyn Denoiser,
+    schedule: &Schedule,
+    progress: &mut dyn FnMut(StepReport) -> Result<()>,
+) -> Result<()> {
     let mut queue = Queue::new(schedule.steps());
     for _ in 0..schedule.steps() {
         walk.advance()?;
         queue.push(model.device().marker()?);
         queue.drain(QUEUED_STEPS, progress)?;
     }
-    queue.drain(0, progress)?;
-    Ok(walk.finish())
+    queue.drain(0, progress)
 }
 
-/// A walk down a schedule, step by step; [`sample`] for those who have to look at each step.
-pub struct Walk<'a> {
-    model: &'a dyn Denoiser,
-    conditioning: &'a Conditioning,
-    /// The model's time and the change of sigma of each step; the latter f32 `[steps]`.
-    times: Vec<f32>,
-    deltas: Tensor,
-    /// Of this step and some that follow.
-    tables: Modulations,
-    state: State,
-    recording: Recording,
-    /// The next step.
-    step: usize,
+/// What pictures are to follow, as it comes from a text encoder.
+#[derive(Clone, Copy)]
+pub struct Guides<'a> {
+    /// Caption features, one per picture.
+    pub prompts: &'a [Tensor],
+    /// What to move away from, one per picture; empty without guidance.
+    pub negatives: &'a [Tensor],
+    /// The strength of guidance; see [`Conditioning::negative`].
+    pub cfg: f32,
 }
 
-impl<'a> Walk<'a> {
-    /// A walk from `noise` on; see [`sample`].
+impl Guides<'_> {
+    /// Ready for pictures of this height and width (latent model: latent cells).
     ///
     /// # Errors
-    /// When the device has no room.
-    pub fn new(
-        model: &'a dyn Denoiser,
-        conditioning: &'a Conditioning,
-        schedule: &Schedule,
-        noise: Tensor,
-    ) -> Result<Self> {
-        let times = schedule.times();
-        let deltas: Vec<f32> = (0..schedule.steps()).map(|step| schedule.delta(step)).collect();
-        let tables = model.modulate(&times[..times.len().min(STEPS_PER_TABLE)], None)?;
-        Ok(Walk {
-            deltas: Tensor::from_slice(model.device(), &deltas, [deltas.len()])?,
-            state: State {
-                modulations: tables.narrow(0, 1)?.duplicate()?,
-                delta: Tensor::empty(model.device(), [1], DType::F32)?,
-                x: noise,
+    /// As [`Denoiser::prepare`].
+    pub fn prepare(&self, model: &dyn Denoiser, size: [usize; 2]) -> Result<Conditioning> {
+        let prepare = |captions: &[Tensor]| model.prepare(&captions.iter().collect::<Vec<_>>(), size);
+        Ok(Conditioning {
+            prompt: prepare(self.prompts)?,
+            negative: match self.negatives.is_empty() {
+                true => None,
+                false => Some((prepare(self.negatives)?, self.cfg)),
             },
-            recording: Recording::new(model.device(), schedule.steps()),
-            model,
-            conditioning,
-            times,
-            tables,
-            step: 0,
         })
     }
 
-    /// Runs every step call by call, so that its operations can be told apart.
-    pub fn unrecorded(self) -> Self {
-        Walk {
-            recording: Recording::Off,
-            ..self
+    /// Puts these in the place of others of the same shape.
+    fn replace(&self, model: &dyn Denoiser, conditioning: &mut Conditioning) -> Result<()> {
+        model.prepare_into(&self.prompts.iter().collect::<Vec<_>>(), &mut conditioning.prompt)?;
+        match &mut conditioning.negative {
+            Some((negative, _)) => model.prepare_into(&self.negatives.iter().collect::<Vec<_>>(), negative),
+            None => Ok(()),
         }
     }
 
-    /// Submits the next step.
+    fn shape(&self, noise: &Tensor) -> Shape {
+        let tokens = |captions: &[Tensor]| captions.iter().map(|caption| caption.dim(1)).collect();
+        Shape {
+            noise: noise.shape().to_vec(),
+            prompts: tokens(self.prompts),
+            negatives: tokens(self.negatives),
+            cfg: self.cfg.to_bits(),
+        }
+    }
+}
+
+/// What a recorded step depends on beside values.
+#[derive(PartialEq, Eq)]
+struct Shape {
+    noise: Vec<usize>,
+    prompts: Vec<usize>,
+    negatives: Vec<usize>,
+    cfg: u32,
+}
+
+/// The steps of one shape, kept.
+struct Kept {
+    shape: Shape,
+    conditioning: Conditioning,
+    step: Step,
+}
+
+/// Draws with one model, again and again. Belongs to that model: steps hold the addresses of its weights.
+#[derive(Default)]
+pub struct Sampler {
+    /// The most recently used last.
+    kept: Vec<Kept>,
+    most: usize,
+}
+
+impl Sampler {
+    /// One that keeps the steps of so many shapes; each holds the memory that a step takes. 0 keeps none.
+    pub fn keeping(most: usize) -> Self {
+        Sampler { kept: Vec::new(), most }
+    }
+
+    /// Lets go of all steps and of the memory that they hold.
+    pub fn clear(&mut self) {
+        self.kept.clear();
+    }
+
+    /// As [`sample`], for captions that need not be prepared yet.
     ///
     /// # Errors
-    /// When shapes do not fit, the device has no room, or the last step has been submitted.
-    pub fn advance(&mut self) -> Result<()> {
-        let _range = profile::range(c"step");
-        let step = self.step;
-        if step >= self.times.len() {
-            return Err(Error::invalid(format!("all {step} steps are done")));
+    /// As [`sample`]; after an error the steps of this shape are gone.
+    pub fn draw(
+        &mut self,
+        model: &dyn Denoiser,
+        guides: Guides<'_>,
+        schedule: &Schedule,
+        noise: Tensor,
+        progress: &mut dyn FnMut(StepReport) -> Result<()>,
+    ) -> Result<Tensor> {
+        let size = [noise.dim(1), noise.dim(2)];
+        if self.most == 0 {
+            return sample(model, &guides.prepare(model, size)?, schedule, noise, progress);
         }
-        if step > 0 && step.is_multiple_of(STEPS_PER_TABLE) {
-            let end = self.times.len().min(step + STEPS_PER_TABLE);
-            self.tables = self.model.modulate(&self.times[step..end], None)?;
-        }
-        let state = &mut self.state;
-        state
-            .modulations
-            .copy_from(&self.tables.narrow(step % STEPS_PER_TABLE, 1)?)?;
-        state.delta.copy_from(&self.deltas.narrow(step, 1)?)?;
-        self.recording.run(step, || state.step(self.model, self.conditioning))?;
-        self.step += 1;
-        Ok(())
-    }
-
-    /// The picture (latent model: latent) after the steps submitted so far.
-    pub fn finish(self) -> Tensor {
-        self.state.x
-    }
-}
-
-/// What a step reads and writes; all at addresses that stay the same from step to step.
-struct State {
-    /// The picture on its way, f32.
-    x: Tensor,
-    /// The step's modulation vectors.
-    modulations: Modulations,
-    /// The step's change of sigma, `[1]`.
-    delta: Tensor,
-}
-
-impl State {
-    /// Moves the picture by one step.
-    fn step(&mut self, model: &dyn Denoiser, conditioning: &Conditioning) -> Result<()> {
-        let image = cast(&self.x, model.device().compute_dtype())?;
-        if model.paints() {
-            return self.paint(model, conditioning, &image);
-        }
-        let velocity = model.forward(&image, &conditioning.prompt, &self.modulations)?;
-        let away = match &conditioning.negative {
-            Some((negative, cfg)) => Some((model.forward(&image, negative, &self.modulations)?, *cfg)),
-            None => None,
-        };
-        drop(image);
-        let guidance = away.as_ref().map(|(negative, cfg)| Guidance { negative, cfg: *cfg });
-        guided_euler_step(&mut self.x, &velocity, guidance, &self.delta)
-    }
-
-    /// The same where each pass adds its share to the picture itself: with guidance, `cfg` times the one velocity and
-    /// `1 − cfg` times the other.
-    fn paint(&mut self, model: &dyn Denoiser, conditioning: &Conditioning, image: &Tensor) -> Result<()> {
-        let negative = conditioning.negative.as_ref();
-        let strength = negative.map_or(1.0, |(_, cfg)| *cfg);
-        let passes = [(&conditioning.prompt, strength)];
-        for (prepared, scale) in passes
-            .into_iter()
-            .chain(negative.map(|(prepared, cfg)| (prepared, 1.0 - cfg)))
-        {
-            let canvas = Canvas {
-                picture: &mut self.x,
-                scale,
-                delta: Some(&self.delta),
-            };
-            model.paint(image, prepared, &self.modulations, canvas)?;
-        }
-        Ok(())
-    }
-}
-
-/// A step's work, recorded when it is met for the second time.
-enum Recording {
-    /// Every step runs call by call.
-    Off,
-    /// Nothing is recorded yet.
-    Pending(Arc<CudaDevice>),
-    /// Steps are replayed.
-    Ready(Graph),
-}
-
-impl Recording {
-    fn new(device: &Device, steps: usize) -> Self {
-        let wanted = !std::env::var("L2P_GRAPH").is_ok_and(|value| value == "0");
-        match device {
-            // Two steps would not pay for a recording.
-            Device::Cuda(device) if wanted && steps > 2 => Recording::Pending(device.clone()),
-            _ => Recording::Off,
-        }
-    }
-
-    fn run(&mut self, step: usize, work: impl FnOnce() -> Result<()>) -> Result<()> {
-        match self {
-            Recording::Ready(graph) => graph.launch(),
-            Recording::Pending(device) if step > 0 => {
-                let mut graph = Graph::record(device, work)?;
-                graph.launch()?;
-                *self = Recording::Ready(graph);
-                Ok(())
+        let _range = profile::range(c"denoise");
+        let shape = guides.shape(&noise);
+        let (conditioning, step) = match self.kept.iter().position(|kept| kept.shape == shape) {
+            Some(place) => {
+                let Kept {
+                    mut conditioning,
+                    mut step,
+                    ..
+                } = self.kept.remove(place);
+                guides.replace(model, &mut conditioning)?;
+                step.begin(&noise)?;
+                (conditioning, step)
             }
-            _ => work(),
-        }
+            None => {
+                // Room for the new one first.
+                self.kept.drain(..(self.kept.len() + 1).saturating_sub(self.most));
+                let table = model.modulate(&schedule.times()[..1], None)?;
+                let step = Step::new(&table, noise, Recording::new(model.device()))?;
+                (guides.prepare(model, size)?, step)
+            }
+        };
+        let mut walk = Walk::again(model, &conditioning, schedule, step)?;
+        go(&mut walk, model, schedule, progress)?;
+        let step = walk.into_step();
+        let drawn = step.picture()?;
+        self.kept.push(Kept {
+            shape,
+            conditioning,
+            step,
+        });
+        Ok(drawn)
     }
 }
 

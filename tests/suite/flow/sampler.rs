@@ -1,10 +1,11 @@
 //! Schedules and whole walks from noise to latent.
 
-use l2p_engine::flow::sampler::{Conditioning, StepReport, sample};
+use l2p_engine::flow::sampler::{Conditioning, Guides, Sampler, StepReport, Walk, sample};
 use l2p_engine::flow::schedule::Schedule;
 use l2p_engine::model::Denoiser;
 use l2p_engine::model::config::ModelKind;
 use l2p_engine::ops::guidance::{Guidance, guided_euler_step};
+use l2p_engine::ops::noise::normal_noise;
 use l2p_engine::{Device, Error, Tensor};
 use l2p_tests::fixtures::Group;
 use l2p_tests::{Outcome, Suite, expect_close};
@@ -17,6 +18,17 @@ pub fn register(suite: &mut Suite) {
     suite.cpu(
         "flow::sampler::a_walk_equals_the_pipelines",
         a_walk_equals_the_pipelines,
+    );
+    suite.cpu(
+        "flow::sampler::every_step_has_its_modulations",
+        every_step_has_its_modulations,
+    );
+    suite.cpu("flow::sampler::kept_steps_draw_the_same", || {
+        kept_steps_draw_the_same(&Device::Cpu)
+    });
+    suite.cuda(
+        "flow::sampler::a_second_picture_needs_nothing_new_on_cuda",
+        kept_steps_draw_the_same,
     );
     suite.cpu("flow::sampler::steps_are_reported_and_stopped", || {
         steps_are_reported_and_stopped(&Device::Cpu)
@@ -75,6 +87,118 @@ fn a_walk_equals_the_pipelines() -> Outcome {
         x.shape(),
         3e-6,
     )
+}
+
+/// A walk of more steps than a table of modulations holds, without guidance, step by step by hand.
+fn every_step_has_its_modulations() -> Outcome {
+    let model = small_config(ModelKind::Latent, 384, 2);
+    let dit = load(&random_model(&model, &[]), &model, &Device::Cpu)?;
+    let caption = Tensor::from_f32(&Device::Cpu, &[0.5; 7 * 96], [1, 7, 96])?;
+    let prompt = dit.prepare(&[&caption], [4, 4])?;
+    let values: Vec<f32> = (0..4 * 4 * 16).map(|index| (index % 13) as f32 / 6.0 - 1.0).collect();
+    let noise = || Tensor::from_slice(&Device::Cpu, &values, [1, 4, 4, 16]);
+    let schedule = Schedule::new(35, 3.0)?;
+    let mut x = noise()?;
+    for step in 0..schedule.steps() {
+        let modulations = dit.modulate(&[1.0 - schedule.sigma(step)], None)?;
+        let velocity = dit.forward(&x, &prompt, &modulations)?;
+        let delta = Tensor::from_slice(&Device::Cpu, &[schedule.delta(step)], [1])?;
+        guided_euler_step(&mut x, &velocity, None, &delta)?;
+    }
+    let conditioning = Conditioning { prompt, negative: None };
+    for recorded in [true, false] {
+        let walk = Walk::new(&dit, &conditioning, &schedule, noise()?)?;
+        let mut walk = if recorded { walk } else { walk.unrecorded() };
+        for _ in 0..schedule.steps() {
+            walk.advance()?;
+        }
+        assert!(walk.advance().is_err());
+        let walked = walk.finish();
+        expect_close("a long walk", walked.as_slice()?, x.as_slice()?, x.shape(), 3e-5)?;
+    }
+    Ok(())
+}
+
+/// Pictures of one shape, other captions and other noise, by a sampler that keeps its steps and by one that begins anew.
+fn kept_steps_draw_the_same(device: &Device) -> Outcome {
+    for (kind, patch) in [(ModelKind::Latent, 2), (ModelKind::Pixel, 16)] {
+        let model = small_config(kind, 384, patch);
+        let dit = load(&random_model(&model, &[16, 32, 48, 64]), &model, device)?;
+        let extents = [1, 64, 64, model.in_channels];
+        let noise = |seed| normal_noise(device, extents, seed, 0);
+        let caption = |tokens: usize, seed: usize| {
+            let values: Vec<f32> = (0..tokens * 96)
+                .map(|index| ((index * seed) % 17) as f32 / 8.0 - 1.0)
+                .collect();
+            Tensor::from_f32(device, &values, [1, tokens, 96])
+        };
+        let schedule = Schedule::new(5, 3.0)?;
+        // Twice one shape, another one, the first again, which was given up for it, and one with guidance.
+        let pictures = [
+            (7, 3, 1.0),
+            (7, 5, 1.0),
+            (40, 3, 1.0),
+            (7, 5, 1.0),
+            (7, 7, 2.5),
+            (7, 9, 2.5),
+        ];
+        let mut sampler = Sampler::keeping(1);
+        let mut counts = Vec::new();
+        let mut drawn = Vec::new();
+        for (index, (tokens, seed, cfg)) in pictures.into_iter().enumerate() {
+            let (prompts, away) = ([caption(tokens, seed)?], [caption(3, seed + 1)?]);
+            let guides = Guides {
+                prompts: &prompts,
+                negatives: if cfg == 1.0 { &[] } else { &away },
+                cfg,
+            };
+            let noise = noise(index as u64)?;
+            let before = taken(device);
+            let picture = sampler.draw(&dit, guides, &schedule, noise, &mut |_| Ok(()))?;
+            device.synchronize()?;
+            counts.push((before, taken(device)));
+            drawn.push(picture.to_vec_f32()?);
+        }
+        for again in [1, 5] {
+            let (before, after) = counts[again];
+            assert_eq!(
+                before, after,
+                "{kind:?}, picture {again}: memory, recordings and searches"
+            );
+        }
+        for (index, (tokens, seed, cfg)) in pictures.into_iter().enumerate() {
+            let (prompts, away) = ([caption(tokens, seed)?], [caption(3, seed + 1)?]);
+            let negatives: &[Tensor] = if cfg == 1.0 { &[] } else { &away };
+            let guides = Guides {
+                prompts: &prompts,
+                negatives,
+                cfg,
+            };
+            let conditioning = guides.prepare(&dit, [extents[1], extents[2]])?;
+            let fresh = sample(&dit, &conditioning, &schedule, noise(index as u64)?, &mut |_| Ok(()))?;
+            assert!(
+                fresh.to_vec_f32()? == drawn[index],
+                "{kind:?}, picture {index} has other bits"
+            );
+        }
+        assert!(
+            drawn[0] != drawn[1] && drawn[1] != drawn[3],
+            "{kind:?}: captions and noise count"
+        );
+    }
+    Ok(())
+}
+
+/// Bytes taken from the driver, recordings, and products searched for.
+fn taken(device: &Device) -> (u64, u64, usize) {
+    match device {
+        Device::Cpu => (0, 0, 0),
+        Device::Cuda(cuda) => (
+            device.memory_report().reserved,
+            cuda.recordings(),
+            cuda.searched().products,
+        ),
+    }
 }
 
 fn steps_are_reported_and_stopped(device: &Device) -> Outcome {

@@ -1,0 +1,267 @@
+//! Steps down a schedule: what they read and write, and how they are recorded.
+//!
+//! On CUDA the first step runs call by call, which loads every kernel; the second is recorded and replayed for all others,
+//! with the step's own modulation vectors and Δσ copied to fixed addresses. `L2P_GRAPH=0` turns recording off.
+
+use std::sync::Arc;
+
+use super::schedule::Schedule;
+use crate::device::{CudaDevice, Device, Graph};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::model::{Denoiser, Modulations, Prepared};
+use crate::ops::cast::cast;
+use crate::ops::conv::Canvas;
+use crate::ops::guidance::{Guidance, guided_euler_step};
+use crate::profile;
+use crate::tensor::Tensor;
+
+/// Modulation tables are made for at most this many steps at once, which bounds their memory.
+const STEPS_PER_TABLE: usize = 16;
+
+/// What the pictures follow.
+pub struct Conditioning {
+    /// The captions to follow.
+    pub prompt: Prepared,
+    /// With guidance, the captions to move away from and the strength: two passes per step instead of one,
+    /// `v = v_negative + cfg · (v_prompt − v_negative)`.
+    pub negative: Option<(Prepared, f32)>,
+}
+
+/// A walk down a schedule, step by step; [`super::sampler::sample`] for those who have to look at each step.
+pub struct Walk<'a> {
+    model: &'a dyn Denoiser,
+    conditioning: &'a Conditioning,
+    /// The model's time and the change of sigma of each step; the latter f32 `[steps]`.
+    times: Vec<f32>,
+    deltas: Tensor,
+    /// Of this step and some that follow.
+    tables: Modulations,
+    step: Step,
+    /// Steps submitted.
+    done: usize,
+}
+
+/// A step's work on pictures of one shape: what it reads and writes, at addresses that stay, and the recording of it.
+pub(super) struct Step {
+    state: State,
+    recording: Recording,
+    /// Whether it ran before, so that everything it needs is loaded.
+    ran: bool,
+}
+
+impl<'a> Walk<'a> {
+    /// A walk from `noise` on; see [`super::sampler::sample`].
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn new(
+        model: &'a dyn Denoiser,
+        conditioning: &'a Conditioning,
+        schedule: &Schedule,
+        noise: Tensor,
+    ) -> Result<Self> {
+        // Two steps would not pay for a recording.
+        let recording = match schedule.steps() > 2 {
+            true => Recording::new(model.device()),
+            false => Recording::Off,
+        };
+        Walk::from(model, conditioning, schedule, |tables| {
+            Step::new(tables, noise, recording)
+        })
+    }
+
+    /// A walk that takes the steps of another one of the same shape, whose conditions are these.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub(super) fn again(
+        model: &'a dyn Denoiser,
+        conditioning: &'a Conditioning,
+        schedule: &Schedule,
+        step: Step,
+    ) -> Result<Self> {
+        Walk::from(model, conditioning, schedule, |_| Ok(step))
+    }
+
+    fn from(
+        model: &'a dyn Denoiser,
+        conditioning: &'a Conditioning,
+        schedule: &Schedule,
+        step: impl FnOnce(&Modulations) -> Result<Step>,
+    ) -> Result<Self> {
+        let times = schedule.times();
+        let deltas: Vec<f32> = (0..schedule.steps()).map(|step| schedule.delta(step)).collect();
+        let tables = model.modulate(&times[..times.len().min(STEPS_PER_TABLE)], None)?;
+        Ok(Walk {
+            deltas: Tensor::from_slice(model.device(), &deltas, [deltas.len()])?,
+            step: step(&tables)?,
+            model,
+            conditioning,
+            times,
+            tables,
+            done: 0,
+        })
+    }
+
+    /// Runs every step call by call, so that its operations can be told apart.
+    pub fn unrecorded(mut self) -> Self {
+        self.step.recording = Recording::Off;
+        self
+    }
+
+    /// Submits the next step.
+    ///
+    /// # Errors
+    /// When shapes do not fit, the device has no room, or the last step has been submitted.
+    pub fn advance(&mut self) -> Result<()> {
+        let _range = profile::range(c"step");
+        let done = self.done;
+        if done >= self.times.len() {
+            return Err(Error::invalid(format!("all {done} steps are done")));
+        }
+        if done > 0 && done.is_multiple_of(STEPS_PER_TABLE) {
+            let end = self.times.len().min(done + STEPS_PER_TABLE);
+            self.tables = self.model.modulate(&self.times[done..end], None)?;
+        }
+        let Step { state, recording, ran } = &mut self.step;
+        state
+            .modulations
+            .copy_from(&self.tables.narrow(done % STEPS_PER_TABLE, 1)?)?;
+        state.delta.copy_from(&self.deltas.narrow(done, 1)?)?;
+        recording.run(*ran, || state.step(self.model, self.conditioning))?;
+        *ran = true;
+        self.done += 1;
+        Ok(())
+    }
+
+    /// The picture (latent model: latent) after the steps submitted so far.
+    pub fn finish(self) -> Tensor {
+        self.step.state.x
+    }
+
+    /// The step itself, for other walks; the picture lies in it.
+    pub(super) fn into_step(self) -> Step {
+        self.step
+    }
+}
+
+impl Step {
+    /// A step that has not run, of pictures of the shape of `noise`.
+    pub(super) fn new(tables: &Modulations, noise: Tensor, recording: Recording) -> Result<Self> {
+        let device = noise.device();
+        Ok(Step {
+            state: State {
+                modulations: tables.narrow(0, 1)?.duplicate()?,
+                delta: Tensor::empty(&device, [1], DType::F32)?,
+                x: noise,
+            },
+            recording,
+            ran: false,
+        })
+    }
+
+    /// Puts other noise in the picture's place.
+    ///
+    /// # Errors
+    /// When its shape is another one.
+    pub(super) fn begin(&mut self, noise: &Tensor) -> Result<()> {
+        self.state.x.copy_from(noise)
+    }
+
+    /// A copy of the picture.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub(super) fn picture(&self) -> Result<Tensor> {
+        let x = &self.state.x;
+        let mut copy = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+        copy.copy_from(x)?;
+        Ok(copy)
+    }
+}
+
+/// What a step reads and writes; all at addresses that stay the same from step to step.
+struct State {
+    /// The picture on its way, f32.
+    x: Tensor,
+    /// The step's modulation vectors.
+    modulations: Modulations,
+    /// The step's change of sigma, `[1]`.
+    delta: Tensor,
+}
+
+impl State {
+    /// Moves the picture by one step.
+    fn step(&mut self, model: &dyn Denoiser, conditioning: &Conditioning) -> Result<()> {
+        let image = cast(&self.x, model.device().compute_dtype())?;
+        if model.paints() {
+            return self.paint(model, conditioning, &image);
+        }
+        let velocity = model.forward(&image, &conditioning.prompt, &self.modulations)?;
+        let away = match &conditioning.negative {
+            Some((negative, cfg)) => Some((model.forward(&image, negative, &self.modulations)?, *cfg)),
+            None => None,
+        };
+        drop(image);
+        let guidance = away.as_ref().map(|(negative, cfg)| Guidance { negative, cfg: *cfg });
+        guided_euler_step(&mut self.x, &velocity, guidance, &self.delta)
+    }
+
+    /// The same where each pass adds its share to the picture itself: with guidance, `cfg` times the one velocity and
+    /// `1 − cfg` times the other.
+    fn paint(&mut self, model: &dyn Denoiser, conditioning: &Conditioning, image: &Tensor) -> Result<()> {
+        let negative = conditioning.negative.as_ref();
+        let strength = negative.map_or(1.0, |(_, cfg)| *cfg);
+        let passes = [(&conditioning.prompt, strength)];
+        for (prepared, scale) in passes
+            .into_iter()
+            .chain(negative.map(|(prepared, cfg)| (prepared, 1.0 - cfg)))
+        {
+            let canvas = Canvas {
+                picture: &mut self.x,
+                scale,
+                delta: Some(&self.delta),
+            };
+            model.paint(image, prepared, &self.modulations, canvas)?;
+        }
+        Ok(())
+    }
+}
+
+/// A step's work, recorded when it is met for the second time.
+pub(super) enum Recording {
+    /// Every step runs call by call.
+    Off,
+    /// Nothing is recorded yet.
+    Pending(Arc<CudaDevice>),
+    /// Steps are replayed.
+    Ready(Graph),
+}
+
+/// Whether steps are recorded at all.
+fn wanted() -> bool {
+    !std::env::var("L2P_GRAPH").is_ok_and(|value| value == "0")
+}
+
+impl Recording {
+    pub(super) fn new(device: &Device) -> Self {
+        match device {
+            Device::Cuda(device) if wanted() => Recording::Pending(device.clone()),
+            _ => Recording::Off,
+        }
+    }
+
+    fn run(&mut self, ran: bool, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        match self {
+            Recording::Ready(graph) => graph.launch(),
+            Recording::Pending(device) if ran => {
+                let mut graph = Graph::record(device, work)?;
+                graph.launch()?;
+                *self = Recording::Ready(graph);
+                Ok(())
+            }
+            _ => work(),
+        }
+    }
+}
