@@ -145,7 +145,9 @@ impl Error {
                 | std::io::ErrorKind::NotADirectory => ErrorKind::Data,
                 _ => ErrorKind::Machine,
             },
-            Error::Cuda { .. } | Error::OutOfMemory { .. } | Error::NoGpu(_) => ErrorKind::Machine,
+            Error::Cuda { .. } | Error::OutOfMemory { .. } | Error::NoGpu(_) | Error::PeerLost { .. } => {
+                ErrorKind::Machine
+            }
             Error::Interrupted => ErrorKind::Interrupted,
         }
     }
