@@ -124,7 +124,9 @@ fn kept_steps_draw_the_same(device: &Device) -> Outcome {
     for (kind, patch) in [(ModelKind::Latent, 2), (ModelKind::Pixel, 16)] {
         let model = small_config(kind, 384, patch);
         let dit = load(&random_model(&model, &[16, 32, 48, 64]), &model, device)?;
-        let extents = [1, 64, 64, model.in_channels];
+        // The latent as many tokens as the picture has patches.
+        let side = if kind == ModelKind::Latent { 8 } else { 64 };
+        let extents = [1, side, side, model.in_channels];
         let noise = |seed| normal_noise(device, extents, seed, 0);
         let caption = |tokens: usize, seed: usize| {
             let values: Vec<f32> = (0..tokens * 96)
