@@ -107,7 +107,7 @@ impl Studio<'_> {
         watch.part(2)?;
         let image = self.decode(drawn)?;
         watch.part(3)?;
-        let pixels = to_rgb8(&image)?.into_pictures(0, 1)?.concat();
+        let pixels = to_rgb8(&image)?.into_pictures(0, 1)?.swap_remove(0);
         watch.part(4)?;
         let picture = RgbImage::new(self.side, self.side, pixels)?;
         write_image(&self.out, &picture, &WriteOptions::default())?;
