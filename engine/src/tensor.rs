@@ -4,6 +4,8 @@
 //! `[batch, tokens, dim]`. Cloning a tensor or taking a view shares its buffer; writing to one needs a buffer that nobody
 //! shares, so that no reader ever sees a change.
 
+mod arguments;
+
 use std::fmt;
 use std::sync::Arc;
 

@@ -16,7 +16,7 @@ use std::fmt;
 use safetensors::Dtype;
 use serde::Deserialize;
 
-use super::set::CheckpointTensor;
+use super::stored::CheckpointTensor;
 use crate::error::Result;
 use crate::printable::shown_name;
 

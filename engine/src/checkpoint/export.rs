@@ -5,7 +5,8 @@ use std::path::Path;
 
 use super::elements::Float;
 use super::names::{self, PACKED_QKV, Prefix, QKV};
-use super::set::{Checkpoint, CheckpointTensor, Layout};
+use super::set::{Checkpoint, Layout};
+use super::stored::CheckpointTensor;
 use super::write::{Content, OutputFile, OutputTensor};
 use crate::error::{Error, Result};
 use crate::printable::shown_name;

@@ -10,22 +10,9 @@ use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use safetensors::Dtype;
-
-use super::header::{self, Header};
+use super::header::{self, Header, StoredTensor};
 use crate::error::{Error, Result};
 use crate::files;
-
-/// A tensor as a file holds it.
-#[derive(Clone, Debug)]
-pub struct StoredTensor {
-    /// The element type.
-    pub dtype: Dtype,
-    /// The extents, outermost first.
-    pub shape: Vec<usize>,
-    /// Where its bytes lie, counted from the start of the file.
-    pub(crate) range: Range<usize>,
-}
 
 /// A safetensors file; see the module's head comment.
 pub struct SafetensorsFile {

@@ -9,7 +9,8 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::elements::Float;
-use super::set::{Checkpoint, CheckpointTensor};
+use super::set::Checkpoint;
+use super::stored::CheckpointTensor;
 use super::write::WriteObserver;
 use crate::error::Result;
 use crate::printable::shown_name;

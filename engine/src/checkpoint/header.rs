@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -14,7 +15,6 @@ use serde::Deserialize;
 use serde::de::value::StrDeserializer;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 
-use super::file::StoredTensor;
 use crate::error::Error;
 use crate::files::read_exact_at;
 use crate::limits;
@@ -25,6 +25,17 @@ const LENGTH_BYTES: usize = 8;
 
 /// Bytes at a file's beginning by which other formats are recognised.
 const MAGIC_BYTES: usize = 32;
+
+/// A tensor as a file holds it.
+#[derive(Clone, Debug)]
+pub struct StoredTensor {
+    /// The element type.
+    pub dtype: Dtype,
+    /// The extents, outermost first.
+    pub shape: Vec<usize>,
+    /// Where its bytes lie, counted from the start of the file.
+    pub(crate) range: Range<usize>,
+}
 
 /// What a header says.
 pub(super) struct Header {

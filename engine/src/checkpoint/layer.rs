@@ -2,7 +2,8 @@
 
 use super::audit::is_whole;
 use super::head::HeadLayout;
-use super::set::{Checkpoint, CheckpointTensor};
+use super::set::Checkpoint;
+use super::stored::CheckpointTensor;
 use crate::error::{Error, Result};
 use crate::layers::ParamSource;
 use crate::model::config::{DitSurvey, ModelKind};

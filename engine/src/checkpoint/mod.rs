@@ -22,8 +22,10 @@ mod names;
 mod params;
 mod parts;
 mod paths;
+mod random;
 mod set;
 mod shards;
+mod stored;
 mod values;
 mod write;
 
@@ -31,16 +33,19 @@ pub use audit::{Audit, Transformer, WrongShape, is_delta, is_whole, missing_part
 pub use elements::Float;
 pub use estimate::{EstimateInput, MemoryEstimate, SamplingMemory, TrainingMemory};
 pub use export::{ExportOptions, expect_found_again, export};
-pub use file::{SafetensorsFile, StoredTensor};
+pub use file::SafetensorsFile;
 pub use finite::NotFinite;
 pub use head::{HeadLayout, HeadStage, HeadVariant};
-pub use init::{InitOptions, InitPlan, UniformInit, init, scratch};
+pub use header::StoredTensor;
+pub use init::{InitOptions, InitPlan, init, scratch};
 pub use inspect::{Inspection, PartReport, Resolution, TypeCount, inspect};
 pub use manifest::{Defaults, MANIFEST, MANIFEST_FORMAT, Manifest, OneOrMany};
 pub use names::Prefix;
 pub use parts::{open_text_encoder, open_vae};
 pub use paths::{Container, ModelPaths, PathOverrides};
-pub use set::{Checkpoint, CheckpointTensor, Layout};
+pub use random::UniformInit;
+pub use set::{Checkpoint, Layout};
+pub use stored::CheckpointTensor;
 pub use values::{Values, read_chosen_values, read_values, write_values};
 pub use write::{
     Content, Fetch, OutputFile, OutputTensor, WriteObserver, Written, expect_free, expect_writable, write_file,

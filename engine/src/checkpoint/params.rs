@@ -4,7 +4,8 @@
 use rayon::prelude::*;
 
 use super::elements::{Float, encode, read_converted};
-use super::set::{Checkpoint, CheckpointTensor};
+use super::set::Checkpoint;
+use super::stored::CheckpointTensor;
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
 use crate::layers::ParamSource;

@@ -7,15 +7,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use safetensors::Dtype;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::elements::Float;
 use super::encoded::{self, Quantised};
-use super::file::{SafetensorsFile, StoredTensor};
+use super::file::SafetensorsFile;
 use super::names::{self, Meaning};
 use super::shards;
+use super::stored::CheckpointTensor;
 use crate::error::{Error, Result};
 use crate::printable::shown_name;
 
@@ -27,128 +26,6 @@ pub enum Layout {
     Plain,
     /// q, k and v stacked in `attention.qkv.weight`, and the names that go with it.
     Packed,
-}
-
-/// One tensor of a checkpoint.
-#[derive(Clone, Debug)]
-pub struct CheckpointTensor {
-    /// Its place in the file; the shape is that of the canonical tensor.
-    stored: StoredTensor,
-    /// The name in the file.
-    stored_name: String,
-    file: Arc<SafetensorsFile>,
-}
-
-impl CheckpointTensor {
-    /// The extents, outermost first.
-    pub fn shape(&self) -> &[usize] {
-        &self.stored.shape
-    }
-
-    /// The element type in the file.
-    pub fn dtype(&self) -> Dtype {
-        self.stored.dtype
-    }
-
-    /// The number of elements.
-    pub fn elements(&self) -> usize {
-        self.stored.shape.iter().product()
-    }
-
-    /// The bytes as the file holds them.
-    ///
-    /// # Errors
-    /// When they cannot be read.
-    pub fn bytes(&self) -> Result<Vec<u8>> {
-        self.file.bytes(&self.stored)
-    }
-
-    /// Fills `target` with the bytes from `first` on, as the file holds them.
-    ///
-    /// # Errors
-    /// When they cannot be read.
-    pub(super) fn read_at(&self, first: usize, target: &mut [u8]) -> Result<()> {
-        debug_assert!(first + target.len() <= self.byte_count());
-        self.file.read_at(self.stored.range.start + first, target)
-    }
-
-    /// The size of [`CheckpointTensor::bytes`], without reading them.
-    pub fn byte_count(&self) -> usize {
-        self.stored.range.len()
-    }
-
-    /// The file that holds it.
-    pub fn path(&self) -> &Path {
-        self.file.path()
-    }
-
-    /// The name in the file.
-    pub fn stored_name(&self) -> &str {
-        &self.stored_name
-    }
-
-    /// The element type, where it is one that can be computed with.
-    ///
-    /// # Errors
-    /// Naming file, tensor and type where it is not.
-    pub fn float(&self) -> Result<Float> {
-        Float::stored(self.stored.dtype).ok_or_else(|| {
-            let reason = format!(
-                "tensor `{}` holds {}, which cannot be read; BF16, F16 and F32 can",
-                shown_name(&self.stored_name),
-                self.stored.dtype
-            );
-            Error::file(self.path(), reason)
-        })
-    }
-
-    /// Asks the system to start reading the bytes from the disk.
-    pub(super) fn read_ahead(&self) {
-        self.file.read_ahead(&self.stored.range);
-    }
-
-    /// Hands the bytes over one after the other, in pieces of at most `most`.
-    ///
-    /// # Errors
-    /// When they cannot be read, or `take` says so.
-    pub(super) fn for_each_piece(&self, most: usize, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        self.read_ahead();
-        let mut piece = vec![0; self.byte_count().min(most)];
-        for first in (0..self.byte_count()).step_by(most) {
-            let piece = &mut piece[..(self.byte_count() - first).min(most)];
-            self.read_at(first, piece)?;
-            take(piece)?;
-        }
-        Ok(())
-    }
-
-    /// The same elements without extents of one at the end of the shape beyond the second.
-    fn without_trailing_ones(mut self) -> Self {
-        while self.stored.shape.len() > 2 && self.stored.shape.last() == Some(&1) {
-            self.stored.shape.pop();
-        }
-        self
-    }
-
-    /// The `part`-th of `parts` equal groups of rows.
-    fn rows(&self, part: usize, parts: usize) -> Option<Self> {
-        let (&rows, rest) = self.stored.shape.split_first()?;
-        let bytes = self.stored.range.len();
-        if !rows.is_multiple_of(parts) || !bytes.is_multiple_of(parts) {
-            return None;
-        }
-        let start = self.stored.range.start + bytes / parts * part;
-        let mut shape = vec![rows / parts];
-        shape.extend(rest);
-        Some(CheckpointTensor {
-            stored: StoredTensor {
-                dtype: self.stored.dtype,
-                shape,
-                range: start..start + bytes / parts,
-            },
-            ..self.clone()
-        })
-    }
 }
 
 /// The canonical name of a tensor, and the tensor as it is then.
@@ -309,11 +186,7 @@ impl Checkpoint {
             let file = file.clone();
             let tensors: Vec<_> = file.tensors().clone().into_iter().collect();
             tensors.into_iter().map(move |(name, stored)| {
-                let tensor = CheckpointTensor {
-                    stored,
-                    stored_name: name.clone(),
-                    file: file.clone(),
-                };
+                let tensor = CheckpointTensor::new(stored, name.clone(), file.clone());
                 (name, tensor)
             })
         };
@@ -330,8 +203,8 @@ impl Checkpoint {
         if let Some(other) = self.tensors.get(&canonical) {
             let reason = format!(
                 "tensors `{}` and `{}` both stand for `{}`",
-                shown_name(&other.stored_name),
-                shown_name(&tensor.stored_name),
+                shown_name(other.stored_name()),
+                shown_name(tensor.stored_name()),
                 shown_name(&canonical)
             );
             return Err(Error::file(tensor.path(), reason));
@@ -342,7 +215,7 @@ impl Checkpoint {
 
     /// Refuses changes to a model, and notes how its weights are quantised; `marker` is a tensor that shows it.
     fn expect_weights(&mut self, marker: Option<&str>) -> Result<()> {
-        let own = self.tensors.values().map(|tensor| tensor.stored_name.as_str());
+        let own = self.tensors.values().map(|tensor| tensor.stored_name());
         let others = self.foreign.iter().map(String::as_str);
         let others = others.filter(|_| self.tensors.is_empty());
         if let Some(name) = own.chain(others).find(|name| encoded::is_low_rank(name)) {

@@ -16,8 +16,8 @@ use serde_json::{Map, Value, json};
 pub use self::place::{Written, expect_free, expect_writable, write_file, write_folder};
 
 use super::elements::{Float, convert, encode, first_overflow};
-use super::init::UniformInit;
-use super::set::CheckpointTensor;
+use super::random::UniformInit;
+use super::stored::CheckpointTensor;
 use crate::device::format_bytes;
 use crate::error::{Error, Result};
 use crate::printable::shown_name;

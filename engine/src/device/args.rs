@@ -3,9 +3,8 @@
 use std::ffi::c_void;
 use std::fmt;
 
-use super::kernel::TensorMap;
+use super::tensor_map::TensorMap;
 use crate::error::{Error, Result};
-use crate::tensor::Tensor;
 
 /// What an image says of one parameter of a kernel, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,44 +90,9 @@ impl Args {
         }
     }
 
-    /// A tensor that the kernel reads.
-    ///
-    /// # Errors
-    /// When the tensor is on the CPU.
-    pub fn input(self, tensor: &Tensor) -> Result<Self> {
-        let address = tensor.device_ptr()?;
-        Ok(self.word(Kind::Address, address))
-    }
-
-    /// A tensor that the kernel reads, or a null pointer.
-    ///
-    /// # Errors
-    /// When the tensor is on the CPU.
-    pub fn optional(self, tensor: Option<&Tensor>) -> Result<Self> {
-        match tensor {
-            Some(tensor) => self.input(tensor),
-            None => Ok(self.word(Kind::Address, 0)),
-        }
-    }
-
-    /// A tensor that the kernel writes.
-    ///
-    /// # Errors
-    /// When the tensor is on the CPU or shares its buffer.
-    pub fn output(self, tensor: &mut Tensor) -> Result<Self> {
-        let address = tensor.device_ptr_mut()?;
-        Ok(self.word(Kind::Address, address))
-    }
-
-    /// A tensor that the kernel writes, or a null pointer.
-    ///
-    /// # Errors
-    /// When the tensor is on the CPU or shares its buffer.
-    pub fn optional_output(self, tensor: Option<&mut Tensor>) -> Result<Self> {
-        match tensor {
-            Some(tensor) => self.output(tensor),
-            None => Ok(self.word(Kind::Address, 0)),
-        }
+    /// An address in the GPU's memory, 0 for none.
+    pub(crate) fn address(self, address: u64) -> Self {
+        self.word(Kind::Address, address)
     }
 
     /// An `int` parameter.

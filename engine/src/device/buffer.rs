@@ -4,80 +4,41 @@ use std::sync::Arc;
 
 use cudarc::driver::result;
 
-use super::cpu::{POISON_BYTE, poison_new_buffers};
-use super::cuda::{CudaDevice, check};
-use super::memory::MemoryTag;
+use super::block::Block;
+use super::cuda::CudaDevice;
+use super::driver::check;
 use crate::error::Result;
-
-/// A block of a GPU's memory, counted by tag. It returns to the pool when its buffer is gone and every recording that uses its
-/// address.
-pub(super) struct Block {
-    device: Arc<CudaDevice>,
-    pub(super) address: u64,
-    bytes: usize,
-    tag: MemoryTag,
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        self.device.ledger().remove(self.tag, self.bytes as u64);
-        if self.device.bind().is_ok() {
-            self.device.free(self.address, self.bytes as u64);
-        }
-    }
-}
 
 /// A block of a GPU's memory that nobody else writes.
 pub struct CudaBuffer {
     block: Arc<Block>,
+    device: Arc<CudaDevice>,
 }
 
 impl CudaBuffer {
     /// A block of `bytes` bytes with undefined content (NaNs when poisoning is on).
     pub(crate) fn new(device: &Arc<CudaDevice>, bytes: usize) -> Result<Self> {
-        let address = device.allocate(bytes)?;
-        let tag = MemoryTag::current();
-        device.ledger().add(tag, bytes as u64);
-        let block = Arc::new(Block {
+        Ok(CudaBuffer {
+            block: Block::new(device, bytes)?,
             device: device.clone(),
-            address,
-            bytes,
-            tag,
-        });
-        let buffer = CudaBuffer { block };
-        if poison_new_buffers() {
-            buffer.fill(POISON_BYTE)?;
-        }
-        Ok(buffer)
+        })
     }
 
     pub(crate) fn device(&self) -> &Arc<CudaDevice> {
-        &self.block.device
+        &self.device
     }
 
     /// The block's address. Work that is being recorded may use it as long as the recording lives.
     pub(crate) fn ptr(&self) -> u64 {
-        self.block.device.note_use(&self.block);
-        self.block.address
+        self.block.ptr()
     }
 
     fn bytes(&self) -> usize {
-        self.block.bytes
+        self.block.bytes()
     }
 
     pub(crate) fn fill_zero(&mut self) -> Result<()> {
-        self.fill(0)
-    }
-
-    fn fill(&self, byte: u8) -> Result<()> {
-        if self.bytes() == 0 {
-            return Ok(());
-        }
-        let (device, address) = (self.device(), self.ptr());
-        let stream = device.stream().cu_stream();
-        // SAFETY: the block belongs to this buffer and has `bytes` bytes.
-        let fill = || unsafe { result::memset_d8_async(address, byte, self.bytes(), stream) };
-        check("cuMemsetD8Async", device.submit(fill)?)
+        self.block.fill(0)
     }
 
     /// Copies from pageable host memory into the block, from byte `offset` on; the source may be reused on return.

@@ -5,57 +5,24 @@
 //! too. What the work itself allocates and frees is served from blocks that belong to the graph. So nothing else is ever handed
 //! memory that a replay touches, whatever becomes of the tensors.
 
-use std::collections::HashMap;
+use std::any::Any;
 use std::sync::Arc;
-use std::thread::ThreadId;
 
 use cudarc::driver::{CudaGraph, sys};
 
-use super::buffer::Block;
-use super::cuda::{CudaDevice, check};
-use super::pool::Recording;
+use super::cuda::CudaDevice;
+use super::driver::check;
+use super::recording::Recorded;
 use crate::error::{Error, Result};
 
 /// Recorded work of one device.
 pub struct Graph {
     graph: CudaGraph,
     /// Blocks that were there before the recording and that replays use.
-    _kept: Vec<Arc<Block>>,
+    _kept: Vec<Arc<dyn Any + Send + Sync>>,
     /// Addresses and sizes of the recording's own blocks.
     blocks: Vec<(u64, u64)>,
     device: Arc<CudaDevice>,
-}
-
-/// What a recording uses.
-pub(super) struct Recorded {
-    /// What it allocates.
-    pub blocks: Recording,
-    /// What was there before, by address.
-    kept: HashMap<u64, Arc<Block>>,
-    thread: ThreadId,
-}
-
-impl Recorded {
-    /// A recording of this thread that has used nothing yet.
-    pub fn new() -> Self {
-        Recorded {
-            blocks: Recording::default(),
-            kept: HashMap::new(),
-            thread: std::thread::current().id(),
-        }
-    }
-
-    /// Whether this thread records.
-    pub fn is_mine(&self) -> bool {
-        self.thread == std::thread::current().id()
-    }
-
-    /// Holds a block unless it is one of the recording's own, which must return to it.
-    pub fn keep(&mut self, block: &Arc<Block>) {
-        if !self.blocks.holds(block.address) {
-            self.kept.entry(block.address).or_insert_with(|| block.clone());
-        }
-    }
 }
 
 // SAFETY: a graph may be launched from any thread, one at a time; `launch` takes it mutably.

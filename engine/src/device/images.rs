@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::cuda::NATIVE_CAPABILITY;
+use super::driver::NATIVE_CAPABILITY;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::limits::Budget;

@@ -11,9 +11,12 @@
 
 mod args;
 mod blas;
+mod block;
 mod buffer;
 mod cpu;
 mod cuda;
+mod driver;
+mod gpu;
 mod graph;
 mod host_memory;
 mod images;
@@ -23,7 +26,9 @@ pub(crate) mod lock;
 mod memory;
 mod pool;
 mod probe;
+mod recording;
 mod streams;
+mod tensor_map;
 mod trace;
 mod upload;
 
@@ -35,13 +40,16 @@ pub use args::Args;
 pub use blas::{Blas, Effort, Matmul, MatmulOperands, Searched, class_rows};
 pub use buffer::CudaBuffer;
 pub use cpu::{CpuBuffer, set_poison_new_buffers};
-pub use cuda::{CudaDevice, Event};
+pub use cuda::CudaDevice;
+pub use driver::Event;
+pub use gpu::Gpu;
 pub use graph::Graph;
-pub use kernel::{Kernel, LaunchInfo, TensorMap, TensorMapSpec};
+pub use kernel::{Kernel, LaunchInfo};
 pub use memory::{BesidePool, MemoryReport, MemoryTag, TagScope, format_bytes};
 pub use probe::{ForeignImages, GpuReport, ProbeReport, probe};
 pub(crate) use streams::keep_out_of_recordings;
 pub use streams::{SideStream, StreamMark, visible_gpus};
+pub use tensor_map::{TensorMap, TensorMapSpec};
 pub use trace::{Activity, Tracer, busy_nanoseconds};
 
 use crate::dtype::DType;

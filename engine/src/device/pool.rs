@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use cudarc::driver::{result, sys};
 
-use super::cuda::check;
+use super::driver::check;
 use crate::error::Result;
 
 /// Blocks start and end on multiples of this many bytes; at least what bulk tensor copies and cuBLASLt ask for.

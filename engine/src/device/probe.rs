@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use cudarc::driver::{CudaContext, sys};
 use serde::Serialize;
 
-use super::cuda::{OLDEST_CAPABILITY, gpu_count, portable_forced, too_old};
+use super::driver::{OLDEST_CAPABILITY, gpu_count, portable_forced, too_old};
 use super::memory::format_bytes;
 use super::{host_memory, images, libraries};
 use crate::printable::printable;

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
+use cudarc::driver::{CudaEvent, CudaStream, result, sys};
 
-use super::cuda::{CudaDevice, check, gpu_count};
+use super::cuda::CudaDevice;
+use super::driver::{check, gpu_count};
+use super::gpu::Gpu;
 use crate::error::Result;
 
 /// GPUs that the driver shows to this process.
@@ -29,7 +31,7 @@ impl SideStream {
     pub fn new(device: &Arc<CudaDevice>) -> Result<Self> {
         device.bind()?;
         let (_, most_urgent) = check("cuCtxGetStreamPriorityRange", result::stream::get_priority_range())?;
-        let stream = context(device).new_stream_with_priority(most_urgent);
+        let stream = device.context().new_stream_with_priority(most_urgent);
         Ok(SideStream {
             device: device.clone(),
             stream: check("cuStreamCreateWithPriority", stream)?,
@@ -92,10 +94,10 @@ impl StreamMark {
     }
 }
 
-impl CudaDevice {
+impl Gpu {
     /// What tells this GPU from all others, as `nvidia-smi -L` writes it.
     pub(crate) fn uuid(&self) -> Result<String> {
-        let uuid = check("cuDeviceGetUuid", context(self).uuid())?;
+        let uuid = check("cuDeviceGetUuid", self.context().uuid())?;
         let hex: String = uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect();
         let parts = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]];
         Ok(format!("GPU-{}", parts.join("-")))
@@ -114,8 +116,4 @@ pub(crate) fn keep_out_of_recordings() -> Result<()> {
     check("cuThreadExchangeStreamCaptureMode", unsafe {
         sys::cuThreadExchangeStreamCaptureMode(&mut mode).result()
     })
-}
-
-fn context(device: &CudaDevice) -> &Arc<CudaContext> {
-    device.stream().context()
 }

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::driver::sys;
 
-use super::cuda::{CudaDevice, check};
+use super::cuda::CudaDevice;
+use super::driver::check;
 use super::libraries;
 use super::lock::lock;
 use crate::error::{Error, Result};

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaEvent, PinnedHostSlice, result, sys};
 
-use super::cuda::{CudaDevice, check};
+use super::driver::check;
+use super::gpu::Gpu;
 use crate::error::Result;
 
 /// Bytes of each staging buffer: large enough to hide the start of a copy, small enough for any host.
@@ -39,12 +40,12 @@ impl Staging {
     /// Fills `bytes` bytes of device memory at `address`, piece by piece; `fill(first_byte, destination)` gives the content.
     pub fn upload(
         &mut self,
-        device: &CudaDevice,
+        gpu: &Gpu,
         address: u64,
         bytes: usize,
         fill: &mut dyn FnMut(usize, &mut [u8]) -> Result<()>,
     ) -> Result<()> {
-        device.bind()?;
+        gpu.bind()?;
         let mut done = 0;
         while done < bytes {
             let size = STAGING_BYTES.min(bytes - done);
@@ -52,10 +53,10 @@ impl Staging {
             check("waiting for an upload", copied.synchronize())?;
             let piece = &mut check("pinned host memory", buffer.as_mut_slice())?[..size];
             fill(done, piece)?;
-            let stream = device.stream();
+            let stream = gpu.stream();
             // SAFETY: the target lies in the caller's block; the source stays untouched until `copied` is reached.
             let copy = || unsafe { result::memcpy_htod_async(address + done as u64, piece, stream.cu_stream()) };
-            check("copy to the GPU", device.submit(copy)?)?;
+            check("copy to the GPU", gpu.submit(copy)?)?;
             check("cuEventRecord", copied.record(stream))?;
             self.next = 1 - self.next;
             done += size;

@@ -35,8 +35,8 @@ pub use self::search::Effort;
 use self::choices::{Answer, Choices};
 use self::plan::{Algorithm, Plan};
 use self::search::Trials;
-use super::CudaBuffer;
-use super::cuda::CudaDevice;
+use super::block::Block;
+use super::gpu::Gpu;
 use super::lock::lock;
 use super::memory::MemoryTag;
 use crate::dtype::DType;
@@ -99,7 +99,7 @@ pub struct Blas {
     handle: sys::cublasLtHandle_t,
     plans: Mutex<HashMap<Matmul, Plan>>,
     choices: Mutex<Choices>,
-    workspace: Mutex<Option<CudaBuffer>>,
+    workspace: Mutex<Option<Arc<Block>>>,
     effort: Mutex<Effort>,
     searched: Mutex<Searched>,
 }
@@ -155,7 +155,7 @@ impl Blas {
     /// # Safety
     /// The addresses must belong to bf16 matrices (`D` to one of the product's output type) of the extents that `product`
     /// names, on `device`, and `D` must not be shared with a tensor that somebody reads.
-    pub unsafe fn matmul(&self, device: &Arc<CudaDevice>, product: Matmul, operands: MatmulOperands) -> Result<()> {
+    pub unsafe fn matmul(&self, device: &Arc<Gpu>, product: Matmul, operands: MatmulOperands) -> Result<()> {
         if product.m == 0 || product.n == 0 {
             return Ok(());
         }
@@ -189,7 +189,7 @@ impl Blas {
     /// As for [`Blas::matmul`].
     unsafe fn choose(
         &self,
-        device: &Arc<CudaDevice>,
+        device: &Arc<Gpu>,
         plan: &mut Plan,
         operands: MatmulOperands,
         workspace: u64,
@@ -215,13 +215,13 @@ impl Blas {
         Ok(())
     }
 
-    fn workspace(&self, device: &Arc<CudaDevice>) -> Result<u64> {
+    fn workspace(&self, device: &Arc<Gpu>) -> Result<u64> {
         let mut workspace = lock(&self.workspace);
         if let Some(buffer) = &*workspace {
             return Ok(buffer.ptr());
         }
         let _tag = MemoryTag::Workspace.scope();
-        let buffer = CudaBuffer::new(device, WORKSPACE_BYTES)?;
+        let buffer = Block::new(device, WORKSPACE_BYTES)?;
         let address = buffer.ptr();
         *workspace = Some(buffer);
         Ok(address)
@@ -233,7 +233,7 @@ impl Blas {
 /// # Safety
 /// As for [`Blas::matmul`].
 unsafe fn search(
-    device: &Arc<CudaDevice>,
+    device: &Arc<Gpu>,
     plan: &mut Plan,
     mut operands: MatmulOperands,
     workspace: u64,
@@ -242,12 +242,12 @@ unsafe fn search(
     let product = plan.product;
     // A search runs the product often; one that adds to its result must do so elsewhere.
     let _tag = MemoryTag::Workspace.scope();
-    let mut elsewhere = match product.accumulate {
-        true => Some(CudaBuffer::new(device, product.m * product.n * product.output.size())?),
+    let elsewhere = match product.accumulate {
+        true => Some(Block::new(device, product.m * product.n * product.output.size())?),
         false => None,
     };
-    if let Some(buffer) = &mut elsewhere {
-        buffer.fill_zero()?;
+    if let Some(buffer) = &elsewhere {
+        buffer.fill(0)?;
         operands.d = buffer.ptr();
     }
     let (first_choice, candidates) = (plan.algorithm, plan.candidates(CANDIDATES)?);
@@ -268,7 +268,7 @@ unsafe fn search(
 /// Runs of a plan's product, on operands that [`Blas::matmul`]'s caller vouches for; what runs leave in the result is overwritten,
 /// or is nobody's.
 struct OnDevice<'a> {
-    device: &'a Arc<CudaDevice>,
+    device: &'a Arc<Gpu>,
     plan: &'a mut Plan,
     operands: MatmulOperands,
     workspace: u64,

@@ -2,12 +2,11 @@
 
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
-use std::sync::Arc;
 
 use cudarc::cublaslt::{result, sys};
 
 use super::{Matmul, MatmulOperands, WORKSPACE_BYTES, check};
-use crate::device::cuda::CudaDevice;
+use crate::device::gpu::Gpu;
 use crate::device::memory::format_bytes;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -161,7 +160,7 @@ impl Plan {
     ///
     /// # Safety
     /// As for [`super::Blas::matmul`]; `workspace` has [`WORKSPACE_BYTES`] bytes.
-    pub unsafe fn run(&self, device: &Arc<CudaDevice>, operands: MatmulOperands, workspace: u64) -> Result<()> {
+    pub unsafe fn run(&self, device: &Gpu, operands: MatmulOperands, workspace: u64) -> Result<()> {
         let Matmul { bias, accumulate, .. } = self.product;
         let (alpha, beta) = (1.0f32, if accumulate { 1.0f32 } else { 0.0 });
         // cuBLASLt is column-major: a row-major matrix is its transpose there, so Dᵀ = op(B)ᵀ · op(A)ᵀ is computed.

@@ -5,7 +5,6 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::TransformerConfig;
 use crate::error::{Error, Result};
 use crate::layers::ParamSource;
 use crate::limits::Width;
@@ -212,13 +211,11 @@ pub struct DitConfig {
 }
 
 impl DitConfig {
-    /// Reads the sizes off the tensors and the settings from `file`, the transformer's `config.json` if there is one, and
-    /// compares both.
+    /// The sizes that the tensors tell, with the published model's settings.
     ///
     /// # Errors
-    /// When a tensor that tells a size is missing, sizes contradict each other, or the file contradicts them.
-    pub fn read(params: &dyn ParamSource, file: Option<&TransformerConfig>) -> Result<Self> {
-        let survey = DitSurvey::of(params);
+    /// When a tensor that tells a size is missing.
+    pub(super) fn surveyed(survey: &DitSurvey) -> Result<Self> {
         let told = |size: Option<usize>, what: &str, tensor: &str| {
             size.ok_or_else(|| Error::invalid(format!("the {what} is unknown: tensor `{tensor}` is missing")))
         };
@@ -228,7 +225,7 @@ impl DitConfig {
         let dim = told(survey.dim, "width", "layers.0.attention_norm1.weight")?;
         let head_dim = told(survey.head_dim, "head width", "layers.0.attention.norm_q.weight")?;
         let refiner_layers = survey.noise_refiners.last().map_or(0, |last| last + 1);
-        let mut config = DitConfig {
+        Ok(DitConfig {
             kind,
             dim,
             heads: dim / head_dim.max(1),
@@ -250,16 +247,14 @@ impl DitConfig {
             t_frequencies: told(survey.t_frequencies, "timestep width", "t_embedder.mlp.0.weight")?,
             t_hidden: told(survey.t_hidden, "timestep width", "t_embedder.mlp.0.weight")?,
             adaln_width: told(survey.adaln_width, "modulation width", "t_embedder.mlp.2.weight")?,
-        };
-        if let Some(file) = file {
-            file.apply(&mut config);
-            file.check(&config)?;
-        }
-        config.check(&survey)?;
-        Ok(config)
+        })
     }
 
-    fn check(&self, survey: &DitSurvey) -> Result<()> {
+    /// Whether the sizes go together, and with the tensors that there are.
+    ///
+    /// # Errors
+    /// Naming what does not.
+    pub(super) fn check(&self, survey: &DitSurvey) -> Result<()> {
         self.check_bounds().map_err(Error::invalid)?;
         let DitConfig { dim, head_dim, .. } = self;
         if self.layers == 0 {

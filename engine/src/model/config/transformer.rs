@@ -6,8 +6,9 @@ use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
-use super::{Described, DitConfig, QUANTISED, read_json};
+use super::{Described, DitConfig, DitSurvey, QUANTISED, read_json};
 use crate::error::{Error, Result};
+use crate::layers::ParamSource;
 use crate::limits::{Heads, Layers, NormEpsilon, Patch, Real, RopeTheta, TimeScale, Width, WidthOrNone};
 use crate::printable::shown_name;
 
@@ -148,6 +149,22 @@ impl TransformerConfig {
 }
 
 impl DitConfig {
+    /// Reads the sizes off the tensors and the settings from `file`, the transformer's `config.json` if there is one, and
+    /// compares both.
+    ///
+    /// # Errors
+    /// When a tensor that tells a size is missing, sizes contradict each other, or the file contradicts them.
+    pub fn read(params: &dyn ParamSource, file: Option<&TransformerConfig>) -> Result<Self> {
+        let survey = DitSurvey::of(params);
+        let mut config = DitConfig::surveyed(&survey)?;
+        if let Some(file) = file {
+            file.apply(&mut config);
+            file.check(&config)?;
+        }
+        config.check(&survey)?;
+        Ok(config)
+    }
+
     /// The `config.json` with which diffusers reads the transformer.
     pub fn to_transformer_json(&self) -> Value {
         json!({

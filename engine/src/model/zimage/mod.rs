@@ -7,6 +7,7 @@
 mod backward;
 pub mod block;
 mod layout;
+mod sizes;
 mod spec;
 mod trained;
 
@@ -34,7 +35,7 @@ use crate::ops::unpatchify::unpatchify;
 use crate::profile;
 use crate::tensor::Tensor;
 
-pub use spec::ZImage;
+pub use sizes::ZImage;
 
 /// Image and caption tokens are padded to multiples of this many.
 pub const TOKEN_MULTIPLE: usize = 32;

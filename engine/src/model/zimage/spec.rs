@@ -1,51 +1,20 @@
 //! The family's description of itself.
 
 use super::backward::Reach;
+use super::sizes::ZImage;
 use super::trained::TrainedDit;
-use super::{Block, Dit, HEAD_PREFIX, Parts, TOKEN_MULTIPLE};
+use super::{Block, Dit, TOKEN_MULTIPLE};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::layers::{Choose, Meta, Module, ParamSource, Trained, metas};
-use crate::model::config::{DitConfig, ModelKind};
+use crate::model::config::DitConfig;
 use crate::model::denoiser::{Denoiser, Geometry, Trainable, TrainingChoice};
 use crate::model::detailer::DetailerLayout;
 use crate::model::limits::DeviceLimits;
 use crate::model::spec::{Loading, Spec};
 use crate::model::work::{BlockElements, BlockWork, Keep, OutputWork, ProductWork, RowsWork, StackWork, Work};
 
-/// A Z-Image transformer, latent or pixel.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ZImage {
-    /// Its sizes and settings.
-    pub config: DitConfig,
-    /// A pixel model's head.
-    pub head: Option<DetailerLayout>,
-}
-
 impl ZImage {
-    /// A model of these sizes, its head read off the parameters.
-    ///
-    /// # Errors
-    /// When a pixel model's head is missing or makes no sense.
-    pub fn read(params: &dyn ParamSource, config: &DitConfig) -> Result<Self> {
-        let head = match config.kind {
-            ModelKind::Latent => None,
-            ModelKind::Pixel => Some(DetailerLayout::read(params, HEAD_PREFIX)?),
-        };
-        Ok(ZImage {
-            config: config.clone(),
-            head,
-        })
-    }
-
-    /// Its parameters.
-    ///
-    /// # Errors
-    /// When a pixel model has no head.
-    pub fn describe(&self) -> Result<Parts<crate::layers::Described>> {
-        Parts::describe(&self.config, self.head.as_ref())
-    }
-
     fn blocks(&self, blocks: &[Block<Trained>], keeps: &[Keep], tokens: usize) -> Vec<BlockWork> {
         let (dim, ffn) = (self.config.dim, self.config.ffn_hidden);
         let elements = BlockElements {

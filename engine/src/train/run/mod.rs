@@ -33,6 +33,7 @@ pub mod log;
 mod manifest;
 mod numbers;
 mod package;
+mod progress;
 mod report;
 mod resume;
 mod samples;

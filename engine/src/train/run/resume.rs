@@ -9,7 +9,7 @@ use super::choices::ScheduleKind;
 use super::config::TrainConfig;
 use super::learning_rate::LearningRate;
 use super::log::{self, Record};
-use super::setup::Progress;
+use super::progress::Progress;
 use crate::data::Position;
 use crate::error::{Error, Result};
 use crate::train::TrainableModel;

@@ -10,10 +10,10 @@ use super::choices::Noise;
 use super::config::TrainConfig;
 use super::feeder::Feeder;
 use super::forecast::{ModelSizes, Work, expect_room};
+use super::progress::Progress;
 use super::samples::Sheet;
 use super::start::starting_model;
 use super::validation::Validation;
-use super::{Event, Observer};
 use crate::checkpoint::{ModelPaths, Transformer};
 use crate::data::{
     DataSet, FeatureStore, ItemSource, Latents, PictureSize, Room, encode_captions, encode_latents, hex,
@@ -56,33 +56,6 @@ pub struct Setup {
     pub model_identity: String,
     /// The model's sizes.
     pub(super) sizes: ModelSizes,
-}
-
-/// Passes the progress of work on, and ends it when the user asks for that.
-pub(super) struct Progress<'a> {
-    /// The observer.
-    pub observer: &'a mut dyn Observer,
-}
-
-impl Progress<'_> {
-    /// Whether to go on.
-    pub fn go_on(&mut self) -> Result<()> {
-        match self.observer.stop_requested() {
-            true => Err(Error::Interrupted),
-            false => Ok(()),
-        }
-    }
-
-    /// Tells that `done` of `total` parts of `what` are done.
-    pub fn report(&mut self, what: &'static str, done: usize, total: usize) -> Result<()> {
-        self.observer.event(&Event::Progress { what, done, total });
-        self.go_on()
-    }
-
-    /// Says something that stops nothing.
-    pub fn notice(&mut self, text: &str) {
-        self.observer.event(&Event::Notice(text));
-    }
 }
 
 impl Setup {

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::checksums::{Checksums, sum_of};
 use super::choices::Init;
 use super::config::TrainConfig;
-use super::setup::Progress;
+use super::progress::Progress;
 use crate::checkpoint::{
     Container, HeadLayout, InitOptions, ModelPaths, OutputFile, PathOverrides, SafetensorsFile, Transformer,
     WriteObserver, init, scratch,
