@@ -245,6 +245,18 @@ impl Peaks {
         self.driver = self.driver.max(driver_bytes(device)?);
         Ok(())
     }
+
+    /// Puts the peaks into a row.
+    fn enter(&self, row: &mut Row) {
+        row.peak_bytes = self.ledger.total.peak;
+        let tags = MemoryTag::ALL.map(|tag| (tag.name().to_owned(), json!(self.ledger.tag(tag).peak)));
+        let details = &mut row.details;
+        details.insert("peak_bytes_by_tag".into(), Value::Object(Map::from_iter(tags)));
+        details.insert("reserved_bytes".into(), json!(self.ledger.reserved));
+        details.insert("beside_pool_bytes".into(), json!(self.ledger.beside_pool));
+        details.insert("accounted_bytes".into(), json!(self.ledger.accounted()));
+        details.insert("driver_bytes".into(), json!(self.driver));
+    }
 }
 
 fn draw(bench: &mut Bench, name: &str, source: &Source, side: usize, arguments: &Arguments) -> anyhow::Result<()> {
@@ -313,26 +325,35 @@ fn draw(bench: &mut Bench, name: &str, source: &Source, side: usize, arguments: 
 
     let totals = samples.iter().map(|parts| parts.iter().sum()).collect();
     let mut row = Row::new(name, sizes, Timing::of(totals), work, bench.ceilings()).checked(error, 1e-6);
-    row.peak_bytes = peaks.ledger.total.peak;
     row.activation_bytes = peaks.ledger.total.peak.saturating_sub(resident);
     row.peers = turns.peers;
-    let tags = MemoryTag::ALL.map(|tag| (tag.name().to_owned(), json!(peaks.ledger.tag(tag).peak)));
+    let parts = parts_of(&samples);
+    peaks.enter(&mut row);
     let details = &mut row.details;
-    details.insert("peak_bytes_by_tag".into(), Value::Object(Map::from_iter(tags)));
-    details.insert("reserved_bytes".into(), json!(peaks.ledger.reserved));
-    details.insert("beside_pool_bytes".into(), json!(peaks.ledger.beside_pool));
-    details.insert("accounted_bytes".into(), json!(peaks.ledger.accounted()));
-    details.insert("driver_bytes".into(), json!(peaks.driver));
     details.insert("driver_bytes_with_text_encoder".into(), json!(driver_resident));
     details.insert("compared_ms".into(), json!(median(&turns.ours)));
-    let parts: Vec<(&str, Timing)> = PARTS
-        .iter()
-        .enumerate()
-        .map(|(index, part)| (*part, Timing::of(samples.iter().map(|sample| sample[index]).collect())))
-        .collect();
     let by_name = parts.iter().map(|(part, timing)| ((*part).to_owned(), json!(timing)));
     details.insert("parts".into(), Value::Object(Map::from_iter(by_name)));
     bench.add(row)?;
+    say_details(bench, &parts, &peaks, driver_resident)
+}
+
+/// The times of the parts over all samples.
+fn parts_of(samples: &[Parts]) -> Vec<(&'static str, Timing)> {
+    let of_part = |index: usize| Timing::of(samples.iter().map(|sample| sample[index]).collect());
+    PARTS
+        .iter()
+        .enumerate()
+        .map(|(index, part)| (*part, of_part(index)))
+        .collect()
+}
+
+fn say_details(
+    bench: &Bench,
+    parts: &[(&str, Timing)],
+    peaks: &Peaks,
+    driver_resident: Option<u64>,
+) -> anyhow::Result<()> {
     let line: Vec<String> = parts
         .iter()
         .map(|(part, timing)| format!("{part} {}", milliseconds(timing.milliseconds)))

@@ -57,20 +57,7 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
     let named = arguments.model.is_some();
     let arguments = arguments.completed(like.as_ref())?;
     let jobs = jobs::jobs(&arguments)?;
-    let path = arguments
-        .model
-        .as_deref()
-        .context("no model: name one with --model DIR|FILE")?;
-    if let Some(picture) = arguments.like.as_deref().filter(|_| !named && !path.exists()) {
-        anyhow::bail!(
-            "{}: was drawn with a model named {}, which is not here: name it with --model DIR|FILE",
-            picture.display(),
-            l2p_engine::shown_name(&path.display().to_string())
-        );
-    }
-    let paths = ModelPaths::resolve(path, &arguments.path_overrides())?;
-    let device = open_device(&arguments)?;
-    let mut pipeline = Pipeline::open(paths, device, arguments.keep_text_encoder)?;
+    let mut pipeline = open_pipeline(&arguments, named)?;
 
     let settings = settings(&arguments, &pipeline)?;
     let batch = batch_size(&arguments, &pipeline, &settings, jobs.len());
@@ -130,6 +117,24 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
         );
     }
     crate::print(&report.finish(&mut pipeline, arguments.report)?)
+}
+
+/// The model of complete arguments; `named` where they named it themselves and not through a picture.
+fn open_pipeline(arguments: &Arguments, named: bool) -> anyhow::Result<Pipeline> {
+    let path = arguments
+        .model
+        .as_deref()
+        .context("no model: name one with --model DIR|FILE")?;
+    if let Some(picture) = arguments.like.as_deref().filter(|_| !named && !path.exists()) {
+        anyhow::bail!(
+            "{}: was drawn with a model named {}, which is not here: name it with --model DIR|FILE",
+            picture.display(),
+            l2p_engine::shown_name(&path.display().to_string())
+        );
+    }
+    let paths = ModelPaths::resolve(path, &arguments.path_overrides())?;
+    let device = open_device(arguments)?;
+    Ok(Pipeline::open(paths, device, arguments.keep_text_encoder)?)
 }
 
 /// The operations of a step of the first batch.

@@ -155,13 +155,7 @@ pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
     let vae = part(paths.vae.as_deref(), Checkpoint::open_vae, &|path| {
         open_vae(path).map(drop)
     })?;
-    let (shift, notes) = match paths.scheduler() {
-        Ok(scheduler) => (
-            scheduler.as_ref().map(|s| s.shift),
-            scheduler.map(|s| s.notes).unwrap_or_default(),
-        ),
-        Err(error) => (None, vec![error.to_string()]),
-    };
+    let (shift, notes) = schedule(paths);
     let resolution = resolution(paths, &survey);
     let memory = transformer.as_ref().zip(resolution).map(|(config, size)| {
         MemoryEstimate::of(&EstimateInput {
@@ -189,18 +183,10 @@ pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
         transformer,
         problem,
         head,
-        parameters: checkpoint
-            .tensors()
-            .values()
-            .map(|tensor| tensor.elements() as u64)
-            .sum(),
+        parameters: parameters(&checkpoint),
         parameters_by_part: by_part(&checkpoint),
         tensors: checkpoint.tensors().len(),
-        bytes: checkpoint
-            .tensors()
-            .values()
-            .map(|tensor| tensor.byte_count() as u64)
-            .sum(),
+        bytes: bytes(&checkpoint),
         dtypes: dtypes(&checkpoint),
         missing: audit.missing,
         wrong: audit.wrong,
@@ -289,6 +275,29 @@ fn unreadable(checkpoint: &Checkpoint) -> Option<String> {
     })
 }
 
+/// The schedule's shift where the model says one, and what there is to say on its schedule.
+fn schedule(paths: &ModelPaths) -> (Option<f32>, Vec<String>) {
+    match paths.scheduler() {
+        Ok(scheduler) => (
+            scheduler.as_ref().map(|s| s.shift),
+            scheduler.map(|s| s.notes).unwrap_or_default(),
+        ),
+        Err(error) => (None, vec![error.to_string()]),
+    }
+}
+
+/// Elements of all tensors.
+fn parameters(checkpoint: &Checkpoint) -> u64 {
+    let tensors = checkpoint.tensors().values();
+    tensors.map(|tensor| tensor.elements() as u64).sum()
+}
+
+/// Bytes of all tensors.
+fn bytes(checkpoint: &Checkpoint) -> u64 {
+    let tensors = checkpoint.tensors().values();
+    tensors.map(|tensor| tensor.byte_count() as u64).sum()
+}
+
 fn by_part(checkpoint: &Checkpoint) -> BTreeMap<String, u64> {
     let mut parts = BTreeMap::new();
     for (name, tensor) in checkpoint.tensors() {
@@ -317,11 +326,10 @@ fn part(
         return Ok(None);
     };
     let checkpoint = open(path)?;
-    let tensors = || checkpoint.tensors().values();
     Ok(Some(PartReport {
         path: path.into(),
-        parameters: tensors().map(|tensor| tensor.elements() as u64).sum(),
-        bytes: tensors().map(|tensor| tensor.byte_count() as u64).sum(),
+        parameters: parameters(&checkpoint),
+        bytes: bytes(&checkpoint),
         problem: check(path).err().map(|error| error.to_string()),
     }))
 }

@@ -116,19 +116,44 @@ impl Detailer {
         let SavedDetailer {
             image,
             context,
-            mut encoders,
+            encoders,
             pooled,
             bottleneck_sum,
-            mut decoders,
+            decoders,
             decoded,
         } = kept;
-        let mut gradient = gradients
+        let gradient = gradients
             .output
             .with_places(&self.output, |grads| {
                 conv2d_f32_backward(dv, &decoded, &self.output, -1.0, true, grads)
             })?
             .expect("it was wanted");
         drop(decoded);
+        let (gradient, d_skips) = self.decoders_backward(gradient, decoders, &encoders, gradients, &encoder_needed)?;
+        let saved = ConvSaved {
+            x: &pooled,
+            second: Some(&context),
+            sum: bottleneck_sum,
+        };
+        let wanted = [trained, want_context];
+        let sources = gradients.bottleneck.with_places(&self.bottleneck, |grads| {
+            conv2d_backward(&gradient, saved, &self.bottleneck, Activation::Silu, wanted, grads)
+        })?;
+        drop((gradient, pooled, context));
+        self.encoders_backward(sources.x, d_skips, encoders, &image, gradients, &encoder_needed)?;
+        Ok(sources.second)
+    }
+
+    /// From the head's output layer back to its bottleneck: the gradient of the bottleneck's result for that of the last decoder's,
+    /// and those of the skips from the image inwards, where they are needed.
+    fn decoders_backward(
+        &self,
+        mut gradient: Tensor,
+        mut decoders: Vec<SavedDecoder>,
+        encoders: &[SavedEncoder],
+        gradients: &mut Detailer<Gradients>,
+        encoder_needed: &[bool],
+    ) -> Result<(Tensor, Vec<Option<Tensor>>)> {
         let mut d_skips = Vec::with_capacity(self.stages.len());
         for (index, (stage, gradients)) in self.stages.iter().zip(&mut gradients.stages).enumerate() {
             let SavedDecoder { below, upsampled, sum } = decoders.pop().expect("each stage has kept its decoder");
@@ -151,17 +176,19 @@ impl Detailer {
                 })?
                 .expect("it was wanted");
         }
-        let saved = ConvSaved {
-            x: &pooled,
-            second: Some(&context),
-            sum: bottleneck_sum,
-        };
-        let wanted = [trained, want_context];
-        let sources = gradients.bottleneck.with_places(&self.bottleneck, |grads| {
-            conv2d_backward(&gradient, saved, &self.bottleneck, Activation::Silu, wanted, grads)
-        })?;
-        drop((gradient, pooled, context));
-        let mut d_pooled = sources.x;
+        Ok((gradient, d_skips))
+    }
+
+    /// From the bottleneck back to the image, as far as a stage is trained.
+    fn encoders_backward(
+        &self,
+        mut d_pooled: Option<Tensor>,
+        mut d_skips: Vec<Option<Tensor>>,
+        mut encoders: Vec<SavedEncoder>,
+        image: &Tensor,
+        gradients: &mut Detailer<Gradients>,
+        encoder_needed: &[bool],
+    ) -> Result<()> {
         for (index, stage) in self.stages.iter().enumerate().rev() {
             let SavedEncoder { skip, sum, .. } = encoders.pop().expect("each stage has kept its encoder");
             let (Some(from_below), Some(d_skip)) = (d_pooled.take(), d_skips.pop().flatten()) else {
@@ -170,7 +197,7 @@ impl Detailer {
             let input = encoders
                 .last()
                 .and_then(|before| before.pooled.as_ref())
-                .unwrap_or(&image);
+                .unwrap_or(image);
             let saved = ConvSaved {
                 x: input,
                 second: None,
@@ -182,6 +209,6 @@ impl Detailer {
                 conv3x3_silu_pool_backward([&d_skip, &from_below], &skip, saved, &stage.encoder, wanted, grads)
             })?;
         }
-        Ok(sources.second)
+        Ok(())
     }
 }

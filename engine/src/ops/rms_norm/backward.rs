@@ -1,6 +1,8 @@
 //! Gradients of the RMS normalisations; the formulas are in the parent's head comment.
 
-use super::{GatedResidual, RmsNorm, RowLaunch, cpu_gated_residual, inverse_rms};
+mod residual;
+
+use super::{GatedResidual, RmsNorm, RowLaunch, inverse_rms};
 use crate::device::{Args, CudaDevice};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -11,6 +13,8 @@ use crate::tensor::Tensor;
 
 use rayon::prelude::*;
 
+pub use residual::{ResidualNormGradients, gated_residual_rms_norm_backward};
+
 /// Where the gradients of a normalisation's parameters go.
 #[derive(Debug, Default)]
 pub struct NormGradients<'a> {
@@ -18,17 +22,6 @@ pub struct NormGradients<'a> {
     pub weight: Option<&'a mut Tensor>,
     /// Of the scale or gate, overwritten; `None` where nobody needs them.
     pub vector: Option<VectorGradient<'a>>,
-}
-
-/// Where the gradients of [`gated_residual_rms_norm_backward`]'s parameters go.
-#[derive(Debug, Default)]
-pub struct ResidualNormGradients<'a> {
-    /// Of the branch's weight, `[dim]`, added to.
-    pub weight: Option<&'a mut Tensor>,
-    /// Of the next normalisation's weight, `[dim]`, added to.
-    pub next_weight: Option<&'a mut Tensor>,
-    /// A table f32 `[batch, vectors, dim]` and the indices of gate and next scale in it, which are overwritten.
-    pub vectors: Option<(&'a mut Tensor, [usize; 2])>,
 }
 
 /// The gradient of `x` in [`super::rms_norm_modulate`] for the gradient `dy` of its result, plus `residual`, the gradient that
@@ -65,136 +58,6 @@ pub fn gated_residual_backward(
     gradients: NormGradients<'_>,
 ) -> Result<Tensor> {
     Branch::of("gated_residual_backward", residual).backward(d_sum, y, None, gradients)
-}
-
-/// The gradients of `x` and `y` in [`super::gated_residual_rms_norm`] for those of its results, `d_sum` and `d_normalised`.
-///
-/// # Errors
-/// As for [`rms_norm_modulate_backward`].
-pub fn gated_residual_rms_norm_backward(
-    d_sum: &Tensor,
-    d_normalised: &Tensor,
-    [x, y]: [&Tensor; 2],
-    residual: &GatedResidual<'_>,
-    next: &RmsNorm<'_>,
-    gradients: ResidualNormGradients<'_>,
-) -> Result<(Tensor, Tensor)> {
-    const OP: &str = "gated_residual_rms_norm_backward";
-    let (branch, after) = (
-        Branch::of(OP, residual),
-        Branch {
-            op: OP,
-            weight: next.weight,
-            vectors: next.scale.as_ref(),
-            gated: false,
-            epsilon: next.epsilon,
-        },
-    );
-    let sizes = TokenSizes::of(OP, "x", x)?;
-    for (name, tensor) in [("y", y), ("d_sum", d_sum), ("d_normalised", d_normalised)] {
-        expect_like(OP, name, tensor, x)?;
-    }
-    branch.expect_parameters(x, sizes)?;
-    after.expect_parameters(x, sizes)?;
-    if next.epsilon != residual.epsilon {
-        return Err(Error::invalid(format!(
-            "{OP}: both normalisations must have the same epsilon"
-        )));
-    }
-    let ResidualNormGradients {
-        mut weight,
-        mut next_weight,
-        mut vectors,
-    } = gradients;
-    branch.expect_weight_gradient(weight.as_deref(), sizes, x)?;
-    after.expect_weight_gradient(next_weight.as_deref(), sizes, x)?;
-    if let Some((table, indices)) = &vectors {
-        expect_gradient_table(OP, table, indices, [sizes.batch, sizes.dim], x)?;
-        branch.expect_vectors(sizes)?;
-        after.expect_vectors(sizes)?;
-    }
-    let vector =
-        |vectors: &Option<(&mut Tensor, [usize; 2])>, which: usize| vectors.as_ref().map(|(_, indices)| indices[which]);
-    let (gate, scale) = (vector(&vectors, 0), vector(&vectors, 1));
-    let mut dx = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
-    let mut dy = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
-    let Some(device) = x.cuda() else {
-        let mut sum = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
-        cpu_gated_residual(x, y, residual, sizes, &mut sum)?;
-        after.cpu_input(d_normalised, &sum, Some(d_sum), sizes, &mut dx)?;
-        branch.cpu_input(&dx, y, None, sizes, &mut dy)?;
-        let mut parameters =
-            |branch: &Branch<'_>, dy: &Tensor, x: &Tensor, weight: Option<&mut Tensor>, index: Option<usize>| {
-                let vector = vectors
-                    .as_mut()
-                    .zip(index)
-                    .map(|((table, _), index)| VectorGradient { table, index });
-                branch.cpu_parameters(dy, x, sizes, NormGradients { weight, vector })
-            };
-        parameters(&after, d_normalised, &sum, next_weight, scale)?;
-        parameters(&branch, &dx, y, weight, gate)?;
-        return Ok((dx, dy));
-    };
-    const KERNELS: [&str; 2] = [
-        "gated_residual_rms_norm_backward_1",
-        "gated_residual_rms_norm_backward_2",
-    ];
-    let launch = RowLaunch::new(OP, device, IMAGE, &KERNELS, sizes)?;
-    let partial = |needed: bool| {
-        needed
-            .then(|| {
-                Tensor::empty(
-                    &x.device(),
-                    [sizes.batch, launch.grid[0] as usize, sizes.dim],
-                    DType::F32,
-                )
-            })
-            .transpose()
-    };
-    let mut sums = partial(weight.is_some() || vectors.is_some())?;
-    let mut next_sums = partial(next_weight.is_some() || vectors.is_some())?;
-    let args = Args::new()
-        .input(d_sum)?
-        .input(d_normalised)?
-        .input(x)?
-        .input(y)?
-        .input(residual.weight)?
-        .long(Modulation::address_or_null(residual.gate.as_ref())?)
-        .input(next.weight)?
-        .long(Modulation::address_or_null(next.scale.as_ref())?)
-        .output(&mut dx)?
-        .output(&mut dy)?
-        .optional_output(sums.as_mut())?
-        .optional_output(next_sums.as_mut())?
-        .int(sizes.dim)
-        .int(sizes.tokens)
-        .int(branch.stride())
-        .int(after.stride())
-        .float(residual.epsilon);
-    // SAFETY: the arguments are those of `gated_residual_rms_norm_backward_N`, of the shapes and types checked at the door;
-    // the threads hold a whole row, there are at most as many blocks as tokens, and null pointers stand for what is absent.
-    unsafe { launch.kernel.launch_with(device, launch.grid, launch.threads, args)? };
-    for (branch, sums, weight, index) in [
-        (&branch, sums, weight.take(), gate),
-        (&after, next_sums, next_weight.take(), scale),
-    ] {
-        let vector = vectors
-            .as_mut()
-            .zip(index)
-            .map(|((table, _), index)| VectorGradient { table, index });
-        if let Some(sums) = sums {
-            finish_sums(
-                branch.op,
-                device,
-                &sums,
-                Some(branch.weight),
-                branch.vectors,
-                branch.gated,
-                NormGradients { weight, vector },
-            )?;
-        }
-    }
-    Ok((dx, dy))
 }
 
 const IMAGE: &str = "rms_norm_backward";

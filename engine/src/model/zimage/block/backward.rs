@@ -38,7 +38,7 @@ impl Block {
             None => self.inside(&x, vectors, sequence)?.1,
         };
         let Inside {
-            attention: SavedAttention { qkv, attended, lse },
+            attention,
             projected,
             gate_and_up,
             fed,
@@ -77,21 +77,11 @@ impl Block {
         drop((d_normalised, projected));
         let d_attended = self.out.backward_input(&d_projected)?;
         if gradients.out.wants_any() {
-            gradients.out.add(&d_projected, &attended)?;
+            gradients.out.add(&d_projected, &attention.attended)?;
         }
         drop(d_projected);
 
-        let spec = self.qk_norm_rope();
-        let rotated = qk_norm_rope_from(&qkv, &spec, sequence.rope)?;
-        let (heads, lengths) = (&self.attention, sequence.key_lengths);
-        let mut d_qkv = attention_backward(&d_attended, &rotated, &attended, &lse, heads, lengths)?;
-        drop((d_attended, rotated, attended, lse));
-        let places = QkNormGradients {
-            q: gradients.q_norm.0.as_mut(),
-            k: gradients.k_norm.0.as_mut(),
-        };
-        qk_norm_rope_backward(&mut d_qkv, &qkv, &spec, sequence.rope, places)?;
-        drop(qkv);
+        let d_qkv = self.qkv_backward(d_attended, attention, sequence, gradients)?;
         let d_normalised = self.qkv.backward_input(&d_qkv)?;
         let norm = self.input_norm(vectors)?;
         if gradients.qkv.wants_any() {
@@ -103,6 +93,28 @@ impl Block {
             vector: vector_gradient(&mut vector_gradients, SCALE_MSA),
         };
         rms_norm_modulate_backward(&d_normalised, &x, &norm, Some(&d_stream), places)
+    }
+
+    /// The gradient of packed q, k and v, before their norms and rotation, for that of the attended values.
+    fn qkv_backward(
+        &self,
+        d_attended: Tensor,
+        attention: SavedAttention,
+        sequence: &Sequence<'_>,
+        gradients: &mut Block<Gradients>,
+    ) -> Result<Tensor> {
+        let SavedAttention { qkv, attended, lse } = attention;
+        let spec = self.qk_norm_rope();
+        let rotated = qk_norm_rope_from(&qkv, &spec, sequence.rope)?;
+        let (heads, lengths) = (&self.attention, sequence.key_lengths);
+        let mut d_qkv = attention_backward(&d_attended, &rotated, &attended, &lse, heads, lengths)?;
+        drop((d_attended, rotated, attended, lse));
+        let places = QkNormGradients {
+            q: gradients.q_norm.0.as_mut(),
+            k: gradients.k_norm.0.as_mut(),
+        };
+        qk_norm_rope_backward(&mut d_qkv, &qkv, &spec, sequence.rope, places)?;
+        Ok(d_qkv)
     }
 
     /// Adds what the gradients `[batch, 4, dim]` of the modulation vectors mean for their layer, and for the timestep embeddings.
