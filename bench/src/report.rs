@@ -1,7 +1,7 @@
 //! `bench-report`: the README's tables and the plots, made from the records.
 
+mod plots;
 mod records;
-mod svg;
 
 use std::path::{Path, PathBuf};
 
@@ -13,8 +13,8 @@ use crate::environment::Environment;
 use crate::record::{Row, milliseconds, write_text};
 use crate::targets::figure;
 use crate::train;
+use plots::{LineChart, Roofline, Series};
 use records::{Gpu, Parity, ParityRow, read_all};
-use svg::{LineChart, Roofline, Series};
 
 const HELP: &str = "\
 Examples:

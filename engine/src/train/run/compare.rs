@@ -6,12 +6,12 @@ use std::str::FromStr;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::chart::{Chart, Series};
-use super::report::{History, sheet_path};
+use super::history::{History, sheet_path};
 use super::samples::{table, tile};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::image_io::{RgbImage, read_image};
+use crate::report::{Chart, Scale, Series};
 
 /// What runs are compared over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -271,7 +271,7 @@ impl Comparison {
                 "training loss"
             },
             series: &series,
-            logarithmic: true,
+            scale: Scale::Logarithmic,
         }
         .svg()
     }

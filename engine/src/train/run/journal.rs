@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use super::log::{Record, RunLog};
-use super::tensorboard::{EventFile, Shown};
 use super::{Event, Observer};
 use crate::error::Result;
 use crate::image_io::RgbImage;
+use crate::report::{EventFile, Shown};
 
 /// The folder of event files in the run's folder.
 const EVENTS: &str = "events";

@@ -15,7 +15,6 @@
 //!
 //! The folder is locked while a run writes to it; what a killed one left half-written is cleared up by the next.
 
-mod chart;
 pub mod checkpoint;
 mod checksums;
 mod choices;
@@ -25,6 +24,7 @@ mod evaluate;
 mod feeder;
 mod forecast;
 mod guard;
+mod history;
 mod journal;
 mod keys;
 mod learning_rate;
@@ -40,13 +40,11 @@ mod samples;
 mod setup;
 mod speed;
 mod start;
-mod tensorboard;
 mod trainer;
 mod validation;
 
 use std::path::PathBuf;
 
-pub use chart::{Chart, Series};
 pub use choices::{Init, Noise, SaveType, ScheduleKind};
 pub use compare::{Comparison, XAxis, compare, sample_rows};
 pub use config::{KEYS, TrainConfig, nearest_key};
@@ -58,7 +56,6 @@ pub use learning_rate::LearningRate;
 pub use package::{PackageOptions, Packaged, package};
 pub use report::write_report;
 pub use resume::Resume;
-pub use tensorboard::{EventFile, Shown};
 pub use trainer::{Summary, train};
 
 use self::log::Record;

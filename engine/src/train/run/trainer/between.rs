@@ -9,7 +9,7 @@ use crate::profile;
 use crate::train::run::guard::{StepOutcome, Verdict};
 use crate::train::run::log::{Record, TrainRecord};
 use crate::train::run::progress::Progress;
-use crate::train::run::report::SAMPLES;
+use crate::train::run::history::SAMPLES;
 use crate::train::run::speed::{Interval, peak_rate};
 
 impl Trainer<'_> {
