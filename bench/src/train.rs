@@ -35,7 +35,8 @@ device. Each choice of recomputing runs in a process of its own, so that its mem
 again, runs before ours and ends. Checked: losses are numbers, and fall on the one picture; bench-parity grad compares gradients.
 
 TFLOP/s counts the arithmetic that training needs: what is computed a second time to save memory takes time but counts for nothing.
-MFU is its share of the rate of a large matrix product, measured in the same run.
+MFU is its share of the GPU's dense bf16 peak by the datasheet; there is none for a GPU whose datasheet is not known. The share of
+the measured product rate is of a large matrix product's, measured in the same run.
 
 Exit code: 0 when the losses are right, 1 when they are not or on an error.";
 

@@ -1,7 +1,8 @@
-//! What a device can do at best, measured: a large copy and a large matrix product.
+//! What a device can do at best: measured, a large copy and a large matrix product; and by its datasheet.
 //!
-//! They are the two roofs that a kernel's time is compared with: no work is done faster than its bytes are copied, nor faster
-//! than its products are in one large matrix product.
+//! The measured rates are the two roofs that a kernel's time is compared with: no work is done faster than its bytes are copied, nor
+//! faster than its products are in one large matrix product. The datasheet's peak, which no product reaches, is what model FLOPs
+//! utilization ([`mfu`]) is counted in.
 
 use std::time::Instant;
 
@@ -27,6 +28,32 @@ pub struct Ceilings {
     pub copy_bytes: usize,
     /// Rows and columns of the product.
     pub product_size: usize,
+}
+
+/// 10¹² operations in a second of dense bf16 products with f32 sums that the vendor's datasheets state, by the name that the driver
+/// gives the GPU. Names stand whole: a GPU of nearly the same name may be another.
+const DATASHEETS: [(&str, f64); 13] = [
+    ("NVIDIA H100 80GB HBM3", 989.4),
+    ("NVIDIA H100 NVL", 835.5),
+    ("NVIDIA H100 PCIe", 756.5),
+    ("NVIDIA H200", 989.4),
+    ("NVIDIA H200 NVL", 835.5),
+    ("NVIDIA B200", 2250.0),
+    ("NVIDIA A100-SXM4-40GB", 312.0),
+    ("NVIDIA A100-SXM4-80GB", 312.0),
+    ("NVIDIA A100-PCIE-40GB", 312.0),
+    ("NVIDIA A100 80GB PCIe", 312.0),
+    ("NVIDIA L40S", 362.0),
+    ("NVIDIA GeForce RTX 4090", 165.2),
+    ("NVIDIA GeForce RTX 3090", 71.0),
+];
+
+/// Model FLOPs utilization: the share of a GPU's peak by its datasheet (dense bf16) that work of `needed_flops` operations reaches
+/// which takes `seconds`. What is computed a second time to save memory is not needed and does not count. `None` for a GPU whose
+/// datasheet is not known, by the driver's name, and for the CPU.
+pub fn mfu(gpu: &str, needed_flops: f64, seconds: f64) -> Option<f64> {
+    let peak = DATASHEETS.iter().find(|(name, _)| *name == gpu)?.1 * 1e12;
+    Some(needed_flops / seconds.max(f64::MIN_POSITIVE) / peak)
 }
 
 /// Repetitions, of which the fastest counts.
@@ -135,6 +162,19 @@ mod tests {
         assert!((ceilings.floor_ms(multiplying) - 1e-2).abs() < 1e-12 && ceilings.bound_by_products(multiplying));
         assert!((ceilings.share(moving, 2e-3) - 0.5).abs() < 1e-9);
         assert_eq!(ceilings.share(Work::default(), 1.0), 0.0);
+    }
+
+    #[test]
+    fn mfu_is_needed_arithmetic_over_the_datasheets_peak() {
+        // 500 TFLOP/s of 989.4.
+        for gpu in ["NVIDIA H100 80GB HBM3", "NVIDIA H200"] {
+            let found = mfu(gpu, 150e12, 0.3).unwrap();
+            assert!((found - 0.505_356_782).abs() < 1e-8, "{gpu}: {found}");
+        }
+        assert!((mfu("NVIDIA A100-SXM4-80GB", 78e12, 0.5).unwrap() - 0.5).abs() < 1e-12);
+        for unknown in ["cpu", "NVIDIA H300", "NVIDIA GeForce RTX 4090 Laptop GPU", "H200", ""] {
+            assert_eq!(mfu(unknown, 1e12, 1.0), None, "{unknown}");
+        }
     }
 
     #[test]

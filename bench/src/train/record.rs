@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::Context;
-use l2p_engine::ceilings::Ceilings;
+use l2p_engine::ceilings::{Ceilings, mfu};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -50,11 +50,13 @@ impl Measured {
         self.needed_flops / milliseconds.max(f64::MIN_POSITIVE) / 1e9
     }
 
-    fn rows(&self, ceilings: &Ceilings) -> Vec<Row> {
+    /// The rows of a run on this GPU, whose measured rates are `ceilings`.
+    fn rows(&self, gpu: &str, ceilings: &Ceilings) -> Vec<Row> {
         let peer = self.peer();
         let time = peer.map(|peer| peer.timing.milliseconds);
         let ours = self.timing.milliseconds;
         let share = |milliseconds: f64| 1e14 * self.tflops(milliseconds) / ceilings.flops_per_second;
+        let mfu = |milliseconds: f64| Some(100.0 * mfu(gpu, self.needed_flops, milliseconds / 1e3)?);
         let gigabytes = |bytes: u64| bytes as f64 / 1e9;
         let published = self.inputs["tiny"] == Value::Bool(false) && self.inputs["side"] == 1024;
         let largest = LARGEST_PEAKS.iter().find(|(name, _)| published && *name == self.name);
@@ -67,7 +69,7 @@ impl Measured {
             row("peak memory, driver", "GB", gigabytes(bytes), peer.map(gigabytes)).at_most(largest)
         });
         let by_ledger = peer.and_then(|peer| peer.peak_bytes).map(gigabytes);
-        [
+        let mut rows = vec![
             row("step", "ms", ours, time),
             row(
                 "needed arithmetic",
@@ -75,12 +77,12 @@ impl Measured {
                 self.tflops(ours),
                 time.map(|time| self.tflops(time)),
             ),
-            row("MFU", "%", share(ours), time.map(share)),
-            row("peak memory, tensors", "GB", gigabytes(self.peak_bytes), by_ledger).at_most(largest),
-        ]
-        .into_iter()
-        .chain(by_driver)
-        .collect()
+        ];
+        rows.extend(mfu(ours).map(|ours| row("MFU", "%", ours, time.and_then(mfu))));
+        rows.push(row("share of measured product rate", "%", share(ours), time.map(share)));
+        rows.push(row("peak memory, tensors", "GB", gigabytes(self.peak_bytes), by_ledger).at_most(largest));
+        rows.extend(by_driver);
+        rows
     }
 }
 
@@ -127,7 +129,7 @@ impl Row {
             None => "",
         };
         format!(
-            "{:<36}{:>12.2}{:>12} {:<9}{:>8}  {:<12}{verdict}",
+            "{:<44}{:>12.2}{:>12} {:<9}{:>8}  {:<12}{verdict}",
             self.name,
             self.ours,
             number(self.peer),
@@ -163,7 +165,7 @@ impl Record {
             environment: bench.environment().clone(),
             torch: bench.torch().map(str::to_owned),
             ceilings: *bench.ceilings(),
-            rows: measured.rows(bench.ceilings()),
+            rows: measured.rows(&bench.environment().gpu, bench.ceilings()),
             measured: vec![measured],
         }
     }
@@ -181,7 +183,7 @@ impl Record {
 
     pub fn table(&self) -> Vec<String> {
         let header = format!(
-            "{:<36}{:>12}{:>12} {:<9}{:>8}  target",
+            "{:<44}{:>12}{:>12} {:<9}{:>8}  target",
             "", "ours", "PyTorch", "", "ratio"
         );
         let lines = self.rows.iter().map(Row::line);
@@ -215,5 +217,39 @@ mod tests {
         assert!(row(77.0).line().contains("≤ 76 GB") && row(77.0).line().ends_with("miss"));
         let free = Row::new("step", "ms", 3.0, None).at_most(None);
         assert_eq!((free.target.as_deref(), free.pass, free.ratio), (None, None, None));
+    }
+
+    #[test]
+    fn mfu_and_the_share_of_the_measured_rate_are_two_rows() {
+        let measured = Measured {
+            name: "train-none".into(),
+            inputs: Value::Null,
+            timing: Timing::of(vec![250.0]),
+            needed_flops: 123.675e12,
+            computed_flops: 200e12,
+            trained_parameters: 1,
+            peak_bytes: 0,
+            peak_bytes_by_tag: Map::new(),
+            planned_peak_bytes: 0,
+            driver_bytes: None,
+            losses: Vec::new(),
+            peers: Vec::new(),
+        };
+        let ceilings = Ceilings {
+            bytes_per_second: 4e12,
+            flops_per_second: 659.6e12,
+            copy_bytes: 0,
+            product_size: 0,
+        };
+        // 494.7 TFLOP/s: half of the datasheet's 989.4, three quarters of what the product reached.
+        let value = |gpu: &str, what: &str| {
+            let rows = measured.rows(gpu, &ceilings);
+            let row = rows.into_iter().find(|row| row.name == format!("train-none {what}"))?;
+            Some((row.ours * 1e6).round() / 1e6)
+        };
+        assert_eq!(value("NVIDIA H200", "MFU"), Some(50.0));
+        assert_eq!(value("NVIDIA H200", "share of measured product rate"), Some(75.0));
+        assert_eq!(value("another", "MFU"), None);
+        assert_eq!(value("another", "share of measured product rate"), Some(75.0));
     }
 }

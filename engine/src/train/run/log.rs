@@ -133,7 +133,7 @@ pub struct TrainRecord {
     pub seconds_per_step: f64,
     /// Pictures trained on in a second.
     pub pictures_per_second: f64,
-    /// The share of the GPU's peak rate that the model's arithmetic reached.
+    /// The share of the GPU's peak by its datasheet that the needed arithmetic reached ([`mfu`](crate::ceilings::mfu)).
     pub mfu: Option<f64>,
     /// The most memory at once since the last interval.
     pub peak_memory_bytes: u64,

@@ -3,14 +3,16 @@
 use std::time::Instant;
 
 use super::Trainer;
+use crate::ceilings::mfu;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::image_io::{WriteOptions, write_image};
 use crate::profile;
 use crate::train::run::guard::{StepOutcome, Verdict};
+use crate::train::run::history::SAMPLES;
 use crate::train::run::log::{Record, TrainRecord};
 use crate::train::run::progress::Progress;
-use crate::train::run::history::SAMPLES;
-use crate::train::run::speed::{Interval, peak_rate};
+use crate::train::run::speed::Interval;
 
 impl Trainer<'_> {
     /// Waits for the submitted steps and notes what came of them.
@@ -44,7 +46,6 @@ impl Trainer<'_> {
             count => Some(good().map(|outcome| f64::from(value(outcome))).sum::<f64>() / count as f64),
         };
         let steps = interval.steps.max(1) as f64;
-        let peak = peak_rate(self.device);
         let record = TrainRecord {
             step,
             pictures: self.state.pictures,
@@ -55,7 +56,10 @@ impl Trainer<'_> {
             skipped: self.state.guard.skipped(),
             seconds_per_step: seconds / steps,
             pictures_per_second: interval.pictures as f64 / seconds,
-            mfu: peak.map(|peak| interval.operations / seconds / peak),
+            mfu: match self.device {
+                Device::Cpu => None,
+                Device::Cuda(gpu) => mfu(gpu.name(), interval.operations, seconds),
+            },
             peak_memory_bytes: self.device.memory_report().total.peak,
             data_wait: self.loader.take_waited().as_secs_f64() / seconds,
             elapsed_seconds: self.state.elapsed_seconds,
