@@ -7,7 +7,7 @@ pub mod fixtures;
 pub use compare::{Tolerance, expect_close, expect_sample_close, relative_error};
 
 use std::path::PathBuf;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use l2p_engine::{Device, DeviceChoice, Result, Tensor};
 use libtest_mimic::{Failed, Trial};
@@ -105,6 +105,23 @@ pub const BF16_TOLERANCE: f64 = 4e-3;
 /// The largest relative error of one f32 operation against a reference in higher precision.
 pub const F32_TOLERANCE: f64 = 1e-5;
 
+/// What `work` gives while new buffers hold NaNs, so that an element that nobody writes shows. One caller at a time.
+pub fn with_poisoned_buffers<T>(work: impl FnOnce() -> T) -> T {
+    struct Poison;
+
+    impl Drop for Poison {
+        fn drop(&mut self) {
+            l2p_engine::device::set_poison_new_buffers(false);
+        }
+    }
+
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let _poison = Poison;
+    l2p_engine::device::set_poison_new_buffers(true);
+    work()
+}
+
 /// Fails unless `op` gives on `device` what it gives on the CPU, from the same inputs (given in bf16-representable f32).
 ///
 /// # Errors
@@ -117,9 +134,7 @@ pub fn expect_like_cpu(
 ) -> Outcome {
     let tolerance = tolerance.into();
     let expected = op(&Device::Cpu)?;
-    l2p_engine::device::set_poison_new_buffers(true);
-    let found = op(device);
-    l2p_engine::device::set_poison_new_buffers(false);
+    let found = with_poisoned_buffers(|| op(device));
     for (index, (found, expected)) in found?.iter().zip(&expected).enumerate() {
         if found.shape() != expected.shape() {
             return Err(format!(

@@ -251,3 +251,25 @@ fn matmul(
         );
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Three rows of four columns need twelve values, whichever of them lie side by side.
+    #[test]
+    fn matrices_lie_within_their_values() {
+        for (count, fits) in [(12, true), (11, false)] {
+            let values = vec![0.0; count];
+            let by_rows = Matrix {
+                values: &values,
+                row_stride: 4,
+                column_stride: 1,
+            };
+            for (matrix, [rows, columns]) in [(by_rows, [3, 4]), (by_rows.transposed(), [4, 3])] {
+                let looked_at = std::panic::catch_unwind(|| matrix.expect_extents(rows, columns));
+                assert_eq!(looked_at.is_ok(), fits, "{rows}x{columns} in {count}");
+            }
+        }
+    }
+}

@@ -9,6 +9,7 @@ pub fn register(suite: &mut Suite) {
     suite.cpu("ops::attention::without_keys_the_result_is_zero", || {
         without_keys(&Device::Cpu, AttentionKernel::Auto, 128)
     });
+    suite.cpu("ops::attention::nothing_gives_nothing", nothing_gives_nothing);
     suite.cpu("ops::attention::wrong_arguments_are_named", wrong_arguments_are_named);
     suite.cuda("ops::attention::cuda_equals_cpu", cuda_equals_cpu);
     suite.cuda("ops::attention::cuda_equals_cpu_causal_grouped", cuda_causal_grouped);
@@ -243,6 +244,18 @@ fn without_keys(device: &Device, kernel: AttentionKernel, head_dim: usize) -> Ou
     let (empty, full) = log_sums.split_at(log_sums.len() / 2);
     assert!(empty.iter().all(|value| *value == f32::NEG_INFINITY));
     assert!(full.iter().all(|value| value.is_finite()));
+    Ok(())
+}
+
+/// Without items or tokens there are results, of no elements.
+fn nothing_gives_nothing() -> Outcome {
+    let spec = Shape::new(1, 2, 16).spec();
+    for [batch, tokens] in [[2, 0], [0, 5], [0, 0]] {
+        let qkv = Tensor::zeros(&Device::Cpu, [batch, tokens, 96], DType::F32)?;
+        let (result, log_sums) = attention_with_lse(&qkv, &spec, None)?;
+        assert_eq!(result.shape().to_vec(), [batch, tokens, 32]);
+        assert_eq!(log_sums.shape().to_vec(), [batch, 2, tokens]);
+    }
     Ok(())
 }
 

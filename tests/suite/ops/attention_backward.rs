@@ -14,6 +14,7 @@ pub fn register(suite: &mut Suite) {
     suite.cpu("ops::attention_backward::masked_keys_get_zeros", || {
         masked_keys_get_zeros(&Device::Cpu, 16)
     });
+    suite.cpu("ops::attention_backward::nothing_gives_nothing", nothing_gives_nothing);
     suite.cpu(
         "ops::attention_backward::wrong_arguments_are_named",
         wrong_arguments_are_named,
@@ -242,6 +243,22 @@ fn masked_keys_get_zeros(device: &Device, head_dim: usize) -> Outcome {
             row % 70 >= keys,
             "keys of row {row}"
         );
+    }
+    Ok(())
+}
+
+/// Without items or tokens there is a gradient, of no elements.
+fn nothing_gives_nothing() -> Outcome {
+    let spec = Shape::new(1, 2, 16).spec();
+    for [batch, tokens] in [[2, 0], [0, 5], [0, 0]] {
+        let zeros = |shape| Tensor::zeros(&Device::Cpu, shape, DType::F32);
+        let (qkv, dy, lse) = (
+            zeros([batch, tokens, 96])?,
+            zeros([batch, tokens, 32])?,
+            zeros([batch, 2, tokens])?,
+        );
+        let gradient = attention_backward(&dy, &qkv, &dy, &lse, &spec, None)?;
+        assert_eq!(gradient.shape(), qkv.shape());
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 mod cuda;
 mod hopper;
+mod mistakes;
 mod plain;
 
 use l2p_engine::layers::{MemoryParams, ParamSource};
@@ -21,6 +22,7 @@ pub fn register(suite: &mut Suite) {
     suite.cpu("ops::conv::mistakes_are_named", mistakes_are_named);
     cuda::register(suite);
     hopper::register(suite);
+    mistakes::register(suite);
     plain::register(suite);
 }
 

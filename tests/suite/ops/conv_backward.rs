@@ -28,6 +28,10 @@ pub fn register(suite: &mut Suite) {
         "ops::conv_backward::the_first_of_equal_maxima_gets_the_gradient",
         || first_of_equal_maxima(&Device::Cpu),
     );
+    suite.cpu(
+        "ops::conv_backward::without_outputs_nothing_is_added",
+        without_outputs_nothing_is_added,
+    );
     suite.cpu("ops::conv_backward::mistakes_are_named", mistakes_are_named);
     differences::register(suite);
     cuda::register(suite);
@@ -347,6 +351,18 @@ fn first_of_equal_maxima(device: &Device) -> Outcome {
     Ok(())
 }
 
+/// A convolution to no channels has parameters of no elements.
+fn without_outputs_nothing_is_added() -> Outcome {
+    let device = Device::Cpu;
+    let (x, dy) = (image(&device, "x", [1, 4, 4, 8])?, image(&device, "dy", [1, 4, 4, 0])?);
+    let mut layer = Layer::new(&device, 3, &[8], 0)?;
+    let conv = layer.conv.clone();
+    let saved = ConvSaved::of(&x);
+    let none = conv2d_backward(&dy, saved, &conv, Activation::None, [false, false], layer.grads())?;
+    assert!(none.x.is_none() && none.second.is_none());
+    Ok(())
+}
+
 fn mistakes_are_named() -> Outcome {
     let device = Device::Cpu;
     let x = image(&device, "x", [1, 4, 4, 8])?;
@@ -384,6 +400,12 @@ fn mistakes_are_named() -> Outcome {
         "a tensor that shares its buffer cannot be written"
     );
     let pointwise = Layer::new(&device, 1, &[8], 6)?.conv;
+    let rounded = Tensor::zeros(&device, [1, 4, 4, 6], DType::Bf16)?;
+    let outcome = conv2d_f32_backward(&rounded, &x, &pointwise, 1.0, true, None);
+    assert_eq!(
+        outcome.map(|_| ()).unwrap_err().to_string(),
+        "conv2d_f32_backward: dy holds bf16, expected f32"
+    );
     let outcome = upsample_conv3x3_backward(&dy, &x, &pointwise, true, None);
     assert_eq!(
         outcome.map(|_| ()).unwrap_err().to_string(),

@@ -8,6 +8,10 @@ use super::loops::{exact, expect_exact};
 pub fn register(suite: &mut Suite) {
     suite.cpu("ops::flow_loss::cpu_equals_references", cpu_equals_references);
     suite.cpu("ops::flow_loss::cpu_equals_plain_loops", cpu_equals_plain_loops);
+    suite.cpu(
+        "ops::flow_loss::the_mean_of_many_keeps_its_digits",
+        the_mean_of_many_keeps_its_digits,
+    );
     suite.cpu("ops::flow_loss::mistakes_are_named", mistakes_are_named);
 }
 
@@ -58,6 +62,17 @@ fn cpu_equals_plain_loops() -> Outcome {
         assert!(none.is_none());
         assert_eq!(alone.as_slice::<f32>()?, found.as_slice::<f32>()?);
     }
+    Ok(())
+}
+
+/// A million equal errors, whose sum one after the other would be off by 1.6 % in f32.
+fn the_mean_of_many_keeps_its_digits() -> Outcome {
+    let shape = [1, 1 << 20];
+    let velocity = Tensor::from_slice(&CPU, &vec![0.1f32; 1 << 20], shape)?;
+    let nothing = Tensor::zeros(&CPU, shape, DType::F32)?;
+    let (loss, _) = flow_loss(&velocity, &nothing, &nothing, None)?;
+    let loss = loss.to_vec::<f32>()?[0];
+    assert!((loss - 0.01).abs() < 5e-6, "{loss}");
     Ok(())
 }
 

@@ -12,6 +12,7 @@ pub fn register(suite: &mut Suite) {
         "ops::linear::cpu_vectors_equal_plain_loops",
         cpu_vectors_equal_plain_loops,
     );
+    suite.cpu("ops::linear::no_rows_give_no_rows", no_rows_give_no_rows);
     suite.cpu("ops::linear::wrong_shapes_are_named", wrong_shapes_are_named);
     suite.cuda("ops::linear::cuda_equals_cpu", cuda_equals_cpu);
     suite.cuda("ops::linear::cuda_vectors_equal_cpu", cuda_vectors_equal_cpu);
@@ -87,6 +88,15 @@ fn cpu_vectors_equal_plain_loops() -> Outcome {
                 }
             }
         }
+    }
+    Ok(())
+}
+
+fn no_rows_give_no_rows() -> Outcome {
+    let zeros = |shape: &[usize]| Tensor::zeros(&Device::Cpu, shape, DType::F32);
+    let (weight, bias) = (zeros(&[4, 8])?, zeros(&[4])?);
+    for bias in [None, Some(&bias)] {
+        assert_eq!(linear(&zeros(&[1, 0, 8])?, &weight, bias)?.shape().to_vec(), [1, 0, 4]);
     }
     Ok(())
 }

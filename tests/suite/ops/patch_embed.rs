@@ -5,6 +5,7 @@ use l2p_tests::{BF16_TOLERANCE, Outcome, Suite, expect_like_cpu, random_bf16};
 
 pub fn register(suite: &mut Suite) {
     suite.cpu("ops::patch_embed::cpu_equals_references", cpu_equals_references);
+    suite.cpu("ops::patch_embed::no_columns_give_no_tokens", no_columns_give_no_tokens);
     suite.cpu("ops::patch_embed::wrong_sizes_are_named", wrong_sizes_are_named);
     suite.cuda("ops::patch_embed::cuda_equals_cpu", cuda_equals_cpu);
     suite.cuda(
@@ -23,6 +24,13 @@ fn cpu_equals_references() -> Outcome {
         let bias = Tensor::from_slice(&Device::Cpu, &case.weight("embed.bias"), [dim])?;
         case.check("y", patch_embed(&image, patch, &weight, &bias)?.as_slice()?)?;
     }
+    Ok(())
+}
+
+fn no_columns_give_no_tokens() -> Outcome {
+    let zeros = |shape: &[usize]| Tensor::zeros(&Device::Cpu, shape, DType::F32);
+    let tokens = patch_embed(&zeros(&[1, 8, 0, 3])?, 4, &zeros(&[16, 48])?, &zeros(&[16])?)?;
+    assert_eq!(tokens.shape().to_vec(), [1, 0, 16]);
     Ok(())
 }
 

@@ -5,7 +5,12 @@ use l2p_tests::{Outcome, Suite, expect_like_cpu, random, random_bf16};
 
 pub fn register(suite: &mut Suite) {
     suite.cpu("ops::resize::cpu_equals_torch", cpu_equals_torch);
+    suite.cpu(
+        "ops::resize::the_last_column_shows_the_last",
+        the_last_column_shows_the_last,
+    );
     suite.cpu("ops::resize::empty_images_are_refused", empty_images_are_refused);
+    suite.cpu("ops::resize::other_types_are_refused", other_types_are_refused);
     suite.cuda("ops::resize::cuda_equals_cpu", cuda_equals_cpu);
 }
 
@@ -17,6 +22,29 @@ fn cpu_equals_torch() -> Outcome {
         let x = Tensor::from_f32(&Device::Cpu, &values, &shape[..])?;
         case.check("y", resize_nearest(&x, size[0], size[1])?.as_slice()?)?;
     }
+    Ok(())
+}
+
+/// So wide that the last index times the ratio of extents is 9 in f32, where 8 is the last column.
+fn the_last_column_shows_the_last() -> Outcome {
+    const WIDTH: usize = 9_071_678;
+    assert_eq!((WIDTH - 1) as f32 * (9.0 / WIDTH as f32), 9.0);
+    let x = Tensor::from_slice(
+        &Device::Cpu,
+        &std::array::from_fn::<f32, 9, _>(|x| x as f32),
+        [1, 1, 9, 1],
+    )?;
+    let y = resize_nearest(&x, 1, WIDTH)?;
+    let y = y.as_slice::<f32>()?;
+    assert!(y.is_sorted());
+    assert_eq!((y[0], y[WIDTH / 2], y[WIDTH - 1]), (0.0, 4.0, 8.0));
+    Ok(())
+}
+
+fn other_types_are_refused() -> Outcome {
+    let x = Tensor::zeros(&Device::Cpu, [1, 2, 4, 8], DType::U8)?;
+    let message = resize_nearest(&x, 2, 2).unwrap_err().to_string();
+    assert_eq!(message, "resize_nearest: x holds u8, expected f32");
     Ok(())
 }
 

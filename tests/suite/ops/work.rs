@@ -71,9 +71,9 @@ fn products() -> Outcome {
             attention(&qkv, &spec, None).map(drop)
         })?;
     }
-    let (image, weight, bias) = (tensor(&[2, 4, 6, 3])?, tensor(&[5, 12])?, tensor(&[5])?);
-    // Twelve patches of 2×2×3.
-    expect("patch_embed", 2 * 12 * 12 * 5, 144 + 60 + 60, || {
+    let (image, weight, bias) = (tensor(&[3, 4, 6, 3])?, tensor(&[5, 12])?, tensor(&[5])?);
+    // Eighteen patches of 2×2×3.
+    expect("patch_embed", 2 * 18 * 12 * 5, 216 + 60 + 90, || {
         patch_embed(&image, 2, &weight, &bias).map(drop)
     })
 }

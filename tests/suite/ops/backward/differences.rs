@@ -167,15 +167,15 @@ fn norms() -> Outcome {
 
 fn layer_norm() -> Outcome {
     let (batch, tokens, dim) = (2, 5, 48);
-    let inputs = [values("x", &[batch, tokens, dim])?, values("table", &[batch, 1, dim])?];
-    let forward = |inputs: &[Tensor]| Ok(vec![layer_norm_modulate(&inputs[0], vector(&inputs[1], 0)?, 1e-6)?]);
+    let inputs = [values("x", &[batch, tokens, dim])?, values("table", &[batch, 3, dim])?];
+    let forward = |inputs: &[Tensor]| Ok(vec![layer_norm_modulate(&inputs[0], vector(&inputs[1], 2)?, 1e-6)?]);
     let mut d_table = zeros(&inputs[1])?;
     let wanted = VectorGradient {
         table: &mut d_table,
-        index: 0,
+        index: 2,
     };
     let dy = upstream(0, &inputs[0])?;
-    let dx = layer_norm_modulate_backward(&dy, &inputs[0], vector(&inputs[1], 0)?, 1e-6, Some(wanted))?;
+    let dx = layer_norm_modulate_backward(&dy, &inputs[0], vector(&inputs[1], 2)?, 1e-6, Some(wanted))?;
     expect_derivatives("layer norm", &inputs, &[dx, d_table], forward)
 }
 
@@ -278,6 +278,17 @@ fn patches() -> Outcome {
         bias: Some(&mut d_bias),
     };
     patch_embed_backward(&dy, &image, patch, wanted)?;
+    // With the other parameter frozen, the same.
+    let [mut weight_alone, mut bias_alone] = [zeros(&inputs[0])?, zeros(&inputs[1])?];
+    for (weight, bias) in [
+        (Some(&mut weight_alone), None),
+        (None, Some(&mut bias_alone)),
+        (None, None),
+    ] {
+        patch_embed_backward(&dy, &image, patch, LinearGradients { weight, bias })?;
+    }
+    assert_eq!(weight_alone.as_slice::<f32>()?, d_weight.as_slice::<f32>()?);
+    assert_eq!(bias_alone.as_slice::<f32>()?, d_bias.as_slice::<f32>()?);
     expect_derivatives("patch_embed", &inputs, &[d_weight, d_bias], forward)?;
 
     // Eight tokens, of which the last two are padding.

@@ -4,6 +4,7 @@
 mod cuda;
 mod differences;
 mod fixtures;
+mod mistakes;
 
 use l2p_engine::ops::Modulation;
 use l2p_engine::{DType, Device, Result, Tensor};
@@ -13,6 +14,7 @@ pub fn register(suite: &mut Suite) {
     cuda::register(suite);
     differences::register(suite);
     fixtures::register(suite);
+    mistakes::register(suite);
 }
 
 const EPSILON: f32 = 1e-5;

@@ -7,7 +7,7 @@ use l2p_engine::ops::conv::{
 use l2p_engine::{Device, Shape, Tensor};
 use l2p_tests::{Outcome, Suite, expect_close, random_bf16};
 
-use super::super::loops::{Loops, maxima, silu};
+use super::super::loops::{Loops, maxima, pixels, silu};
 use super::{Layer, image};
 
 pub fn register(suite: &mut Suite) {
@@ -22,6 +22,10 @@ pub fn register(suite: &mut Suite) {
         upsample_equals_differences,
     );
     suite.cpu("ops::conv_backward::cpu_f32_equals_differences", f32_equals_differences);
+    suite.cpu(
+        "ops::conv_backward::cpu_bands_equal_plain_loops",
+        bands_equal_plain_loops,
+    );
 }
 
 impl Loops {
@@ -227,4 +231,46 @@ fn f32_equals_differences() -> Outcome {
         compare(&format!("{kernel}x{kernel}"), &loops, found, expected)?;
     }
     Ok(())
+}
+
+/// So many neighbourhoods that they are laid out in several bands, the last of them shorter and across two items; too many for
+/// differences.
+fn bands_equal_plain_loops() -> Outcome {
+    let device = Device::Cpu;
+    let ([batch, height, width], channels, outputs) = ([2, 48, 40], 140, 2);
+    let x = image(&device, "x", [batch, height, width, channels])?;
+    let dy = image(&device, "dy", [batch, height, width, outputs])?;
+    let (mut layer, untouched) = (
+        Layer::new(&device, 3, &[channels], outputs)?,
+        Layer::new(&device, 3, &[channels], outputs)?,
+    );
+    let conv = layer.conv.clone();
+    conv2d_backward(
+        &dy,
+        ConvSaved::of(&x),
+        &conv,
+        Activation::None,
+        [false, false],
+        layer.grads(),
+    )?;
+    let (source, slopes) = (x.as_slice::<f32>()?, dy.as_slice::<f32>()?);
+    let mut expected = vec![0.0f64; outputs * 9 * channels];
+    for (item, y, x_at) in pixels([batch, height, width]) {
+        let slopes = &slopes[((item * height + y) * width + x_at) * outputs..][..outputs];
+        for tap in 0..9 {
+            let (row, column) = (y + tap / 3, x_at + tap % 3);
+            if row == 0 || column == 0 || row > height || column > width {
+                continue;
+            }
+            let pixel = &source[((item * height + row - 1) * width + column - 1) * channels..][..channels];
+            for (output, slope) in slopes.iter().enumerate() {
+                let sums = &mut expected[(output * 9 + tap) * channels..][..channels];
+                let terms = sums.iter_mut().zip(pixel);
+                terms.for_each(|(sum, value)| *sum += f64::from(*slope) * f64::from(*value));
+            }
+        }
+    }
+    let expected: Vec<f32> = expected.into_iter().map(|sum| sum as f32).collect();
+    let found = added(&layer.weight, &untouched.weight)?;
+    expect_close("bands", &found, &expected, [outputs, 9, channels], TOLERANCE)
 }
