@@ -58,6 +58,9 @@ fn parts_are_stacked() -> Outcome {
     let whole = [0.0, 1.0, 10.0, 11.0, 20.0, 21.0];
     let padded = [1000.0, 1001.0, 0.0, 0.0, 0.0, 0.0];
     assert_eq!(stacked.as_slice::<f32>()?, [whole, padded, whole].concat());
+    let longer = with_poisoned_buffers(|| stack_tokens(&[&a, &b], 5))?;
+    let zeros = &[0.0; 4][..];
+    assert_eq!(longer.as_slice::<f32>()?, [&whole[..], zeros, &padded, zeros].concat());
     let message = |outcome: Result<Tensor>| outcome.unwrap_err().to_string();
     assert_eq!(message(stack_tokens(&[], 3)), "stack_tokens: nothing to put together");
     assert_eq!(
