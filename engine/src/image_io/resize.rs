@@ -226,7 +226,16 @@ pub fn fit_to_multiple(image: &RgbImage, max_pixels: usize, multiple: usize, fil
 /// # Errors
 /// When an extent is 0 or too large.
 pub fn cover(image: &RgbImage, width: usize, height: usize, filter: Filter) -> Result<RgbImage> {
-    Cover::new([image.width, image.height], [width, height])?.of_part(image, [0; 2], filter)
+    let cover = Cover::new([image.width, image.height], [width, height])?;
+    match cover.margins(filter) {
+        [0, 0] => cover.of_part(image, [0; 2], filter),
+        // What has no weight is cut off first, as it is of a picture that is read by rows: far from a picture's edge, and with the
+        // instructions of some processors, the library's weights of a part are off by more than rounding.
+        [x, y] => {
+            let part = centre_crop(image, image.width - 2 * x, image.height - 2 * y)?;
+            cover.of_part(&part, [x, y], filter)
+        }
+    }
 }
 
 #[cfg(test)]
@@ -284,9 +293,7 @@ mod tests {
                 }
                 cut += usize::from(x + y > 0);
                 let at_once = cover(&image, to_width, to_height, filter).unwrap();
-                // Either is at most two off.
-                let apart = furthest(&found, &at_once);
-                assert!(apart <= 2, "{case}, {apart} apart");
+                assert_eq!(furthest(&found, &at_once), 0, "{case}");
             }
         }
         assert!(cut > 200, "{cut}");

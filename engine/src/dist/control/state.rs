@@ -68,8 +68,8 @@ struct State {
     rounds: BTreeMap<u64, Round>,
     /// On rank 0 of every rank, elsewhere of rank 0 at its place: signs of life.
     signs: Vec<Signs>,
-    /// What was found wrong, on rank 0 by others too, and when to believe it.
-    reports: Vec<(Instant, Loss)>,
+    /// What was found wrong, on rank 0 by others too.
+    reports: Vec<Report>,
     /// The number of the operation by which this rank leaves.
     leaves_by: Option<u64>,
     /// All ranks have left in agreement.
@@ -78,6 +78,22 @@ struct State {
     closing: bool,
     /// Connections whose other end is closed.
     closed: usize,
+}
+
+/// Something that was found wrong.
+struct Report {
+    /// When to believe it.
+    due: Instant,
+    loss: Loss,
+    /// See [`Message::Report`].
+    certain: bool,
+}
+
+impl Report {
+    fn new(loss: Loss, certain: bool) -> Self {
+        let due = Instant::now() + BETTER_EXPLANATION;
+        Report { due, loss, certain }
+    }
 }
 
 /// An operation that this rank is in, until it is dropped.
@@ -224,24 +240,26 @@ impl Shared {
     /// Sends a message. Where that fails, the end of the connection says why, if it is not another one that takes nothing in.
     fn tell(&self, link: &Link, message: &Message) {
         if let Err(error) = link.send(message) {
-            let due = Instant::now() + BETTER_EXPLANATION;
             let loss = self.loss(link.rank, ended(&error));
-            self.lock().reports.push((due, loss));
+            self.lock().reports.push(Report::new(loss, false));
         }
     }
 
-    /// Tells rank 0 that something is wrong, with rank `suspect` if it can be told.
-    pub fn report(&self, suspect: Option<usize>, reason: &str) {
+    /// Tells rank 0 that something is wrong, with rank `suspect` if it can be told; `certain` as in [`Message::Report`].
+    pub fn report(&self, suspect: Option<usize>, reason: &str, certain: bool) {
         if self.is_hub() {
-            let due = Instant::now() + BETTER_EXPLANATION;
             let loss = self.loss(suspect.unwrap_or(self.rank), reason);
-            self.lock().reports.push((due, loss));
+            self.lock().reports.push(Report::new(loss, certain));
             self.changed.notify_all();
         } else {
             let suspect = suspect.map(|rank| rank as u32);
             let reason = reason.to_owned();
             // Where rank 0 cannot be told, its connection is closed, which is noticed elsewhere.
-            let _ = self.links[0].send(&Message::Report { suspect, reason });
+            let _ = self.links[0].send(&Message::Report {
+                suspect,
+                reason,
+                certain,
+            });
         }
     }
 
@@ -337,11 +355,15 @@ impl Shared {
         match message {
             Message::Pulse(pulse) => self.lock().signs[from].take(pulse),
             Message::Enter(number, entry) if self.is_hub() => self.arrive(from, number, entry),
-            Message::Report { suspect, reason } if self.is_hub() => {
+            Message::Report {
+                suspect,
+                reason,
+                certain,
+            } if self.is_hub() => {
                 let rank = suspect.map_or(from, |rank| rank as usize);
                 let rank = if rank < self.world() { rank } else { from };
-                let due = Instant::now() + BETTER_EXPLANATION;
-                self.lock().reports.push((due, self.loss(rank, reason)));
+                let loss = self.loss(rank, reason);
+                self.lock().reports.push(Report::new(loss, certain));
             }
             Message::GaveUp { reason } if self.is_hub() => self.lose(self.loss(from, reason)),
             Message::Answer(number, answer) if !self.is_hub() => {
@@ -402,9 +424,9 @@ impl Shared {
         if state.left {
             return None;
         }
-        let reported = state.reports.iter().find(|(due, _)| *due <= now);
-        if let Some((_, loss)) = reported {
-            return Some(loss.clone());
+        if let Some(report) = state.reports.iter().find(|report| report.due <= now) {
+            let certain = state.reports.iter().find(|report| report.certain);
+            return Some(certain.unwrap_or(report).loss.clone());
         }
         let found = match self.is_hub() {
             true => super::watch::silent(&state.signs, self.rank, &self.options, now)

@@ -165,6 +165,8 @@ pub enum Message {
     Report {
         suspect: Option<u32>,
         reason: String,
+        /// Seen in what was received, and not only by the end of a connection, which may be the work of another report.
+        certain: bool,
     },
     /// To rank 0: the sender gives up.
     GaveUp {
@@ -295,6 +297,7 @@ mod tests {
             Message::Report {
                 suspect: Some(3),
                 reason: "é".into(),
+                certain: true,
             },
             Message::GaveUp { reason: String::new() },
             Message::Lost {

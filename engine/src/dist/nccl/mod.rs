@@ -218,7 +218,7 @@ impl Nccl {
                 return Err(match error {
                     Error::Cuda { reason, .. } => {
                         let reason = format!("NCCL failed there in {name} ({reason})");
-                        self.shared.report(None, &reason);
+                        self.shared.report(None, &reason, false);
                         self.shared.verdict(None, reason)
                     }
                     other => other,
@@ -396,7 +396,7 @@ impl Watcher {
             let outcome = self.handle.asynchronous_error().and_then(|()| self.forget_what_ended());
             if let Err(error) = outcome {
                 let reason = format!("NCCL failed there ({error})");
-                self.shared.report(None, &reason);
+                self.shared.report(None, &reason, false);
                 // Ends this rank's waits, too.
                 self.shared.verdict(None, reason);
                 return;

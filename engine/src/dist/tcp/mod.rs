@@ -248,7 +248,8 @@ impl Runner {
         let mut outcome = self.receive(name, number, source.as_ref(), &mut target, &outgoing, &incoming);
         if let Err((peer, error)) = &outcome {
             // Reported before the other connections close, which other ranks will report.
-            self.shared.report(Some(*peer), &self.reason(name, error));
+            self.shared
+                .report(Some(*peer), &self.reason(name, error), is_certain(error));
             self.lanes.iter().for_each(Lane::close);
         }
         // All that was begun is waited for, whatever happened: it holds the tensors.
@@ -258,7 +259,7 @@ impl Runner {
                 .recv()
                 .unwrap_or_else(|_| Err(io::Error::other("its thread ended")));
             if let (Err(error), true) = (sent, outcome.is_ok()) {
-                self.shared.report(Some(lane.peer), &self.reason(name, &error));
+                self.shared.report(Some(lane.peer), &self.reason(name, &error), false);
                 self.lanes.iter().for_each(Lane::close);
                 outcome = Err((lane.peer, error));
             }
@@ -271,9 +272,9 @@ impl Runner {
 
     /// What an error says of the rank at the other end.
     fn reason(&self, name: &str, error: &io::Error) -> String {
-        match error.kind() {
-            io::ErrorKind::InvalidData => error.to_string(),
-            _ => format!("rank {}'s connection to it broke in {name} ({error})", self.rank),
+        match is_certain(error) {
+            true => error.to_string(),
+            false => format!("rank {}'s connection to it broke in {name} ({error})", self.rank),
         }
     }
 
@@ -310,4 +311,9 @@ fn close(sockets: &[TcpStream]) {
         // What is closed already needs no closing.
         let _ = socket.shutdown(Shutdown::Both);
     }
+}
+
+/// Whether what a rank sent is wrong, rather than its connection.
+fn is_certain(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::InvalidData
 }
