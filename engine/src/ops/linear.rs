@@ -152,7 +152,8 @@ fn cpu_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, [m, k, n]: [us
     let y = y.as_mut_slice::<f32>()?;
     if let Some(bias) = bias {
         let bias = bias.as_slice::<f32>()?;
-        y.chunks_mut(n).for_each(|row| row.copy_from_slice(bias));
+        // A layer without outputs has no rows to fill.
+        y.chunks_mut(n.max(1)).for_each(|row| row.copy_from_slice(bias));
     }
     let weight = Matrix {
         values: weight.as_slice()?,

@@ -98,6 +98,10 @@ fn no_rows_give_no_rows() -> Outcome {
     for bias in [None, Some(&bias)] {
         assert_eq!(linear(&zeros(&[1, 0, 8])?, &weight, bias)?.shape().to_vec(), [1, 0, 4]);
     }
+    // Nor do no outputs.
+    let (weight, bias) = (zeros(&[0, 8])?, zeros(&[0])?);
+    let nothing = linear(&zeros(&[1, 3, 8])?, &weight, Some(&bias))?;
+    assert_eq!(nothing.shape().to_vec(), [1, 3, 0]);
     Ok(())
 }
 
