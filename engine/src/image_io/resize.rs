@@ -61,7 +61,27 @@ struct Window {
 impl Window {
     /// This part of `image` as a picture of its own, of size `target`. Pixels beside the part have their weight as if all of the
     /// image had been resized.
-    fn resized(self, image: &RgbImage, target: [usize; 2], filter: Filter) -> Result<RgbImage> {
+    ///
+    /// Rows first, then columns, by calls of their own: doing both at once, the library takes it that the first pixel of a result
+    /// reads the leftmost one of the image. It leaves weights of zero out, however, and where a part's first pixel falls on one of
+    /// the image's, its second begins further left: that would be read beside the library's buffer.
+    fn resized(self, image: &RgbImage, [width, height]: [usize; 2], filter: Filter) -> Result<RgbImage> {
+        let ([left, top], [across, down]) = (self.start, self.extent);
+        let (all_across, all_down) = (image.width as f64, height as f64);
+        let rows = Window {
+            start: [0.0, top],
+            extent: [all_across, down],
+        };
+        let columns = Window {
+            start: [left, 0.0],
+            extent: [across, all_down],
+        };
+        let between = rows.along_one_axis(image, [image.width, height], filter)?;
+        columns.along_one_axis(&between, [width, height], filter)
+    }
+
+    /// The part as a picture of size `target`, which differs from it along one axis at most.
+    fn along_one_axis(self, image: &RgbImage, target: [usize; 2], filter: Filter) -> Result<RgbImage> {
         let [width, height] = target;
         let ([left, top], [across, down]) = (self.start, self.extent);
         let fail = |reason: String| {
@@ -229,8 +249,8 @@ pub fn cover(image: &RgbImage, width: usize, height: usize, filter: Filter) -> R
     let cover = Cover::new([image.width, image.height], [width, height])?;
     match cover.margins(filter) {
         [0, 0] => cover.of_part(image, [0; 2], filter),
-        // What has no weight is cut off first, as it is of a picture that is read by rows: far from a picture's edge, and with the
-        // instructions of some processors, the library's weights of a part are off by more than rounding.
+        // What has no weight is cut off first, as it is of a picture that is read by rows: between the passes a picture is as wide
+        // as it was, and as high as it becomes.
         [x, y] => {
             let part = centre_crop(image, image.width - 2 * x, image.height - 2 * y)?;
             cover.of_part(&part, [x, y], filter)
@@ -286,10 +306,10 @@ mod tests {
                 let found = all.of_part(&part, [x, y], filter).unwrap();
                 let difference = furthest(&found, &expected);
                 let case = format!("{width}x{height} to {to_width}x{to_height} without {x} and {y}: {difference}");
-                // Data sets of before keep every bit. How near a part comes to the whole depends on the library's instructions: a few
-                // of 255 on some processors, up to 18 where it uses AVX-512, of pictures that are noise.
-                if all.window().is_none() {
-                    assert!([x, y] == [0; 2] && difference == 0, "{case}");
+                match all.window() {
+                    // Data sets of before keep every bit.
+                    None => assert!([x, y] == [0; 2] && difference == 0, "{case}"),
+                    Some(_) => assert!(difference <= 2, "{case}"),
                 }
                 cut += usize::from(x + y > 0);
                 let at_once = cover(&image, to_width, to_height, filter).unwrap();
