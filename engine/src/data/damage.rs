@@ -7,6 +7,7 @@ use std::sync::Mutex;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 /// Entries that a message shows before it only counts.
 const SHOWN: usize = 5;
@@ -56,7 +57,7 @@ impl DamageLog {
 
     /// Notes a damage, unless it is known.
     pub fn note(&self, damage: Damage) {
-        let mut found = self.found.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut found = lock(&self.found);
         if found.all.insert(damage.what.clone(), damage.reason.clone()).is_none() {
             found.fresh.push(damage);
         }
@@ -64,13 +65,13 @@ impl DamageLog {
 
     /// The damages that were noted since the last call.
     pub fn take_fresh(&self) -> Vec<Damage> {
-        let mut found = self.found.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut found = lock(&self.found);
         std::mem::take(&mut found.fresh)
     }
 
     /// How many are known.
     pub fn count(&self) -> usize {
-        let found = self.found.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let found = lock(&self.found);
         found.all.len()
     }
 
@@ -79,7 +80,7 @@ impl DamageLog {
     /// # Errors
     /// Listing the damages.
     pub fn check(&self) -> Result<()> {
-        let found = self.found.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let found = lock(&self.found);
         let count = found.all.len();
         if count as f64 <= self.tolerance * self.entries as f64 {
             return Ok(());

@@ -21,6 +21,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
 use crate::image_io::{Filter, read_cover};
+use crate::lock::lock;
 
 /// What a picture is to the model.
 #[derive(Clone, Debug, PartialEq)]
@@ -275,7 +276,7 @@ impl Drop for Loader {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.state)
     }
 
     /// Where the batch stands that comes `batches` after the start.

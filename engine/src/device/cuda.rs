@@ -11,9 +11,9 @@ use super::blas::{Blas, Searched};
 use super::driver::{NATIVE_CAPABILITY, describe, gpu_count, portable_forced};
 use super::gpu::Gpu;
 use super::kernel::Kernel;
-use super::lock::lock;
 use super::{images, libraries, upload};
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 /// A [`Gpu`] that operations run on: with the kernels of this build, loaded as they are used, and cuBLASLt.
 pub struct CudaDevice {

@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use cudarc::driver::{CudaContext, CudaStream, sys};
 
 use super::driver::{Event, OLDEST_CAPABILITY, check, describe, memory_in_use, too_old};
-use super::lock::lock;
 use super::memory::{BesidePool, Ledger, MemoryReport, format_bytes};
 use super::pool::Pool;
 use super::recording::Recorded;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 /// Bytes of stack that each resident thread is kept ready.
 const STACK_BYTES: usize = 64;

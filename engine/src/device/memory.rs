@@ -5,7 +5,7 @@ use std::sync::{Mutex, OnceLock};
 
 use serde::Serialize;
 
-use super::lock::lock;
+use crate::lock::lock;
 
 /// What an allocation is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]

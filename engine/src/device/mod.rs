@@ -22,7 +22,6 @@ mod host_memory;
 mod images;
 mod kernel;
 pub(crate) mod libraries;
-pub(crate) mod lock;
 mod memory;
 mod pool;
 mod probe;

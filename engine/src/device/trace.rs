@@ -11,8 +11,8 @@ use cudarc::driver::sys;
 use super::cuda::CudaDevice;
 use super::driver::check;
 use super::libraries;
-use super::lock::lock;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 /// Kinds of records.
 const MEMCPY: u32 = 1;

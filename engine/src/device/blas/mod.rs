@@ -37,10 +37,10 @@ use self::plan::{Algorithm, Plan};
 use self::search::Trials;
 use super::block::Block;
 use super::gpu::Gpu;
-use super::lock::lock;
 use super::memory::MemoryTag;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 /// Scratch memory offered to cuBLASLt; what it asks for on Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;

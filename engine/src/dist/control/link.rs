@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Mutex;
 
 use super::wire::{self, Message};
-use crate::device::lock::lock;
+use crate::lock::lock;
 
 /// A connection of the control plane.
 pub struct Link {

@@ -9,9 +9,9 @@ use super::link::{Link, ended};
 use super::rounds::{Round, conclude};
 use super::watch::{Signs, oldest};
 use super::wire::{self, Entry, Kind, Member, Message, Pulse};
-use crate::device::lock::lock;
 use crate::dist::Options;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 /// How long a rank that noticed something waits for rank 0's word, which knows more.
 const VERDICT: Duration = Duration::from_secs(5);

@@ -17,9 +17,9 @@ use library::{BYTES, Comm, Config, ID_BYTES, IN_PROGRESS, Library, SUCCESS, Uniq
 
 use super::communicator::{Communicator, Pending, Running, expect_all_gather, expect_all_to_all, expect_broadcast};
 use super::control::{Control, Shared, Ticket};
-use crate::device::lock::lock;
 use crate::device::{CudaDevice, Device, SideStream, StreamMark, keep_out_of_recordings};
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::tensor::Tensor;
 
 /// Between two looks at what runs.

@@ -2,9 +2,11 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use moxcms::{ColorProfile, DataColorSpace, Layout, Transform8BitExecutor, TransformOptions};
+
+use crate::lock::lock;
 
 /// What a picture's numbers are, colour profile aside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,14 +70,13 @@ impl Profile {
     }
 
     fn made(icc: &[u8], numbers: Numbers) -> Self {
-        let lock = || MADE.lock().unwrap_or_else(PoisonError::into_inner);
         let is_it = |(known, of, _): &&Made| **known == *icc && *of == numbers;
-        if let Some((_, _, profile)) = lock().iter().find(is_it) {
+        if let Some((_, _, profile)) = lock(&MADE).iter().find(is_it) {
             return profile.clone();
         }
         let profile = Self::convert(icc, numbers).unwrap_or(Profile::Unusable);
         if icc.len() <= LONGEST_MADE {
-            let mut made = lock();
+            let mut made = lock(&MADE);
             made.truncate(MOST_MADE - 1);
             made.push_front((icc.into(), numbers, profile.clone()));
         }

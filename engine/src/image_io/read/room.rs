@@ -4,6 +4,7 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use crate::limits::DECODING_BYTES;
+use crate::lock::lock;
 
 static ROOM: Room = Room {
     turn: Mutex::new(()),
@@ -25,8 +26,8 @@ pub(super) struct Taken(u64);
 /// Waits until there are so many bytes, at most [`DECODING_BYTES`], and takes them.
 pub(super) fn take(bytes: u64) -> Taken {
     let bytes = bytes.min(DECODING_BYTES);
-    let _turn = ROOM.turn.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut taken = ROOM.taken.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = lock(&ROOM.turn);
+    let mut taken = lock(&ROOM.taken);
     while *taken + bytes > DECODING_BYTES {
         taken = ROOM.given_back.wait(taken).unwrap_or_else(PoisonError::into_inner);
     }
@@ -36,7 +37,7 @@ pub(super) fn take(bytes: u64) -> Taken {
 
 impl Drop for Taken {
     fn drop(&mut self) {
-        *ROOM.taken.lock().unwrap_or_else(PoisonError::into_inner) -= self.0;
+        *lock(&ROOM.taken) -= self.0;
         ROOM.given_back.notify_all();
     }
 }

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::layers::{
     Choose, Gradients, MakeSlots, Meta, Module, ParamSource, Slot, slots, slots_mut, tensors, tensors_mut, trained,
 };
+use crate::lock::lock;
 use crate::model::denoiser::{Denoiser, LossGradient, Noisy, Trainable, TrainingChoice};
 use crate::tensor::Tensor;
 
@@ -76,7 +77,7 @@ impl Trainable for TrainedDit {
     fn predict(&self, noisy: Noisy<'_>) -> Result<Tensor> {
         let size = [noisy.image.dim(1), noisy.image.dim(2)];
         let ready = {
-            let mut tables = self.tables.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let mut tables = lock(&self.tables);
             self.dit.ready(noisy.captions, size, &mut tables)?
         };
         let modulations = self.dit.modulate(noisy.times, None)?;
