@@ -114,7 +114,7 @@ pub fn synthesize(
 ) -> Result<SynthesisReport> {
     fs::create_dir_all(folder).map_err(|error| Error::io(folder, error))?;
     let lock = FolderLock::acquire(folder, "l2p-data")?;
-    remove_leftovers(folder);
+    clear_up(folder);
     expect_settings(folder, pipeline, options)?;
     let lines = lines_so_far(folder, jobs, &options.extension)?;
     let damaged = damaged_pictures(folder, &jobs[..lines], options, progress)?;
@@ -173,21 +173,17 @@ pub fn synthesize(
     Ok(report)
 }
 
-/// Deletes what a run that was killed had begun to write, which nobody will rename any more. What cannot be deleted does no harm.
-fn remove_leftovers(folder: &Path) {
-    let entries = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten();
-    let folders = entries(folder).filter(|entry| {
+/// Deletes what a run that was killed had begun to write, in the folder and in those of its pictures.
+fn clear_up(folder: &Path) {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let folders = entries.filter(|entry| {
         let name = entry.file_name();
         name.as_encoded_bytes().iter().all(u8::is_ascii_digit)
     });
-    let folders: Vec<PathBuf> = folders.map(|entry| entry.path()).chain([folder.into()]).collect();
-    for file in folders.iter().flat_map(|folder| entries(folder)) {
-        let name = file.file_name();
-        let name = name.as_encoded_bytes();
-        if name.starts_with(b".l2p-") && name.ends_with(b".tmp") {
-            let _ = fs::remove_file(file.path());
-        }
+    for of_pictures in folders {
+        files::remove_leftovers(&of_pictures.path(), None);
     }
+    files::remove_leftovers(folder, None);
 }
 
 /// Tells how far the drawing is, in denoising steps of one picture.

@@ -3,10 +3,12 @@
 //! Whatever is read whole goes through [`read`], [`read_text`] or [`read_json`], whatever is read in parts or streamed through
 //! [`open_regular`]: no pipe or device is waited for, and no file takes more memory than its kind's [`Budget`](crate::limits::Budget).
 
+mod leftovers;
 mod lock;
 mod read;
 mod replace;
 
+pub(crate) use leftovers::remove_leftovers;
 pub use lock::FolderLock;
 pub(crate) use read::read_exact_at;
 pub use read::{decode_text, from_json, open_regular, read, read_json, read_text};

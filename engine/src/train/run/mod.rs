@@ -28,7 +28,6 @@ mod history;
 mod journal;
 mod keys;
 mod learning_rate;
-mod leftovers;
 pub mod log;
 mod manifest;
 mod numbers;

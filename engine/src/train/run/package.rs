@@ -9,13 +9,13 @@ use super::checkpoint::{Checkpoint, DELTA, EMA};
 use super::checksums::Checksums;
 use super::choices::Init;
 use super::config::TrainConfig;
+use super::manifest;
 use super::start::{init_options, needs_init, source};
-use super::{leftovers, manifest};
 use crate::checkpoint::{
     MANIFEST, MANIFEST_FORMAT, Manifest, ModelPaths, OneOrMany, PathOverrides, SafetensorsFile, init,
 };
 use crate::error::{Error, Result};
-use crate::files::{FolderLock, relative, sync_folder};
+use crate::files::{FolderLock, relative, remove_leftovers, sync_folder};
 use crate::model::config::ModelKind;
 
 /// What [`package`] made.
@@ -74,7 +74,7 @@ pub fn package(folder: &Path, out: &Path, options: &PackageOptions) -> Result<Pa
     }
     fs::create_dir_all(out).map_err(|error| Error::io(out, error))?;
     let _lock = FolderLock::acquire(out, "l2p-train package")?;
-    leftovers::remove(out, DELTA);
+    remove_leftovers(out, Some(DELTA));
     let target = out.join(DELTA);
     let taken = [&target, &out.join(MANIFEST)]
         .into_iter()

@@ -22,11 +22,11 @@ use super::resume::{Candidates, Resume, continued, find_candidates, still_due};
 use super::setup::Setup;
 use super::speed::Interval;
 use super::start::INIT;
-use super::{Event, Observer, checkpoint, leftovers, write_report};
+use super::{Event, Observer, checkpoint, write_report};
 use crate::data::{Loader, LoaderOptions, PictureSize};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::files::FolderLock;
+use crate::files::{FolderLock, remove_leftovers};
 use crate::profile::{self, PartTimes};
 use crate::tensor::Tensor;
 use crate::train::{StepNorm, TrainableModel};
@@ -106,8 +106,8 @@ pub fn train(
         progress.notice("this file system knows no locks: see to it that no other run writes to the same folder");
     }
     checkpoint::remove_leftovers(run);
-    leftovers::remove(run, INIT);
-    leftovers::remove(&run.join(SAMPLES), "");
+    remove_leftovers(run, Some(INIT));
+    remove_leftovers(&run.join(SAMPLES), None);
     let candidates = find_candidates(run, resume)?;
     let setup = Setup::new(config, run, device, &mut progress)?;
     let mut trainer = Trainer::new(config, run, device, &setup, candidates, progress.observer)?;
