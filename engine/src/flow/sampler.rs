@@ -164,26 +164,27 @@ impl Sampler {
         }
         let _range = profile::range(c"denoise");
         let shape = guides.shape(&noise);
-        let (conditioning, step) = match self.kept.iter().position(|kept| kept.shape == shape) {
+        let (conditioning, known) = match self.kept.iter().position(|kept| kept.shape == shape) {
             Some(place) => {
                 let Kept {
-                    mut conditioning,
-                    mut step,
-                    ..
+                    mut conditioning, step, ..
                 } = self.kept.remove(place);
                 guides.replace(model, &mut conditioning)?;
-                step.begin(&noise)?;
-                (conditioning, step)
+                (conditioning, Some(step))
             }
             None => {
                 // Room for the new one first.
                 self.kept.drain(..(self.kept.len() + 1).saturating_sub(self.most));
-                let table = model.modulate(&schedule.times()[..1], None)?;
-                let step = Step::new(&table, noise, Recording::new(model.device()))?;
-                (guides.prepare(model, size)?, step)
+                (guides.prepare(model, size)?, None)
             }
         };
-        let mut walk = Walk::again(model, &conditioning, schedule, step)?;
+        let mut walk = Walk::from(model, &conditioning, schedule, |tables| match known {
+            Some(mut step) => {
+                step.begin(&noise)?;
+                Ok(step)
+            }
+            None => Step::new(tables, noise, Recording::new(model.device())),
+        })?;
         go(&mut walk, model, schedule, progress)?;
         let step = walk.into_step();
         let drawn = step.picture()?;

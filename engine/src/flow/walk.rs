@@ -71,20 +71,12 @@ impl<'a> Walk<'a> {
         })
     }
 
-    /// A walk that takes the steps of another one of the same shape, whose conditions are these.
+    /// A walk whose steps are taken by what `step` gives, which is told of modulations: a new step, or that of another walk of the
+    /// same shape whose conditions are these.
     ///
     /// # Errors
-    /// When the device has no room.
-    pub(super) fn again(
-        model: &'a dyn Denoiser,
-        conditioning: &'a Conditioning,
-        schedule: &Schedule,
-        step: Step,
-    ) -> Result<Self> {
-        Walk::from(model, conditioning, schedule, |_| Ok(step))
-    }
-
-    fn from(
+    /// Those of `step`, and when the device has no room.
+    pub(super) fn from(
         model: &'a dyn Denoiser,
         conditioning: &'a Conditioning,
         schedule: &Schedule,
