@@ -183,17 +183,7 @@ pub fn vae(tiny: bool) -> VaeConfig {
 
 /// Qwen3-4B, or a small text encoder with features of `width`.
 pub fn text(tiny: Option<usize>) -> TextConfig {
-    let published = TextConfig {
-        vocabulary: 151_936,
-        dim: 2560,
-        layers: 36,
-        heads: 32,
-        kv_heads: 8,
-        head_dim: 128,
-        ffn_hidden: 9728,
-        norm_eps: 1e-6,
-        rope_theta: 1e6,
-    };
+    let published = TextConfig::published();
     match tiny {
         None => published,
         Some(width) => TextConfig {

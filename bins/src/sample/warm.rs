@@ -10,14 +10,13 @@ use l2p_engine::checkpoint::{ModelPaths, PathOverrides};
 use l2p_engine::device::{Effort, Searched, class_rows};
 use l2p_engine::flow::noise_source::NoiseSource;
 use l2p_engine::limits::{Batch, Side};
+use l2p_engine::model::zimage::TOKEN_MULTIPLE;
 use l2p_engine::pipeline::{Captions, Pipeline, Settings};
+use l2p_engine::text::PromptTokenizer;
 use l2p_engine::{Device, DeviceChoice, Error, Tensor};
 
-/// Tokens of captions and pictures are padded to multiples of this.
-const PADDING: usize = 32;
-
 /// The longest captions that a text encoder makes.
-const LONGEST: usize = 512;
+const LONGEST: usize = PromptTokenizer::DEFAULT_MAX_TOKENS;
 
 /// What to choose algorithms for.
 #[derive(clap::Args, Clone, Debug)]
@@ -105,8 +104,8 @@ fn distinct(lengths: &[Lengths], batch: usize, picture: usize) -> Vec<usize> {
     let mut kept: Vec<usize> = all
         .into_iter()
         .filter(|&length| {
-            let padded = length.next_multiple_of(PADDING);
-            let picture = picture.next_multiple_of(PADDING);
+            let padded = length.next_multiple_of(TOKEN_MULTIPLE);
+            let picture = picture.next_multiple_of(TOKEN_MULTIPLE);
             met.insert([length, batch * padded, batch * (picture + padded)].map(class_rows))
         })
         .collect();

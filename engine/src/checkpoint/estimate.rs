@@ -27,15 +27,13 @@ use serde::Serialize;
 
 use super::head::HeadLayout;
 use crate::model::config::{DitConfig, ModelKind, VaeConfig};
+use crate::model::zimage::TOKEN_MULTIPLE;
 
 /// Bytes of a weight or activation.
 const COMPUTE: u128 = 2;
 
 /// Caption tokens that are allowed for.
 const CAPTION_TOKENS: u128 = 512;
-
-/// Token sequences are padded to a multiple of this.
-const TOKEN_MULTIPLE: u128 = 32;
 
 /// Blocks that the released recipe trains at either end.
 const TRAINED_ENDS: usize = 5;
@@ -154,7 +152,7 @@ impl EstimateInput<'_> {
             ModelKind::Latent => self.config.patch * self.vae.map_or(LATENT_DOWNSAMPLING, VaeConfig::downsampling),
         };
         let image = self.width.div_ceil(side) as u128 * self.height.div_ceil(side) as u128;
-        image.next_multiple_of(TOKEN_MULTIPLE) + CAPTION_TOKENS
+        image.next_multiple_of(TOKEN_MULTIPLE as u128) + CAPTION_TOKENS
     }
 
     fn step(&self) -> u128 {
