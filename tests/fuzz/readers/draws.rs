@@ -74,34 +74,23 @@ pub fn inputs(case: &mut Case) -> Ended {
 pub fn prompts(case: &mut Case) -> Ended {
     let path = |name: &str| case.path(name).display().to_string();
     let (prompts, out, none) = (path(&case.changed[0]), path("out"), path("no-model"));
+    let rest = [
+        "--model",
+        &none,
+        "--prompts",
+        &prompts,
+        "--out",
+        &out,
+        "--device",
+        "cpu",
+    ];
     let outcome = match case.changed[0].contains("data.jsonl") {
         true => {
-            let arguments = [
-                "l2p-data",
-                "synthesize",
-                "--model",
-                &none,
-                "--prompts",
-                &prompts,
-                "--out",
-                &out,
-                "--device",
-                "cpu",
-            ];
+            let arguments = ["l2p-data", "synthesize"].into_iter().chain(rest);
             l2p_bins::data::Arguments::try_parse_from(arguments).map(l2p_bins::data::data)
         }
         false => {
-            let arguments = [
-                "l2p-sample",
-                "--model",
-                &none,
-                "--prompts",
-                &prompts,
-                "--out",
-                &out,
-                "--device",
-                "cpu",
-            ];
+            let arguments = std::iter::once("l2p-sample").chain(rest);
             l2p_bins::sample::Arguments::try_parse_from(arguments).map(l2p_bins::sample::sample)
         }
     };
