@@ -66,47 +66,55 @@ impl Window {
     /// reads the leftmost one of the image. It leaves weights of zero out, however, and where a part's first pixel falls on one of
     /// the image's, its second begins further left: that would be read beside the library's buffer.
     fn resized(self, image: &RgbImage, [width, height]: [usize; 2], filter: Filter) -> Result<RgbImage> {
-        let ([left, top], [across, down]) = (self.start, self.extent);
-        let (all_across, all_down) = (image.width as f64, height as f64);
-        let rows = Window {
-            start: [0.0, top],
-            extent: [all_across, down],
-        };
-        let columns = Window {
-            start: [left, 0.0],
-            extent: [across, all_down],
-        };
-        let between = rows.along_one_axis(image, [image.width, height], filter)?;
-        columns.along_one_axis(&between, [width, height], filter)
-    }
-
-    /// The part as a picture of size `target`, which differs from it along one axis at most.
-    fn along_one_axis(self, image: &RgbImage, target: [usize; 2], filter: Filter) -> Result<RgbImage> {
-        let [width, height] = target;
-        let ([left, top], [across, down]) = (self.start, self.extent);
         let fail = |reason: String| {
             Error::invalid(format!(
                 "cannot resize {}x{} pixels to {width}x{height}: {reason}",
                 image.width, image.height
             ))
         };
-        let extent = |value: usize| match u32::try_from(value) {
-            Ok(value) if value > 0 => Ok(value),
-            _ => Err(fail("an extent is 0 or too large".into())),
+        if [image.width, image.height, width, height].contains(&0) {
+            return Err(fail(NO_EXTENT.into()));
+        }
+        let ([left, top], [across, down]) = (self.start, self.extent);
+        let rows = Window {
+            start: [0.0, top],
+            extent: [image.width as f64, down],
         };
+        let columns = Window {
+            start: [left, 0.0],
+            extent: [across, height as f64],
+        };
+        let between = rows
+            .along_one_axis(image, [image.width, height], filter)
+            .map_err(fail)?;
+        columns.along_one_axis(&between, [width, height], filter).map_err(fail)
+    }
+
+    /// The part as a picture of size `target`, which differs from it along one axis at most; otherwise the reason.
+    fn along_one_axis(
+        self,
+        image: &RgbImage,
+        [width, height]: [usize; 2],
+        filter: Filter,
+    ) -> std::result::Result<RgbImage, String> {
+        let extent = |value: usize| u32::try_from(value).map_err(|_| NO_EXTENT.to_string());
+        let ([left, top], [across, down]) = (self.start, self.extent);
         let (source_width, source_height) = (extent(image.width)?, extent(image.height)?);
         let source = ImageRef::new(source_width, source_height, &image.pixels, PixelType::U8x3)
-            .map_err(|error| fail(error.to_string()))?;
+            .map_err(|error| error.to_string())?;
         let mut resized = Image::new(extent(width)?, extent(height)?, PixelType::U8x3);
         let options = ResizeOptions::new()
             .resize_alg(ResizeAlg::Convolution(filter.kind()))
             .crop(left, top, across, down);
         Resizer::new()
             .resize(&source, &mut resized, &options)
-            .map_err(|error| fail(error.to_string()))?;
-        RgbImage::new(width, height, resized.into_vec())
+            .map_err(|error| error.to_string())?;
+        RgbImage::new(width, height, resized.into_vec()).map_err(|error| error.to_string())
     }
 }
+
+/// Why a picture cannot be resized.
+const NO_EXTENT: &str = "an extent is 0 or too large";
 
 /// A picture is resized whole and cropped then, as long as that makes no more than so many times the pixels that are kept. One
 /// that is much longer than its new size is cropped first: a picture a million pixels wide and one high would take terabytes at

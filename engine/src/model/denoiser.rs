@@ -82,9 +82,9 @@ impl Modulations {
     /// # Errors
     /// When the device has no room.
     pub fn duplicate(&self) -> Result<Self> {
-        let mut table = Tensor::empty(&self.table.device(), self.table.shape(), self.table.dtype())?;
-        table.copy_from(&self.table)?;
-        Ok(Modulations { table })
+        Ok(Modulations {
+            table: self.table.clone().into_unshared()?,
+        })
     }
 }
 
