@@ -73,6 +73,19 @@ impl Tensor {
         Ok(tensor)
     }
 
+    /// Sets all elements to zero, keeping the tensor's address; on CUDA without waiting.
+    ///
+    /// # Errors
+    /// When the buffer is shared.
+    pub fn set_zero(&mut self) -> Result<()> {
+        // What else is in the buffer belongs to nobody.
+        match Arc::get_mut(&mut self.storage).ok_or_else(shared_buffer)? {
+            Storage::Cpu(buffer) => buffer.bytes_mut().fill(0),
+            Storage::Cuda(buffer) => buffer.fill_zero()?,
+        }
+        Ok(())
+    }
+
     /// A tensor with the given elements, of the same type on the device as here.
     ///
     /// # Errors

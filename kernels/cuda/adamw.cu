@@ -1,26 +1,29 @@
 // AdamW over all trained tensors at once; engine/src/train/adamw.rs holds the contract.
 //
-// Every tensor is cut into chunks, one per block; a table says which tensor a chunk is of. Master weights, moments and averages
-// of all tensors lie one behind the other in one array each. Bound by memory: 2 bytes read per element for the norm; 14 read
-// and 16 written for the step, 4 and 4 more with an average.
+// Every tensor, or the part of it that a rank keeps the state of, is cut into chunks, one per block; a table says which tensor a chunk
+// is of. Master weights, moments and averages of all tensors lie one behind the other in one array each. Bound by memory: 2 bytes read
+// per element for the norm; 14 read and 16 written for the step (16 and 14 where gradients are sums over ranks), 4 and 4 more with an
+// average.
 #include "common/launch.cuh"
 #include "common/reduce.cuh"
 
 constexpr int THREADS = 256;
 constexpr int CHUNK = THREADS * 32;  // elements
 
-// As in adamw.rs: where a tensor's weight and gradient are, its place in the state, its size, and the number of its first chunk.
+// As in adamw.rs: where a tensor's weight and gradient are, its place in the state, its size, and the number of its first chunk. G is
+// bf16 where gradients are gathered in place, and f32 where they are sums over ranks.
+template <typename G>
 struct Segment {
     bf16* weight;
-    bf16* gradient;
+    G* gradient;
     unsigned long long offset, elements, first_chunk;
 };
 
 // Squares of one chunk's gradients: partial[chunk].
 extern "C" __global__ __launch_bounds__(THREADS) void gradient_squares(
-    const Segment* segments, const int* segment_of_chunk, float* partial) {
+    const Segment<bf16>* segments, const int* segment_of_chunk, float* partial) {
     __shared__ float scratch[THREADS / WARP];
-    const Segment segment = segments[segment_of_chunk[blockIdx.x]];
+    const Segment<bf16> segment = segments[segment_of_chunk[blockIdx.x]];
     const unsigned long long first = (blockIdx.x - segment.first_chunk) * CHUNK;
     float squares = 0.0f;
 #pragma unroll
@@ -50,21 +53,9 @@ constexpr int FINISH_THREADS = 1024;
 extern "C" __global__ __launch_bounds__(FINISH_THREADS) void gradient_norm(
     const float* partial, float* control, int chunks, float largest) {
     __shared__ double scratch[FINISH_THREADS];
-    double sums[4] = {};
-    for (int first = threadIdx.x; first < chunks; first += 4 * FINISH_THREADS) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int chunk = first + i * FINISH_THREADS;
-            if (chunk < chunks) sums[i] += partial[chunk];
-        }
-    }
-    scratch[threadIdx.x] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    for (int half = FINISH_THREADS / 2; half > 0; half /= 2) {
-        __syncthreads();  // the sums so far are written before they are read
-        if (threadIdx.x < half) scratch[threadIdx.x] += scratch[threadIdx.x + half];
-    }
+    const double squares = block_sum_f64<FINISH_THREADS>(partial, chunks, scratch);
     if (threadIdx.x > 0) return;
-    const float norm = static_cast<float>(sqrt(scratch[0]));
+    const float norm = static_cast<float>(sqrt(squares));
     control[0] = norm;
     control[1] = isfinite(norm) ? 0.0f : 1.0f;
     control[2] = fminf(largest / (norm + 1e-6f), 1.0f);
@@ -92,15 +83,13 @@ __device__ __forceinline__ void update(float& weight, float& first, float& secon
     weight -= step.rate * first / (sqrtf(second) * L2P_FAULT_IF(17, 1.0f, step.second_scale) + step.epsilon);
 }
 
-// One step for a chunk, unless control says that the norm is not finite; the gradients become zero either way. `average` may
-// be null.
-extern "C" __global__ __launch_bounds__(THREADS) void adamw_step(
-    const Segment* segments, const int* segment_of_chunk, const float* control, float* master, float* first_moment,
-    float* second_moment, float* average, float keep, float first_keep, float first_take, float second_keep, float second_take,
-    float rate, float second_scale, float epsilon, float average_keep, float average_take) {
-    const Step step{
-        keep, {first_keep, first_take}, {second_keep, second_take}, rate, second_scale, epsilon, {average_keep, average_take}};
-    const Segment segment = segments[segment_of_chunk[blockIdx.x]];
+// One step for a chunk, unless control says that the norm is not finite. Gradients that were gathered in place become zero either way;
+// sums are made anew for every step. `average` may be null.
+template <typename G>
+__device__ __forceinline__ void step_chunk(
+    const Segment<G>& segment, const float* control, float* master, float* first_moment, float* second_moment, float* average,
+    const Step& step) {
+    constexpr bool IN_PLACE = sizeof(G) == sizeof(bf16);
     const unsigned long long chunk_start = (blockIdx.x - segment.first_chunk) * CHUNK;
     const bool skip = control[1] != 0.0f;
     const float factor = control[2];
@@ -113,7 +102,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void adamw_step(
             constexpr float ZEROS[8] = {};
             float gradient[8];
             load8(gradient, segment.gradient + index);
-            store8(segment.gradient + index, ZEROS);
+            if constexpr (IN_PLACE) store8(segment.gradient + index, ZEROS);
             if (skip) continue;
             float weight[8], first[8], second[8];
             load8(weight, master + at);
@@ -135,7 +124,7 @@ extern "C" __global__ __launch_bounds__(THREADS) void adamw_step(
             for (unsigned long long single = index; single < segment.elements; ++single) {
                 const unsigned long long place = segment.offset + single;
                 const float gradient = to_float(segment.gradient[single]) * factor;
-                segment.gradient[single] = from_float<bf16>(0.0f);
+                if constexpr (IN_PLACE) segment.gradient[single] = from_float<G>(0.0f);
                 if (skip) continue;
                 update(master[place], first_moment[place], second_moment[place], gradient, step);
                 segment.weight[single] = from_float<bf16>(master[place]);
@@ -145,4 +134,18 @@ extern "C" __global__ __launch_bounds__(THREADS) void adamw_step(
         }
     }
 }
-L2P_LAUNCH(adamw_step, THREADS, 0, CHUNK)
+
+// Both kinds of gradients take the same arguments.
+#define ADAMW_STEP(NAME, G)                                                                                                        \
+    extern "C" __global__ __launch_bounds__(THREADS) void NAME(                                                                    \
+        const Segment<G>* segments, const int* segment_of_chunk, const float* control, float* master, float* first_moment,         \
+        float* second_moment, float* average, float keep, float first_keep, float first_take, float second_keep,                   \
+        float second_take, float rate, float second_scale, float epsilon, float average_keep, float average_take) {                \
+        const Step step{keep,         {first_keep, first_take}, {second_keep, second_take}, rate, second_scale, epsilon,           \
+                        {average_keep, average_take}};                                                                             \
+        step_chunk(segments[segment_of_chunk[blockIdx.x]], control, master, first_moment, second_moment, average, step);           \
+    }                                                                                                                              \
+    L2P_LAUNCH(NAME, THREADS, 0, CHUNK)
+
+ADAMW_STEP(adamw_step, bf16)
+ADAMW_STEP(adamw_step_sums, float)

@@ -2,9 +2,8 @@
 
 use std::process::ExitCode;
 
-use l2p_bins::train::{Arguments, train};
+use l2p_bins::train::{Arguments, main as train};
 
 fn main() -> ExitCode {
-    let arguments = Arguments::of_process();
-    l2p_bins::run(|| train(arguments))
+    train(Arguments::of_process())
 }

@@ -9,6 +9,7 @@ use l2p_engine::train::run::{Resume, TrainConfig, XAxis, nearest_key};
 use l2p_engine::{DeviceChoice, Result};
 
 use super::flags::KeyFlags;
+use crate::launch::{RANKS_HELP, RankFlags};
 
 const LONG_ABOUT: &str = "\
 Trains a pixel model from a latent one (or fine-tunes either kind).
@@ -33,6 +34,8 @@ Examples:
   Train, and watch:
     l2p-train --config train.toml --out runs/first
     tensorboard --logdir runs
+  Train on eight GPUs, each taking its own pictures; start again where a GPU fails:
+    l2p-train --config train.toml --out runs/first --gpus 8 --max-restarts 3
   The demo, 20 steps on a CPU:
     l2p-train --config models/demo/train.toml --steps 20 --out /tmp/demo
   Draw with what was trained, or make one file of it:
@@ -51,6 +54,7 @@ Examples:
     version,
     long_about = LONG_ABOUT,
     after_help = EXAMPLES,
+    after_long_help = format!("{EXAMPLES}\n\n{RANKS_HELP}"),
     args_conflicts_with_subcommands = true
 )]
 pub struct Arguments {
@@ -78,6 +82,9 @@ pub struct Run {
     /// Print every line of the log as JSON to standard output
     #[arg(long)]
     pub json: bool,
+    /// How many ranks, and how long they wait.
+    #[command(flatten)]
+    pub ranks: RankFlags,
 }
 
 /// Where a configuration comes from.

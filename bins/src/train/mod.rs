@@ -6,13 +6,17 @@ mod lines;
 mod plan;
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::rc::Rc;
 
 use anyhow::Context;
 use l2p_engine::checkpoint::expect_free;
+use l2p_engine::dist::{Launch, World};
 use l2p_engine::image_io::{WriteOptions, write_image};
 use l2p_engine::train::run::{
     self, Comparison, Event, Forecast, Observer, PackageOptions, XAxis, compare, write_report,
 };
+use l2p_engine::train::{BUCKET_BYTES, Ranks};
 use l2p_engine::{Device, DeviceChoice};
 
 pub use arguments::Arguments;
@@ -20,14 +24,22 @@ use arguments::{Command, Run, Source};
 
 use crate::progress::PhaseBar;
 
-/// Does what the arguments ask for.
-///
-/// # Errors
-/// Whatever the user needs to know, as one sentence.
-pub fn train(arguments: Arguments) -> anyhow::Result<()> {
+/// Does what the arguments ask for, and returns the exit code. Errors are printed.
+pub fn main(arguments: Arguments) -> ExitCode {
     match arguments.command {
-        None => train_run(&arguments.run),
-        Some(Command::Compare {
+        None => {
+            let run = arguments.run;
+            let ranks = run.ranks.clone();
+            ranks.run(|launch| train_run(&run, launch))
+        }
+        Some(command) => crate::run(|| other(command)),
+    }
+}
+
+/// Everything but training.
+fn other(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Compare {
             runs,
             out,
             over,
@@ -36,24 +48,24 @@ pub fn train(arguments: Arguments) -> anyhow::Result<()> {
             columns,
             force,
             json,
-        }) => {
+        } => {
             let targets = Targets { out, samples, force };
             compare_runs(&labelled(&runs), &targets, over, &title, columns as usize, json)
         }
-        Some(Command::Plan {
+        Command::Plan {
             source,
             caption_tokens,
             json,
-        }) => plan(&source, caption_tokens as usize, json),
-        Some(Command::Evaluate { source, json }) => evaluate(&source, json),
-        Some(Command::Package {
+        } => plan(&source, caption_tokens as usize, json),
+        Command::Evaluate { source, json } => evaluate(&source, json),
+        Command::Package {
             checkpoint,
             out,
             average,
             base,
             force,
             json,
-        }) => {
+        } => {
             let options = PackageOptions { average, base, force };
             let packaged = run::package(&checkpoint, &out, &options)?;
             match json {
@@ -61,17 +73,33 @@ pub fn train(arguments: Arguments) -> anyhow::Result<()> {
                 false => crate::print(&lines::packaged(&packaged)),
             }
         }
-        Some(Command::Report { run }) => crate::print(&format!("{}\n", write_report(&run)?.display())),
+        Command::Report { run } => crate::print(&format!("{}\n", write_report(&run)?.display())),
     }
 }
 
-fn train_run(arguments: &Run) -> anyhow::Result<()> {
+fn train_run(arguments: &Run, launch: Option<Launch>) -> anyhow::Result<()> {
     let config = arguments.source.read()?;
-    let device = Device::open(arguments.source.device)?;
+    let (device, world) = match launch {
+        Some(launch) => {
+            let device = launch.open_device(arguments.source.device)?;
+            let world = World::join(launch, &device, &arguments.ranks.options())?;
+            (device, world)
+        }
+        None => (Device::open(arguments.source.device)?, World::solo()),
+    };
+    let ranks = Ranks {
+        world: Rc::new(world),
+        sharding: config.shard,
+        bucket_bytes: BUCKET_BYTES,
+    };
     let mut display = Display::new(arguments.json, config.steps);
-    let outcome = run::train(&config, &arguments.out, &device, &arguments.resume, &mut display);
+    let (out, resume) = (&arguments.out, &arguments.resume);
+    let outcome = run::train(&config, out, &device, resume, &ranks, &mut display);
     display.bar.clear();
     let summary = outcome?;
+    if !ranks.world.is_first() {
+        return Ok(());
+    }
     crate::say(format_args!("checkpoint {}", summary.checkpoint.display()));
     crate::say(format_args!("report     {}", summary.report.display()));
     crate::say(format_args!(

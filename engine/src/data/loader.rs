@@ -4,6 +4,8 @@
 //! [`Loader::next_batch`] finds it, which waits only when its items are not there yet and counts how long. Workers stay a
 //! bounded number of items ahead. What an item holds depends on its number alone, so the order in which threads finish
 //! changes nothing; a picture that turns out to be damaged is replaced by the next one of the same size in the set.
+//!
+//! Ranks take the batches of the set in turn, so that the pictures of a step are the same however many ranks there are.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -161,6 +163,24 @@ pub struct LoaderOptions {
     pub caption_dropout: f64,
     /// Where items come from.
     pub source: ItemSource,
+    /// Which of the batches are loaded here.
+    pub turn: Turn,
+}
+
+/// Every so many batches of a set: those of one rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// The rank, from 0.
+    pub rank: usize,
+    /// The number of ranks.
+    pub ranks: usize,
+}
+
+impl Default for Turn {
+    /// All of them.
+    fn default() -> Self {
+        Turn { rank: 0, ranks: 1 }
+    }
 }
 
 /// Loads batches in the order of a set; see the module's head comment.
@@ -246,10 +266,10 @@ impl Loader {
         items
     }
 
-    /// The position after the batches that were delivered.
+    /// The position after the batches that were delivered, here and, where all take turns, to the other ranks.
     pub fn position(&self) -> Position {
         let batches = self.shared.lock().delivered / self.shared.options.batch.max(1) as u64;
-        self.shared.place(batches)
+        self.shared.place(batches * self.shared.options.turn.ranks as u64)
     }
 
     /// The time spent waiting for items since the last call.
@@ -318,7 +338,8 @@ impl Shared {
 
     fn load(&self, number: u64) -> Result<Item> {
         let batch = self.options.batch.max(1) as u64;
-        let place = self.place(number / batch);
+        let Turn { rank, ranks } = self.options.turn;
+        let place = self.place(number / batch * ranks as u64 + rank as u64);
         let planned = self.epoch(place.epoch);
         let first = planned[place.batch].pictures[(number % batch) as usize];
         let total = self.set.records().len();

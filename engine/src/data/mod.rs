@@ -26,7 +26,7 @@ pub(crate) use features::hex;
 pub use features::{FeatureStore, Features, StoreKey};
 pub use kept::Room;
 pub use latents::encode_latents;
-pub use loader::{Caption, Content, Item, ItemSource, Latents, Loader, LoaderOptions};
+pub use loader::{Caption, Content, Item, ItemSource, Latents, Loader, LoaderOptions, Turn};
 pub use metadata::{Metadata, Record};
 pub use order::{BatchOrder, PlannedBatch, Position};
 pub use random::{Draws, Purpose};

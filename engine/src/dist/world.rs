@@ -22,6 +22,14 @@ pub struct Peer {
     pub device: String,
 }
 
+/// How a rank's part in something went.
+#[derive(PartialEq, Eq, Serialize, serde::Deserialize)]
+enum Went {
+    Well,
+    Interrupted,
+    Wrong(String),
+}
+
 /// This rank's connections to the others; see the head comment of [`dist`](super). Dropping it without [`World::leave`] ends the run on
 /// all ranks.
 pub struct World {
@@ -105,6 +113,11 @@ impl World {
         self.communicator.world()
     }
 
+    /// Whether there are no others, and nothing to connect to them.
+    pub fn is_solo(&self) -> bool {
+        self.control.is_none()
+    }
+
     /// Whether this is the rank that decides, writes and prints.
     pub fn is_first(&self) -> bool {
         self.rank() == 0
@@ -159,6 +172,54 @@ impl World {
         }
     }
 
+    /// What every rank brings, by rank, on all ranks. For types as in [`World::decide`].
+    ///
+    /// # Errors
+    /// When a rank was lost.
+    pub fn share<T: Serialize + DeserializeOwned>(&self, what: &str, value: T) -> Result<Vec<T>> {
+        let all = self.gather(what, value)?;
+        self.decide(what, || Ok(all.unwrap_or_default()))
+    }
+
+    /// What came of this rank's part in `what`, if all ranks were successful; otherwise an error on all of them, so that none goes on
+    /// alone: [`Error::Interrupted`] where users want to stop, the own error where there is one, and else that of the first rank that
+    /// has one.
+    ///
+    /// # Errors
+    /// As said, and when a rank was lost.
+    pub fn together<T>(&self, what: &str, outcome: Result<T>) -> Result<T> {
+        if self.is_solo() || matches!(outcome, Err(Error::PeerLost { .. })) {
+            return outcome;
+        }
+        let own = match &outcome {
+            Ok(_) => Went::Well,
+            Err(Error::Interrupted) => Went::Interrupted,
+            Err(error) => Went::Wrong(error.to_string()),
+        };
+        let all = self.share(what, own)?;
+        let wrong = all.iter().enumerate().find_map(|(rank, went)| match went {
+            Went::Wrong(reason) => Some((rank, reason)),
+            _ => None,
+        });
+        match (wrong, outcome) {
+            (Some(_), Err(error)) if !matches!(error, Error::Interrupted) => Err(error),
+            (Some((rank, reason)), _) => Err(Error::invalid(format!(
+                "rank {rank} on {}: {}",
+                self.peers[rank].host,
+                crate::printable(reason)
+            ))),
+            (None, _) if all.contains(&Went::Interrupted) => Err(Error::Interrupted),
+            (None, outcome) => outcome,
+        }
+    }
+
+    /// Says that this rank works on something that others may wait for, which is no reason yet to count it as lost.
+    pub fn work(&self) {
+        if let Some(control) = &self.control {
+            control.shared().work();
+        }
+    }
+
     /// Waits until every rank is here.
     ///
     /// # Errors
@@ -185,7 +246,7 @@ impl World {
     ///
     /// # Errors
     /// When a rank was lost.
-    pub fn leave(self) -> Result<()> {
+    pub fn leave(&self) -> Result<()> {
         self.communicator.settle()?;
         match &self.control {
             Some(control) => control.leave(),
@@ -194,7 +255,7 @@ impl World {
     }
 
     /// Ends the run on all ranks because this one cannot go on; the others name `error` as the reason.
-    pub fn give_up(self, error: &dyn std::fmt::Display) {
+    pub fn give_up(&self, error: &dyn std::fmt::Display) {
         self.say_why(error);
     }
 

@@ -181,6 +181,10 @@ pub struct Noisy<'a> {
 /// Makes of a prediction (f32) the gradient of the loss, in the compute type.
 pub type LossGradient<'a> = dyn FnMut(&Tensor) -> Result<Tensor> + 'a;
 
+/// Told that a backward pass adds nothing more to the gradients of a part of the model: the number of the part's first parameter in
+/// the model's description, and the places of all of its parameters.
+pub type Finished<'a> = dyn FnMut(usize, Vec<&mut Slot>) -> Result<()> + 'a;
+
 /// A model with places for the gradients of those of its parameters that are trained. All lists have the order of the model's
 /// description.
 pub trait Trainable: Send + Sync {
@@ -209,11 +213,15 @@ pub trait Trainable: Send + Sync {
     fn predict(&self, noisy: Noisy<'_>) -> Result<Tensor>;
 
     /// Predicts as [`Trainable::predict`], asks `loss` for the gradient of the prediction, and adds every trained parameter's gradient
-    /// to its place.
+    /// to its place. `finished` is told of parts that are finished, in the order of [`Trainable::finish_order`]; parts that the
+    /// backward pass does not reach may be left out.
     ///
     /// # Errors
-    /// Those of `loss`; when shapes do not fit or the device has no room.
-    fn accumulate(&mut self, noisy: Noisy<'_>, loss: &mut LossGradient<'_>) -> Result<()>;
+    /// Those of `loss` and `finished`; when shapes do not fit or the device has no room.
+    fn accumulate(&mut self, noisy: Noisy<'_>, loss: &mut LossGradient<'_>, finished: &mut Finished<'_>) -> Result<()>;
+
+    /// The numbers of all parameters in the model's description, in the order in which a backward pass finishes their gradients.
+    fn finish_order(&self) -> Vec<usize>;
 }
 
 /// What is trained, and how gradients are made.

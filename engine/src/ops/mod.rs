@@ -30,6 +30,7 @@ pub mod resize;
 pub mod rms_norm;
 pub mod sum_parts;
 pub mod sum_rows;
+pub mod sum_squares;
 pub mod swiglu;
 pub mod timestep;
 pub mod to_rgb8;

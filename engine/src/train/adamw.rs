@@ -11,11 +11,13 @@
 //! ```
 //!
 //! t counts steps from 1, skipped ones included. A step whose N is not finite is skipped: nothing changes but that the
-//! gradients are zero afterwards, as after every step. On CUDA w is a master copy in f32, which the bf16 weight follows, and all
+//! gradients are zero afterwards, as after every step. Where gradients are sums over ranks ([`AdamW::step_sums`]), a state may be kept of
+//! some elements of the tensors alone ([`Place`]), and N comes of the squares that all ranks bring. On CUDA w is a master copy in f32, which the bf16 weight follows, and all
 //! decisions are taken on the device; on the CPU w is the weight itself. Sums have a fixed order. A decay stands for the decimal
 //! that it was written as: 1 − 0.999 is 0.001, where the f32 nearest to 0.999 would leave 1.3e-5 less of it. Sources: Loshchilov and
 //! Hutter, "Decoupled Weight Decay Regularization" (2019); formulas as in PyTorch's `AdamW` and `clip_grad_norm_`.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use rayon::prelude::*;
@@ -34,13 +36,33 @@ const CLIP_EPSILON: f32 = 1e-6;
 /// Elements to whose multiples a tensor's place in the state is aligned; kernels move eight at a time.
 const ALIGNMENT: usize = 8;
 
-/// The state of AdamW for a list of tensors, in arrays in which the tensors lie one behind the other.
+/// Elements of a tensor, and where their state lies in the arrays.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The tensor's number in the list.
+    pub tensor: usize,
+    /// Which of its elements.
+    pub elements: Range<usize>,
+    /// Where the first of them lies.
+    pub offset: usize,
+}
+
+impl Place {
+    /// Where the elements lie in the arrays.
+    pub fn in_state(&self) -> Range<usize> {
+        self.offset..self.offset + self.elements.len()
+    }
+}
+
+/// The state of AdamW for a list of tensors or parts of them, in arrays in which these lie one behind the other.
 pub struct AdamW {
     options: AdamWOptions,
     clip_norm: Option<f32>,
     ema_decay: Option<f32>,
-    /// Where each tensor begins, and its elements.
-    places: Vec<(usize, usize)>,
+    /// The elements of each tensor.
+    sizes: Vec<usize>,
+    /// What of them has its state here; a tensor has one place at most.
+    places: Vec<Place>,
     /// f32; `None` on the CPU.
     master: Option<Tensor>,
     first_moment: Tensor,
@@ -53,13 +75,21 @@ pub struct AdamW {
 
 /// What the kernels know of the tensors.
 struct Table {
-    /// One [`Segment`] per tensor: where it was when it was stepped last.
+    /// One [`Segment`] per place: where it was when it was stepped last.
     known: Vec<Segment>,
     /// The same on the device.
     segments: Tensor,
-    /// i32, the tensor of each chunk.
+    /// i32, the segment of each chunk.
     segment_of_chunk: Tensor,
     chunks: usize,
+}
+
+/// Where the gradients of a step are.
+enum Source<'a, 'b> {
+    /// A tensor of the compute type for each weight; set to zero.
+    Slots(&'a mut [&'b mut Tensor]),
+    /// f32, the gradient of every element of the state at its place.
+    Sums(&'a Tensor),
 }
 
 /// As in `adamw.cu`.
@@ -97,20 +127,52 @@ impl AdamW {
         gradients: &mut [&mut Tensor],
         options: &super::TrainOptions,
     ) -> Result<Self> {
-        check(options)?;
         expect_pairs(device, weights, gradients)?;
-        let _tag = MemoryTag::Optimizer.scope();
         let mut places = Vec::with_capacity(weights.len());
         let mut end = 0;
-        for weight in weights.iter() {
-            places.push((end, weight.elements()));
+        for (tensor, weight) in weights.iter().enumerate() {
+            places.push(Place {
+                tensor,
+                elements: 0..weight.elements(),
+                offset: end,
+            });
             end = (end + weight.elements()).next_multiple_of(ALIGNMENT);
         }
-        let zeros = || Tensor::zeros(device, [end], DType::F32);
+        let mut optimizer = Self::of_places(device, weights, places, end, options)?;
+        if let Some(table) = &mut optimizer.table {
+            table.find(&optimizer.places, weights, &mut Source::Slots(gradients))?;
+        }
+        Ok(optimizer)
+    }
+
+    /// The state, in arrays of `elements` elements, of what `places` say of these weights, before the first step.
+    ///
+    /// # Errors
+    /// When a place reaches past its tensor's or the arrays' end, or is not aligned for kernels; and as for [`AdamW::new`].
+    pub fn of_places(
+        device: &Device,
+        weights: &[&mut Tensor],
+        places: Vec<Place>,
+        elements: usize,
+        options: &super::TrainOptions,
+    ) -> Result<Self> {
+        check(options)?;
+        for place in &places {
+            let within = weights
+                .get(place.tensor)
+                .is_some_and(|weight| place.elements.end <= weight.elements());
+            let aligned = (place.elements.start | place.offset).is_multiple_of(ALIGNMENT);
+            if !within || !aligned || place.in_state().end > elements {
+                return Err(Error::invalid(format!("adamw: there is no {place:?}")));
+            }
+        }
+        let _tag = MemoryTag::Optimizer.scope();
+        let zeros = || Tensor::zeros(device, [elements], DType::F32);
         let copy = || -> Result<Tensor> {
             let mut copy = zeros()?;
-            for (weight, &(start, _)) in weights.iter().zip(&places) {
-                copy.copy_elements_from(start, &cast(weight, DType::F32)?)?;
+            for place in &places {
+                let weight = flat_part(weights[place.tensor], &place.elements)?;
+                copy.copy_elements_from(place.offset, &cast(&weight, DType::F32)?)?;
             }
             Ok(copy)
         };
@@ -119,13 +181,14 @@ impl AdamW {
             options: options.adamw,
             clip_norm: options.clip_norm,
             ema_decay: options.ema_decay,
+            sizes: weights.iter().map(|weight| weight.elements()).collect(),
             master: on_gpu.then(copy).transpose()?,
             first_moment: zeros()?,
             second_moment: zeros()?,
             average: options.ema_decay.map(|_| copy()).transpose()?,
             table: match device {
                 Device::Cpu => None,
-                Device::Cuda(cuda) => Some(Table::new(device, cuda, weights, gradients, &places)?),
+                Device::Cuda(cuda) => Some(Table::new(device, cuda, &places)?),
             },
             places,
             steps: 0,
@@ -142,25 +205,49 @@ impl AdamW {
         self.steps = steps;
     }
 
-    /// The part of a state array that belongs to tensor `index`, flat; `None` for an array that is not kept.
-    ///
-    /// # Errors
-    /// When there is no such tensor.
-    pub fn state(&self, array: StateArray, index: usize) -> Result<Option<Tensor>> {
-        let array = match array {
+    /// What has its state here.
+    pub fn places(&self) -> &[Place] {
+        &self.places
+    }
+
+    /// What of tensor `index` has its state here.
+    pub(super) fn place(&self, index: usize) -> Option<&Place> {
+        match self.places.get(index) {
+            Some(place) if place.tensor == index => Some(place),
+            _ => self.places.iter().find(|place| place.tensor == index),
+        }
+    }
+
+    /// A whole array of the state; `None` for one that is not kept.
+    pub(super) fn array(&self, array: StateArray) -> Option<&Tensor> {
+        match array {
             StateArray::Master => self.master.as_ref(),
             StateArray::FirstMoment => Some(&self.first_moment),
             StateArray::SecondMoment => Some(&self.second_moment),
             StateArray::Average => self.average.as_ref(),
-        };
-        let place = self.places.get(index);
-        let &(start, count) = place.ok_or_else(|| Error::invalid(format!("adamw: there is no tensor {index}")))?;
-        array.map(|array| array.narrow(start, count)).transpose()
+        }
     }
 
-    /// Overwrites part of a state array: the values of tensor `index` from its element `first` on.
+    /// What a state array holds of tensor `index`, flat: the elements of its [`Place`]. `None` for an array that is not kept.
+    ///
+    /// # Errors
+    /// When nothing of that tensor has its state here.
+    pub fn state(&self, array: StateArray, index: usize) -> Result<Option<Tensor>> {
+        let place = self.place(index);
+        let place = place.ok_or_else(|| Error::invalid(format!("adamw: there is no tensor {index}")))?;
+        let (start, count) = (place.offset, place.elements.len());
+        self.array(array).map(|array| array.narrow(start, count)).transpose()
+    }
+
+    /// Overwrites part of a state array: the values of tensor `index` from its element `first` on, as far as their state is here.
     pub(super) fn set_state(&mut self, array: StateArray, index: usize, first: usize, values: &[f32]) -> Result<()> {
-        let start = self.places[index].0 + first;
+        let Some(place) = self.place(index).cloned() else {
+            return Ok(());
+        };
+        let (start, end) = (
+            first.max(place.elements.start),
+            (first + values.len()).min(place.elements.end),
+        );
         let array = match array {
             StateArray::Master => self.master.as_mut(),
             StateArray::FirstMoment => Some(&mut self.first_moment),
@@ -168,8 +255,11 @@ impl AdamW {
             StateArray::Average => self.average.as_mut(),
         };
         match array {
-            Some(array) => array.copy_elements_from_slice(start, values),
-            None => Ok(()),
+            Some(array) if start < end => {
+                let offset = place.offset + start - place.elements.start;
+                array.copy_elements_from_slice(offset, &values[start - first..end - first])
+            }
+            _ => Ok(()),
         }
     }
 
@@ -180,13 +270,48 @@ impl AdamW {
     /// # Errors
     /// When the learning rate is not a number, the tensors are others than the state was made for, or the device refuses the work.
     pub fn step(&mut self, weights: &mut [&mut Tensor], gradients: &mut [&mut Tensor], rate: f32) -> Result<Tensor> {
+        expect_pairs(&self.first_moment.device(), weights, gradients)?;
+        self.step_from(weights, Source::Slots(gradients), None, rate)
+    }
+
+    /// As [`AdamW::step`], for gradients that were summed over ranks: `sums` (f32) holds the gradient of every element of the state at
+    /// its place, and `squares` (f32 `[ranks]`) what each rank adds to the square of the norm. Of weights that have no state here nothing
+    /// changes.
+    ///
+    /// # Errors
+    /// As for [`AdamW::step`].
+    pub fn step_sums(
+        &mut self,
+        weights: &mut [&mut Tensor],
+        sums: &Tensor,
+        squares: &Tensor,
+        rate: f32,
+    ) -> Result<Tensor> {
+        sums.expect_shape("adamw", "sums", self.first_moment.shape())?;
+        squares.expect_rank("adamw", "squares", 1, "[ranks]")?;
+        for tensor in [sums, squares] {
+            tensor.expect_dtype("adamw", "sums or squares", DType::F32)?;
+            tensor.expect_device("adamw", "sums or squares", &self.first_moment.device())?;
+        }
+        expect_weights(&self.first_moment.device(), weights)?;
+        self.step_from(weights, Source::Sums(sums), Some(squares), rate)
+    }
+
+    fn step_from(
+        &mut self,
+        weights: &mut [&mut Tensor],
+        mut gradients: Source<'_, '_>,
+        squares: Option<&Tensor>,
+        rate: f32,
+    ) -> Result<Tensor> {
         if !rate.is_finite() || rate < 0.0 {
             return Err(Error::invalid(format!("a learning rate of {rate} makes no sense")));
         }
-        let device = self.first_moment.device();
-        expect_pairs(&device, weights, gradients)?;
-        let sizes = weights.iter().map(|weight| weight.elements());
-        if !sizes.eq(self.places.iter().map(|place| place.1)) {
+        if !weights
+            .iter()
+            .map(|weight| weight.elements())
+            .eq(self.sizes.iter().copied())
+        {
             return Err(Error::invalid(
                 "adamw: the weights are not of the number and sizes that the state was made for",
             ));
@@ -207,13 +332,13 @@ impl AdamW {
             second_scale: (1.0 / correction(beta2).sqrt()) as f32,
             average: Decay::new(self.ema_decay.unwrap_or(0.0)),
         };
-        match device {
-            Device::Cpu => self.cpu_step(weights, gradients, &scalars),
+        match self.first_moment.device() {
+            Device::Cpu => self.cpu_step(weights, gradients, squares, &scalars),
             Device::Cuda(device) => {
                 if let Some(table) = &mut self.table {
-                    table.find(weights, gradients)?;
+                    table.find(&self.places, weights, &mut gradients)?;
                 }
-                self.cuda_step(&device, &scalars)
+                self.cuda_step(&device, squares, &scalars)
             }
         }
     }
@@ -221,20 +346,15 @@ impl AdamW {
     fn cpu_step(
         &mut self,
         weights: &mut [&mut Tensor],
-        gradients: &mut [&mut Tensor],
+        mut gradients: Source<'_, '_>,
+        squares: Option<&Tensor>,
         scalars: &Scalars,
     ) -> Result<Tensor> {
-        /// Elements that one task handles.
-        const RUN: usize = 4096;
-        let mut squares = 0.0;
-        for gradient in gradients.iter() {
-            let values = gradient.as_slice::<f32>()?;
-            let sum = cpu_row_sums(0..values.len().div_ceil(RUN), 1, |run, sum| {
-                let run = &values[run * RUN..values.len().min((run + 1) * RUN)];
-                sum[0] += run.iter().map(|value| value * value).sum::<f32>();
-            });
-            squares += f64::from(sum[0]);
-        }
+        let squares: f64 = match (squares, &gradients) {
+            (Some(squares), _) => squares.as_slice::<f32>()?.iter().copied().map(f64::from).sum(),
+            (None, Source::Slots(gradients)) => cpu_squares(gradients)?,
+            (None, Source::Sums(_)) => return Err(Error::invalid("adamw: sums without their squares")),
+        };
         let norm = squares.sqrt() as f32;
         let factor = match self.clip_norm {
             Some(largest) => (largest / (norm + CLIP_EPSILON)).min(1.0),
@@ -242,58 +362,72 @@ impl AdamW {
         };
         let skip = !norm.is_finite();
         let epsilon = self.options.epsilon;
-        let tensors = weights.iter_mut().zip(gradients.iter_mut()).zip(&self.places);
-        for ((weight, gradient), &(start, count)) in tensors {
-            let gradient = gradient.as_mut_slice::<f32>()?;
-            if !skip {
-                let range = start..start + count;
-                let moments = self.first_moment.as_mut_slice::<f32>()?[range.clone()]
-                    .par_iter_mut()
-                    .zip(&mut self.second_moment.as_mut_slice::<f32>()?[range.clone()]);
-                let weights = weight.as_mut_slice::<f32>()?.par_iter_mut().zip(&*gradient);
-                weights.zip(moments).for_each(|((weight, gradient), (first, second))| {
-                    let gradient = gradient * factor;
-                    *weight *= scalars.keep;
-                    *first = scalars.first.mix(*first, gradient);
-                    *second = scalars.second.mix(*second, gradient * gradient);
-                    *weight -= scalars.rate * *first / (second.sqrt() * scalars.second_scale + epsilon);
-                });
-                if let Some(average) = &mut self.average {
-                    let average = average.as_mut_slice::<f32>()?[range].par_iter_mut();
-                    average
-                        .zip(weight.as_slice::<f32>()?)
-                        .for_each(|(average, weight)| *average = scalars.average.mix(*average, *weight));
-                }
+        for place in self.places.iter().filter(|_| !skip) {
+            let range = place.in_state();
+            let gradient = match &gradients {
+                Source::Slots(gradients) => &gradients[place.tensor].as_slice::<f32>()?[place.elements.clone()],
+                Source::Sums(sums) => &sums.as_slice::<f32>()?[range.clone()],
+            };
+            let weight = &mut weights[place.tensor].as_mut_slice::<f32>()?[place.elements.clone()];
+            let moments = self.first_moment.as_mut_slice::<f32>()?[range.clone()]
+                .par_iter_mut()
+                .zip(&mut self.second_moment.as_mut_slice::<f32>()?[range.clone()]);
+            let weights = weight.par_iter_mut().zip(gradient);
+            weights.zip(moments).for_each(|((weight, gradient), (first, second))| {
+                let gradient = gradient * factor;
+                *weight *= scalars.keep;
+                *first = scalars.first.mix(*first, gradient);
+                *second = scalars.second.mix(*second, gradient * gradient);
+                *weight -= scalars.rate * *first / (second.sqrt() * scalars.second_scale + epsilon);
+            });
+            if let Some(average) = &mut self.average {
+                let average = average.as_mut_slice::<f32>()?[range].par_iter_mut();
+                average
+                    .zip(&*weight)
+                    .for_each(|(average, weight)| *average = scalars.average.mix(*average, *weight));
             }
-            gradient.fill(0.0);
+        }
+        if let Source::Slots(gradients) = &mut gradients {
+            for gradient in gradients.iter_mut() {
+                gradient.as_mut_slice::<f32>()?.fill(0.0);
+            }
         }
         Tensor::from_slice(&Device::Cpu, &[norm, f32::from(u8::from(skip))], [2])
     }
 
-    fn cuda_step(&mut self, device: &Arc<CudaDevice>, scalars: &Scalars) -> Result<Tensor> {
+    fn cuda_step(&mut self, device: &Arc<CudaDevice>, squares: Option<&Tensor>, scalars: &Scalars) -> Result<Tensor> {
         let (Some(table), Some(master)) = (&self.table, &mut self.master) else {
             return Err(Error::invalid("the optimizer was made for the CPU"));
         };
         let owner = Device::Cuda(device.clone());
         let chunks = crate::ops::grid("adamw", table.chunks)?;
-        let mut partial = Tensor::empty(&owner, [table.chunks], DType::F32)?;
-        let args = Args::new()
-            .input(&table.segments)?
-            .input(&table.segment_of_chunk)?
-            .output(&mut partial)?;
-        let kernel = device.kernel("adamw", "gradient_squares")?;
-        // SAFETY: the arguments are those of `gradient_squares`; the table says where this step's tensors are, which are of the sizes
-        // in it (both checked by `step`); one block per chunk.
-        unsafe { kernel.launch(device, [chunks, 1, 1], args)? };
+        let partial = match squares {
+            Some(squares) => squares.clone(),
+            None => {
+                let mut partial = Tensor::empty(&owner, [table.chunks], DType::F32)?;
+                let args = Args::new()
+                    .input(&table.segments)?
+                    .input(&table.segment_of_chunk)?
+                    .output(&mut partial)?;
+                let kernel = device.kernel("adamw", "gradient_squares")?;
+                // SAFETY: the arguments are those of `gradient_squares`; the table says where this step's tensors are, which are of the
+                // sizes in it (both checked by `step`); one block per chunk.
+                unsafe { kernel.launch(device, [chunks, 1, 1], args)? };
+                partial
+            }
+        };
         let mut control = Tensor::empty(&owner, [3], DType::F32)?;
         let args = Args::new()
             .input(&partial)?
             .output(&mut control)?
-            .int(table.chunks)
+            .int(partial.elements())
             .float(self.clip_norm.unwrap_or(f32::INFINITY));
         let kernel = device.kernel("adamw", "gradient_norm")?;
         // SAFETY: the arguments are those of `gradient_norm`; one block.
         unsafe { kernel.launch(device, [1, 1, 1], args)? };
+        if table.chunks == 0 {
+            return control.narrow(0, 2);
+        }
         let args = Args::new()
             .input(&table.segments)?
             .input(&table.segment_of_chunk)?
@@ -312,12 +446,42 @@ impl AdamW {
             .float(self.options.epsilon)
             .float(scalars.average.keep)
             .float(scalars.average.take);
-        let kernel = device.kernel("adamw", "adamw_step")?;
-        // SAFETY: the arguments are those of `adamw_step`; the state holds every segment at its offset, and the weights and
-        // gradients of the table are this step's, which nobody shares.
+        let kernel = device.kernel(
+            "adamw",
+            if squares.is_some() {
+                "adamw_step_sums"
+            } else {
+                "adamw_step"
+            },
+        )?;
+        // SAFETY: the arguments are those of both kernels; the state holds every segment at its offset, and the weights and gradients
+        // of the table are this step's, which nobody shares, of the type that the kernel takes (`find`).
         unsafe { kernel.launch(device, [chunks, 1, 1], args)? };
         control.narrow(0, 2)
     }
+}
+
+/// The sum of the squares of all gradients.
+fn cpu_squares(gradients: &[&mut Tensor]) -> Result<f64> {
+    /// Elements that one task handles.
+    const RUN: usize = 4096;
+    let mut squares = 0.0;
+    for gradient in gradients {
+        let values = gradient.as_slice::<f32>()?;
+        let sum = cpu_row_sums(0..values.len().div_ceil(RUN), 1, |run, sum| {
+            let run = &values[run * RUN..values.len().min((run + 1) * RUN)];
+            sum[0] += run.iter().map(|value| value * value).sum::<f32>();
+        });
+        squares += f64::from(sum[0]);
+    }
+    Ok(squares)
+}
+
+/// Elements of a tensor, as a view.
+fn flat_part(tensor: &Tensor, elements: &Range<usize>) -> Result<Tensor> {
+    tensor
+        .reshape([tensor.elements()])?
+        .narrow(elements.start, elements.len())
 }
 
 /// The scalars of a step's formulas.
@@ -358,44 +522,43 @@ fn decimal(value: f32) -> f64 {
 }
 
 impl Table {
-    fn new(
-        device: &Device,
-        cuda: &Arc<CudaDevice>,
-        weights: &mut [&mut Tensor],
-        gradients: &mut [&mut Tensor],
-        places: &[(usize, usize)],
-    ) -> Result<Self> {
+    fn new(device: &Device, cuda: &Arc<CudaDevice>, places: &[Place]) -> Result<Self> {
         let chunk = cuda.kernel("adamw", "adamw_step")?.info().tile[0] as usize;
         let mut known = Vec::with_capacity(places.len());
         let mut segment_of_chunk = Vec::new();
-        for (index, &(offset, elements)) in places.iter().enumerate() {
+        for (index, place) in places.iter().enumerate() {
+            let elements = place.elements.len();
             known.push(Segment {
                 weight: 0,
                 gradient: 0,
-                offset: offset as u64,
+                offset: place.offset as u64,
                 elements: elements as u64,
                 first_chunk: segment_of_chunk.len() as u64,
             });
             segment_of_chunk.extend(std::iter::repeat_n(index as i32, elements.div_ceil(chunk)));
         }
         let bytes: &[u8] = bytemuck::cast_slice(&known);
-        let mut table = Table {
+        Ok(Table {
             segments: Tensor::from_slice(device, bytes, [bytes.len()])?,
             chunks: segment_of_chunk.len(),
             segment_of_chunk: Tensor::from_slice(device, &segment_of_chunk, [segment_of_chunk.len()])?,
             known,
-        };
-        table.find(weights, gradients)?;
-        Ok(table)
+        })
     }
 
     /// Notes where the tensors of a step are; they are of the sizes in the table.
-    fn find(&mut self, weights: &mut [&mut Tensor], gradients: &mut [&mut Tensor]) -> Result<()> {
+    fn find(&mut self, places: &[Place], weights: &mut [&mut Tensor], gradients: &mut Source<'_, '_>) -> Result<()> {
         let mut found = self.known.clone();
-        let tensors = weights.iter_mut().zip(gradients.iter_mut());
-        for (segment, (weight, gradient)) in found.iter_mut().zip(tensors) {
-            segment.weight = weight.device_ptr_mut()?;
-            segment.gradient = gradient.device_ptr_mut()?;
+        for (segment, place) in found.iter_mut().zip(places) {
+            let weight = &mut weights[place.tensor];
+            segment.weight = weight.device_ptr_mut()? + (place.elements.start * weight.dtype().size()) as u64;
+            segment.gradient = match gradients {
+                Source::Slots(gradients) => {
+                    let gradient = &mut gradients[place.tensor];
+                    gradient.device_ptr_mut()? + (place.elements.start * gradient.dtype().size()) as u64
+                }
+                Source::Sums(sums) => sums.device_ptr()? + (place.offset * sums.dtype().size()) as u64,
+            };
         }
         if found != self.known {
             self.segments.copy_from_slice::<u8>(bytemuck::cast_slice(&found))?;
@@ -416,10 +579,16 @@ fn expect_pairs(device: &Device, weights: &[&mut Tensor], gradients: &[&mut Tens
     }
     for (weight, gradient) in weights.iter().zip(gradients) {
         gradient.expect_shape("adamw", "gradient", weight.shape())?;
-        for tensor in [&**weight, &**gradient] {
-            tensor.expect_dtype("adamw", "weight or gradient", device.compute_dtype())?;
-            tensor.expect_device("adamw", "weight or gradient", device)?;
-        }
+    }
+    expect_weights(device, weights)?;
+    expect_weights(device, gradients)
+}
+
+/// Checks that weights or gradients are in the compute type of `device` and on it.
+fn expect_weights(device: &Device, tensors: &[&mut Tensor]) -> Result<()> {
+    for tensor in tensors {
+        tensor.expect_dtype("adamw", "weight or gradient", device.compute_dtype())?;
+        tensor.expect_device("adamw", "weight or gradient", device)?;
     }
     Ok(())
 }

@@ -1,19 +1,21 @@
 //! Training: which tensors change, how, and at what cost.
 //!
 //! [`TrainableModel`] owns a model with the gradients and the optimizer state of the tensors that its [`Policy`] trains.
-//! One optimizer step is any number of [`TrainableModel::accumulate`] and one [`TrainableModel::step`]; neither waits for the
-//! device. [`TrainingPlan`] tells what a run will hold and compute before anything is allocated.
+//! One optimizer step is any number of [`TrainableModel::accumulate`], the last of them [`TrainableModel::accumulate_last`], and one
+//! [`TrainableModel::step`]; none waits for the device. Several [`Ranks`] may share the work. [`TrainingPlan`] tells what a run will hold and compute before anything is allocated.
 
 mod adamw;
+mod exchange;
 mod plan;
 mod policy;
 pub mod run;
 mod trainable;
 
-pub use adamw::{AdamW, StateArray};
+pub use adamw::{AdamW, Place, StateArray};
+pub use exchange::{BUCKET_BYTES, Ranks, Sharding};
 pub use plan::{Arithmetic, PlanInput, PlannedMemory, TrainingPlan};
 pub use policy::{DEFAULT_ENDS, Policy, Recompute};
-pub use trainable::{Batch, StatePart, StateTensor, StepNorm, TrainableModel, TrainedTensor};
+pub use trainable::{Batch, StatePart, StateSlice, StateTensor, StepNorm, TrainableModel, TrainedTensor};
 
 /// The settings of AdamW but the learning rate, which may change from step to step.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]

@@ -1,6 +1,10 @@
 //! A model with what training adds to it.
 
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+
 use super::adamw::{AdamW, StateArray};
+use super::exchange::{Exchange, Ranks, take_part};
 use super::{Policy, Recompute, TrainOptions};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -85,6 +89,51 @@ const STATE: [(StatePart, &str); 4] = [
     (StatePart::Ema, "ema"),
 ];
 
+/// The arrays that hold these parts.
+const STATE_ARRAYS: [StateArray; 4] = [
+    StateArray::Master,
+    StateArray::FirstMoment,
+    StateArray::SecondMoment,
+    StateArray::Average,
+];
+
+/// Elements of one array of the optimizer's state that this rank keeps: `master.…` and so on of the first canonical name of a
+/// parameter, as it lies on the device.
+pub struct StateSlice<'a> {
+    /// The name in the state.
+    pub name: String,
+    /// Which of the parameter's elements.
+    pub elements: Range<usize>,
+    owner: &'a TrainableModel,
+    trained: usize,
+    part: StatePart,
+}
+
+impl StateSlice<'_> {
+    /// The values on the host. Waits for the device.
+    ///
+    /// # Errors
+    /// When the work so far failed.
+    pub fn read(&self) -> Result<Vec<f32>> {
+        let array = match self.part {
+            StatePart::FirstMoment => StateArray::FirstMoment,
+            StatePart::SecondMoment => StateArray::SecondMoment,
+            StatePart::Ema => StateArray::Average,
+            _ => StateArray::Master,
+        };
+        let kept = match self.owner.optimizer.state(array, self.trained)? {
+            Some(kept) => kept,
+            // On the CPU the weight is its own master.
+            None => {
+                let weight = self.owner.model.weights()[self.owner.trained[self.trained]].clone();
+                let flat = weight.reshape([weight.elements()])?;
+                flat.narrow(self.elements.start, self.elements.len())?
+            }
+        };
+        kept.to_vec_f32()
+    }
+}
+
 /// A trained tensor as it stands in checkpoints: stacked projections are taken apart.
 pub struct TrainedTensor<'a> {
     /// The canonical name.
@@ -158,6 +207,10 @@ pub struct TrainableModel {
     trained: Vec<usize>,
     optimizer: AdamW,
     keeps_ema: bool,
+    /// Where several ranks share the work.
+    exchange: Option<Exchange>,
+    /// Which of the trained ones each parameter is.
+    number: Vec<Option<usize>>,
 }
 
 impl TrainableModel {
@@ -172,26 +225,76 @@ impl TrainableModel {
         options: &TrainOptions,
         loaded: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<Self> {
+        Self::load_among(spec, params, device, options, &Ranks::solo(), loaded)
+    }
+
+    /// As [`TrainableModel::load`], as one of several ranks, which all load the same and take the same steps: each on micro-batches of
+    /// its own, whose gradients are summed over ranks.
+    ///
+    /// # Errors
+    /// As for [`TrainableModel::load`].
+    pub fn load_among(
+        spec: &dyn Spec,
+        params: &dyn ParamSource,
+        device: &Device,
+        options: &TrainOptions,
+        ranks: &Ranks,
+        loaded: &mut dyn FnMut(usize, usize) -> Result<()>,
+    ) -> Result<Self> {
         let parameters = spec.metas();
         let trained = choose(&parameters, &options.policy)?;
+        let mut number = vec![None; parameters.len()];
+        trained
+            .iter()
+            .enumerate()
+            .for_each(|(place, &parameter)| number[parameter] = Some(place));
         let mut model = options.with_choice(|choice| spec.load_trainable(params, device, choice, loaded))?;
+        let exchange = match ranks.world.is_solo() {
+            true => None,
+            false => {
+                let sizes: Vec<usize> = trained.iter().map(|&index| parameters[index].elements()).collect();
+                let finished: Vec<usize> = model.finish_order().iter().filter_map(|&index| number[index]).collect();
+                Some(Exchange::new(ranks.clone(), device, &sizes, &finished)?)
+            }
+        };
         let (mut weights, mut slots) = pick(&mut *model);
-        let optimizer = AdamW::new(device, &mut weights, &mut slots, options)?;
+        let optimizer = match &exchange {
+            None => AdamW::new(device, &mut weights, &mut slots, options)?,
+            Some(exchange) => {
+                let (places, elements) = exchange.state_places();
+                AdamW::of_places(device, &weights, places, elements, options)?
+            }
+        };
         Ok(TrainableModel {
             keeps_ema: options.ema_decay.is_some(),
             model,
             parameters,
             trained,
             optimizer,
+            exchange,
+            number,
         })
     }
 
-    /// Adds the gradients of `weight` · loss of a micro-batch; `weight` is 1 / micro-batches of a step. Returns the loss
-    /// itself, f32 `[1]` on the device.
+    /// Adds the gradients of `weight` · loss of a micro-batch; `weight` is 1 / micro-batches of a step, those of all ranks counted.
+    /// Returns the loss itself, f32 `[1]` on the device.
     ///
     /// # Errors
     /// When shapes do not fit or the device has no room.
     pub fn accumulate(&mut self, batch: &Batch<'_>, weight: f32) -> Result<Tensor> {
+        self.accumulate_telling(batch, weight, false)
+    }
+
+    /// As [`TrainableModel::accumulate`], for the last micro-batch of a step: where there are several ranks, gradients are sent to the
+    /// others while the backward pass goes on.
+    ///
+    /// # Errors
+    /// As for [`TrainableModel::accumulate`], and when a rank was lost.
+    pub fn accumulate_last(&mut self, batch: &Batch<'_>, weight: f32) -> Result<Tensor> {
+        self.accumulate_telling(batch, weight, true)
+    }
+
+    fn accumulate_telling(&mut self, batch: &Batch<'_>, weight: f32, last: bool) -> Result<Tensor> {
         let (image, times) = batch.noisy()?;
         let noisy = Noisy {
             image: &image,
@@ -199,11 +302,18 @@ impl TrainableModel {
             times: &times,
         };
         let mut found = None;
-        self.model.accumulate(noisy, &mut |prediction| {
+        let mut loss = |prediction: &Tensor| {
             let (loss, gradient) = flow_loss(prediction, batch.images, batch.noise, Some(weight))?;
             found = Some(loss);
             gradient.ok_or_else(|| Error::invalid("the loss has no gradient"))
-        })?;
+        };
+        let (exchange, number) = (self.exchange.as_mut().filter(|_| last), &self.number);
+        match exchange {
+            None => self.model.accumulate(noisy, &mut loss, &mut |_, _| Ok(()))?,
+            Some(exchange) => self.model.accumulate(noisy, &mut loss, &mut |first, slots| {
+                take_part(exchange, number, first, slots)
+            })?,
+        }
         found.ok_or_else(|| Error::invalid("the model did not ask for its loss"))
     }
 
@@ -227,7 +337,15 @@ impl TrainableModel {
     /// When the learning rate is not a number, or the device refuses the work.
     pub fn step(&mut self, learning_rate: f32) -> Result<StepNorm> {
         let (mut weights, mut slots) = pick(&mut *self.model);
-        let values = self.optimizer.step(&mut weights, &mut slots, learning_rate)?;
+        let values = match &mut self.exchange {
+            None => self.optimizer.step(&mut weights, &mut slots, learning_rate)?,
+            Some(exchange) => {
+                let (sums, squares) = exchange.finish(&mut slots)?;
+                let values = self.optimizer.step_sums(&mut weights, sums, &squares, learning_rate)?;
+                exchange.gather_weights(&mut weights)?;
+                values
+            }
+        };
         self.model.rearrange()?;
         Ok(StepNorm { values })
     }
@@ -263,7 +381,9 @@ impl TrainableModel {
             let master = self.optimizer.state(StateArray::Master, trained)?;
             Ok((index, count_not_finite(master.as_ref().unwrap_or(weights[index]))?))
         };
-        let counts: Vec<(usize, Tensor)> = self.trained.iter().enumerate().map(count).collect::<Result<_>>()?;
+        let kept = |(trained, _): &(usize, &usize)| self.optimizer.place(*trained).is_some();
+        let all = self.trained.iter().enumerate().filter(kept);
+        let counts: Vec<(usize, Tensor)> = all.map(count).collect::<Result<_>>()?;
         for (index, count) in counts {
             if count.to_vec::<i32>()?[0] > 0 {
                 return Ok(Some(self.parameters[index].name().to_owned()));
@@ -332,18 +452,16 @@ impl TrainableModel {
     /// # Errors
     /// Those of `read`, and when it gives another number of values.
     pub fn restore_state(&mut self, steps: u64, read: &mut ReadState<'_>) -> Result<()> {
-        let arrays = [
-            StateArray::Master,
-            StateArray::FirstMoment,
-            StateArray::SecondMoment,
-            StateArray::Average,
-        ];
-        for ((part, prefix), array) in STATE.into_iter().zip(arrays) {
+        for ((part, prefix), array) in STATE.into_iter().zip(STATE_ARRAYS) {
             if part == StatePart::Ema && !self.keeps_ema {
                 continue;
             }
             for trained in 0..self.trained.len() {
                 let index = self.trained[trained];
+                // Every rank needs all weights, and of the rest what it keeps.
+                if array != StateArray::Master && self.optimizer.place(trained).is_none() {
+                    continue;
+                }
                 for part in 0..self.parameters[index].parts.len() {
                     let published = &self.parameters[index].parts[part];
                     let name = format!("{prefix}.{}", published.name);
@@ -366,6 +484,100 @@ impl TrainableModel {
         }
         self.optimizer.set_steps(steps);
         self.model.rearrange()
+    }
+
+    /// The names of all tensors of [`TrainableModel::state_slices`] on all ranks.
+    pub fn state_names(&self) -> HashSet<String> {
+        let kept = STATE
+            .into_iter()
+            .filter(|(part, _)| *part != StatePart::Ema || self.keeps_ema);
+        kept.flat_map(|(_, prefix)| {
+            let names = self.trained.iter().map(|&index| self.parameters[index].name());
+            names.map(move |name| format!("{prefix}.{name}"))
+        })
+        .collect()
+    }
+
+    /// What this rank keeps of the optimizer's state, where ranks divide it among them; `None` where it is whole.
+    pub fn state_slices(&self) -> Option<Vec<StateSlice<'_>>> {
+        self.exchange.as_ref().filter(|exchange| exchange.shards())?;
+        let kept = STATE
+            .into_iter()
+            .filter(|(part, _)| *part != StatePart::Ema || self.keeps_ema);
+        let slices = kept.flat_map(|(part, prefix)| {
+            self.optimizer.places().iter().map(move |place| StateSlice {
+                name: format!("{prefix}.{}", self.parameters[self.trained[place.tensor]].name()),
+                elements: place.elements.clone(),
+                owner: self,
+                trained: place.tensor,
+                part,
+            })
+        });
+        Some(slices.collect())
+    }
+
+    /// Puts back what [`TrainableModel::state_slices`] gave on all ranks of a run: `read(name, elements)` gives these elements. Any number
+    /// of ranks may do so.
+    ///
+    /// # Errors
+    /// As for [`TrainableModel::restore_state`].
+    pub fn restore_slices(
+        &mut self,
+        steps: u64,
+        read: &mut dyn FnMut(&str, Range<usize>) -> Result<Vec<f32>>,
+    ) -> Result<()> {
+        for ((part, prefix), array) in STATE.into_iter().zip(STATE_ARRAYS) {
+            if part == StatePart::Ema && !self.keeps_ema {
+                continue;
+            }
+            for trained in 0..self.trained.len() {
+                let meta = &self.parameters[self.trained[trained]];
+                let name = format!("{prefix}.{}", meta.name());
+                // Every rank needs all weights, which follow from the masters.
+                let elements = match (part, self.optimizer.place(trained)) {
+                    (StatePart::Master, _) => 0..meta.elements(),
+                    (_, Some(place)) => place.elements.clone(),
+                    (_, None) => continue,
+                };
+                let (first, count) = (elements.start, elements.len());
+                let values = read(&name, elements)?;
+                if values.len() != count {
+                    return Err(Error::invalid(format!(
+                        "`{name}` has {} values, expected {count}",
+                        values.len()
+                    )));
+                }
+                self.optimizer.set_state(array, trained, first, &values)?;
+                if array == StateArray::Master {
+                    self.set_weight(self.trained[trained], first, &values)?;
+                }
+            }
+        }
+        self.optimizer.set_steps(steps);
+        self.model.rearrange()
+    }
+
+    /// The running averages of all trained tensors as they stand in checkpoints, by name, on the first of several ranks, which divide
+    /// them among them; `None` where [`TrainedTensor::read`] gives them. All ranks call it together.
+    ///
+    /// # Errors
+    /// When a rank was lost.
+    pub fn gather_averages(&self) -> Result<Option<HashMap<String, Vec<f32>>>> {
+        let exchange = self.exchange.as_ref().filter(|exchange| exchange.shards());
+        let (Some(exchange), Some(array)) = (exchange, self.optimizer.array(StateArray::Average)) else {
+            return Ok(None);
+        };
+        let mut all = HashMap::new();
+        for (trained, values) in exchange.gather_state(array)?.into_iter().enumerate() {
+            let meta = &self.parameters[self.trained[trained]];
+            if values.len() == meta.elements() {
+                for (index, part) in meta.parts.iter().enumerate() {
+                    let own = values[meta.range(index)].to_vec();
+                    all.insert(part.name.clone(), meta.to_published(index, own));
+                }
+            }
+        }
+        Ok(Some(all))
     }
 
     /// Overwrites elements of a parameter, rounded to the compute type.

@@ -37,3 +37,24 @@ __device__ __forceinline__ float block_sum(float value, float* scratch) {
     __syncthreads();
     return total;
 }
+
+// The sum of `values` [count] in f64, in an order that their number alone decides; right in thread 0. `scratch` holds one double per
+// thread.
+template <int THREADS>
+__device__ __forceinline__ double block_sum_f64(const float* values, int count, double* scratch) {
+    static_assert((THREADS & (THREADS - 1)) == 0);
+    double sums[4] = {};
+    for (int first = threadIdx.x; first < count; first += 4 * THREADS) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int index = first + i * THREADS;
+            if (index < count) sums[i] += values[index];
+        }
+    }
+    scratch[threadIdx.x] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        __syncthreads();  // the sums so far are written before they are read
+        if (threadIdx.x < half) scratch[threadIdx.x] += scratch[threadIdx.x + half];
+    }
+    return scratch[0];
+}

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use l2p_engine::data::{
-    Content, DataSet, FeatureStore, Features, Item, ItemSource, Loader, LoaderOptions, Position, Room, Sizing,
+    Content, DataSet, FeatureStore, Features, Item, ItemSource, Loader, LoaderOptions, Position, Room, Sizing, Turn,
 };
 use l2p_tests::{Outcome, Suite};
 use libtest_mimic::Failed;
@@ -14,6 +14,7 @@ use super::write_grey;
 pub fn register(suite: &mut Suite) {
     suite.cpu("data::loader::threads_do_not_change_the_order", order);
     suite.cpu("data::loader::a_position_is_where_loading_goes_on", positions);
+    suite.cpu("data::loader::ranks_take_turns", turns);
     suite.cpu("data::loader::damaged_pictures_are_replaced", damaged);
     suite.cpu("data::loader::what_was_decoded_stays_in_memory", memory);
 }
@@ -46,6 +47,7 @@ fn options(source: &ItemSource, workers: usize, memory: usize) -> LoaderOptions 
         seed: 5,
         caption_dropout: 0.25,
         source: source.clone(),
+        turn: Turn::default(),
     }
 }
 
@@ -115,6 +117,41 @@ fn positions() -> Outcome {
         let next = contents(&loader.next_batch()?);
         assert_eq!(contents(&later.next_batch()?), next);
         assert_eq!(later.position(), loader.position());
+    }
+    Ok(())
+}
+
+/// Ranks together load what one alone does, and each knows where all of them are.
+fn turns() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let (set, source) = set(folder.path(), 1 << 20)?;
+    let mut alone = Loader::start(set.clone(), options(&source, 1, 0), Position::default());
+    let expected = batches(&mut alone, 12)?;
+    for (ranks, skipped) in [(2, 0), (3, 0), (4, 4)] {
+        let start = Loader::start(set.clone(), options(&source, 1, 0), Position::default());
+        let mut start = start;
+        batches(&mut start, skipped)?;
+        let position = start.position();
+        let mut loaders: Vec<Loader> = (0..ranks)
+            .map(|rank| {
+                let turn = Turn { rank, ranks };
+                let options = LoaderOptions {
+                    turn,
+                    ..options(&source, 2, 0)
+                };
+                Loader::start(set.clone(), options, position)
+            })
+            .collect();
+        let mut after = start;
+        for round in (skipped..12).step_by(ranks) {
+            for (rank, loader) in loaders.iter_mut().enumerate().filter(|(rank, _)| round + rank < 12) {
+                assert_eq!(contents(&loader.next_batch()?), expected[round + rank]);
+            }
+            batches(&mut after, ranks)?;
+            let all_came = round + ranks <= 12;
+            let positions = loaders.iter().map(Loader::position);
+            assert!(!all_came || positions.into_iter().all(|position| position == after.position()));
+        }
     }
     Ok(())
 }

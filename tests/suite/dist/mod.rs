@@ -23,7 +23,7 @@ pub fn register(suite: &mut Suite) {
 }
 
 /// Options that let no test wait for long.
-fn options() -> Options {
+pub fn options() -> Options {
     Options {
         start: Duration::from_secs(30),
         operation: Duration::from_secs(60),
@@ -44,12 +44,12 @@ fn all_ranks<T: Send>(world: usize, work: impl Fn(World) -> Result<T> + Sync) ->
     ranks(world, &options(), work).into_iter().collect()
 }
 
-fn launches(world: usize) -> Vec<Launch> {
+pub fn launches(world: usize) -> Vec<Launch> {
     Launch::in_process(world).expect("this machine has a free port")
 }
 
 /// Runs `work` in a thread for each place.
-fn places<T: Send>(
+pub fn places<T: Send>(
     launches: Vec<Launch>,
     options: &Options,
     work: impl Fn(Launch, &Options) -> Result<T> + Sync,

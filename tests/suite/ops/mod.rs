@@ -28,6 +28,7 @@ mod resize;
 mod resize_backward;
 mod rms_norm;
 mod sum_parts;
+mod sum_squares;
 mod swiglu;
 mod timestep;
 mod to_rgb8;
@@ -65,6 +66,7 @@ pub fn register(suite: &mut Suite) {
     resize_backward::register(suite);
     rms_norm::register(suite);
     sum_parts::register(suite);
+    sum_squares::register(suite);
     swiglu::register(suite);
     timestep::register(suite);
     to_rgb8::register(suite);

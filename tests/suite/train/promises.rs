@@ -38,8 +38,8 @@ pub fn register(suite: &mut Suite) {
     );
 }
 
-const HEAD: [usize; 4] = [8, 16, 24, 32];
-const SIZE: [usize; 2] = [48, 80];
+pub const HEAD: [usize; 4] = [8, 16, 24, 32];
+pub const SIZE: [usize; 2] = [48, 80];
 const LENGTHS: [usize; 2] = [20, 45];
 
 fn model() -> (DitConfig, MemoryParams) {

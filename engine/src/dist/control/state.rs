@@ -61,6 +61,8 @@ struct State {
     /// Operations that this rank has entered, and those that have not ended.
     entered: u64,
     open: BTreeMap<u64, (String, Instant)>,
+    /// How often this rank said that it works.
+    worked: u64,
     /// Operations of the control plane that this rank has entered.
     round: u64,
     answers: BTreeMap<u64, std::result::Result<Vec<u8>, String>>,
@@ -166,6 +168,11 @@ impl Shared {
             shared: self.clone(),
             number,
         })
+    }
+
+    /// This rank works on something that others may wait for.
+    pub fn work(&self) {
+        self.lock().worked += 1;
     }
 
     /// Runs `hook` as soon as the run is over because a rank was lost.
@@ -395,7 +402,7 @@ impl Shared {
                 for link in &self.links {
                     self.tell(link, &Message::Pulse(pulse.clone()));
                 }
-                self.lock().signs[self.rank] = Signs::of(pulse, now);
+                self.lock().signs[self.rank].take(pulse);
             }
             if let Some(loss) = self.find_loss(Instant::now()) {
                 self.lose(loss);
@@ -415,6 +422,7 @@ impl Shared {
         Pulse {
             entered: state.entered,
             waits: oldest(&state.open, now),
+            worked: state.worked,
         }
     }
 

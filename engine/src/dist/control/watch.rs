@@ -14,6 +14,8 @@ pub struct Signs {
     entered: u64,
     /// The operation it waits in: number, name, and since when.
     waits: Option<(u64, String, Instant)>,
+    /// How often it said that it works, and when it last did so.
+    worked: (u64, Option<Instant>),
 }
 
 impl Signs {
@@ -32,12 +34,17 @@ impl Signs {
             heard: now,
             entered: pulse.entered,
             waits,
+            worked: (pulse.worked, None),
         }
     }
 
     /// Takes in a pulse that comes now.
     pub fn take(&mut self, pulse: Pulse) {
-        *self = Self::of(pulse, Instant::now());
+        let (known, at) = self.worked;
+        let now = Instant::now();
+        let at = if pulse.worked > known { Some(now) } else { at };
+        *self = Self::of(pulse, now);
+        self.worked.1 = at;
     }
 }
 
@@ -68,8 +75,8 @@ pub fn silent(signs: &[Signs], own: usize, options: &Options, now: Instant) -> O
     })
 }
 
-/// The rank that others have waited for too long: the one that has entered the fewest operations. Where all have entered the one they
-/// wait in, it is the operation that does not end.
+/// The rank that others have waited for too long: the one that has entered the fewest operations, unless it says that it works. Where
+/// all have entered the one they wait in, it is the operation that does not end.
 pub fn hanging(signs: &[Signs], options: &Options, now: Instant) -> Option<(usize, String)> {
     // What is known may be as old as two beats.
     let limit = options.operation + 2 * options.heartbeat();
@@ -81,6 +88,10 @@ pub fn hanging(signs: &[Signs], options: &Options, now: Instant) -> Option<(usiz
         .map(|(rank, (number, what, _))| (rank, *number, what))
         .max_by_key(|(_, number, _)| *number)?;
     let (rank, least) = signs.iter().enumerate().min_by_key(|(_, signs)| signs.entered)?;
+    let works = |at: Instant| now.saturating_duration_since(at) <= limit;
+    if least.entered < number && least.worked.1.is_some_and(works) {
+        return None;
+    }
     let (what, seconds) = (crate::printable(what), options.operation.as_secs_f64());
     Some(match least.entered < number {
         true => (
@@ -112,7 +123,8 @@ mod tests {
             what: "all_gather".into(),
             milliseconds: seconds * 1000,
         });
-        Signs::of(Pulse { entered, waits }, now)
+        let worked = 0;
+        Signs::of(Pulse { entered, waits, worked }, now)
     }
 
     fn options() -> Options {
@@ -139,6 +151,26 @@ mod tests {
                 "it is 3 operations behind: rank 0 has waited in operation 12 (all_gather) for more than 60 s".into()
             )
         );
+    }
+
+    #[test]
+    fn one_that_works_is_waited_for() {
+        let now = Instant::now();
+        let mut ranks = [signs(now, 12, Some((12, 70))), signs(now, 9, None)];
+        let pulse = |worked| Pulse {
+            entered: 9,
+            waits: None,
+            worked,
+        };
+        assert!(hanging(&ranks, &options(), now).is_some());
+        ranks[1].take(pulse(3));
+        assert_eq!(hanging(&ranks, &options(), now), None);
+        // It said so too long ago.
+        ranks[1].take(pulse(3));
+        let later = now + Duration::from_secs(90);
+        assert!(hanging(&ranks, &options(), later).is_some());
+        ranks[1].take(pulse(2));
+        assert!(hanging(&ranks, &options(), later).is_some());
     }
 
     #[test]

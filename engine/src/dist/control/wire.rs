@@ -140,6 +140,8 @@ pub struct Pulse {
     pub entered: u64,
     /// The oldest of them that has not ended.
     pub waits: Option<Wait>,
+    /// Grows while it works on what others wait for.
+    pub worked: u64,
 }
 
 /// An operation that a rank waits in.

@@ -3,14 +3,14 @@
 //! Who has a place for its gradient decides everything else: a part is reached by the backward pass when it, or something before
 //! it, is trained; what is not reached keeps nothing.
 
-use super::block::{Condition, SavedBlock, Saving, VECTORS, backward_blocks};
+use super::block::{Condition, SavedBlock, Saving, Sinks, VECTORS, backward_blocks};
 use super::layout::Layout;
 use super::{Block, Dit, FinalLayer, Output, Parts, RopeTables, TimeEmbedder};
 use crate::device::MemoryTag;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::layers::{Gradients, Trained, any_trained};
-use crate::model::denoiser::Modulations;
+use crate::layers::{Gradients, Module, Slot, Trained, any_trained, slots, slots_mut};
+use crate::model::denoiser::{Finished, Modulations};
 use crate::model::detailer::SavedDetailer;
 use crate::model::work::Keep;
 use crate::ops::VectorGradient;
@@ -86,6 +86,70 @@ impl Reach {
             caption_embedder,
         }
     }
+}
+
+/// The number of the first parameter of every part whose gradients are finished together.
+pub(super) struct Order {
+    output: usize,
+    layers: Vec<usize>,
+    context_refiner: Vec<usize>,
+    /// Pad tokens, norm and projection of captions.
+    caption: [usize; 3],
+    noise_refiner: Vec<usize>,
+    /// Pad tokens and projection of images.
+    image: [usize; 2],
+    time: usize,
+    /// The numbers of all parameters, in the order in which they are finished.
+    pub all: Vec<usize>,
+}
+
+impl Order {
+    /// For the parts of a model.
+    pub fn new(parts: &Parts<Gradients>) -> Self {
+        let places = slots(parts);
+        let mut finished = Vec::with_capacity(places.len());
+        let output = number(&parts.output, &places, &mut finished);
+        let mut stack = |blocks: &[Block<Gradients>]| {
+            let last_first = blocks.iter().rev().map(|block| number(block, &places, &mut finished));
+            let mut numbers: Vec<usize> = last_first.collect();
+            numbers.reverse();
+            numbers
+        };
+        let layers = stack(&parts.layers);
+        let context_refiner = stack(&parts.context_refiner);
+        let caption = [
+            number(&parts.caption_pad, &places, &mut finished),
+            number(&parts.caption_norm, &places, &mut finished),
+            number(&parts.caption, &places, &mut finished),
+        ];
+        let last_first = parts.noise_refiner.iter().rev();
+        let mut noise_refiner: Vec<usize> = last_first.map(|block| number(block, &places, &mut finished)).collect();
+        noise_refiner.reverse();
+        Order {
+            output,
+            layers,
+            context_refiner,
+            caption,
+            noise_refiner,
+            image: [
+                number(&parts.image_pad, &places, &mut finished),
+                number(&parts.patch, &places, &mut finished),
+            ],
+            time: number(&parts.time, &places, &mut finished),
+            all: finished,
+        }
+    }
+}
+
+/// The number of a part's first parameter among the model's; those of all its parameters are added to `finished`.
+fn number<M: Module<Kind = Gradients>>(part: &M, places: &[&Slot], finished: &mut Vec<usize>) -> usize {
+    let own = slots(part);
+    let first = own
+        .first()
+        .and_then(|first| places.iter().position(|place| std::ptr::eq(*place, *first)));
+    let first = first.unwrap_or(0);
+    finished.extend(first..first + own.len());
+    first
 }
 
 /// What a forward pass has kept for the backward pass.
@@ -198,13 +262,14 @@ impl Dit {
     }
 
     /// Adds the gradients of all parameters that have a place in `gradients`, for the gradient `dv` of the velocity in the compute
-    /// type.
+    /// type. `finished` is told of parts in their order.
     pub(super) fn backward(
         &self,
         dv: &Tensor,
         kept: SavedDit,
         gradients: &mut Parts<Gradients>,
-        reach: &Reach,
+        (reach, order): (&Reach, &Order),
+        finished: &mut Finished<'_>,
     ) -> Result<()> {
         let _range = profile::range(c"backward");
         let SavedDit {
@@ -235,6 +300,7 @@ impl Dit {
             }
             false => None,
         };
+        finished(order.output, slots_mut(&mut gradients.output))?;
         let Some(features) = features else { return Ok(()) };
         let tokens = [layout.batch(), layout.grid[0] * layout.grid[1], self.config.dim];
         let features = features.into_shape(tokens)?;
@@ -242,36 +308,60 @@ impl Dit {
         drop(features);
         let main = Some(condition(VECTORS * self.parts.noise_refiner.len()));
         let sequence = layout.sequence();
-        let (blocks, own) = (&self.parts.layers, &mut gradients.layers);
-        let dx = backward_blocks(blocks, main, dx, &sequence, layers, own, dc.as_mut())?;
+        let blocks = &self.parts.layers;
+        let mut block = |index: usize, slots: Vec<&mut Slot>| finished(order.layers[index], slots);
+        let sinks = Sinks {
+            gradients: &mut gradients.layers,
+            dc: dc.as_mut(),
+            finished: &mut block,
+        };
+        let dx = backward_blocks(blocks, main, dx, &sequence, layers, sinks)?;
         if let Some(dx) = dx {
             if reach.captions {
                 let dx = narrow_tokens(&dx, layout.image_tokens, layout.caption_tokens)?;
                 let sequence = layout.caption_sequence();
-                let (blocks, own) = (&self.parts.context_refiner, &mut gradients.context_refiner);
-                let dx = backward_blocks(blocks, None, dx, &sequence, context_refiner, own, None)?;
+                let blocks = &self.parts.context_refiner;
+                let mut block = |index: usize, slots: Vec<&mut Slot>| finished(order.context_refiner[index], slots);
+                let sinks = Sinks {
+                    gradients: &mut gradients.context_refiner,
+                    dc: None,
+                    finished: &mut block,
+                };
+                let dx = backward_blocks(blocks, None, dx, &sequence, context_refiner, sinks)?;
                 if let (Some(dx), Some(captions)) = (dx, captions) {
                     self.caption_backward(dx, captions, &layout, gradients)?;
+                    let [pad, norm, projection] = order.caption;
+                    finished(pad, slots_mut(&mut gradients.caption_pad))?;
+                    finished(norm, slots_mut(&mut gradients.caption_norm))?;
+                    finished(projection, slots_mut(&mut gradients.caption))?;
                 }
             }
             if reach.images {
                 let dx = narrow_tokens(&dx, 0, layout.image_tokens)?;
                 let sequence = layout.image_sequence();
-                let (blocks, own) = (&self.parts.noise_refiner, &mut gradients.noise_refiner);
+                let blocks = &self.parts.noise_refiner;
                 let first = Some(condition(0));
-                let dx = backward_blocks(blocks, first, dx, &sequence, noise_refiner, own, dc.as_mut())?;
+                let mut block = |index: usize, slots: Vec<&mut Slot>| finished(order.noise_refiner[index], slots);
+                let sinks = Sinks {
+                    gradients: &mut gradients.noise_refiner,
+                    dc: dc.as_mut(),
+                    finished: &mut block,
+                };
+                let dx = backward_blocks(blocks, first, dx, &sequence, noise_refiner, sinks)?;
                 if let Some(dx) = dx {
                     self.image_backward(&dx, &image, &layout, gradients)?;
+                    let [pad, projection] = order.image;
+                    finished(pad, slots_mut(&mut gradients.image_pad))?;
+                    finished(projection, slots_mut(&mut gradients.patch))?;
                 }
             }
         }
-        match dc {
-            Some(dc) => self
-                .parts
-                .time
-                .backward(&dc, [&sinusoids, &hidden], &mut gradients.time),
-            None => Ok(()),
+        if let Some(dc) = dc {
+            let own = &mut gradients.time;
+            self.parts.time.backward(&dc, [&sinusoids, &hidden], own)?;
+            finished(order.time, slots_mut(own))?;
         }
+        Ok(())
     }
 
     /// The gradient of the last block's image tokens, if `wanted`, as tokens or as a map.

@@ -27,7 +27,7 @@ use crate::ops::swiglu::swiglu;
 use crate::profile;
 use crate::tensor::Tensor;
 
-pub use backward::{Condition, backward_blocks};
+pub use backward::{Condition, Sinks, backward_blocks};
 
 /// Vectors of a modulation table, in the order in which `adaLN_modulation` gives them.
 const SCALE_MSA: usize = 0;

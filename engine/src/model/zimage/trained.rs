@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use super::backward::Reach;
+use super::backward::{Order, Reach};
 use super::layout::RopeTables;
 use super::{Dit, Parts, ZImage};
 use crate::device::{Device, MemoryTag};
@@ -11,7 +11,7 @@ use crate::layers::{
     Choose, Gradients, MakeSlots, Meta, Module, ParamSource, Slot, slots, slots_mut, tensors, tensors_mut, trained,
 };
 use crate::lock::lock;
-use crate::model::denoiser::{Denoiser, LossGradient, Noisy, Trainable, TrainingChoice};
+use crate::model::denoiser::{Denoiser, Finished, LossGradient, Noisy, Trainable, TrainingChoice};
 use crate::tensor::Tensor;
 
 /// Bytes of rotary tables that are kept for sequences met again.
@@ -22,6 +22,7 @@ pub(super) struct TrainedDit {
     dit: Dit,
     gradients: Parts<Gradients>,
     reach: Reach,
+    order: Order,
     keep_sums: bool,
     tables: Mutex<RopeTables>,
 }
@@ -43,8 +44,10 @@ impl TrainedDit {
             .transform(&mut Choose(|meta: &Meta| (choice.trains)(meta)))?;
         let dit = Dit::load(spec, params, device, loaded)?;
         let _tag = MemoryTag::Gradients.scope();
+        let gradients = dit.parts.transform(&mut MakeSlots(trained(&chosen).into_iter()))?;
         Ok(TrainedDit {
-            gradients: dit.parts.transform(&mut MakeSlots(trained(&chosen).into_iter()))?,
+            order: Order::new(&gradients),
+            gradients,
             reach: Reach::new(&chosen, choice.recomputes),
             keep_sums: choice.keep_sums,
             tables: Mutex::new(RopeTables::new(&spec.config, device, ROPE_TABLE_BYTES)),
@@ -84,7 +87,7 @@ impl Trainable for TrainedDit {
         self.dit.forward(noisy.image, &ready.prepared(), &modulations)
     }
 
-    fn accumulate(&mut self, noisy: Noisy<'_>, loss: &mut LossGradient<'_>) -> Result<()> {
+    fn accumulate(&mut self, noisy: Noisy<'_>, loss: &mut LossGradient<'_>, finished: &mut Finished<'_>) -> Result<()> {
         let tables = self.tables.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
         let Noisy { image, captions, times } = noisy;
         let (velocity, saved) = self
@@ -92,6 +95,12 @@ impl Trainable for TrainedDit {
             .forward_saving(image, captions, times, &self.reach, self.keep_sums, tables)?;
         let gradient = loss(&velocity)?;
         drop(velocity);
-        self.dit.backward(&gradient, saved, &mut self.gradients, &self.reach)
+        let reach = (&self.reach, &self.order);
+        self.dit
+            .backward(&gradient, saved, &mut self.gradients, reach, finished)
+    }
+
+    fn finish_order(&self) -> Vec<usize> {
+        self.order.all.clone()
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! * `delta.safetensors`: the trained tensors under their canonical names, to be laid over the model that training began from
 //! * `ema.safetensors`: the same of the averaged weights, where an average is kept
-//! * `state.safetensors`: the optimizer's state in f32 and, in its metadata, everything else that a run continues from
+//! * `state.safetensors`: the optimizer's state in f32 and, in its metadata, everything else that a run continues from; where several
+//!   ranks divide the state among them, the first one's part, and `state-00001-of-00004.safetensors` and so on beside it the others'
 //! * `checksums.json`: the files' lengths and checksums
 //!
 //! Only weights that are finite and give a finite loss are saved, and the state says so (`finite`); [`Checkpoint::verify`] and
@@ -12,7 +13,7 @@
 //! A checkpoint is written under another name, brought onto the disk and renamed; it is whole or it is not there. Old ones
 //! are renamed before they are deleted, so that what has a checkpoint's name always is one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -22,8 +23,11 @@ use tempfile::TempDir;
 
 use super::checksums::{Checked, Checksums};
 use super::guard::{Guard, StepOutcome};
+use super::ranks::{first_decides, on_first};
+use super::slices::{self, Parts};
 use crate::checkpoint::{Content, Fetch, Float, OutputFile, OutputTensor, SafetensorsFile};
 use crate::data::Position;
+use crate::dist::World;
 use crate::error::{Error, Result};
 use crate::files::{self, sync_folder};
 use crate::train::{StatePart, TrainableModel};
@@ -81,6 +85,13 @@ pub struct RunState {
     pub elapsed_seconds: f64,
     /// The configuration of the run that wrote it.
     pub config: serde_json::Value,
+    /// The ranks of that run.
+    #[serde(default = "one")]
+    pub ranks: usize,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// Work between two steps that was interrupted, or is done when the run goes on.
@@ -108,6 +119,7 @@ impl RunState {
             outcomes: Vec::new(),
             elapsed_seconds: 0.0,
             config,
+            ranks: 1,
         }
     }
 }
@@ -117,6 +129,8 @@ impl RunState {
 pub struct Checkpoint {
     folder: PathBuf,
     file: SafetensorsFile,
+    /// Where ranks have divided the state among them.
+    parts: Option<Parts>,
     /// What the run continues from.
     pub state: RunState,
 }
@@ -159,6 +173,7 @@ impl Checkpoint {
         }
         Ok(Checkpoint {
             folder: folder.into(),
+            parts: Parts::open(&file)?,
             file,
             state,
         })
@@ -196,11 +211,14 @@ impl Checkpoint {
         let Some(sums) = Checksums::read(&self.folder)? else {
             return Ok(Vec::new());
         };
-        if sums.is_sound(state, checked)? == Some(false) {
-            return Err(Error::file(
-                state,
-                "is damaged on the disk: it is not what was written (checksum)",
-            ));
+        let parts = self.parts.as_ref().map_or_else(|| vec![state.to_owned()], Parts::paths);
+        for part in parts {
+            if sums.is_sound(&part, checked)? == Some(false) {
+                return Err(Error::file(
+                    part,
+                    "is damaged on the disk: it is not what was written (checksum)",
+                ));
+            }
         }
         let mut damaged = Vec::new();
         for file in [DELTA, EMA] {
@@ -228,6 +246,9 @@ impl Checkpoint {
     /// # Errors
     /// When the state is that of other tensors.
     pub fn restore(&self, model: &mut TrainableModel) -> Result<Option<String>> {
+        if let Some(parts) = &self.parts {
+            return self.restore_parts(parts, model);
+        }
         let path = self.file.path();
         let expected = model.state_tensors().len();
         let found = self.file.tensors().len();
@@ -260,6 +281,32 @@ impl Checkpoint {
             }
             let bytes = self.file.bytes(tensor)?;
             let values: Vec<f32> = bytes.chunks_exact(4).map(|bytes| Float::F32.read(bytes)).collect();
+            if not_finite.is_none() && !values.iter().all(|value| value.is_finite()) {
+                not_finite = Some(name.to_owned());
+            }
+            Ok(values)
+        })?;
+        Ok(not_finite)
+    }
+}
+
+impl Checkpoint {
+    /// As [`Checkpoint::restore`], where ranks have divided the state among them.
+    fn restore_parts(&self, parts: &Parts, model: &mut TrainableModel) -> Result<Option<String>> {
+        let names = model.state_names();
+        let found: BTreeSet<&str> = parts.names().collect();
+        if let Some(other) = found.iter().find(|name| !names.contains(**name)) {
+            return Err(Error::file(
+                self.file.path(),
+                format!(
+                    "holds `{other}`, which this configuration does not keep: it was written with another policy or with another \
+                     choice about ema"
+                ),
+            ));
+        }
+        let mut not_finite = None;
+        model.restore_slices(self.state.step, &mut |name, elements| {
+            let values = parts.read(name, elements)?;
             if not_finite.is_none() && !values.iter().all(|value| value.is_finite()) {
                 not_finite = Some(name.to_owned());
             }
@@ -305,51 +352,97 @@ pub fn remove_leftovers(run: &Path) {
     }
 }
 
-/// Writes a checkpoint of `model` into the run's folder `run`. One of the same step is replaced. `complete` adds files of its
-/// own to the folder it is given, which is renamed afterwards.
+/// Writes a checkpoint of `model` into the run's folder `run`, on all ranks together. One of the same step is replaced. `complete` adds
+/// files of its own to the folder it is given, which is renamed afterwards.
 ///
 /// # Errors
-/// When the disk does not take it; then nothing has changed.
+/// When a disk does not take it; then nothing has changed. The same on all ranks.
 pub fn save(
     run: &Path,
     model: &TrainableModel,
     state: &RunState,
     options: SaveOptions,
+    world: &World,
     complete: &dyn Fn(&Path) -> Result<()>,
 ) -> Result<Saved> {
     let folder = run.join(CHECKPOINTS);
     let failed = |error: std::io::Error| Error::io(&folder, error);
-    fs::create_dir_all(&folder).map_err(failed)?;
-    let temporary = hidden(&folder)?;
-    let (mut sums, mut bytes) = (Checksums::default(), 0);
-    let mut write = |name: &str, output: &OutputFile<'_>| -> Result<()> {
-        bytes += sums.write_file(&temporary.path().join(name), output, false, &mut ())?;
-        Ok(())
+    let begin = || {
+        fs::create_dir_all(&folder).map_err(failed)?;
+        hidden(&folder)
     };
+    let temporary = on_first(world, "checkpoint", begin)?;
+    let place = temporary.as_ref().map(|temporary| temporary.path().to_owned());
+    let place: PathBuf = world.decide("folder", || Ok(place.unwrap_or_default()))?;
     let name = format!("{PREFIX}{:08}", state.step);
-    let facts = [("l2p.step".to_owned(), state.step.to_string())];
-    let parts = [(DELTA, StatePart::Weight), (EMA, StatePart::Ema)];
-    for (file, part) in parts.into_iter().take(if options.average { 2 } else { 1 }) {
-        let output = trained(model, part, options.dtype, facts.clone().into());
-        write(file, &output).map_err(|error| at(&folder, &name, error))?;
-    }
-    let json = serde_json::to_string(state).map_err(|error| Error::invalid(error.to_string()))?;
-    write(STATE, &whole_state(model, json)).map_err(|error| at(&folder, &name, error))?;
-    sums.write(temporary.path())
-        .and_then(|()| complete(temporary.path()))
-        .map_err(|error| at(&folder, &name, error))?;
-    sync_folder(temporary.path());
-    let target = folder.join(&name);
-    let replaced = match target.exists() {
-        true => Some(set_aside(&folder, &target)?),
+    let averages = match options.average {
+        true => model.gather_averages()?,
         false => None,
     };
-    fs::rename(temporary.path(), &target).map_err(failed)?;
+    let own = write_part(&place, model, state, options, averages.as_ref(), world);
+    let own = world.together("checkpoint", own.map_err(|error| at(&folder, &name, error)))?;
+    let all: Vec<Checksums> = world.share("checksums", own)?;
+    let saved = first_decides(world, "checkpoint", || {
+        let mut sums = Checksums::default();
+        sums.files.extend(all.into_iter().flat_map(|sums| sums.files));
+        let bytes = sums.files.values().map(|sum| sum.bytes).sum();
+        sums.write(&place)
+            .and_then(|()| complete(&place))
+            .map_err(|error| at(&folder, &name, error))?;
+        sync_folder(&place);
+        let target = folder.join(&name);
+        let replaced = match target.exists() {
+            true => Some(set_aside(&folder, &target)?),
+            false => None,
+        };
+        fs::rename(&place, &target).map_err(failed)?;
+        sync_folder(&folder);
+        drop(replaced);
+        Ok((target, bytes))
+    })?;
     // It has another name now, so there is nothing left to delete.
-    let _ = temporary.keep();
-    sync_folder(&folder);
-    drop(replaced);
-    Ok(Saved { folder: target, bytes })
+    let _ = temporary.map(TempDir::keep);
+    let (folder, bytes) = saved;
+    Ok(Saved { folder, bytes })
+}
+
+/// Writes what this rank has to write of a checkpoint into `place`.
+fn write_part(
+    place: &Path,
+    model: &TrainableModel,
+    state: &RunState,
+    options: SaveOptions,
+    averages: Option<&HashMap<String, Vec<f32>>>,
+    world: &World,
+) -> Result<Checksums> {
+    let mut sums = Checksums::default();
+    let mut write = |name: &str, output: &OutputFile<'_>| -> Result<()> {
+        sums.write_file(&place.join(name), output, false, &mut ())?;
+        Ok(())
+    };
+    let part = slices::own_part(model, world.rank(), world.size())?;
+    if !world.is_first() {
+        if let Some(part) = part {
+            write(&slices::file_name(world.rank(), world.size()), &part)?;
+        }
+        return Ok(sums);
+    }
+    let facts = BTreeMap::from([("l2p.step".to_owned(), state.step.to_string())]);
+    write(
+        DELTA,
+        &trained(model, StatePart::Weight, options.dtype, None, facts.clone()),
+    )?;
+    if options.average {
+        write(EMA, &trained(model, StatePart::Ema, options.dtype, averages, facts))?;
+    }
+    let json = serde_json::to_string(state).map_err(|error| Error::invalid(error.to_string()))?;
+    let mut whole = match part {
+        Some(part) => part,
+        None => whole_state(model),
+    };
+    whole.set_metadata(METADATA, &json);
+    write(STATE, &whole)?;
+    Ok(sums)
 }
 
 /// Deletes the checkpoints that are neither among the newest `last` nor at a multiple of `every` steps (0: no such), but never the
@@ -420,31 +513,35 @@ fn at(folder: &Path, name: &str, error: Error) -> Error {
     }
 }
 
-/// The optimizer's state as a file, with the rest of the run's state in its metadata.
-fn whole_state(model: &TrainableModel, json: String) -> OutputFile<'_> {
+/// The optimizer's state as a file.
+fn whole_state(model: &TrainableModel) -> OutputFile<'_> {
     let tensors = model.state_tensors().into_iter().map(|tensor| OutputTensor {
         name: tensor.name.clone(),
         dtype: Dtype::F32,
         shape: tensor.shape.clone(),
         content: Content::Fetched(Fetch::new(move || tensor.read()), Float::F32),
     });
-    OutputFile::new(tensors.collect(), [(METADATA.to_owned(), json)].into())
+    OutputFile::new(tensors.collect(), BTreeMap::new())
 }
 
-/// The trained tensors as a file; `part` is one that is kept of each.
-fn trained(
-    model: &TrainableModel,
+/// The trained tensors as a file; `part` is one that is kept of each, and `gathered` has what other ranks keep of it.
+fn trained<'a>(
+    model: &'a TrainableModel,
     part: StatePart,
     dtype: Float,
+    gathered: Option<&'a HashMap<String, Vec<f32>>>,
     metadata: BTreeMap<String, String>,
-) -> OutputFile<'_> {
+) -> OutputFile<'a> {
     let tensors = model.trained().into_iter().map(|tensor| OutputTensor {
         name: tensor.name.clone(),
         dtype: dtype.dtype(),
         shape: tensor.shape.clone(),
         content: Content::Fetched(
             Fetch::new(move || {
-                let values = tensor.read(part)?;
+                let values = match gathered {
+                    Some(gathered) => gathered.get(&tensor.name).cloned(),
+                    None => tensor.read(part)?,
+                };
                 values.ok_or_else(|| Error::invalid(format!("no average of `{}` is kept", tensor.name)))
             }),
             dtype,

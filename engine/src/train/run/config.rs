@@ -17,7 +17,7 @@ use super::numbers;
 use crate::data::{PictureSize, Sizing};
 use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
-use crate::train::{AdamWOptions, Policy, Recompute, TrainOptions};
+use crate::train::{AdamWOptions, Policy, Recompute, Sharding, TrainOptions};
 
 configuration! {
     "Model" {
@@ -93,10 +93,10 @@ configuration! {
         /// Minutes of training after which the run ends as it does after its last step; validation, samples and checkpoints do
         /// not count.
         max_minutes: Option<f64> = None => "MINUTES",
-        /// Pictures in a batch.
+        /// Pictures in a batch of a rank.
         #[serde(deserialize_with = "numbers::batch")]
         batch: usize = 1 => "N",
-        /// Batches whose gradients make one step.
+        /// Batches of a rank whose gradients make one step.
         #[serde(deserialize_with = "numbers::batch")]
         accumulate: usize = 1 => "N",
         /// What is trained: `paper` (input projection, first and last 5 blocks, head), `released` (that, refiners, embedders, pad
@@ -107,6 +107,10 @@ configuration! {
         /// Blocks that are computed twice to save memory: `none`, `frozen` or `all`.
         #[serde(deserialize_with = "parsed", serialize_with = "shown")]
         recompute: Recompute = Recompute::None => "WHICH",
+        /// What ranks divide among them: `optimizer` (each keeps its part of the optimizer's state) or `none` (each keeps all of it);
+        /// the result is the same.
+        #[serde(deserialize_with = "parsed", serialize_with = "shown")]
+        shard: Sharding = Sharding::Optimizer => "WHAT",
         /// Learning rate.
         lr: f64 = 5e-5 => "RATE",
         /// Steps over which the learning rate rises from 0.
@@ -210,7 +214,7 @@ impl TrainConfig {
         }
     }
 
-    /// Pictures of one optimizer step.
+    /// Pictures of one optimizer step on one rank.
     pub fn pictures_per_step(&self) -> u64 {
         (self.batch * self.accumulate) as u64
     }

@@ -11,6 +11,7 @@ use super::feeder::Feeder;
 use super::progress::Progress;
 use super::setup::Setup;
 use crate::device::Device;
+use crate::dist::World;
 use crate::error::{Error, Result};
 use crate::train::{Policy, Recompute, TrainOptions, TrainableModel};
 
@@ -68,7 +69,7 @@ pub fn evaluate(
         progress.notice(&format!("damaged, skipped: {damage}"));
     }
     let mut feeder = Feeder::new(&config, device, false);
-    let loss = validation.loss(&model, &mut feeder, &mut || progress.go_on())?;
+    let loss = validation.loss(&model, &mut feeder, &World::solo(), &mut || progress.go_on())?;
     if !loss.is_finite() {
         return Err(Error::not_finite(format!(
             "the loss of {} is {loss}",

@@ -10,7 +10,9 @@ use super::config::TrainConfig;
 use super::learning_rate::LearningRate;
 use super::log::{self, Record};
 use super::progress::Progress;
+use super::ranks::{first_decides, on_first};
 use crate::data::Position;
+use crate::dist::World;
 use crate::error::{Error, Result};
 use crate::train::TrainableModel;
 
@@ -147,12 +149,22 @@ impl Candidates {
         mut self,
         model: &mut TrainableModel,
         probe: &mut Probe<'_>,
+        world: &World,
         progress: &mut Progress<'_>,
     ) -> Result<Option<Checkpoint>> {
+        let names: Vec<String> = self
+            .checkpoints
+            .iter()
+            .map(|one| one.folder().display().to_string())
+            .collect();
+        world.agree("checkpoints", names.join("\n").as_bytes())?;
         for checkpoint in std::mem::take(&mut self.checkpoints) {
-            let reason = match damage(&checkpoint, model, probe, progress)? {
+            let reason = match damage(&checkpoint, model, probe, world, progress)? {
                 None => {
-                    self.set_aside(&checkpoint, progress);
+                    on_first(world, "refused checkpoints", || {
+                        self.set_aside(&checkpoint, progress);
+                        Ok(())
+                    })?;
                     return Ok(Some(checkpoint));
                 }
                 Some(reason) if self.named => return Err(Error::invalid(reason)),
@@ -184,8 +196,26 @@ fn damage(
     checkpoint: &Checkpoint,
     model: &mut TrainableModel,
     probe: &mut Probe<'_>,
+    world: &World,
     progress: &mut Progress<'_>,
 ) -> Result<Option<String>> {
+    let reason = first_decides(world, "checksums", || unsound(checkpoint, progress))?;
+    if reason.is_some() {
+        return Ok(reason);
+    }
+    let folder = checkpoint.folder().display();
+    let restored = world.together("state", checkpoint.restore(model))?;
+    let names = world.share("numbers", restored)?;
+    if let Some(name) = names.into_iter().flatten().next() {
+        return Ok(Some(format!("{folder}: `{name}` holds numbers that are not finite")));
+    }
+    let loss = world.decide("loss of a picture", || probe(model))?;
+    let loss = loss.filter(|loss| !loss.is_finite());
+    Ok(loss.map(|loss| format!("{folder}: with its weights the loss of a picture is {loss}")))
+}
+
+/// Why the files of a checkpoint cannot be those that were written.
+fn unsound(checkpoint: &Checkpoint, progress: &mut Progress<'_>) -> Result<Option<String>> {
     const MIB: u64 = 1 << 20;
     let mut checked = |done: u64, total: u64| {
         progress.report(
@@ -203,16 +233,11 @@ fn damage(
                     path.display()
                 ));
             }
+            Ok(None)
         }
-        Err(Error::Interrupted) => return Err(Error::Interrupted),
-        Err(error) => return Ok(Some(error.to_string())),
+        Err(Error::Interrupted) => Err(Error::Interrupted),
+        Err(error) => Ok(Some(error.to_string())),
     }
-    let folder = checkpoint.folder().display();
-    if let Some(name) = checkpoint.restore(model)? {
-        return Ok(Some(format!("{folder}: `{name}` holds numbers that are not finite")));
-    }
-    let loss = probe(model)?.filter(|loss| !loss.is_finite());
-    Ok(loss.map(|loss| format!("{folder}: with its weights the loss of a picture is {loss}")))
 }
 
 /// The state of a checkpoint, made to fit the configuration; `fresh` is that of a run that begins.

@@ -18,18 +18,20 @@ use super::journal::Journal;
 use super::learning_rate::LearningRate;
 use super::log::{Record, StartRecord};
 use super::progress::Progress;
+use super::ranks::{RankObserver, first_then_others, on_first};
 use super::resume::{Candidates, Resume, continued, find_candidates, still_due};
 use super::setup::Setup;
 use super::speed::Interval;
 use super::start::INIT;
 use super::{Event, Observer, checkpoint, write_report};
-use crate::data::{Loader, LoaderOptions, PictureSize};
+use crate::data::{Item, Loader, LoaderOptions, PictureSize, Turn};
 use crate::device::Device;
+use crate::dist::World;
 use crate::error::{Error, Result};
 use crate::files::{FolderLock, remove_leftovers};
 use crate::profile::{self, PartTimes};
 use crate::tensor::Tensor;
-use crate::train::{StepNorm, TrainableModel};
+use crate::train::{Ranks, StepNorm, TrainableModel};
 
 /// Bytes of decoded pictures that may wait for the device.
 const PREFETCH: usize = 2 << 30;
@@ -61,6 +63,7 @@ struct Trainer<'a> {
     config: &'a TrainConfig,
     run: &'a Path,
     device: &'a Device,
+    ranks: &'a Ranks,
     observer: &'a mut dyn Observer,
     setup: &'a Setup,
     model: TrainableModel,
@@ -71,7 +74,8 @@ struct Trainer<'a> {
     interval: Interval,
     rate: LearningRate,
     feeder: Feeder<'a>,
-    journal: Journal,
+    /// On the first rank.
+    journal: Option<Journal>,
     /// Times of the parts of steps, where they are asked for.
     profile: Option<PartTimes>,
     /// Operations of the model for a micro-batch, by height, width and longest caption.
@@ -84,33 +88,60 @@ struct Trainer<'a> {
     validation_loss: Option<f64>,
 }
 
-/// Trains by `config` in the folder `run` until its last step.
+/// Trains by `config` in the folder `run` until its last step, as one of `ranks`: each takes micro-batches of its own, and all reach the
+/// same weights. All of them see the same folder.
 ///
 /// # Errors
 /// When something is missing, damaged or does not fit, or another run writes to the folder, before the first step; when the loss
-/// diverges, too much data is damaged, or what was trained is not finite at the end; [`Error::Interrupted`] when the observer asks to
-/// stop, after saving.
+/// diverges, too much data is damaged, or what was trained is not finite at the end; when a rank is lost; [`Error::Interrupted`] when the
+/// observer of any rank asks to stop, after saving.
 pub fn train(
     config: &TrainConfig,
     run: &Path,
     device: &Device,
     resume: &Resume,
+    ranks: &Ranks,
+    observer: &mut dyn Observer,
+) -> Result<Summary> {
+    let world = &*ranks.world;
+    let mut observer = RankObserver::new(ranks.world.clone(), observer);
+    match train_among(config, run, device, resume, ranks, &mut observer) {
+        Ok(summary) => world.leave().map(|()| summary),
+        // All ranks have come to this.
+        Err(Error::Interrupted) => world.leave().and(Err(Error::Interrupted)),
+        Err(error) => {
+            world.give_up(&error);
+            Err(error)
+        }
+    }
+}
+
+fn train_among(
+    config: &TrainConfig,
+    run: &Path,
+    device: &Device,
+    resume: &Resume,
+    ranks: &Ranks,
     observer: &mut dyn Observer,
 ) -> Result<Summary> {
     let _range = profile::range(c"run");
-    config.expect_named(true)?;
-    std::fs::create_dir_all(run).map_err(|error| Error::io(run, error))?;
-    let lock = FolderLock::acquire(run, "l2p-train")?;
+    let world = &*ranks.world;
     let mut progress = Progress { observer };
-    if !lock.is_held() {
+    let lock = on_first(world, "lock of the folder", || {
+        config.expect_named(true)?;
+        std::fs::create_dir_all(run).map_err(|error| Error::io(run, error))?;
+        let lock = FolderLock::acquire(run, "l2p-train")?;
+        checkpoint::remove_leftovers(run);
+        remove_leftovers(run, Some(INIT));
+        remove_leftovers(&run.join(SAMPLES), None);
+        Ok(lock)
+    })?;
+    if lock.is_some_and(|lock| !lock.is_held()) {
         progress.notice("this file system knows no locks: see to it that no other run writes to the same folder");
     }
-    checkpoint::remove_leftovers(run);
-    remove_leftovers(run, Some(INIT));
-    remove_leftovers(&run.join(SAMPLES), None);
-    let candidates = find_candidates(run, resume)?;
-    let setup = Setup::new(config, run, device, &mut progress)?;
-    let mut trainer = Trainer::new(config, run, device, &setup, candidates, progress.observer)?;
+    let candidates = world.together("checkpoints", find_candidates(run, resume))?;
+    let setup = first_then_others(world, "preparation", || Setup::new(config, run, device, &mut progress))?;
+    let mut trainer = Trainer::new(config, run, device, ranks, &setup, candidates, progress.observer)?;
     let outcome = trainer.run();
     trainer.finish(outcome)
 }
@@ -121,29 +152,37 @@ impl<'a> Trainer<'a> {
         config: &'a TrainConfig,
         run: &'a Path,
         device: &'a Device,
+        ranks: &'a Ranks,
         setup: &'a Setup,
         candidates: Candidates,
         observer: &'a mut dyn Observer,
     ) -> Result<Self> {
         let mut progress = Progress { observer };
+        let world = &*ranks.world;
         let transformer = setup.transformer();
-        let mut model = TrainableModel::load(
+        let json = serde_json::to_value(config).map_err(|error| Error::invalid(error.to_string()))?;
+        world.agree("configuration", format!("{json:#}").as_bytes())?;
+        world.agree("model", setup.model_identity.as_bytes())?;
+        world.agree("data", setup.data_identity.as_bytes())?;
+        let model = TrainableModel::load_among(
             &transformer.spec()?,
             &transformer.checkpoint,
             device,
             &config.train_options(),
+            ranks,
             &mut |done, total| progress.report("loading the model", done, total),
-        )?;
-        let json = serde_json::to_value(config).map_err(|error| Error::invalid(error.to_string()))?;
+        );
+        let mut model = world.together("model", model)?;
         let mut state = RunState::new(setup.data_identity.clone(), setup.model_identity.clone(), json.clone());
         let mut feeder = Feeder::new(config, device, setup.seeded);
         let mut probe = |model: &TrainableModel| setup.probe(model, &mut feeder);
-        let resumed = candidates.restore(&mut model, &mut probe, &mut progress)?;
+        let resumed = candidates.restore(&mut model, &mut probe, world, &mut progress)?;
         if let Some(resumed) = &resumed {
             state = continued(resumed, config, state, &mut progress)?;
-            state.due = still_due(run, state.step, state.due);
+            state.due = world.decide("what is due", || Ok(still_due(run, state.step, state.due)))?;
         }
-        tell_large_steps(config, setup, &mut progress);
+        state.ranks = world.size();
+        tell_large_steps(config, world.size(), setup, &mut progress);
         let options = LoaderOptions {
             workers: setup.workers,
             memory: PREFETCH,
@@ -151,12 +190,16 @@ impl<'a> Trainer<'a> {
             seed: config.seed,
             caption_dropout: config.caption_dropout,
             source: setup.source.clone(),
+            turn: Turn {
+                rank: world.rank(),
+                ranks: world.size(),
+            },
         };
         let mut trainer = Trainer {
             loader: Loader::start(setup.set.clone(), options, state.position),
             rate: LearningRate::new(config),
             feeder,
-            journal: Journal::open(run, state.step)?,
+            journal: on_first(world, "log", || Journal::open(run, state.step))?,
             profile: config.profile.then(|| PartTimes::new(device)),
             operations: HashMap::new(),
             saved: resumed
@@ -171,6 +214,7 @@ impl<'a> Trainer<'a> {
             config,
             run,
             device,
+            ranks,
             setup,
             model,
             state,
@@ -212,10 +256,8 @@ impl<'a> Trainer<'a> {
         self.state.due.validation |= self.state.step == 0;
         self.do_due()?;
         self.interval = Interval::begin();
-        while self.state.step < self.config.steps && !self.out_of_time() {
-            if self.observer.stop_requested() {
-                return Err(Error::Interrupted);
-            }
+        let mut out_of_time = self.out_of_time()?;
+        while self.state.step < self.config.steps && !out_of_time {
             let mut profile = self.profile.take();
             let outcome = match &mut profile {
                 Some(profile) => profile.record(|| self.step()),
@@ -224,7 +266,8 @@ impl<'a> Trainer<'a> {
             self.profile = profile;
             outcome?;
             let step = self.state.step;
-            let last = step == self.config.steps || self.out_of_time();
+            out_of_time = self.out_of_time()?;
+            let last = step == self.config.steps || out_of_time;
             if due(step, self.config.log_every) || last {
                 self.report_interval()?;
             }
@@ -247,47 +290,45 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Whether training has taken as long as it may.
-    fn out_of_time(&self) -> bool {
-        let taken = self.state.elapsed_seconds + self.interval.seconds();
-        self.config.max_minutes.is_some_and(|minutes| taken >= minutes * 60.0)
+    /// Whether training has taken as long as it may, by the first rank's clock.
+    fn out_of_time(&self) -> Result<bool> {
+        let Some(minutes) = self.config.max_minutes else {
+            return Ok(false);
+        };
+        let taken = || self.state.elapsed_seconds + self.interval.seconds();
+        self.world().decide("time", || Ok(taken() >= minutes * 60.0))
     }
 
-    /// One optimizer step: batches forward and backward, then the update. Asked to stop between two batches, it leaves everything as
-    /// the last whole step did.
+    fn world(&self) -> &'a World {
+        &self.ranks.world
+    }
+
+    /// One optimizer step: batches forward and backward, then the update. Asked to stop before any of its batches, it leaves everything
+    /// as the last whole step did.
     fn step(&mut self) -> Result<()> {
         let _range = profile::range(c"step");
+        let (rank, ranks) = (self.world().rank() as u64, self.world().size() as u64);
         let mut pictures = self.state.pictures;
         let mut losses = Vec::with_capacity(self.config.accumulate);
         let batches = self.config.accumulate;
         for done in 0..batches {
             if done > 0 {
                 self.observer.event(&Event::Batch { done, total: batches });
-                if self.observer.stop_requested() {
-                    return Err(Error::Interrupted);
-                }
             }
-            let items = {
-                let _range = profile::range(c"data");
-                self.loader.next_batch()
-            };
-            let items = match items {
-                Ok(items) => items,
-                // The data are at fault, not what was trained so far.
-                Err(error) => {
-                    self.report_damages();
-                    self.save_when_good()?;
-                    return Err(error);
-                }
-            };
+            let items = self.next_batch()?;
+            let count = items.len() as u64;
             let batch = {
                 let _range = profile::range(c"feed");
-                self.feeder.training(&self.setup.set, &items, pictures)?
+                let first = pictures + rank * count;
+                self.feeder.training(&self.setup.set, &items, first)?
             };
-            pictures += items.len() as u64;
+            pictures += count * ranks;
             self.interval.operations += self.operations_of(&batch)?;
-            let weight = 1.0 / batches as f32;
-            losses.push(batch.with(|batch| self.model.accumulate(batch, weight))?);
+            let weight = 1.0 / (batches as f32 * ranks as f32);
+            losses.push(batch.with(|batch| match done + 1 == batches {
+                true => self.model.accumulate_last(batch, weight),
+                false => self.model.accumulate(batch, weight),
+            })?);
         }
         let norm = {
             let _range = profile::range(c"optimizer");
@@ -301,6 +342,26 @@ impl<'a> Trainer<'a> {
         self.state.position = self.loader.position();
         self.observer.event(&Event::Step { step: self.state.step });
         Ok(())
+    }
+
+    /// The items of this rank's next micro-batch, where all ranks have theirs and nobody wants to stop.
+    fn next_batch(&mut self) -> Result<Vec<Item>> {
+        let items = match self.observer.stop_requested() {
+            true => Err(Error::Interrupted),
+            false => {
+                let _range = profile::range(c"data");
+                self.loader.next_batch()
+            }
+        };
+        match self.world().together("data", items) {
+            // The data are at fault, not what was trained so far.
+            Err(error) if !matches!(error, Error::Interrupted | Error::PeerLost { .. }) => {
+                self.report_damages()?;
+                self.save_when_good()?;
+                Err(error)
+            }
+            outcome => outcome,
+        }
     }
 
     /// Operations that the model needs for a micro-batch, those that recomputing repeats not counted.
@@ -328,7 +389,10 @@ impl<'a> Trainer<'a> {
 
     /// Saves what should be saved, writes the report, and says how the run ended.
     fn finish(mut self, outcome: Result<()>) -> Result<Summary> {
-        self.report_damages();
+        // A rank that failed alone, or whom others have left, takes part in nothing more.
+        if matches!(outcome, Ok(()) | Err(Error::Interrupted)) || self.world().is_solo() {
+            self.report_damages()?;
+        }
         let step = self.state.step;
         let outcome = match outcome {
             Ok(()) => self.save_at_end(),
@@ -346,7 +410,10 @@ impl<'a> Trainer<'a> {
             Err(error) => error.to_string(),
         };
         self.record(Record::End { step, outcome: text });
-        let report = write_report(self.run);
+        let report = match self.world().is_first() {
+            true => write_report(self.run),
+            false => Ok(PathBuf::new()),
+        };
         outcome?;
         Ok(Summary {
             steps: step,
@@ -360,12 +427,17 @@ impl<'a> Trainer<'a> {
 }
 
 /// Says so when a step takes a picture more than once.
-fn tell_large_steps(config: &TrainConfig, setup: &Setup, progress: &mut Progress<'_>) {
-    let (taken, pictures) = (config.pictures_per_step(), setup.set.records().len());
+fn tell_large_steps(config: &TrainConfig, ranks: usize, setup: &Setup, progress: &mut Progress<'_>) {
+    let (taken, pictures) = (config.pictures_per_step() * ranks as u64, setup.set.records().len());
     if taken > pictures as u64 {
+        let ranks = if ranks > 1 {
+            format!(" x ranks {ranks}")
+        } else {
+            String::new()
+        };
         progress.notice(&format!(
-            "a step takes {taken} pictures (batch {} x accumulate {}) and the data set has {pictures}: each step takes them about {} \
-             times",
+            "a step takes {taken} pictures (batch {} x accumulate {}{ranks}) and the data set has {pictures}: each step takes them about \
+             {} times",
             config.batch,
             config.accumulate,
             taken / pictures.max(1) as u64

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::feeder::Feeder;
 use crate::data::{DamageLog, DataSet, Item, ItemSource, PictureSize, damage_of};
+use crate::dist::World;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 use crate::train::TrainableModel;
@@ -65,7 +66,8 @@ impl Validation {
         self.set.damages()
     }
 
-    /// The mean loss. `go_on` is asked between batches; an error from it ends the work.
+    /// The mean loss; ranks take batches in turn, and all know it afterwards. `go_on` is asked between batches; an error from it ends
+    /// the work.
     ///
     /// # Errors
     /// When a picture is damaged, the device has no room, or `go_on` says so.
@@ -73,13 +75,38 @@ impl Validation {
         &self,
         model: &TrainableModel,
         feeder: &mut Feeder<'_>,
+        world: &World,
         go_on: &mut dyn FnMut() -> Result<()>,
     ) -> Result<f64> {
+        let own = world.together("validation", self.own_losses(model, feeder, world, go_on))?;
+        let ranks = world.share("validation losses", own)?;
+        let mut losses = ranks.iter().map(|losses| losses.iter()).collect::<Vec<_>>();
+        let mut sum = 0.0;
+        for (number, pictures) in self.batches.iter().enumerate() {
+            let loss = losses[number % world.size()].next();
+            let loss = loss.ok_or_else(|| Error::invalid("a rank has computed too few validation losses"))?;
+            sum += f64::from(*loss) * pictures.len() as f64;
+        }
+        Ok(sum / self.pictures.max(1) as f64)
+    }
+
+    /// The losses of this rank's batches.
+    fn own_losses(
+        &self,
+        model: &TrainableModel,
+        feeder: &mut Feeder<'_>,
+        world: &World,
+        go_on: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Vec<f32>> {
         let total = self.pictures;
-        let mut losses: Vec<(Tensor, usize)> = Vec::with_capacity(self.batches.len());
+        let mut losses: Vec<Tensor> = Vec::with_capacity(self.batches.len());
         let mut first = 0;
-        for pictures in &self.batches {
+        for (number, pictures) in self.batches.iter().enumerate() {
             go_on()?;
+            if number % world.size() != world.rank() {
+                first += pictures.len();
+                continue;
+            }
             let load = |&picture: &usize| {
                 let record = &self.set.records()[picture];
                 let item = self.source.load(&self.set, picture, &record.caption);
@@ -87,13 +114,9 @@ impl Validation {
             };
             let items: Vec<Item> = pictures.par_iter().map(load).collect::<Result<_>>()?;
             let batch = feeder.validation(&items, first, total)?;
-            losses.push((batch.with(|batch| model.evaluate(batch))?, items.len()));
+            losses.push(batch.with(|batch| model.evaluate(batch))?);
             first += items.len();
         }
-        let mut sum = 0.0;
-        for (loss, pictures) in losses {
-            sum += f64::from(loss.to_vec::<f32>()?[0]) * pictures as f64;
-        }
-        Ok(sum / total.max(1) as f64)
+        losses.iter().map(|loss| Ok(loss.to_vec::<f32>()?[0])).collect()
     }
 }

@@ -6,7 +6,8 @@ use super::{
 };
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::layers::Gradients;
+use crate::layers::{Gradients, slots_mut};
+use crate::model::denoiser::Finished;
 use crate::ops::VectorGradient;
 use crate::ops::attention::attention_backward;
 use crate::ops::linear::InputActivation;
@@ -149,8 +150,18 @@ pub struct Condition<'a> {
     pub c: &'a Tensor,
 }
 
-/// Sends the gradient `dx` of the last block's output back through `blocks`, down to the first that has kept something. The
-/// gradient of the timestep embeddings is added to `dc`. Returns the gradient of the first block's input, if it was reached.
+/// Where the backward pass of a stack of blocks leaves what it finds.
+pub struct Sinks<'a, 'b> {
+    /// Places for gradients, one per block.
+    pub gradients: &'a mut [Block<Gradients>],
+    /// The gradient of the timestep embeddings, added to.
+    pub dc: Option<&'a mut Tensor>,
+    /// Told the number of each block whose gradients are finished.
+    pub finished: &'a mut Finished<'b>,
+}
+
+/// Sends the gradient `dx` of the last block's output back through `blocks`, down to the first that has kept something.
+/// Returns the gradient of the first block's input, if it was reached.
 ///
 /// # Errors
 /// When shapes do not fit or the device has no room.
@@ -160,14 +171,19 @@ pub fn backward_blocks(
     dx: Tensor,
     sequence: &Sequence<'_>,
     kept: Vec<Option<SavedBlock>>,
-    gradients: &mut [Block<Gradients>],
-    mut dc: Option<&mut Tensor>,
+    sinks: Sinks<'_, '_>,
 ) -> Result<Option<Tensor>> {
+    let Sinks {
+        gradients,
+        mut dc,
+        finished,
+    } = sinks;
     let mut dx = dx;
     for (index, ((block, kept), gradients)) in blocks.iter().zip(kept).zip(gradients).enumerate().rev() {
         let Some(kept) = kept else { return Ok(None) };
         let Some(condition) = condition else {
             dx = block.backward(&dx, kept, None, sequence, gradients, None)?;
+            finished(index, slots_mut(gradients))?;
             continue;
         };
         let needed = dc.is_some() || gradients.modulation.as_ref().is_some_and(|layer| layer.wants_any());
@@ -180,6 +196,7 @@ pub fn backward_blocks(
         if let Some(vectors) = vectors {
             block.modulation_backward(&vectors, condition.c, gradients, dc.as_deref_mut())?;
         }
+        finished(index, slots_mut(gradients))?;
     }
     Ok(Some(dx))
 }

@@ -12,19 +12,20 @@ use crate::train::run::guard::{StepOutcome, Verdict};
 use crate::train::run::history::SAMPLES;
 use crate::train::run::log::{Record, TrainRecord};
 use crate::train::run::progress::Progress;
+use crate::train::run::ranks::{on_first, share_damages, share_outcomes};
+use crate::train::run::samples::Sheet;
 use crate::train::run::speed::Interval;
 
 impl Trainer<'_> {
     /// Waits for the submitted steps and notes what came of them.
     pub(super) fn collect(&mut self) -> Result<()> {
+        let mut own = Vec::with_capacity(self.submitted.len());
         for step in std::mem::take(&mut self.submitted) {
-            let mut loss = 0.0;
-            for part in &step.losses {
-                loss += part.to_vec::<f32>()?[0] / step.losses.len() as f32;
-            }
+            let losses = step.losses.iter().map(|loss| Ok(loss.to_vec::<f32>()?[0]));
             let (norm, skipped) = step.norm.read()?;
-            self.state.outcomes.push(StepOutcome { loss, norm, skipped });
+            own.push((losses.collect::<Result<_>>()?, norm, skipped));
         }
+        self.state.outcomes.extend(share_outcomes(self.world(), own)?);
         Ok(())
     }
 
@@ -67,7 +68,7 @@ impl Trainer<'_> {
         };
         self.device.reset_memory_peaks();
         self.loss = record.loss;
-        self.report_damages();
+        self.report_damages()?;
         self.record(Record::Train(record));
         match verdict {
             Verdict::Fine => Ok(()),
@@ -76,10 +77,13 @@ impl Trainer<'_> {
                 Ok(())
             }
             Verdict::Stop { reason, exploded } => {
-                if exploded {
-                    self.refuse_diverged();
-                }
-                Err(Error::invalid(format!("{reason}; {}", self.way_back())))
+                let way_back = on_first(self.world(), "divergence", || {
+                    if exploded {
+                        self.refuse_diverged();
+                    }
+                    Ok(self.way_back())
+                })?;
+                Err(Error::invalid(format!("{reason}; {}", way_back.unwrap_or_default())))
             }
         }
     }
@@ -94,14 +98,11 @@ impl Trainer<'_> {
         steps.min(time.unwrap_or(f64::INFINITY)).max(0.0)
     }
 
-    pub(super) fn report_damages(&mut self) {
-        let mut fresh = self.setup.set.damages().take_fresh();
-        let validation = self.setup.validation.as_ref();
-        fresh.extend(
-            validation
-                .into_iter()
-                .flat_map(|validation| validation.damages().take_fresh()),
-        );
+    pub(super) fn report_damages(&mut self) -> Result<()> {
+        let mut fresh = share_damages(self.world(), self.setup.set.damages())?;
+        if let Some(validation) = &self.setup.validation {
+            fresh.extend(share_damages(self.world(), validation.damages())?);
+        }
         for damage in fresh {
             self.record(Record::Damaged {
                 step: self.state.step,
@@ -109,6 +110,7 @@ impl Trainer<'_> {
                 reason: damage.reason,
             });
         }
+        Ok(())
     }
 
     /// Does what is due at this step and not done yet. Interrupted, it stays due, and the checkpoint says so.
@@ -133,10 +135,11 @@ impl Trainer<'_> {
         }
         let _range = profile::range(c"validation");
         let started = Instant::now();
+        let world = self.world();
         let mut progress = Progress {
             observer: &mut *self.observer,
         };
-        let loss = validation.loss(&self.model, &mut self.feeder, &mut || progress.go_on())?;
+        let loss = validation.loss(&self.model, &mut self.feeder, world, &mut || progress.go_on())?;
         self.validation_loss = Some(loss);
         let (step, seconds) = (self.state.step, started.elapsed().as_secs_f64());
         self.record(match loss.is_finite() {
@@ -154,6 +157,11 @@ impl Trainer<'_> {
             return Ok(());
         };
         let _range = profile::range(c"samples");
+        let world = self.world();
+        on_first(world, "samples", || self.draw_sheet(sheet)).map(drop)
+    }
+
+    fn draw_sheet(&mut self, sheet: &Sheet) -> Result<()> {
         let mut progress = Progress {
             observer: &mut *self.observer,
         };
@@ -178,7 +186,9 @@ impl Trainer<'_> {
             return Ok(());
         }
         let png = std::fs::read(&path).map_err(|error| Error::io(&path, error))?;
-        self.journal.picture(step, "samples", &image, &png, self.observer);
+        if let Some(journal) = &mut self.journal {
+            journal.picture(step, "samples", &image, &png, self.observer);
+        }
         self.record(Record::Samples {
             step,
             file,
@@ -199,7 +209,9 @@ impl Trainer<'_> {
     }
 
     pub(super) fn record(&mut self, record: Record) {
-        self.journal.record(&record, self.observer);
+        if let Some(journal) = &mut self.journal {
+            journal.record(&record, self.observer);
+        }
     }
 
     /// Where the time of the steps went.

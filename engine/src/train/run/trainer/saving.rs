@@ -14,6 +14,7 @@ use crate::train::run::checkpoint::{self, CHECKPOINTS, RunState, SaveOptions, Sa
 use crate::train::run::choices::SaveType;
 use crate::train::run::log::Record;
 use crate::train::run::manifest;
+use crate::train::run::ranks::on_first;
 use crate::train::run::setup::sample_settings;
 
 impl Trainer<'_> {
@@ -37,7 +38,11 @@ impl Trainer<'_> {
         }
         self.owed = None;
         match self.save() {
-            Err(error @ (Error::Io { .. } | Error::File { .. })) => {
+            // What one rank could not write the others have in words.
+            Err(error)
+                if matches!(error, Error::Io { .. } | Error::File { .. })
+                    || matches!(error, Error::Invalid(_)) && !self.world().is_solo() =>
+            {
                 let text = format!("no checkpoint: {error}");
                 let step = self.state.step;
                 self.record(Record::Notice { step, text });
@@ -101,10 +106,12 @@ impl Trainer<'_> {
         if let Some(reason) = self.state.guard.trouble(&self.state.outcomes) {
             return Ok(Some(reason));
         }
-        if let Some(name) = self.model.first_not_finite()? {
+        let names = self.world().share("numbers", self.model.first_not_finite()?)?;
+        if let Some(name) = names.into_iter().flatten().next() {
             return Ok(Some(format!("`{name}` holds numbers that are not finite")));
         }
-        let loss = self.setup.probe(&self.model, &mut self.feeder)?;
+        let probe = || self.setup.probe(&self.model, &mut self.feeder);
+        let loss = self.ranks.world.decide("loss of a picture", probe)?;
         let bad = loss.filter(|loss| !loss.is_finite());
         Ok(bad.map(|loss| format!("with the weights as they are the loss of a picture is {loss}")))
     }
@@ -125,15 +132,18 @@ impl Trainer<'_> {
         };
         let kind = self.model.denoiser().geometry().kind;
         let settings = sample_settings(self.config, &self.setup.pipeline)?;
+        let world = self.world();
         let complete = |folder: &Path| manifest::write(folder, self.run, self.setup.paths(), kind, &settings);
         let state = RunState {
             finite: Some(true),
             ..self.state.clone()
         };
-        let Saved { folder, bytes } = checkpoint::save(self.run, &self.model, &state, options, &complete)?;
+        let Saved { folder, bytes } = checkpoint::save(self.run, &self.model, &state, options, world, &complete)?;
         self.saved = Some((step, folder.clone()));
         let calm = self.state.guard.calm();
-        checkpoint::prune(self.run, self.config.keep_last, self.config.keep_every, calm)?;
+        on_first(world, "old checkpoints", || {
+            checkpoint::prune(self.run, self.config.keep_last, self.config.keep_every, calm)
+        })?;
         let name = folder.strip_prefix(self.run).unwrap_or(&folder);
         self.record(Record::Checkpoint {
             step,
