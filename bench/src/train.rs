@@ -1,15 +1,17 @@
 //! `bench-train`: whole training steps, optimizer included.
 
+mod ranks;
 pub(crate) mod record;
 
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
+use l2p_bins::launch::RankFlags;
 use l2p_engine::device::{MemoryTag, format_bytes};
 use l2p_engine::model::zimage::ZImage;
 use l2p_engine::train::{
-    AdamWOptions, Batch, PlanInput, Policy, Recompute, TrainOptions, TrainableModel, TrainingPlan,
+    AdamWOptions, Batch, PlanInput, Policy, Ranks, Recompute, TrainOptions, TrainableModel, TrainingPlan,
 };
 use l2p_engine::{Device, Result, Tensor};
 use serde_json::{Map, Value, json};
@@ -29,6 +31,8 @@ Examples:
   bench-train --peer --record                   beside PyTorch; the rows go to bench/results/GPU/train.json
   bench-train --recompute frozen --policy paper
   bench-train --tiny --device cpu
+  bench-train --ranks 2 --recompute none --peer --record    two GPUs: alone, dividing the optimizer, dividing nothing, and PyTorch's
+                                                            DistributedDataParallel and ZeroRedundancyOptimizer
 
 A step is forward, backward and AdamW with f32 master weights, on one picture; random weights of the published size are made on the
 device. Each choice of recomputing runs in a process of its own, so that its memory is its own; PyTorch, which takes as much memory
@@ -71,8 +75,19 @@ pub struct Arguments {
     /// Write the rows to bench/results/GPU/train.json too
     #[arg(long)]
     record: bool,
+    /// How many ranks, and how long they wait.
+    #[command(flatten)]
+    pub ranks: RankFlags,
     #[command(flatten)]
     common: Common,
+}
+
+/// Runs the benchmark, alone or in each of the processes that it starts, and returns its exit code. Errors are printed.
+pub fn main(arguments: &Arguments) -> ExitCode {
+    arguments.ranks.run(|launch| match launch {
+        Some(launch) => ranks::run(arguments, launch),
+        None => run(arguments),
+    })
 }
 
 /// Runs the benchmark.
@@ -138,6 +153,36 @@ fn run_each(arguments: &Arguments) -> anyhow::Result<Option<Record>> {
     Ok(whole)
 }
 
+impl Arguments {
+    /// The model that is trained, with the side of the picture.
+    fn model(&self) -> anyhow::Result<Model> {
+        let mut model = ModelName::model("pixel-1k".parse()?, self.tiny)?;
+        model.side = self.side.unwrap_or(model.side);
+        let patch = model.config.patch;
+        anyhow::ensure!(
+            model.side > 0 && model.side.is_multiple_of(patch),
+            "--side {} is no multiple of {patch}",
+            model.side
+        );
+        Ok(model)
+    }
+
+    fn case<'a>(&self, model: &'a Model, recompute: Recompute) -> Case<'a> {
+        Case {
+            model,
+            caption: self.caption as usize,
+            seed: self.common.seed,
+            options: TrainOptions {
+                policy: self.policy.clone(),
+                recompute,
+                adamw: AdamWOptions::default(),
+                clip_norm: None,
+                ema_decay: None,
+            },
+        }
+    }
+}
+
 /// The arguments but for the choice and the record.
 fn passed_on(arguments: &Arguments) -> Vec<String> {
     let common = &arguments.common;
@@ -158,29 +203,11 @@ fn passed_on(arguments: &Arguments) -> Vec<String> {
 }
 
 fn run_one(recompute: Recompute, arguments: &Arguments) -> anyhow::Result<Option<Record>> {
-    let mut model = ModelName::model("pixel-1k".parse()?, arguments.tiny)?;
-    model.side = arguments.side.unwrap_or(model.side);
-    let patch = model.config.patch;
-    anyhow::ensure!(
-        model.side > 0 && model.side.is_multiple_of(patch),
-        "--side {} is no multiple of {patch}",
-        model.side
-    );
+    let model = arguments.model()?;
     let name = format!("train-{recompute}");
     let mut bench = Bench::start("train", &arguments.common, "train.py")?;
-    let case = Case {
-        model: &model,
-        caption: arguments.caption as usize,
-        seed: arguments.common.seed,
-        options: TrainOptions {
-            policy: arguments.policy.clone(),
-            recompute,
-            adamw: AdamWOptions::default(),
-            clip_norm: None,
-            ema_decay: None,
-        },
-    };
-    let plan = case.plan(&bench.device)?;
+    let case = arguments.case(&model, recompute);
+    let plan = case.plan(&bench.device, &Ranks::solo())?;
     bench.expect_feasible(&name, plan.operations(), "give --tiny, or a GPU")?;
     let sizes = json!({
         "model": "pixel-1k", "side": model.side, "caption": arguments.caption, "policy": arguments.policy.to_string(),
@@ -193,7 +220,7 @@ fn run_one(recompute: Recompute, arguments: &Arguments) -> anyhow::Result<Option
     };
     bench.end_peer();
     let device = bench.device.clone();
-    let mut trained = case.load(&device)?;
+    let mut trained = case.load(&device, &Ranks::solo())?;
     if !bench.wants(&name, &mut || trained.step().map(drop))? {
         bench.finish()?;
         return Ok(None);
@@ -287,7 +314,7 @@ impl Case<'_> {
         RandomParams::transformer(self.seed, &self.model.config, self.model.head.as_ref())
     }
 
-    fn plan(&self, device: &Device) -> Result<TrainingPlan> {
+    fn plan(&self, device: &Device, ranks: &Ranks) -> Result<TrainingPlan> {
         let [height, width, _] = self.model.canvas();
         TrainingPlan::new(&PlanInput {
             spec: &ZImage::read(&self.params(), &self.model.config)?,
@@ -296,10 +323,11 @@ impl Case<'_> {
             caption_tokens: self.caption,
             batch: 1,
             cuda: matches!(device, Device::Cuda(_)),
+            division: ranks.division(),
         })
     }
 
-    fn load(&self, device: &Device) -> Result<Trained> {
+    fn load(&self, device: &Device, ranks: &Ranks) -> Result<Trained> {
         let (model, seed) = (self.model, self.seed);
         let [height, width, channels] = model.canvas();
         let picture = |stream| random_f32(device, [1, height, width, channels], seed, stream);
@@ -307,7 +335,7 @@ impl Case<'_> {
             model: {
                 let params = self.params();
                 let spec = ZImage::read(&params, &model.config)?;
-                TrainableModel::load(&spec, &params, device, &self.options, &mut |_, _| Ok(()))?
+                TrainableModel::load_among(&spec, &params, device, &self.options, ranks, &mut |_, _| Ok(()))?
             },
             image: picture(2)?,
             noise: picture(3)?,
@@ -333,7 +361,7 @@ impl Trained {
             sigmas: &[SIGMA],
             captions: &[&self.caption],
         };
-        let loss = self.model.accumulate(&batch, 1.0)?;
+        let loss = self.model.accumulate_last(&batch, 1.0)?;
         self.model.step(LEARNING_RATE)?;
         Ok(loss)
     }

@@ -57,6 +57,30 @@ impl Tensor {
         })
     }
 
+    /// A tensor with undefined elements in `bytes` bytes of memory at `address` that a library has given, or the start of them; `owner`
+    /// gives it back.
+    ///
+    /// # Errors
+    /// When the elements do not fit.
+    pub(crate) fn of_library(
+        device: &Arc<CudaDevice>,
+        shape: impl Into<Shape>,
+        dtype: DType,
+        (address, bytes): (u64, usize),
+        owner: Box<dyn Send + Sync>,
+    ) -> Result<Self> {
+        let shape = shape.into();
+        match shape.checked_bytes(dtype.size()) {
+            Some(needed) if needed <= bytes => Ok(Tensor {
+                storage: Arc::new(Storage::Cuda(CudaBuffer::of_library(device, address, bytes, owner))),
+                offset: 0,
+                shape,
+                dtype,
+            }),
+            _ => Err(too_large(shape)),
+        }
+    }
+
     /// A tensor like [`Tensor::empty`] in the device's compute type: f32 on the CPU, bf16 on CUDA.
     pub fn empty_compute(device: &Device, shape: impl Into<Shape>) -> Result<Self> {
         Self::empty(device, shape, device.compute_dtype())
@@ -210,6 +234,26 @@ impl Tensor {
             shape: reshaped.shape,
             ..self
         })
+    }
+
+    /// The start of this tensor's buffer under any shape that fits there, still the only one on it if it was; what it holds has no meaning.
+    ///
+    /// # Errors
+    /// When the buffer is shorter.
+    pub fn within_buffer(self, shape: impl Into<Shape>) -> Result<Self> {
+        let shape = shape.into();
+        let capacity = match &*self.storage {
+            Storage::Cpu(buffer) => buffer.bytes().len(),
+            Storage::Cuda(buffer) => buffer.bytes(),
+        };
+        match shape.checked_bytes(self.dtype.size()) {
+            Some(bytes) if bytes <= capacity => Ok(Tensor {
+                shape,
+                offset: 0,
+                ..self
+            }),
+            _ => Err(too_large(shape)),
+        }
     }
 
     /// This tensor if nobody shares its buffer, so that it can be written; otherwise a copy of it.

@@ -3,9 +3,8 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use l2p_bench::train::{Arguments, run};
+use l2p_bench::train::{Arguments, main as bench};
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    l2p_bins::run(|| run(&arguments))
+    bench(&Arguments::parse())
 }

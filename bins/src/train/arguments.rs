@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand};
+use l2p_engine::limits::Ranks;
 use l2p_engine::train::run::{Resume, TrainConfig, XAxis, nearest_key};
 use l2p_engine::{DeviceChoice, Result};
 
@@ -31,6 +32,7 @@ const EXAMPLES: &str = "\
 Examples:
   What will it take?
     l2p-train plan --config train.toml
+    l2p-train plan --config train.toml --gpus 8
   Train, and watch:
     l2p-train --config train.toml --out runs/first
     tensorboard --logdir runs
@@ -109,6 +111,9 @@ pub enum Command {
         /// The configuration.
         #[command(flatten)]
         source: Source,
+        /// Say it of one of N ranks, each on a GPU of its own
+        #[arg(long, visible_alias = "gpus", value_name = "N", default_value = "1")]
+        ranks: Ranks,
         /// Tokens of a caption; prompts of 200 to 350 characters have about 96
         #[arg(long, value_name = "N", default_value_t = 96, value_parser = clap::value_parser!(u32).range(1..=4096))]
         caption_tokens: u32,

@@ -26,13 +26,23 @@ use crate::progress::PhaseBar;
 
 /// Does what the arguments ask for, and returns the exit code. Errors are printed.
 pub fn main(arguments: Arguments) -> ExitCode {
-    match arguments.command {
+    match &arguments.command {
         None => {
-            let run = arguments.run;
-            let ranks = run.ranks.clone();
-            ranks.run(|launch| train_run(&run, launch))
+            let run = &arguments.run;
+            run.ranks.run(|launch| train_run(run, launch))
         }
-        Some(command) => crate::run(|| other(command)),
+        Some(_) => crate::run(|| train(arguments)),
+    }
+}
+
+/// Does what the arguments ask for, in this process alone.
+///
+/// # Errors
+/// Whatever the user needs to know, as one sentence.
+pub fn train(arguments: Arguments) -> anyhow::Result<()> {
+    match arguments.command {
+        None => train_run(&arguments.run, None),
+        Some(command) => other(command),
     }
 }
 
@@ -54,9 +64,10 @@ fn other(command: Command) -> anyhow::Result<()> {
         }
         Command::Plan {
             source,
+            ranks,
             caption_tokens,
             json,
-        } => plan(&source, caption_tokens as usize, json),
+        } => plan(&source, ranks.get(), caption_tokens as usize, json),
         Command::Evaluate { source, json } => evaluate(&source, json),
         Command::Package {
             checkpoint,
@@ -166,7 +177,7 @@ impl Observer for Display {
 }
 
 /// What a run would hold and compute; for a device that is named, though this machine may not have it.
-fn plan(source: &Source, caption_tokens: usize, json: bool) -> anyhow::Result<()> {
+fn plan(source: &Source, ranks: usize, caption_tokens: usize, json: bool) -> anyhow::Result<()> {
     let config = source.read()?;
     let device = match source.device {
         DeviceChoice::Cpu => Some(Device::Cpu),
@@ -176,7 +187,7 @@ fn plan(source: &Source, caption_tokens: usize, json: bool) -> anyhow::Result<()
         },
     };
     let cuda = !matches!(device, Some(Device::Cpu));
-    let forecast = Forecast::new(&config, caption_tokens, cuda)?;
+    let forecast = Forecast::new(&config, ranks, caption_tokens, cuda)?;
     let available = device.as_ref().map(Device::available_memory).transpose()?;
     match json {
         true => {

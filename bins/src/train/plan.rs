@@ -18,7 +18,11 @@ pub fn text(forecast: &Forecast, available: Option<u64>) -> String {
     // Writing to a string succeeds.
     let _ = writeln!(
         text,
-        "{} x {} pictures of {} pixels, captions of {} tokens, in {}\n",
+        "{}{} x {} pictures of {} pixels, captions of {} tokens, in {}\n",
+        match work.division.ranks {
+            1 => String::new(),
+            ranks => format!("each of {ranks} ranks (dividing: {}): ", work.division.sharding),
+        },
         forecast.accumulate,
         work.batch,
         work.size,
@@ -41,6 +45,7 @@ fn memory(text: &mut String, forecast: &Forecast, available: Option<u64>) {
         "weights",
         "gradients",
         "optimizer",
+        "exchange",
         "saved",
         "activations",
         "peak",
@@ -62,6 +67,7 @@ fn memory(text: &mut String, forecast: &Forecast, available: Option<u64>) {
             memory.weights,
             memory.gradients,
             memory.optimizer,
+            memory.exchange,
             memory.saved,
             memory.activations,
             memory.peak,

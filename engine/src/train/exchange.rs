@@ -15,14 +15,18 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::str::FromStr;
 
+use serde::{Serialize, Serializer};
+
 use super::adamw::Place;
 use crate::device::{Device, MemoryTag};
-use crate::dist::{Arena, Bucket, Pending, PendingSum, Piece, World};
+use crate::dist::{Arena, Bucket, Pending, Piece, World};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layers::Slot;
+use crate::ops::sum_parts::sum_parts;
 use crate::ops::sum_squares::sum_squares;
 use crate::profile;
+use crate::shape::Shape;
 use crate::tensor::Tensor;
 
 /// Bytes of gradients that a bucket holds at least: enough that sending takes much longer than starting to send.
@@ -64,6 +68,55 @@ impl fmt::Display for Sharding {
     }
 }
 
+/// How many ranks divide what among them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Division {
+    /// The ranks.
+    pub ranks: usize,
+    /// What they divide.
+    #[serde(serialize_with = "as_text")]
+    pub sharding: Sharding,
+}
+
+fn as_text<S: Serializer>(sharding: &Sharding, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_str(sharding)
+}
+
+impl Default for Division {
+    /// One alone.
+    fn default() -> Self {
+        Division {
+            ranks: 1,
+            sharding: Sharding::default(),
+        }
+    }
+}
+
+impl Division {
+    /// Bytes that a rank holds beside gradients and optimizer, where `trained` parameters of `element` bytes each are trained and the
+    /// largest of them has `largest` elements: sums of gradients, and buckets on their way.
+    pub fn exchange_bytes(&self, trained: u64, element: u64, largest: u64) -> u64 {
+        if self.ranks == 1 {
+            return 0;
+        }
+        let own = 4 * trained.div_ceil(self.ranks as u64);
+        let all = match self.sharding {
+            Sharding::None => 4 * trained,
+            Sharding::Optimizer => 0,
+        };
+        let bucket = (BUCKET_BYTES as u64 + largest * element).min(trained * element);
+        own + all + 2 * (IN_FLIGHT as u64 + 1) * bucket
+    }
+
+    /// The parameters of which a rank keeps the optimizer's state.
+    pub fn kept(&self, trained: u64) -> u64 {
+        match self.sharding {
+            Sharding::None => trained,
+            Sharding::Optimizer => trained.div_ceil(self.ranks as u64),
+        }
+    }
+}
+
 /// How the ranks of a run share its work.
 #[derive(Clone)]
 pub struct Ranks {
@@ -76,6 +129,14 @@ pub struct Ranks {
 }
 
 impl Ranks {
+    /// How many they are, and what they divide.
+    pub fn division(&self) -> Division {
+        Division {
+            ranks: self.world.size(),
+            sharding: self.sharding,
+        }
+    }
+
     /// A rank that is alone.
     pub fn solo() -> Self {
         Ranks {
@@ -92,6 +153,55 @@ struct Filling {
     parts: Option<Tensor>,
     /// Its tensors that are not in it yet.
     missing: usize,
+}
+
+/// A bucket that is on its way.
+struct Sent {
+    bucket: usize,
+    parts: Tensor,
+    received: Pending,
+}
+
+/// Tensors of the compute type to send from and to receive in, as long as the longest bucket; made once, for making them takes long.
+#[derive(Default)]
+struct Ring {
+    parts: Vec<Tensor>,
+    received: Vec<Tensor>,
+    /// Of each.
+    elements: usize,
+}
+
+impl Ring {
+    fn new(world: &World, device: &Device, elements: usize) -> Result<Self> {
+        let shape = Shape::new(&[elements]);
+        let buffers = || {
+            let buffer = |_| world.communicator().buffer(device, shape, device.compute_dtype());
+            (0..=IN_FLIGHT).map(buffer).collect::<Result<Vec<_>>>()
+        };
+        Ok(Ring {
+            parts: buffers()?,
+            received: buffers()?,
+            elements,
+        })
+    }
+
+    /// A tensor of this shape to send from; where all are on their way, a new one.
+    fn part(&mut self, device: &Device, shape: &[usize]) -> Result<Tensor> {
+        Self::take(self.parts.pop(), device, self.elements, shape)
+    }
+
+    /// One to receive in.
+    fn target(&mut self, device: &Device, shape: &[usize]) -> Result<Tensor> {
+        Self::take(self.received.pop(), device, self.elements, shape)
+    }
+
+    fn take(buffer: Option<Tensor>, device: &Device, elements: usize, shape: &[usize]) -> Result<Tensor> {
+        let buffer = match buffer {
+            Some(buffer) => buffer,
+            None => Tensor::empty(device, [elements], device.compute_dtype())?,
+        };
+        buffer.within_buffer(shape)
+    }
 }
 
 /// See the module's head comment. Tensors are known by their numbers among the trained ones.
@@ -111,7 +221,8 @@ pub(super) struct Exchange {
     filling: Vec<Filling>,
     /// Tensors in the arena whose gradients were taken for this step.
     taken: Vec<bool>,
-    sent: VecDeque<(usize, PendingSum)>,
+    sent: VecDeque<Sent>,
+    ring: Ring,
     /// f32, the sums of this rank's slices.
     sums: Tensor,
     /// f32, those of all; without sharding.
@@ -136,6 +247,12 @@ impl Exchange {
         for (number, one) in arena.buckets().iter().enumerate() {
             bucket[one.tensors.clone()].fill(number);
         }
+        let longest = arena
+            .buckets()
+            .iter()
+            .map(|bucket| bucket.shards.padded())
+            .max()
+            .unwrap_or(0);
         let _tag = MemoryTag::Gradients.scope();
         let all_sums = match ranks.sharding {
             Sharding::None => Some(Tensor::zeros(device, [arena.elements()], DType::F32)?),
@@ -152,6 +269,7 @@ impl Exchange {
             filling: Vec::new(),
             taken: Vec::new(),
             sent: VecDeque::new(),
+            ring: Ring::new(&ranks.world, device, longest)?,
             device: device.clone(),
             arena,
             ranks,
@@ -220,7 +338,8 @@ impl Exchange {
         let bucket = &self.arena.buckets()[number];
         let filling = &mut self.filling[number];
         if filling.parts.is_none() {
-            filling.parts = Some(empty_bucket(&self.device, bucket.shards.padded(), &self.gaps[number])?);
+            let parts = self.ring.part(&self.device, &[bucket.shards.padded()])?;
+            filling.parts = Some(with_zeros(parts, &self.gaps[number])?);
         }
         if let Some(parts) = &mut filling.parts {
             parts.copy_elements_from(self.arena.tensors()[tensor].start - bucket.start, gradient)?;
@@ -238,21 +357,35 @@ impl Exchange {
         let (ranks, slice) = (self.world().size(), self.arena.buckets()[number].shards.slice());
         if let Some(parts) = self.filling[number].parts.take() {
             let parts = parts.into_shape([ranks, slice])?;
-            let sum = self.world().communicator().reduce_scatter(&parts)?;
-            self.sent.push_back((number, sum));
+            let target = self.ring.target(&self.device, &[ranks, slice])?;
+            let received = self.world().communicator().all_to_all(&parts, target)?;
+            self.sent.push_back(Sent {
+                bucket: number,
+                parts,
+                received,
+            });
         }
-        while self.sent.len() > IN_FLIGHT {
+        while self.sent.len() >= IN_FLIGHT {
             self.receive()?;
         }
         Ok(())
     }
 
-    /// Takes in the oldest sum that is on its way.
+    /// Adds up the oldest bucket that is on its way.
     fn receive(&mut self) -> Result<()> {
-        match self.sent.pop_front() {
-            Some((number, sum)) => sum.wait_into(1.0, &mut self.sums, self.arena.buckets()[number].kept_at),
-            None => Ok(()),
-        }
+        let Some(sent) = self.sent.pop_front() else {
+            return Ok(());
+        };
+        let received = sent.received.wait()?;
+        sum_parts(
+            &received,
+            1.0,
+            &mut self.sums,
+            self.arena.buckets()[sent.bucket].kept_at,
+        )?;
+        self.ring.parts.push(sent.parts);
+        self.ring.received.push(received);
+        Ok(())
     }
 
     /// Takes the gradients that no backward pass has finished, and waits for all sums. Returns the sums that belong to the elements of the
@@ -262,9 +395,10 @@ impl Exchange {
     /// As for [`Exchange::take`].
     pub fn finish(&mut self, gradients: &mut [&mut Tensor]) -> Result<(&Tensor, Tensor)> {
         let _range = profile::range(c"exchange");
-        for (trained, gradient) in gradients.iter_mut().enumerate() {
-            if !self.taken[self.place[trained]] {
-                self.take(trained, gradient)?;
+        for tensor in 0..self.taken.len() {
+            if !self.taken[tensor] {
+                let trained = self.trained[tensor];
+                self.take(trained, gradients[trained])?;
             }
         }
         while !self.sent.is_empty() {
@@ -289,8 +423,8 @@ impl Exchange {
         };
         let outcome = self.gather(
             &mut all,
-            |exchange, _, bucket| exchange.sums.narrow(bucket.kept_at, bucket.shards.slice()),
-            |_, all, bucket, whole| all.copy_elements_from(bucket.start, &whole),
+            |exchange, _, bucket| exchange.own_part(&exchange.sums, bucket),
+            |_, all, bucket, [_, whole]| all.copy_elements_from(bucket.start, &whole),
         );
         self.all_sums = Some(all);
         outcome
@@ -300,23 +434,21 @@ impl Exchange {
     fn gather<C>(
         &self,
         context: &mut C,
-        own: impl Fn(&Self, &C, &Bucket) -> Result<Tensor>,
-        put: impl Fn(&Self, &mut C, &Bucket, Tensor) -> Result<()>,
+        own: impl Fn(&Self, &mut C, &Bucket) -> Result<(Tensor, Tensor)>,
+        put: impl Fn(&Self, &mut C, &Bucket, [Tensor; 2]) -> Result<()>,
     ) -> Result<()> {
-        let mut started: VecDeque<(&Bucket, Pending)> = VecDeque::new();
-        let oldest = |started: &mut VecDeque<(&Bucket, Pending)>, context: &mut C| match started.pop_front() {
-            Some((bucket, whole)) => put(
-                self,
-                context,
-                bucket,
-                whole.wait()?.into_shape([bucket.shards.padded()])?,
-            ),
+        let mut started: VecDeque<(&Bucket, Tensor, Pending)> = VecDeque::new();
+        let oldest = |started: &mut VecDeque<(&Bucket, Tensor, Pending)>, context: &mut C| match started.pop_front() {
+            Some((bucket, part, whole)) => {
+                let whole = whole.wait()?.into_shape([bucket.shards.padded()])?;
+                put(self, context, bucket, [part, whole])
+            }
             None => Ok(()),
         };
         for bucket in self.arena.buckets() {
-            let part = own(self, context, bucket)?;
-            let whole = Tensor::empty(&self.device, [self.world().size(), bucket.shards.slice()], part.dtype())?;
-            started.push_back((bucket, self.world().communicator().all_gather(&part, whole)?));
+            let (part, whole) = own(self, context, bucket)?;
+            let whole = self.world().communicator().all_gather(&part, whole)?;
+            started.push_back((bucket, part, whole));
             if started.len() == IN_FLIGHT {
                 oldest(&mut started, context)?;
             }
@@ -325,6 +457,13 @@ impl Exchange {
             oldest(&mut started, context)?;
         }
         Ok(())
+    }
+
+    /// A part of an f32 array of the optimizer's state, and where to gather it.
+    fn own_part(&self, array: &Tensor, bucket: &Bucket) -> Result<(Tensor, Tensor)> {
+        let slice = bucket.shards.slice();
+        let whole = Tensor::empty(&self.device, [self.world().size(), slice], DType::F32)?;
+        Ok((array.narrow(bucket.kept_at, slice)?, whole))
     }
 
     /// The whole of an array of the optimizer's state, on the host of the first rank: the values of each trained tensor. Empty on the others.
@@ -343,8 +482,8 @@ impl Exchange {
             Sharding::None => {}
             Sharding::Optimizer => self.gather(
                 &mut all,
-                |_, _, bucket| array.narrow(bucket.kept_at, bucket.shards.slice()),
-                |exchange, all, bucket, whole| {
+                |exchange, _, bucket| exchange.own_part(array, bucket),
+                |exchange, all, bucket, [_, whole]| {
                     for tensor in bucket.tensors.clone().filter(|_| exchange.world().is_first()) {
                         let range = &tensors[tensor];
                         let values = whole.narrow(range.start - bucket.start, range.len())?;
@@ -366,19 +505,25 @@ impl Exchange {
     ///
     /// # Errors
     /// When the device has no room, or a rank was lost.
-    pub fn gather_weights(&self, weights: &mut Vec<&mut Tensor>) -> Result<()> {
-        match self.ranks.sharding {
-            Sharding::None => Ok(()),
-            Sharding::Optimizer => {
-                let _range = profile::range(c"gather weights");
-                self.gather(weights, Self::own_weights, Self::put_weights)
-            }
+    pub fn gather_weights(&mut self, weights: &mut [&mut Tensor]) -> Result<()> {
+        if self.ranks.sharding == Sharding::None {
+            return Ok(());
         }
+        let _range = profile::range(c"gather weights");
+        let mut context = (weights, std::mem::take(&mut self.ring));
+        let outcome = self.gather(&mut context, Self::own_weights, Self::put_weights);
+        self.ring = context.1;
+        outcome
     }
 
-    /// This rank's slice of a bucket of weights.
-    fn own_weights(&self, weights: &Vec<&mut Tensor>, bucket: &Bucket) -> Result<Tensor> {
-        let mut slice = Tensor::zeros(&self.device, [bucket.shards.slice()], self.device.compute_dtype())?;
+    /// This rank's slice of a bucket of weights, and where to gather them.
+    fn own_weights(
+        &self,
+        (weights, ring): &mut (&mut [&mut Tensor], Ring),
+        bucket: &Bucket,
+    ) -> Result<(Tensor, Tensor)> {
+        let slice = bucket.shards.slice();
+        let mut part = ring.part(&self.device, &[slice])?;
         for piece in self
             .pieces
             .iter()
@@ -387,18 +532,26 @@ impl Exchange {
             let weight = &weights[self.trained[piece.tensor]];
             let flat = weight.reshape([weight.elements()])?;
             let own = flat.narrow(piece.elements.start, piece.elements.len())?;
-            slice.copy_elements_from(piece.kept - bucket.kept_at, &own)?;
+            part.copy_elements_from(piece.kept - bucket.kept_at, &own)?;
         }
-        Ok(slice)
+        let whole = ring.target(&self.device, &[self.world().size(), slice])?;
+        Ok((part, whole))
     }
 
     /// Overwrites the weights of a bucket with what was gathered.
-    fn put_weights(&self, weights: &mut Vec<&mut Tensor>, bucket: &Bucket, whole: Tensor) -> Result<()> {
+    fn put_weights(
+        &self,
+        (weights, ring): &mut (&mut [&mut Tensor], Ring),
+        bucket: &Bucket,
+        [part, whole]: [Tensor; 2],
+    ) -> Result<()> {
         for tensor in bucket.tensors.clone() {
             let range = &self.arena.tensors()[tensor];
             let values = whole.narrow(range.start - bucket.start, range.len())?;
             weights[self.trained[tensor]].copy_elements_from(0, &values)?;
         }
+        ring.parts.push(part);
+        ring.received.push(whole);
         Ok(())
     }
 }
@@ -418,13 +571,10 @@ pub(super) fn take_part(
     Ok(())
 }
 
-/// A bucket whose elements have no value yet but the ones in its gaps, which are zero.
-fn empty_bucket(device: &Device, elements: usize, gaps: &[Range<usize>]) -> Result<Tensor> {
-    let dtype = device.compute_dtype();
-    let _tag = MemoryTag::Gradients.scope();
-    let mut bucket = Tensor::empty(device, [elements], dtype)?;
+/// A bucket whose elements have no value yet, with zeros in its gaps.
+fn with_zeros(mut bucket: Tensor, gaps: &[Range<usize>]) -> Result<Tensor> {
     let longest = gaps.iter().map(ExactSizeIterator::len).max().unwrap_or(0);
-    let zeros = Tensor::zeros(device, [longest], dtype)?;
+    let zeros = Tensor::zeros(&bucket.device(), [longest], bucket.dtype())?;
     for gap in gaps {
         bucket.copy_elements_from(gap.start, &zeros.narrow(0, gap.len())?)?;
     }

@@ -12,7 +12,7 @@ pub mod run;
 mod trainable;
 
 pub use adamw::{AdamW, Place, StateArray};
-pub use exchange::{BUCKET_BYTES, Ranks, Sharding};
+pub use exchange::{BUCKET_BYTES, Division, Ranks, Sharding};
 pub use plan::{Arithmetic, PlanInput, PlannedMemory, TrainingPlan};
 pub use policy::{DEFAULT_ENDS, Policy, Recompute};
 pub use trainable::{Batch, StatePart, StateSlice, StateTensor, StepNorm, TrainableModel, TrainedTensor};

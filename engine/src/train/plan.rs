@@ -7,7 +7,8 @@
 //! | --- | --- |
 //! | weights | e · P |
 //! | gradients | e · T |
-//! | optimizer | 8 · T for the moments, 4 · T for a master copy on CUDA, 4 · T for an average |
+//! | optimizer | 8 · T for the moments, 4 · T for a master copy on CUDA, 4 · T for an average; of N ranks that divide it each holds one N-th |
+//! | exchange | with N ranks: 4 · T / N for sums of gradients (and 4 · T where nothing is divided), and what is on its way |
 //! | saved | of each block that a gradient passes: e · n · (7 · dim + 2 · ffn) + 4 · n · heads, or e · n · dim if it is run again; of the head: every stage's skip, maxima, upsampled and decoded maps, and the sums before its activations unless all is run again |
 //! | activations | the larger of what one block and what the head's outermost stage need at once |
 //!
@@ -18,7 +19,7 @@
 use serde::Serialize;
 
 use super::trainable::choose;
-use super::{Recompute, TrainOptions};
+use super::{Division, Recompute, TrainOptions};
 use crate::error::Result;
 use crate::layers::Meta;
 use crate::model::Spec;
@@ -40,6 +41,8 @@ pub struct PlanInput<'a> {
     pub batch: usize,
     /// Whether it is to run on CUDA.
     pub cuda: bool,
+    /// The ranks that share the work; sizes are those of one of them.
+    pub division: Division,
 }
 
 /// Bytes by tag; see the module's head comment.
@@ -51,6 +54,8 @@ pub struct PlannedMemory {
     pub gradients: u64,
     /// Moments, master copy, average.
     pub optimizer: u64,
+    /// What several ranks send each other.
+    pub exchange: u64,
     /// Kept by the forward pass.
     pub saved: u64,
     /// What lives within an operation or two.
@@ -125,6 +130,7 @@ impl TrainingPlan {
         let elements = |metas: &mut dyn Iterator<Item = &Meta>| metas.map(|meta| meta.elements() as u64).sum::<u64>();
         let (all, trained_parameters) = (elements(&mut metas.iter()), elements(&mut changing.clone()));
         let work = options.with_choice(|choice| spec.work(choice, input.size, input.caption_tokens))?;
+        let largest = changing.clone().map(|meta| meta.elements() as u64).max().unwrap_or(0);
         let counter = Counter { input, work };
         Ok(TrainingPlan {
             trained_parameters,
@@ -132,7 +138,7 @@ impl TrainingPlan {
             trained: changing
                 .flat_map(|meta| meta.parts.iter().map(|part| part.name.clone()))
                 .collect(),
-            memory: counter.memory(all, trained_parameters),
+            memory: counter.memory(all, trained_parameters, largest),
             arithmetic: counter.arithmetic(),
         })
     }
@@ -149,11 +155,13 @@ struct Counter<'a> {
 }
 
 impl Counter<'_> {
-    fn memory(&self, all: u64, trained: u64) -> PlannedMemory {
+    fn memory(&self, all: u64, trained: u64, largest: u64) -> PlannedMemory {
         let input = self.input;
         let element = if input.cuda { 2 } else { 4 };
         let copies = 2 + u64::from(input.cuda) + u64::from(input.options.ema_decay.is_some());
-        let (weights, gradients, optimizer) = (element * all, element * trained, 4 * copies * trained);
+        let (weights, gradients) = (element * all, element * trained);
+        let optimizer = 4 * copies * input.division.kept(trained);
+        let exchange = input.division.exchange_bytes(trained, element, largest);
         let (mut saved, mut block_needs) = (0, 0);
         for block in self.work.stacks.iter().flat_map(|stack| &stack.blocks) {
             let tokens = (input.batch * block.tokens) as u64;
@@ -180,9 +188,10 @@ impl Counter<'_> {
             weights,
             gradients,
             optimizer,
+            exchange,
             saved,
             activations,
-            peak: weights + gradients + optimizer + saved + activations,
+            peak: weights + gradients + optimizer + exchange + saved + activations,
         }
     }
 

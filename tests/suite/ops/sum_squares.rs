@@ -40,7 +40,7 @@ fn sums(device: &Device) -> Outcome {
             let found = sum_squares(&x)?.to_vec::<f32>()?;
             let again = sum_squares(&x)?.to_vec::<f32>()?;
             assert_eq!(found, again);
-            expect_close(&format!("{elements} from {first}"), &found, &[exact as f32], &[1], 2e-6)?;
+            expect_close(&format!("{elements} from {first}"), &found, &[exact as f32], [1], 2e-6)?;
         }
     }
     Ok(())

@@ -9,6 +9,7 @@ mod interrupt;
 mod latent;
 mod outputs;
 mod printing;
+mod ranks;
 mod resume;
 mod tools;
 mod words;
@@ -39,6 +40,7 @@ pub fn register(suite: &mut Suite) {
     latent::register(suite);
     outputs::register(suite);
     printing::register(suite);
+    ranks::register(suite);
     resume::register(suite);
     tools::register(suite);
     words::register(suite);

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use l2p_engine::train::Ranks;
 use l2p_engine::train::run::log::Record;
 use l2p_engine::train::run::{self, Event, Observer, Resume, TrainConfig};
 use l2p_engine::{Device, Error};
@@ -236,7 +237,14 @@ fn interrupted_validation() -> Outcome {
     let config = TrainConfig::read(Some(&world.path("train.toml")), &[])?;
     for step in [VALIDATE_EVERY, 2 * VALIDATE_EVERY] {
         let mut observer = StopsAt { step, reached: false };
-        let outcome = run::train(&config, &out, &Device::Cpu, &Resume::Auto, &mut observer);
+        let outcome = run::train(
+            &config,
+            &out,
+            &Device::Cpu,
+            &Resume::Auto,
+            &Ranks::solo(),
+            &mut observer,
+        );
         assert!(matches!(outcome, Err(Error::Interrupted)));
         assert!(validation(&out)?.iter().all(|(at, _)| *at < step));
     }

@@ -5,7 +5,7 @@ use l2p_engine::model::config::ModelKind;
 use l2p_engine::model::detailer::Detailer;
 use l2p_engine::model::rope::{Position, RopeAxes};
 use l2p_engine::model::work::Keep;
-use l2p_engine::model::zimage::block::{Block, Condition, Saving, Sequence, backward_blocks, run_blocks};
+use l2p_engine::model::zimage::block::{Block, Condition, Saving, Sequence, Sinks, backward_blocks, run_blocks};
 use l2p_engine::{DType, Device, Result, Tensor};
 use l2p_tests::fixtures::{Case, Group};
 use l2p_tests::{Outcome, Suite, Tolerance, expect_like_cpu};
@@ -149,7 +149,12 @@ impl<'a> BlockRun<'a> {
             .as_ref()
             .map(|c| Tensor::zeros(device, c.shape(), DType::F32))
             .transpose()?;
-        let dx = backward_blocks(&blocks, condition, dy, &sequence, kept, &mut gradients, dc.as_mut())?;
+        let sinks = Sinks {
+            gradients: &mut gradients,
+            dc: dc.as_mut(),
+            finished: &mut |_, _| Ok(()),
+        };
+        let dx = backward_blocks(&blocks, condition, dy, &sequence, kept, sinks)?;
         let dx = dx.expect("the block was reached");
         Ok((dx, dc, named(&metas, &slots(&gradients[0]))?))
     }

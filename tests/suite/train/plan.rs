@@ -4,7 +4,7 @@ use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::config::{DitConfig, ModelKind};
 use l2p_engine::model::detailer::DetailerLayout;
 use l2p_engine::model::zimage::ZImage;
-use l2p_engine::train::{PlanInput, Recompute, TrainingPlan};
+use l2p_engine::train::{Division, PlanInput, Recompute, Sharding, TrainingPlan};
 use l2p_engine::{Device, Result};
 use l2p_tests::{Outcome, Suite};
 
@@ -15,6 +15,7 @@ pub fn register(suite: &mut Suite) {
     suite.cpu("train::plan::the_published_recipe_has_its_published_size", published);
     suite.cpu("train::plan::recomputing_trades_memory_for_time", recomputing);
     suite.cpu("train::plan::unsuitable_policies_are_refused", refused);
+    suite.cpu("train::plan::ranks_divide_the_optimizer", ranks_divide);
     suite.cuda("train::plan::cuda_needs_what_was_planned", cuda_needs_what_was_planned);
 }
 
@@ -54,6 +55,7 @@ fn plan_1k(policy: &str, recompute: Recompute) -> Result<TrainingPlan> {
         caption_tokens: 96,
         batch: 1,
         cuda: true,
+        division: Division::default(),
     })
 }
 
@@ -138,6 +140,7 @@ fn cuda_needs_what_was_planned(device: &Device) -> Outcome {
             caption_tokens: 96,
             batch: 1,
             cuda: true,
+            division: Division::default(),
         })?;
         let before = device.memory_report().total.current;
         let inputs = Inputs::new(device, "plan", &config, size, &[96])?;
@@ -169,6 +172,45 @@ fn cuda_needs_what_was_planned(device: &Device) -> Outcome {
             (0.8..1.2).contains(&peak),
             "{recompute}: the peak is {peak} times the planned one"
         );
+    }
+    Ok(())
+}
+
+/// What a rank holds: the optimizer is divided, sums of gradients come on top.
+fn ranks_divide() -> Outcome {
+    let config = config_1k();
+    let spec = ZImage {
+        config: config.clone(),
+        head: Some(head(16, None, None, 3840)?),
+    };
+    let plan = |ranks, sharding| {
+        TrainingPlan::new(&PlanInput {
+            spec: &spec,
+            options: &options("released", Recompute::None),
+            size: [1024, 1024],
+            caption_tokens: 96,
+            batch: 1,
+            cuda: true,
+            division: Division { ranks, sharding },
+        })
+    };
+    let alone = plan(1, Sharding::Optimizer)?;
+    let trained = alone.trained_parameters;
+    assert_eq!(alone.memory.optimizer, 12 * trained);
+    assert_eq!(alone.memory.exchange, 0);
+    for ranks in [2, 8] {
+        let divided = plan(ranks, Sharding::Optimizer)?;
+        assert_eq!(divided.memory.optimizer, 12 * trained.div_ceil(ranks as u64));
+        let sums = 4 * trained.div_ceil(ranks as u64);
+        let on_the_way = divided.memory.exchange - sums;
+        assert!((500_000_000..3_000_000_000).contains(&on_the_way), "{on_the_way}");
+        assert_eq!(
+            divided.memory.peak - divided.memory.optimizer - divided.memory.exchange,
+            alone.memory.peak - alone.memory.optimizer
+        );
+        let whole = plan(ranks, Sharding::None)?;
+        assert_eq!(whole.memory.optimizer, alone.memory.optimizer);
+        assert_eq!(whole.memory.exchange, divided.memory.exchange + 4 * trained);
     }
     Ok(())
 }

@@ -124,7 +124,7 @@ fn clipped(policy: &str) -> TrainOptions {
 }
 
 /// Checks that all ranks have the same weights, and those that one rank alone has within `tolerance`.
-fn expect_like_one(alone: &Trained, ranks: &[Trained], tolerance: f32) -> Outcome {
+fn expect_like_one(alone: &Trained, ranks: &[Trained], tolerance: f64) -> Outcome {
     let mut losses = vec![0.0; alone.losses.len()];
     for (rank, trained) in ranks.iter().enumerate() {
         assert!(
@@ -134,10 +134,10 @@ fn expect_like_one(alone: &Trained, ranks: &[Trained], tolerance: f32) -> Outcom
         let own = losses.iter_mut().skip(rank).step_by(ranks.len());
         own.zip(&trained.losses).for_each(|(place, loss)| *place = *loss);
     }
-    expect_close("losses", &losses, &alone.losses, &[losses.len()], tolerance)?;
-    expect_close("norms", &ranks[0].norms, &alone.norms, &[STEPS], 4.0 * tolerance)?;
+    expect_close("losses", &losses, &alone.losses, [losses.len()], tolerance)?;
+    expect_close("norms", &ranks[0].norms, &alone.norms, [STEPS], 4.0 * tolerance)?;
     for ((name, expected), (_, found)) in alone.weights.iter().zip(&ranks[0].weights) {
-        expect_close(name, found, expected, &[found.len()], tolerance)?;
+        expect_close(name, found, expected, [found.len()], tolerance)?;
     }
     Ok(())
 }
@@ -163,7 +163,7 @@ fn sharded_equals_unsharded() -> Outcome {
     let one = found(Sharding::Optimizer, usize::MAX)?;
     let each = found(Sharding::None, 0)?;
     for (other, what) in [(&one, "one bucket"), (&each, "a bucket for each tensor")] {
-        expect_close(what, &other[0].norms, &sharded[0].norms, &[STEPS], 1e-5)?;
+        expect_close(what, &other[0].norms, &sharded[0].norms, [STEPS], 1e-5)?;
     }
     Ok(())
 }

@@ -16,7 +16,7 @@ use crate::model::Spec;
 use crate::model::config::{DitConfig, ModelKind, VaeConfig};
 use crate::model::detailer::DetailerLayout;
 use crate::model::zimage::{HEAD_PREFIX, ZImage};
-use crate::train::{Arithmetic, PlanInput, PlannedMemory, Recompute, TrainOptions, TrainingPlan};
+use crate::train::{Arithmetic, Division, PlanInput, PlannedMemory, Recompute, TrainOptions, TrainingPlan};
 
 /// Side of a picture in patches where nobody says.
 const DEFAULT_GRID: usize = 64;
@@ -74,6 +74,7 @@ impl ModelSizes {
             caption_tokens: work.caption_tokens,
             batch: work.batch,
             cuda: work.cuda,
+            division: work.division,
         })
     }
 
@@ -95,6 +96,8 @@ pub struct Work {
     pub batch: usize,
     /// Whether it runs on CUDA, in bf16, or else on the CPU, in f32.
     pub cuda: bool,
+    /// The ranks of the run.
+    pub division: Division,
 }
 
 /// What a choice about recomputing costs.
@@ -132,12 +135,12 @@ pub struct Forecast {
 }
 
 impl Forecast {
-    /// The forecast of a run by `config` with captions of so many tokens, on CUDA or on the CPU. Reads headers of model files
+    /// The forecast of a run by `config` on `ranks` ranks with captions of so many tokens, on CUDA or on the CPU. Reads headers of model files
     /// only; a model that the run would make first need not be there.
     ///
     /// # Errors
     /// When the model is missing or damaged, or the configuration does not suit it.
-    pub fn new(config: &TrainConfig, caption_tokens: usize, cuda: bool) -> Result<Self> {
+    pub fn new(config: &TrainConfig, ranks: usize, caption_tokens: usize, cuda: bool) -> Result<Self> {
         config.expect_named(false)?;
         let paths = source(config)?;
         let transformer = paths.open_transformer()?;
@@ -162,6 +165,10 @@ impl Forecast {
             caption_tokens,
             batch: config.batch,
             cuda,
+            division: Division {
+                ranks,
+                sharding: config.shard,
+            },
         };
         let options = config.train_options();
         let plan = |recompute| {
@@ -268,12 +275,16 @@ pub(super) fn expect_room(sizes: &ModelSizes, config: &TrainConfig, work: &Work,
         ways.push("train fewer tensors (policy) or smaller pictures".into());
     }
     Err(Error::invalid(format!(
-        "training takes about {} of memory (weights {}, gradients {}, optimizer {}, kept for the backward pass {}, others {}), \
+        "training takes about {} of memory (weights {}, gradients {}, optimizer {}, {}kept for the backward pass {}, others {}), \
          but {device} has {} to spare: {}",
         format_bytes(with_captions(&memory)),
         format_bytes(memory.weights),
         format_bytes(memory.gradients),
         format_bytes(memory.optimizer),
+        match memory.exchange {
+            0 => String::new(),
+            bytes => format!("between ranks {}, ", format_bytes(bytes)),
+        },
         format_bytes(memory.saved),
         format_bytes(memory.activations.saturating_add(CAPTION_BYTES as u64)),
         format_bytes(available),

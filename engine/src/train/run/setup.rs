@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
 use crate::model::vae::VaeEncoder;
 use crate::pipeline::{Pipeline, PromptFiles, Settings};
-use crate::train::TrainableModel;
+use crate::train::{Division, TrainableModel};
 
 /// The most decoding threads where the configuration does not say.
 const MOST_WORKERS: usize = 16;
@@ -59,11 +59,17 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Opens and checks everything; encodes captions and latents that are not in the cache.
+    /// Opens and checks everything for a rank of so many; encodes captions and latents that are not in the cache.
     ///
     /// # Errors
     /// Whatever is missing, damaged or does not fit; when the user asks to stop.
-    pub fn new(config: &TrainConfig, run: &Path, device: &Device, progress: &mut Progress<'_>) -> Result<Self> {
+    pub fn new(
+        config: &TrainConfig,
+        run: &Path,
+        device: &Device,
+        division: Division,
+        progress: &mut Progress<'_>,
+    ) -> Result<Self> {
         let paths = starting_model(config, run, progress)?;
         let pipeline = Pipeline::open(paths, device.clone(), false)?;
         tell_rounding(config, &pipeline, progress)?;
@@ -82,7 +88,7 @@ impl Setup {
         let guided = settings.cfg != 1.0;
         let (captions, longest) = data.encode_captions(guided, progress)?;
         let sizes = ModelSizes::of(pipeline.transformer(), pipeline.paths().vae.as_deref())?;
-        expect_room(&sizes, config, &data.largest_batch(longest), device)?;
+        expect_room(&sizes, config, &data.largest_batch(longest, division), device)?;
         let [latents, held_out_latents] = data.encode_latents(progress)?;
         let Data { train, held_out, .. } = data;
         let room = Room::new(host_cache(config)?);
@@ -299,7 +305,7 @@ impl Data<'_> {
     }
 
     /// The micro-batch that takes most memory.
-    fn largest_batch(&self, caption_tokens: usize) -> Work {
+    fn largest_batch(&self, caption_tokens: usize, division: Division) -> Work {
         let sizes = [Some(&self.train), self.held_out.as_ref()];
         let sizes = sizes.into_iter().flatten().flat_map(DataSet::sizes).copied();
         let multiple = self.pipeline.size_multiple();
@@ -311,6 +317,7 @@ impl Data<'_> {
             caption_tokens,
             batch: self.config.batch,
             cuda: matches!(self.device, Device::Cuda(_)),
+            division,
         }
     }
 

@@ -140,7 +140,9 @@ fn train_among(
         progress.notice("this file system knows no locks: see to it that no other run writes to the same folder");
     }
     let candidates = world.together("checkpoints", find_candidates(run, resume))?;
-    let setup = first_then_others(world, "preparation", || Setup::new(config, run, device, &mut progress))?;
+    let setup = first_then_others(world, "preparation", || {
+        Setup::new(config, run, device, ranks.division(), &mut progress)
+    })?;
     let mut trainer = Trainer::new(config, run, device, ranks, &setup, candidates, progress.observer)?;
     let outcome = trainer.run();
     trainer.finish(outcome)
@@ -379,6 +381,7 @@ impl<'a> Trainer<'a> {
             caption_tokens,
             batch: self.config.batch,
             cuda: matches!(self.device, Device::Cuda(_)),
+            division: self.ranks.division(),
         };
         let plan = self.setup.sizes.plan(&self.config.train_options(), &work)?;
         let parts = plan.arithmetic.iter();
