@@ -99,7 +99,19 @@ pub struct Geometry {
     pub channels: usize,
 }
 
+/// Latent models draw this many pixels a side where nobody says; pixel models, a grid of [`DEFAULT_GRID`] patches.
+const DEFAULT_LATENT_SIDE: usize = 1024;
+const DEFAULT_GRID: usize = 64;
+
 impl Geometry {
+    /// Pixels of the side that the published models of such a patch were made for.
+    pub fn published_side(&self) -> usize {
+        match self.kind {
+            ModelKind::Latent => DEFAULT_LATENT_SIDE,
+            ModelKind::Pixel => DEFAULT_GRID.saturating_mul(self.patch),
+        }
+    }
+
     /// Image tokens of a picture of this height and width, pads not counted.
     pub fn image_tokens(&self, [height, width]: [usize; 2]) -> usize {
         let patch = self.patch.max(1);

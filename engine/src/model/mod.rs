@@ -3,7 +3,10 @@
 pub mod config;
 pub mod denoiser;
 pub mod detailer;
+pub mod families;
+pub mod family;
 pub mod limits;
+pub mod memory;
 pub mod rope;
 pub mod spec;
 pub mod text;

@@ -6,7 +6,11 @@
 
 mod backward;
 pub mod block;
+mod config;
+mod config_file;
+mod family;
 mod layout;
+mod names;
 mod sizes;
 mod spec;
 mod trained;
@@ -14,7 +18,7 @@ mod trained;
 use self::block::{Block, Saving, Sequence, VECTORS, run_blocks};
 use self::layout::Layout;
 use self::layout::RopeTables;
-use super::config::{DitConfig, ModelKind};
+use super::config::ModelKind;
 use super::denoiser::{Denoiser, Geometry, Modulations, Prepared};
 use super::detailer::{Detailer, DetailerLayout};
 use super::spec::Spec;
@@ -35,6 +39,8 @@ use crate::ops::unpatchify::unpatchify;
 use crate::profile;
 use crate::tensor::Tensor;
 
+pub use config::{DitConfig, DitSurvey};
+pub use family::ZImageFamily;
 pub use sizes::ZImage;
 
 /// Image and caption tokens are padded to multiples of this many.
@@ -140,6 +146,11 @@ impl Parts<Described> {
     /// # Errors
     /// When a pixel model has no head.
     pub fn describe(config: &DitConfig, head: Option<&DetailerLayout>) -> Result<Self> {
+        Self::describe_with(config, head, [config.refiner_layers; 2])
+    }
+
+    /// The same with so many blocks in the image's and the captions' refiner.
+    fn describe_with(config: &DitConfig, head: Option<&DetailerLayout>, refiners: [usize; 2]) -> Result<Self> {
         let (dim, features) = (config.dim, config.patch * config.patch * config.in_channels);
         let linear = |group, name: &str, outputs, inputs| Linear::new(group, name, outputs, inputs).with_bias();
         let stack = |name: &str, blocks: usize, modulated, group: &dyn Fn(usize) -> Group| {
@@ -164,8 +175,8 @@ impl Parts<Described> {
                 frequencies: config.t_frequencies,
                 scale: config.t_scale / 1000.0,
             },
-            noise_refiner: stack("noise_refiner", config.refiner_layers, true, &refiner),
-            context_refiner: stack("context_refiner", config.refiner_layers, false, &refiner),
+            noise_refiner: stack("noise_refiner", refiners[0], true, &refiner),
+            context_refiner: stack("context_refiner", refiners[1], false, &refiner),
             layers: stack("layers", config.layers, true, &|index| Group::Block {
                 index,
                 of: config.layers,

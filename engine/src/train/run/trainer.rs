@@ -128,7 +128,7 @@ impl<'a> Trainer<'a> {
         let mut progress = Progress { observer };
         let transformer = setup.transformer();
         let mut model = TrainableModel::load(
-            &transformer.spec()?,
+            &*transformer.spec,
             &transformer.checkpoint,
             device,
             &config.train_options(),

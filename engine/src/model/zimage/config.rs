@@ -1,38 +1,21 @@
 //! The diffusion transformer's sizes, read off its tensors.
 
 use std::collections::BTreeSet;
-use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
+use super::HEAD_PREFIX;
 use crate::error::{Error, Result};
 use crate::layers::ParamSource;
 use crate::limits::Width;
+use crate::model::config::ModelKind;
+use crate::model::limits::{DeviceLimits, heads, vectors};
 
 /// No model has as many blocks of one kind, or as large a patch; bounds the search for tensors by name.
 const LARGEST_INDEX: usize = 512;
 
 /// Channels of an image.
 const IMAGE_CHANNELS: usize = 3;
-
-/// What a transformer's input and output are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ModelKind {
-    /// Latents of a VAE; the output comes from a linear layer.
-    Latent,
-    /// Images; the output comes from a Detailer Head.
-    Pixel,
-}
-
-impl fmt::Display for ModelKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            ModelKind::Latent => "latent",
-            ModelKind::Pixel => "pixel",
-        })
-    }
-}
 
 /// What the tensors tell; a delta, or a damaged file, leaves some of it open.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -111,9 +94,12 @@ impl DitSurvey {
             .collect();
         let has_head = ["out_conv", "bottleneck.0", "enc1.0"]
             .iter()
-            .any(|name| params.shape(&format!("local_decoder.{name}.weight")).is_some());
-        let with_final_layer =
-            (1..=LARGEST_INDEX).find(|patch| params.shape(&format!("{}.weight", final_linear(*patch))).is_some());
+            .any(|name| params.shape(&format!("{HEAD_PREFIX}.{name}.weight")).is_some());
+        let with_final_layer = (1..=LARGEST_INDEX).find(|patch| {
+            params
+                .shape(&format!("all_final_layer.{patch}-1.linear.weight"))
+                .is_some()
+        });
         let of_image = embedders
             .iter()
             .find(|(patch, _, features)| patch * patch * IMAGE_CHANNELS == *features);
@@ -165,10 +151,6 @@ fn extent(params: &dyn ParamSource, name: &str, index: usize) -> Option<usize> {
 
 fn embedder(patch: usize) -> String {
     format!("all_x_embedder.{patch}-1.weight")
-}
-
-fn final_linear(patch: usize) -> String {
-    format!("all_final_layer.{patch}-1.linear")
 }
 
 /// The sizes and settings of a diffusion transformer.
@@ -250,6 +232,26 @@ impl DitConfig {
         })
     }
 
+    /// Sizes of a model that the tensors are a part of; 1 where they do not tell.
+    pub(super) fn outlined(survey: &DitSurvey) -> Self {
+        let whole = DitSurvey {
+            kind: Some(ModelKind::Latent),
+            dim: survey.dim.or(Some(1)),
+            head_dim: survey.head_dim.or(Some(1)),
+            ffn_hidden: survey.ffn_hidden.or(Some(1)),
+            caption_width: survey.caption_width.or(Some(1)),
+            patch: survey.patch.or(Some(1)),
+            in_channels: survey.in_channels.or(Some(1)),
+            t_frequencies: survey.t_frequencies.or(Some(1)),
+            t_hidden: survey.t_hidden.or(Some(1)),
+            adaln_width: survey.adaln_width.or(Some(1)),
+            ..survey.clone()
+        };
+        let mut config = Self::surveyed(&whole).expect("every size is told");
+        config.layers = config.layers.max(1);
+        config
+    }
+
     /// Whether the sizes go together, and with the tensors that there are.
     ///
     /// # Errors
@@ -307,83 +309,21 @@ impl DitConfig {
         }
         Ok(())
     }
-
-    /// Names and shapes of all tensors but those of a pixel model's head.
-    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let features = self.patch * self.patch * self.in_channels;
-        let mut tensors = linear(&format!("all_x_embedder.{}-1", self.patch), self.dim, features).to_vec();
-        if self.kind == ModelKind::Latent {
-            let modulation = format!("all_final_layer.{}-1.adaLN_modulation.1", self.patch);
-            tensors.extend(linear(&modulation, self.dim, self.adaln_width));
-            tensors.extend(linear(&final_linear(self.patch), features, self.dim));
-        }
-        tensors.extend(linear("t_embedder.mlp.0", self.t_hidden, self.t_frequencies));
-        tensors.extend(linear("t_embedder.mlp.2", self.adaln_width, self.t_hidden));
-        tensors.push(("cap_embedder.0.weight".into(), vec![self.caption_width]));
-        tensors.extend(linear("cap_embedder.1", self.dim, self.caption_width));
-        for token in ["x_pad_token", "cap_pad_token"] {
-            tensors.push((token.into(), vec![1, self.dim]));
-        }
-        let groups = [
-            ("noise_refiner", self.refiner_layers, true),
-            ("context_refiner", self.refiner_layers, false),
-            ("layers", self.layers, true),
-        ];
-        for (group, blocks, modulated) in groups {
-            for index in 0..blocks {
-                let shapes = self.block_shapes(modulated);
-                tensors.extend(
-                    shapes
-                        .into_iter()
-                        .map(|(name, shape)| (format!("{group}.{index}.{name}"), shape)),
-                );
-            }
-        }
-        tensors
-    }
-
-    fn block_shapes(&self, modulated: bool) -> Vec<(&'static str, Vec<usize>)> {
-        let shape = |name: &str| match name {
-            "attention.norm_q.weight" | "attention.norm_k.weight" => vec![self.head_dim],
-            "feed_forward.w1.weight" | "feed_forward.w3.weight" => vec![self.ffn_hidden, self.dim],
-            "feed_forward.w2.weight" => vec![self.dim, self.ffn_hidden],
-            "adaLN_modulation.0.weight" => vec![4 * self.dim, self.adaln_width],
-            "adaLN_modulation.0.bias" => vec![4 * self.dim],
-            name if name.starts_with("attention.") => vec![self.dim, self.dim],
-            _ => vec![self.dim],
-        };
-        block_tensors(modulated)
-            .iter()
-            .map(|name| (*name, shape(name)))
-            .collect()
-    }
 }
 
-/// The tensors of a transformer block, without the block's own name.
-pub fn block_tensors(modulated: bool) -> &'static [&'static str] {
-    const ALL: [&str; 15] = [
-        "attention.to_q.weight",
-        "attention.to_k.weight",
-        "attention.to_v.weight",
-        "attention.to_out.0.weight",
-        "attention.norm_q.weight",
-        "attention.norm_k.weight",
-        "attention_norm1.weight",
-        "attention_norm2.weight",
-        "ffn_norm1.weight",
-        "ffn_norm2.weight",
-        "feed_forward.w1.weight",
-        "feed_forward.w2.weight",
-        "feed_forward.w3.weight",
-        "adaLN_modulation.0.weight",
-        "adaLN_modulation.0.bias",
-    ];
-    if modulated { &ALL } else { &ALL[..13] }
-}
+impl DeviceLimits for DitConfig {
+    const PART: &'static str = "transformer";
 
-fn linear(name: &str, outputs: usize, inputs: usize) -> [(String, Vec<usize>); 2] {
-    [
-        (format!("{name}.weight"), vec![outputs, inputs]),
-        (format!("{name}.bias"), vec![outputs]),
-    ]
+    fn cuda_obstacle(&self) -> Option<String> {
+        vectors(&[
+            ("width", self.dim),
+            ("feed-forward width", self.ffn_hidden),
+            ("caption width", self.caption_width),
+            ("modulation width", self.adaln_width),
+            ("timestep frequencies", self.t_frequencies),
+            ("timestep width", self.t_hidden),
+            ("patch side times channels", self.patch * self.in_channels),
+        ])
+        .or_else(|| heads(self.head_dim))
+    }
 }
