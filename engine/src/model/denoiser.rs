@@ -7,6 +7,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::layers::{Meta, Slot};
 use crate::model::config::ModelKind;
+use crate::model::objective::{FlowMatching, Objective};
 use crate::ops::conv::Canvas;
 use crate::tensor::Tensor;
 
@@ -129,6 +130,11 @@ pub trait Denoiser: Send + Sync {
 
     /// What it takes and gives.
     fn geometry(&self) -> Geometry;
+
+    /// What it predicts.
+    fn objective(&self) -> &'static dyn Objective {
+        &FlowMatching
+    }
 
     /// What depends on captions and size alone. `captions` holds one `[1, tokens, caption_width]` tensor of features in the compute type per
     /// item, real tokens only; `size` is height and width in pixels (latent model: latent cells).

@@ -128,7 +128,7 @@ impl Detailer {
         let canvas = Canvas {
             picture: &mut velocity,
             scale: 1.0,
-            delta: None,
+            factors: None,
         };
         self.onto_picture(below, x, canvas)?;
         Ok(velocity)

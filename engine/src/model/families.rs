@@ -12,7 +12,11 @@ use crate::layers::ParamSource;
 use crate::printable::shown_name;
 
 /// All families; the first is taken where names tell nothing.
-const FAMILIES: &[&dyn Family] = &[&ZImageFamily];
+const FAMILIES: &[&dyn Family] = &[
+    &ZImageFamily,
+    #[cfg(test)]
+    &super::plain::PlainFamily,
+];
 
 /// The family that most of these names are of.
 pub fn family_of<'a>(names: impl IntoIterator<Item = &'a str>) -> &'static dyn Family {
