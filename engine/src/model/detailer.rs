@@ -5,8 +5,8 @@
 //! nearest-2×-upsampled input, then 3×3 convolution and SiLU over that and the skip. Last, a 1×1 convolution to the image's
 //! channels, whose negative is the velocity.
 //!
-//! Which stages there are and how wide they are is read off the parameters' names and shapes, so that the published heads for
-//! 1K, 4K, 8K and 10K and any smaller ones are all the same code.
+//! Which stages there are and how wide they are is read off the parameters' names and shapes ([`DetailerLayout`]), so that the
+//! published heads for 1K, 4K, 8K and 10K and any smaller ones are all the same code.
 
 mod backward;
 mod layout;

@@ -19,9 +19,6 @@ const STAGES: [&str; 6] = ["0", "0b", "1", "2", "3", "4"];
 /// Full-resolution stages before these, which keep the image's channels.
 const FULL_STAGES: [&str; 2] = ["_8k", "_10k_a"];
 
-/// Stages that may come before the numbered ones.
-const OUTER_STAGES: [&str; 4] = ["_8k", "_10k_a", "0", "0b"];
-
 /// One stage's place and channels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StageLayout {
@@ -51,52 +48,25 @@ pub struct DetailerLayout {
 }
 
 impl DetailerLayout {
-    /// Reads the layout of the head whose parameters are named `{prefix}.…`.
+    /// The head whose parameters are named `{prefix}.…`, as [`DetailerLayout::seen`], with the context that its bottleneck reads.
     ///
     /// # Errors
-    /// When there is no head of that prefix, a parameter is missing, or shapes do not fit each other; names the parameter.
+    /// When there is none.
     pub fn read(params: &dyn ParamSource, prefix: &str) -> Result<Self> {
-        let shapes = Shapes { params, prefix };
-        let names = shapes.stage_names();
-        if names.is_empty() {
-            return Err(Error::invalid(format!(
-                "there is no detailer head `{prefix}`: it has no stage `{prefix}.enc1.0.weight`"
-            )));
-        }
-        let mut stages = Vec::with_capacity(names.len());
-        let mut width = IMAGE_CHANNELS;
-        for name in names {
-            let skip = shapes.conv(&format!("enc{name}.0"), 3, Some(width), None)?.1;
-            stages.push(StageLayout {
-                name,
-                inputs: width,
-                skip,
-                below: 0,
-                upsampled: 0,
-                outputs: 0,
-            });
-            width = skip;
-        }
-        let (joined, bottleneck) = shapes.conv("bottleneck.0", 1, None, None)?;
-        let context = joined.checked_sub(width).filter(|&context| context > 0).ok_or_else(|| {
+        let mut head = Self::seen(params, prefix, 0).ok_or_else(|| {
             Error::invalid(format!(
-                "`{prefix}.bottleneck.0.weight` reads {joined} channels, but the last encoder stage alone gives {width}"
+                "there is no detailer head `{prefix}`: it has no stage `{prefix}.enc1.0.weight` or no `{prefix}.bottleneck.0.weight`"
             ))
         })?;
-        width = bottleneck;
-        for stage in stages.iter_mut().rev() {
-            stage.below = width;
-            stage.upsampled = shapes.conv(&format!("up{}.1", stage.name), 3, Some(width), None)?.1;
-            let joined = stage.upsampled + stage.skip;
-            stage.outputs = shapes.conv(&format!("dec{}.0", stage.name), 3, Some(joined), None)?.1;
-            width = stage.outputs;
-        }
-        shapes.conv("out_conv", 1, Some(width), Some(IMAGE_CHANNELS))?;
-        Ok(DetailerLayout {
-            stages,
-            context,
-            bottleneck,
-        })
+        let name = format!("{prefix}.bottleneck.0.weight");
+        let reads = params.shape(&name).and_then(|shape| shape.get(1).copied()).unwrap_or(0);
+        let above = head.stages.last().map_or(0, |stage| stage.skip);
+        head.context = reads.checked_sub(above).filter(|&context| context > 0).ok_or_else(|| {
+            Error::invalid(format!(
+                "`{name}` reads {reads} channels, but the last encoder stage alone gives {above}"
+            ))
+        })?;
+        Ok(head)
     }
 
     /// The head that `patch` was published with, with other widths if given, over a feature map of `dim` channels.
@@ -387,51 +357,5 @@ impl DeviceLimits for DetailerLayout {
             widths.extend([("upsampled width", stage.upsampled), ("decoder width", stage.outputs)]);
         }
         vectors(&widths)
-    }
-}
-
-/// Looks up shapes of one head's parameters.
-struct Shapes<'a> {
-    params: &'a dyn ParamSource,
-    prefix: &'a str,
-}
-
-impl Shapes<'_> {
-    /// The names of the stages that the head has, from the image inwards.
-    fn stage_names(&self) -> Vec<String> {
-        let has = |name: &str| {
-            self.params
-                .shape(&format!("{}.enc{name}.0.weight", self.prefix))
-                .is_some()
-        };
-        let outer = OUTER_STAGES.map(String::from).into_iter().filter(|name| has(name));
-        let numbered = (1..)
-            .map(|number: usize| number.to_string())
-            .take_while(|name| has(name));
-        outer.chain(numbered).collect()
-    }
-
-    /// Inputs and outputs of a convolution, checked against what is known of them.
-    fn conv(&self, name: &str, kernel: usize, inputs: Option<usize>, outputs: Option<usize>) -> Result<(usize, usize)> {
-        let name = format!("{}.{name}.weight", self.prefix);
-        let found = self
-            .params
-            .shape(&name)
-            .ok_or_else(|| Error::invalid(format!("the detailer head has no parameter `{name}`")))?;
-        if let [o, i, height, width] = found[..]
-            && (height, width) == (kernel, kernel)
-            && inputs.is_none_or(|inputs| inputs == i)
-            && outputs.is_none_or(|outputs| outputs == o)
-            && o > 0
-            && i > 0
-        {
-            return Ok((i, o));
-        }
-        let extent = |known: Option<usize>, name: &str| known.map_or(name.to_string(), |known| known.to_string());
-        Err(Error::invalid(format!(
-            "`{name}` has shape {found:?}, but the stages before it call for [{}, {}, {kernel}, {kernel}]",
-            extent(outputs, "outputs"),
-            extent(inputs, "inputs")
-        )))
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::{Plain, PlainConfig};
+use super::{CLASS, Plain, PlainConfig};
 use crate::error::{Error, Result};
 use crate::layers::{Meta, ParamSource};
 use crate::limits::Heads;
@@ -67,7 +67,7 @@ impl PlainFamily {
 
 impl Family for PlainFamily {
     fn class(&self) -> &'static str {
-        "PlainDiT2DModel"
+        CLASS
     }
 
     fn owns(&self, name: &str) -> bool {

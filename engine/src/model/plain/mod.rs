@@ -10,6 +10,7 @@
 
 mod family;
 mod objective;
+mod sizes;
 mod spec;
 mod tests;
 mod trained;
@@ -33,7 +34,10 @@ use crate::tensor::Tensor;
 
 pub use family::PlainFamily;
 use objective::NoisePrediction;
-pub use spec::{Plain, PlainConfig};
+pub use sizes::{Plain, PlainConfig};
+
+/// The class that a `config.json` names.
+const CLASS: &str = "PlainDiT2DModel";
 
 /// LayerNorm's epsilon.
 const EPSILON: f32 = 1e-6;

@@ -17,39 +17,27 @@ const LARGEST_INDEX: usize = 512;
 /// Channels of an image.
 const IMAGE_CHANNELS: usize = 3;
 
-/// What the tensors tell; a delta, or a damaged file, leaves some of it open.
-#[derive(Clone, Debug, Default, Serialize)]
+/// Which model the tensors are of; a delta, or a damaged file, leaves some of it open.
+#[derive(Clone, Debug, Default)]
 pub struct DitSurvey {
     /// Latent or pixel.
     pub kind: Option<ModelKind>,
-    /// Width of the residual stream.
-    pub dim: Option<usize>,
-    /// Width of an attention head.
-    pub head_dim: Option<usize>,
+    /// Width of the input projection's tokens.
+    pub width: Option<usize>,
+    /// Side of a patch, in pixels of the image or latent.
+    pub patch: Option<usize>,
+    /// Channels of the image or latent.
+    pub in_channels: Option<usize>,
     /// Main blocks of which there are tensors.
     pub layers: BTreeSet<usize>,
     /// Image refiner blocks.
     pub noise_refiners: BTreeSet<usize>,
     /// Caption refiner blocks.
     pub context_refiners: BTreeSet<usize>,
-    /// Width inside the feed-forward networks.
-    pub ffn_hidden: Option<usize>,
-    /// Width of caption features.
-    pub caption_width: Option<usize>,
-    /// Side of a patch, in pixels of the image or latent.
-    pub patch: Option<usize>,
-    /// Channels of the image or latent.
-    pub in_channels: Option<usize>,
-    /// Width of the timestep's sinusoids.
-    pub t_frequencies: Option<usize>,
-    /// Width between the timestep's two layers.
-    pub t_hidden: Option<usize>,
-    /// Width of the timestep embedding, which modulates the blocks.
-    pub adaln_width: Option<usize>,
 }
 
 impl DitSurvey {
-    /// Looks for each size in every tensor that tells it.
+    /// Looks at every tensor that tells something.
     pub fn of(params: &dyn ParamSource) -> Self {
         let mut survey = DitSurvey {
             layers: blocks(params, "layers"),
@@ -57,31 +45,21 @@ impl DitSurvey {
             context_refiners: blocks(params, "context_refiner"),
             ..DitSurvey::default()
         };
-        survey.read_blocks(params);
-        survey.caption_width = extent(params, "cap_embedder.0.weight", 0);
-        survey.t_frequencies = extent(params, "t_embedder.mlp.0.weight", 1);
-        survey.t_hidden = extent(params, "t_embedder.mlp.0.weight", 0);
-        survey.adaln_width = extent(params, "t_embedder.mlp.2.weight", 0).or(survey.adaln_width);
         survey.read_ends(params);
         survey
     }
 
-    fn read_blocks(&mut self, params: &dyn ParamSource) {
+    /// An extent of a tensor of any block.
+    fn of_blocks(&self, params: &dyn ParamSource, name: &str, index: usize) -> Option<usize> {
         let groups = [
             ("layers", &self.layers),
             ("noise_refiner", &self.noise_refiners),
             ("context_refiner", &self.context_refiners),
         ];
-        let names = groups
+        let mut blocks = groups
             .into_iter()
             .flat_map(|(group, indices)| indices.iter().map(move |i| format!("{group}.{i}")));
-        for block in names.collect::<Vec<_>>() {
-            let read = |name: &str, index| extent(params, &format!("{block}.{name}"), index);
-            self.dim = self.dim.or_else(|| read("attention_norm1.weight", 0));
-            self.head_dim = self.head_dim.or_else(|| read("attention.norm_q.weight", 0));
-            self.ffn_hidden = self.ffn_hidden.or_else(|| read("feed_forward.w1.weight", 0));
-            self.adaln_width = self.adaln_width.or_else(|| read("adaLN_modulation.0.weight", 1));
-        }
+        blocks.find_map(|block| extent(params, &format!("{block}.{name}"), index))
     }
 
     /// Kind, patch and channels from the input projection and what the output side holds.
@@ -118,7 +96,7 @@ impl DitSurvey {
         };
         if let Some(&(patch, dim, features)) = chosen {
             self.patch = Some(patch);
-            self.dim = self.dim.or(Some(dim));
+            self.width = Some(dim);
             self.in_channels = Some(features / (patch * patch)).filter(|channels| *channels > 0);
         }
     }
@@ -193,63 +171,43 @@ pub struct DitConfig {
 }
 
 impl DitConfig {
-    /// The sizes that the tensors tell, with the published model's settings.
-    ///
-    /// # Errors
-    /// When a tensor that tells a size is missing.
-    pub(super) fn surveyed(survey: &DitSurvey) -> Result<Self> {
-        let told = |size: Option<usize>, what: &str, tensor: &str| {
-            size.ok_or_else(|| Error::invalid(format!("the {what} is unknown: tensor `{tensor}` is missing")))
-        };
-        let kind = survey.kind.ok_or_else(|| {
-            Error::invalid("there is no input projection: tensor `all_x_embedder.{P}-1.weight` is missing")
-        })?;
-        let dim = told(survey.dim, "width", "layers.0.attention_norm1.weight")?;
-        let head_dim = told(survey.head_dim, "head width", "layers.0.attention.norm_q.weight")?;
-        let refiner_layers = survey.noise_refiners.last().map_or(0, |last| last + 1);
+    /// The sizes that the tensors tell, with the published model's settings; for a size that none tells, what `unknown` gives for its
+    /// name and its tensor.
+    pub(super) fn surveyed(
+        params: &dyn ParamSource,
+        survey: &DitSurvey,
+        unknown: &dyn Fn(&str, &str) -> Result<usize>,
+    ) -> Result<Self> {
+        let told = |size: Option<usize>, what, tensor| size.map_or_else(|| unknown(what, tensor), Ok);
+        let of_blocks = |name: &str, index| survey.of_blocks(params, name, index);
+        let of = |name: &str, index| extent(params, name, index);
+        let (projection, times) = ("all_x_embedder.{P}-1.weight", "t_embedder.mlp.0.weight");
+        let patch = told(survey.patch, "patch size", projection)?;
+        let dim = of_blocks("attention_norm1.weight", 0).or(survey.width);
+        let dim = told(dim, "width", "layers.0.attention_norm1.weight")?;
+        let head_dim = of_blocks("attention.norm_q.weight", 0);
+        let head_dim = told(head_dim, "head width", "layers.0.attention.norm_q.weight")?;
+        let ffn_hidden = of_blocks("feed_forward.w1.weight", 0);
+        let adaln_width = of("t_embedder.mlp.2.weight", 0).or(of_blocks("adaLN_modulation.0.weight", 1));
         Ok(DitConfig {
-            kind,
+            kind: survey.kind.unwrap_or(ModelKind::Latent),
             dim,
             heads: dim / head_dim.max(1),
             head_dim,
             layers: survey.layers.last().map_or(0, |last| last + 1),
-            refiner_layers,
-            ffn_hidden: told(
-                survey.ffn_hidden,
-                "feed-forward width",
-                "layers.0.feed_forward.w1.weight",
-            )?,
-            caption_width: told(survey.caption_width, "caption width", "cap_embedder.0.weight")?,
-            patch: told(survey.patch, "patch size", "all_x_embedder.{P}-1.weight")?,
-            in_channels: told(survey.in_channels, "number of channels", "all_x_embedder.{P}-1.weight")?,
+            refiner_layers: survey.noise_refiners.last().map_or(0, |last| last + 1),
+            ffn_hidden: told(ffn_hidden, "feed-forward width", "layers.0.feed_forward.w1.weight")?,
+            caption_width: told(of("cap_embedder.0.weight", 0), "caption width", "cap_embedder.0.weight")?,
+            patch,
+            in_channels: told(survey.in_channels, "number of channels", projection)?,
             rope_theta: 256.0,
             axes_dims: [32, 48, 48],
             norm_eps: 1e-5,
             t_scale: 1000.0,
-            t_frequencies: told(survey.t_frequencies, "timestep width", "t_embedder.mlp.0.weight")?,
-            t_hidden: told(survey.t_hidden, "timestep width", "t_embedder.mlp.0.weight")?,
-            adaln_width: told(survey.adaln_width, "modulation width", "t_embedder.mlp.2.weight")?,
+            t_frequencies: told(of(times, 1), "timestep width", times)?,
+            t_hidden: told(of(times, 0), "timestep width", times)?,
+            adaln_width: told(adaln_width, "modulation width", "t_embedder.mlp.2.weight")?,
         })
-    }
-
-    /// Sizes of a model that the tensors are a part of; 1 where they do not tell.
-    pub(super) fn outlined(survey: &DitSurvey) -> Self {
-        let whole = DitSurvey {
-            kind: Some(ModelKind::Latent),
-            dim: survey.dim.or(Some(1)),
-            head_dim: survey.head_dim.or(Some(1)),
-            ffn_hidden: survey.ffn_hidden.or(Some(1)),
-            caption_width: survey.caption_width.or(Some(1)),
-            patch: survey.patch.or(Some(1)),
-            in_channels: survey.in_channels.or(Some(1)),
-            t_frequencies: survey.t_frequencies.or(Some(1)),
-            t_hidden: survey.t_hidden.or(Some(1)),
-            adaln_width: survey.adaln_width.or(Some(1)),
-            ..survey.clone()
-        };
-        let mut config = Self::surveyed(&whole).expect("every size is told");
-        config.layers = config.layers.max(1);
-        config
     }
 
     /// Whether the sizes go together, and with the tensors that there are.

@@ -136,7 +136,11 @@ impl DitConfig {
     /// When a tensor that tells a size is missing, sizes contradict each other, or the file contradicts them.
     pub fn read(params: &dyn ParamSource, file: Option<&TransformerConfig>) -> Result<Self> {
         let survey = DitSurvey::of(params);
-        let mut config = DitConfig::surveyed(&survey)?;
+        let mut config = DitConfig::surveyed(params, &survey, &|what, tensor| {
+            Err(Error::invalid(format!(
+                "the {what} is unknown: tensor `{tensor}` is missing"
+            )))
+        })?;
         if let Some(file) = file.map(ConfigFile::of).transpose()? {
             file.apply(&mut config);
             file.check(&config)?;

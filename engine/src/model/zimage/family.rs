@@ -1,5 +1,6 @@
 //! What is to be known of the family before a model of it is described.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -57,21 +58,27 @@ impl Family for ZImageFamily {
 
     fn survey(&self, params: &dyn ParamSource) -> Ends {
         let survey = DitSurvey::of(params);
+        let head = DetailerLayout::seen(params, HEAD_PREFIX, survey.width.unwrap_or(0));
         Ends {
             kind: survey.kind,
             patch: survey.patch,
-            head: DetailerLayout::seen(params, HEAD_PREFIX, survey.dim.unwrap_or(0))
-                .filter(|head| head.check().is_ok()),
+            head: head.filter(|head| head.check().is_ok()),
         }
     }
 
     fn outline(&self, params: &dyn ParamSource) -> Vec<Meta> {
         let survey = DitSurvey::of(params);
-        let config = DitConfig::outlined(&survey);
-        let blocks = |found: &std::collections::BTreeSet<usize>| found.last().map_or(1, |last| last + 1);
+        let blocks = |found: &BTreeSet<usize>| found.last().map_or(1, |last| last + 1);
         let refiners = [blocks(&survey.noise_refiners), blocks(&survey.context_refiners)];
-        let parts = Parts::describe_with(&config, None, refiners);
-        parts.map_or_else(|_| Vec::new(), |parts| metas(&parts).into_iter().cloned().collect())
+        let described = DitConfig::surveyed(params, &survey, &|_, _| Ok(1)).and_then(|config| {
+            let config = DitConfig {
+                kind: ModelKind::Latent,
+                layers: blocks(&survey.layers),
+                ..config
+            };
+            Parts::describe_with(&config, None, refiners)
+        });
+        described.map_or_else(|_| Vec::new(), |parts| metas(&parts).into_iter().cloned().collect())
     }
 
     fn left_behind(&self, own: &dyn ParamSource, base: &dyn ParamSource) -> Box<dyn Fn(&str) -> bool> {
