@@ -66,8 +66,8 @@ def cast(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16)
 
 
-def guided_euler_step(x: Tensor, velocity: Tensor, delta: Tensor) -> Tensor:
-    return x.add_(velocity * delta)
+def guided_euler_step(x: Tensor, velocity: Tensor, factors: Tensor) -> Tensor:
+    return x.mul_(factors[0]).add_(velocity * factors[1])
 
 
 def to_rgb8(x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def inputs(case: dict, context: Context) -> list[Tensor]:
         "patch_embed_16": lambda: embedding(16, side // 4),
         "patch_embed_64": lambda: embedding(64, side),
         "cast": lambda: [picture()],
-        "guided_euler_step": lambda: [picture(), picture(), normal(1, dtype=torch.float32)],
+        "guided_euler_step": lambda: [picture(), picture(), normal(2, dtype=torch.float32)],
         "to_rgb8": lambda: [picture()],
         "group_norm": lambda: [
             normal(1, max(side // 8, 8), max(side // 8, 8), 256).permute(0, 3, 1, 2), normal(256), normal(256),

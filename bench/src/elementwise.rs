@@ -283,7 +283,7 @@ fn image_ops(side: usize, dim: usize) -> Vec<Op> {
             vec![
                 picture(side).in_f32(),
                 picture(side).in_f32(),
-                Input::whole(&[1]).in_f32(),
+                Input::whole(&[2]).in_f32(),
             ],
             Box::new(|inputs| {
                 let (x, others) = inputs.split_first_mut().expect("three inputs");

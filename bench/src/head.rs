@@ -105,7 +105,7 @@ fn run_head(bench: &mut Bench, head: Head, arguments: &Arguments) -> anyhow::Res
     bench.expect_feasible(&name, flops, "give --tiny, or a smaller --side")?;
 
     let (device, seed) = (bench.device.clone(), bench.common.seed);
-    let params = RandomParams::new(seed, layout.tensors());
+    let params = RandomParams::new(seed, layout.tensors(HEAD_PREFIX));
     let module = Detailer::load(&params, &device, HEAD_PREFIX)?;
     let (image, features) = ([1, side, side, 3], [1, cells, cells, context]);
     let bytes = (image.iter().product::<usize>() + features.iter().product::<usize>()) * device.compute_dtype().size();
@@ -118,7 +118,7 @@ fn run_head(bench: &mut Bench, head: Head, arguments: &Arguments) -> anyhow::Res
             ))
         })
         .collect::<Result<Vec<_>>>()?;
-    let corner = Corner::new(patch, layout.downsampling(), side);
+    let corner = Corner::new(patch, layout.reduction(), side);
     let mut call = |set: usize| Ok(vec![module.forward(&inputs[set].0, &inputs[set].1)?]);
     let sizes = json!({ "head": head.label(), "side": side, "context": context, "tiny": tiny, "sets": sets });
     let row = bench.measure(Case {
@@ -231,12 +231,12 @@ mod tests {
     #[test]
     fn a_corner_is_large_enough() {
         let layout = published::head(16, 32, true).unwrap();
-        let params = RandomParams::new(3, layout.tensors());
+        let params = RandomParams::new(3, layout.tensors(HEAD_PREFIX));
         let head = Detailer::load(&params, &Device::Cpu, HEAD_PREFIX).unwrap();
         let (side, patch) = (192, 16);
         let image = random(&Device::Cpu, [1, side, side, 3], 1, 0).unwrap();
         let features = random(&Device::Cpu, [1, side / patch, side / patch, 32], 1, 1).unwrap();
-        let corner = Corner::new(patch, layout.downsampling(), side);
+        let corner = Corner::new(patch, layout.reduction(), side);
         assert_eq!((corner.side, corner.compared), (128, 64));
         let whole = head.forward(&image, &features).unwrap();
         let part = head

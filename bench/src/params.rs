@@ -5,9 +5,9 @@
 
 use std::collections::HashMap;
 
-use l2p_engine::checkpoint::HeadLayout;
 use l2p_engine::device::MemoryTag;
-use l2p_engine::model::config::{DitConfig, TextConfig, VaeConfig};
+use l2p_engine::model::Spec;
+use l2p_engine::model::config::{TextConfig, VaeConfig};
 use l2p_engine::ops::cast::cast;
 use l2p_engine::ops::latent::denormalize_latent;
 use l2p_engine::ops::noise::normal_noise;
@@ -32,9 +32,8 @@ impl RandomParams {
     }
 
     /// A transformer with its head.
-    pub fn transformer(seed: u64, config: &DitConfig, head: Option<&HeadLayout>) -> Self {
-        let head = head.map(HeadLayout::tensors).unwrap_or_default();
-        Self::new(seed, config.tensors().into_iter().chain(head))
+    pub fn transformer(seed: u64, spec: &dyn Spec) -> Self {
+        Self::new(seed, spec.tensors())
     }
 
     /// A VAE decoder.
@@ -244,15 +243,13 @@ mod tests {
     use crate::published::{self, ModelName};
     use l2p_engine::model::text::TextEncoder;
     use l2p_engine::model::vae::VaeDecoder;
-    use l2p_engine::model::zimage::{Dit, ZImage};
 
     #[test]
     fn every_small_model_loads_and_runs() {
         for name in ModelName::ALL {
             let model = name.model(true).unwrap();
-            let params = RandomParams::transformer(1, &model.config, model.head.as_ref());
-            let spec = ZImage::read(&params, &model.config).unwrap();
-            Dit::load(&spec, &params, &Device::Cpu, &mut |_, _| Ok(())).unwrap();
+            let params = RandomParams::transformer(1, &*model.spec);
+            model.spec.load(&params, &Device::Cpu, &mut |_, _| Ok(())).unwrap();
         }
         let config = published::vae(true);
         let decoder = VaeDecoder::load(&RandomParams::vae(1, &config), &Device::Cpu, &config).unwrap();

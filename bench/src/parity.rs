@@ -7,12 +7,10 @@ use std::path::Path;
 
 use l2p_engine::checkpoint::{Checkpoint, ModelPaths, PathOverrides, Values, read_values};
 use l2p_engine::device::MemoryTag;
-use l2p_engine::model::Denoiser;
 use l2p_engine::model::config::{TextConfig, VaeConfig};
 use l2p_engine::model::detailer::Detailer;
 use l2p_engine::model::text::TextEncoder;
 use l2p_engine::model::vae::VaeDecoder;
-use l2p_engine::model::zimage::Dit;
 use l2p_engine::{Device, Error, Result, Tensor};
 use serde::Serialize;
 
@@ -184,12 +182,9 @@ pub fn check(component: Component, model: &Path, io: &Path, device: &Device, rep
 
 fn check_dit(model: &Path, io: &mut Io<'_>, device: &Device, repeats: usize) -> Result<Outcome> {
     let transformer = ModelPaths::resolve(model, &PathOverrides::default())?.open_transformer()?;
-    let dit = Dit::load(
-        &transformer.spec()?,
-        &transformer.checkpoint,
-        device,
-        &mut |_, _| Ok(()),
-    )?;
+    let dit = transformer
+        .spec
+        .load(&transformer.checkpoint, device, &mut |_, _| Ok(()))?;
     let x = io.image("x", device, false)?;
     let (times, captions) = io.conditions(x.dim(0), device)?;
     let captions: Vec<&Tensor> = captions.iter().collect();

@@ -1,9 +1,12 @@
 //! The published models' sizes, and small models of the same structure.
 
 use std::fmt;
+use std::sync::Arc;
 
-use l2p_engine::checkpoint::HeadLayout;
-use l2p_engine::model::config::{DitConfig, ModelKind, TextConfig, VaeConfig};
+use l2p_engine::model::Spec;
+use l2p_engine::model::config::{ModelKind, TextConfig, VaeConfig};
+use l2p_engine::model::detailer::DetailerLayout;
+use l2p_engine::model::zimage::{DitConfig, ZImage};
 use l2p_engine::{Error, Result};
 
 /// A model at a picture size.
@@ -49,7 +52,11 @@ impl ModelName {
     /// When there is no head for the patch.
     pub fn model(self, tiny: bool) -> Result<Model> {
         let patch = self.patch();
-        let config = transformer(self.kind, patch, tiny);
+        self.of(transformer(self.kind, patch, tiny), tiny)
+    }
+
+    fn of(self, config: DitConfig, tiny: bool) -> Result<Model> {
+        let patch = self.patch();
         let head = match self.kind {
             ModelKind::Pixel => Some(head(patch, config.dim, tiny)?),
             ModelKind::Latent => None,
@@ -62,8 +69,8 @@ impl ModelName {
         };
         Ok(Model {
             name: self,
-            config,
-            head,
+            tiny,
+            spec: Arc::new(ZImage { config, head }),
             vae,
             side,
         })
@@ -93,10 +100,10 @@ impl std::str::FromStr for ModelName {
 pub struct Model {
     /// Which model it is.
     pub name: ModelName,
+    /// Whether its sizes are small ones.
+    tiny: bool,
     /// The transformer.
-    pub config: DitConfig,
-    /// A pixel model's head.
-    pub head: Option<HeadLayout>,
+    pub spec: Arc<dyn Spec>,
     /// A latent model's decoder.
     pub vae: Option<VaeConfig>,
     /// Pixels along a side of the picture.
@@ -104,10 +111,24 @@ pub struct Model {
 }
 
 impl Model {
+    /// The model of the same widths with one block of each kind.
+    ///
+    /// # Errors
+    /// When there is no head for the patch.
+    pub fn shallow(&self) -> Result<Self> {
+        let name = self.name;
+        let config = DitConfig {
+            layers: 1,
+            refiner_layers: 1,
+            ..transformer(name.kind, name.patch(), self.tiny)
+        };
+        name.of(config, self.tiny)
+    }
+
     /// Height, width and channels of what the transformer draws.
     pub fn canvas(&self) -> [usize; 3] {
         let side = self.side / self.vae.as_ref().map_or(1, VaeConfig::downsampling);
-        [side, side, self.config.in_channels]
+        [side, side, self.spec.geometry().channels]
     }
 }
 
@@ -153,13 +174,13 @@ pub fn transformer(kind: ModelKind, patch: usize, tiny: bool) -> DitConfig {
 ///
 /// # Errors
 /// When none was published for the patch.
-pub fn head(patch: usize, context: usize, tiny: bool) -> Result<HeadLayout> {
-    let published = HeadLayout::for_patch(patch, None, None, 3840)?;
+pub fn head(patch: usize, context: usize, tiny: bool) -> Result<DetailerLayout> {
+    let published = DetailerLayout::for_patch(patch, None, None, 3840)?;
     match tiny {
-        false => Ok(HeadLayout { context, ..published }),
+        false => Ok(DetailerLayout { context, ..published }),
         true => {
             let widths = vec![8; published.stages.len()];
-            HeadLayout::for_patch(patch, Some(&widths), Some(16), context)
+            DetailerLayout::for_patch(patch, Some(&widths), Some(16), context)
         }
     }
 }
@@ -208,9 +229,10 @@ mod tests {
             assert_eq!(name.to_string().parse::<ModelName>().unwrap(), name);
             let model = name.model(false).unwrap();
             assert_eq!(model.side, 1024 * name.thousands);
-            assert!(model.canvas()[0].is_multiple_of(model.config.patch));
+            let patch = name.patch();
+            assert!(model.canvas()[0].is_multiple_of(patch));
             let tiny = name.model(true).unwrap();
-            assert!(tiny.config.dim < model.config.dim && tiny.canvas()[0].is_multiple_of(tiny.config.patch));
+            assert!(tiny.spec.caption_width() < model.spec.caption_width() && tiny.canvas()[0].is_multiple_of(patch));
         }
         let message = "pixel-3k".parse::<ModelName>().unwrap_err().to_string();
         assert!(message.contains("pixel-4k, pixel-8k, latent-1k"), "{message}");

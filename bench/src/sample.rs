@@ -206,13 +206,17 @@ fn run_size(size: Size, arguments: &Arguments) -> anyhow::Result<()> {
         Some(side) => side.to_string(),
         None => size.label().to_owned(),
     };
-    let name = format!("sample-{}-{size}", source.config.kind);
+    let geometry = source.spec.geometry();
+    let name = format!("sample-{}-{size}", geometry.kind);
     let mut bench = Bench::start("sample", &arguments.common, "sample.py")?;
     let cell = source.vae.as_ref().map_or(1, VaeConfig::downsampling);
-    let tokens = (side / cell / source.config.patch).pow(2);
+    let tokens = geometry.image_tokens([side / cell; 2]);
     let rough = match arguments.tiny {
         true => 0.0,
-        false => 2.0 * (source.config.dim * source.config.dim * 12 * source.config.layers * tokens) as f64,
+        false => {
+            let parameters: f64 = source.spec.metas().iter().map(|meta| meta.elements() as f64).sum();
+            2.0 * parameters * tokens as f64
+        }
     };
     bench.expect_feasible(
         &name,

@@ -6,14 +6,12 @@ mod twin;
 use std::time::Instant;
 
 use clap::Parser;
-use l2p_engine::checkpoint::HeadLayout;
 use l2p_engine::device::{MemoryTag, format_bytes};
 use l2p_engine::flow::sampler::{Conditioning, Walk};
 use l2p_engine::flow::schedule::Schedule;
 use l2p_engine::model::Denoiser;
 use l2p_engine::model::config::VaeConfig;
 use l2p_engine::model::vae::VaeDecoder;
-use l2p_engine::model::zimage::{Dit, ZImage};
 use l2p_engine::profile::{Profile, measure};
 use l2p_engine::{Device, Result, Tensor};
 use serde_json::{Map, Value, json};
@@ -124,31 +122,21 @@ fn run_model(name: ModelName, arguments: &Arguments) -> anyhow::Result<()> {
 
 /// Sides are multiples of this many pixels.
 fn side_multiple(model: &Model) -> usize {
-    match (&model.vae, &model.head) {
-        (Some(vae), _) => model.config.patch * vae.downsampling(),
-        // Every patch of a published head is a multiple of its downsampling.
-        (None, head) => model
-            .config
-            .patch
-            .max(head.as_ref().map_or(1, HeadLayout::downsampling)),
-    }
+    model
+        .spec
+        .size_multiple(model.vae.as_ref().map_or(1, VaeConfig::downsampling))
 }
 
 /// Two operations for each parameter and token.
 fn rough_flops(model: &Model) -> f64 {
-    let parameters: f64 = model
-        .config
-        .tensors()
-        .iter()
-        .map(|(_, shape)| shape.iter().product::<usize>() as f64)
-        .sum();
+    let parameters: f64 = model.spec.metas().iter().map(|meta| meta.elements() as f64).sum();
     let [height, width, _] = model.canvas();
-    2.0 * parameters * (height * width / model.config.patch.pow(2)) as f64
+    2.0 * parameters * model.spec.geometry().image_tokens([height, width]) as f64
 }
 
 /// A transformer on the device and what it is run with.
 pub struct Setup {
-    dit: Dit,
+    dit: Box<dyn Denoiser>,
     conditioning: Conditioning,
     /// f32
     noise: Tensor,
@@ -160,11 +148,9 @@ impl Setup {
     /// # Errors
     /// When the device has no room.
     pub fn new(device: &Device, model: &Model, caption_tokens: usize, seed: u64) -> Result<Self> {
-        let params = RandomParams::transformer(seed, &model.config, model.head.as_ref());
-        let dit = Dit::load(&ZImage::read(&params, &model.config)?, &params, device, &mut |_, _| {
-            Ok(())
-        })?;
-        let caption = random(device, [1, caption_tokens, model.config.caption_width], seed, 1)?;
+        let params = RandomParams::transformer(seed, &*model.spec);
+        let dit = model.spec.load(&params, device, &mut |_, _| Ok(()))?;
+        let caption = random(device, [1, caption_tokens, model.spec.caption_width()], seed, 1)?;
         let [height, width, channels] = model.canvas();
         Ok(Setup {
             conditioning: Conditioning {
@@ -180,7 +166,7 @@ impl Setup {
     fn walk(&self, steps: usize) -> Result<Walk<'_>> {
         let mut noise = Tensor::empty(self.dit.device(), self.noise.shape(), self.noise.dtype())?;
         noise.copy_from(&self.noise)?;
-        Walk::new(&self.dit, &self.conditioning, &Schedule::new(steps, SHIFT)?, noise)
+        Walk::new(&*self.dit, &self.conditioning, &Schedule::new(steps, SHIFT)?, noise)
     }
 
     /// What `steps` steps give.

@@ -9,7 +9,6 @@ use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use l2p_bins::launch::RankFlags;
 use l2p_engine::device::{MemoryTag, format_bytes};
-use l2p_engine::model::zimage::ZImage;
 use l2p_engine::train::{
     AdamWOptions, Batch, PlanInput, Policy, Ranks, Recompute, TrainOptions, TrainableModel, TrainingPlan,
 };
@@ -158,7 +157,7 @@ impl Arguments {
     fn model(&self) -> anyhow::Result<Model> {
         let mut model = ModelName::model("pixel-1k".parse()?, self.tiny)?;
         model.side = self.side.unwrap_or(model.side);
-        let patch = model.config.patch;
+        let patch = model.spec.geometry().patch;
         anyhow::ensure!(
             model.side > 0 && model.side.is_multiple_of(patch),
             "--side {} is no multiple of {patch}",
@@ -311,13 +310,13 @@ struct Case<'a> {
 
 impl Case<'_> {
     fn params(&self) -> RandomParams {
-        RandomParams::transformer(self.seed, &self.model.config, self.model.head.as_ref())
+        RandomParams::transformer(self.seed, &*self.model.spec)
     }
 
     fn plan(&self, device: &Device, ranks: &Ranks) -> Result<TrainingPlan> {
         let [height, width, _] = self.model.canvas();
         TrainingPlan::new(&PlanInput {
-            spec: &ZImage::read(&self.params(), &self.model.config)?,
+            spec: &*self.model.spec,
             options: &self.options,
             size: [height, width],
             caption_tokens: self.caption,
@@ -332,14 +331,17 @@ impl Case<'_> {
         let [height, width, channels] = model.canvas();
         let picture = |stream| random_f32(device, [1, height, width, channels], seed, stream);
         Ok(Trained {
-            model: {
-                let params = self.params();
-                let spec = ZImage::read(&params, &model.config)?;
-                TrainableModel::load_among(&spec, &params, device, &self.options, ranks, &mut |_, _| Ok(()))?
-            },
+            model: TrainableModel::load_among(
+                &*model.spec,
+                &self.params(),
+                device,
+                &self.options,
+                ranks,
+                &mut |_, _| Ok(()),
+            )?,
             image: picture(2)?,
             noise: picture(3)?,
-            caption: random(device, [1, self.caption, model.config.caption_width], seed, 1)?,
+            caption: random(device, [1, self.caption, model.spec.caption_width()], seed, 1)?,
         })
     }
 }

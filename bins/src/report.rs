@@ -25,7 +25,7 @@ pub fn inspection(found: &Inspection) -> String {
     line("layout", layout(found));
     line("base", found.base.as_deref().map(show).unwrap_or_default());
     line("size", size(found));
-    line("transformer", transformer(found));
+    line("transformer", found.summary.clone());
     line("head", head(found));
     line("parameters", parameters(found));
     line("on disk", on_disk(found));
@@ -127,29 +127,11 @@ fn size(found: &Inspection) -> String {
     format!("{}×{} pixels, {source}", size.width, size.height)
 }
 
-fn transformer(found: &Inspection) -> String {
-    let Some(config) = &found.transformer else {
-        return String::new();
-    };
-    format!(
-        "width {}, {} heads × {}, {} blocks and {}+{} refiners, feed-forward {}, captions {}, {} channels",
-        config.dim,
-        config.heads,
-        config.head_dim,
-        config.layers,
-        config.refiner_layers,
-        config.refiner_layers,
-        config.ffn_hidden,
-        config.caption_width,
-        config.in_channels
-    )
-}
-
 fn head(found: &Inspection) -> String {
     let Some(head) = &found.head else {
         return String::new();
     };
-    let variant = head.variant.map_or("stages of no published head".into(), |v| {
+    let variant = head.variant().map_or("stages of no published head".into(), |v| {
         format!("stages of the {} head", v.name())
     });
     let widths: Vec<_> = head.widths().iter().map(ToString::to_string).collect();

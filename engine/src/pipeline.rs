@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
 use crate::flow::sampler::{Guides, Sampler, StepReport, Walk};
 use crate::flow::schedule::Schedule;
-use crate::model::config::{DitConfig, ModelKind, VaeConfig};
+use crate::model::config::{ModelKind, VaeConfig};
 use crate::model::vae::VaeDecoder;
 use crate::model::{Denoiser, DeviceLimits, Spec};
 use crate::ops::to_rgb8::to_rgb8;
@@ -34,10 +34,6 @@ const DEFAULT_STEPS: usize = 28;
 
 /// The shift where neither user nor model says.
 const DEFAULT_SHIFT: f32 = 3.0;
-
-/// Latent models draw this size where nobody says; pixel models, a grid of `DEFAULT_GRID` patches.
-const DEFAULT_LATENT_SIZE: usize = 1024;
-const DEFAULT_GRID: usize = 64;
 
 /// Pixels that [`Pipeline::pictures`] decodes together.
 const DECODED_PIXELS: usize = 1 << 20;
@@ -125,8 +121,8 @@ impl Pipeline {
     /// When a part is missing, damaged, does not fit the others, or has sizes that the device's kernels cannot take.
     pub fn open(paths: ModelPaths, device: Device, keep_text_encoder: bool) -> Result<Self> {
         let transformer = paths.open_transformer()?;
-        transformer.spec()?.expect_runs_on(&device)?;
-        let vae_files = match transformer.config.kind {
+        transformer.spec.expect_runs_on(&device)?;
+        let vae_files = match transformer.spec.geometry().kind {
             ModelKind::Latent => {
                 let (config, checkpoint) = open_vae(paths.vae()?)?;
                 config.expect_runs_on(&device)?;
@@ -148,9 +144,14 @@ impl Pipeline {
         })
     }
 
-    /// The transformer's sizes.
-    pub fn config(&self) -> &DitConfig {
-        &self.transformer.config
+    /// What the transformer is.
+    pub fn spec(&self) -> &dyn Spec {
+        &*self.transformer.spec
+    }
+
+    /// Pixels along a side of what one cell of the transformer's input stands for: 1, or a VAE's downsampling.
+    fn cell(&self) -> usize {
+        self.vae_config().map_or(1, VaeConfig::downsampling)
     }
 
     /// The transformer's files.
@@ -190,9 +191,7 @@ impl Pipeline {
 
     /// Sides of a picture are multiples of this many pixels.
     pub fn size_multiple(&self) -> usize {
-        let head = self.transformer.head.as_ref().map_or(1, |head| head.downsampling());
-        let patch = self.config().patch * self.vae_config().map_or(1, VaeConfig::downsampling);
-        least_common_multiple(patch, head)
+        self.spec().size_multiple(self.cell())
     }
 
     /// What the model says about how to draw with it, completed by general defaults.
@@ -202,9 +201,10 @@ impl Pipeline {
     pub fn defaults(&self) -> Result<Settings> {
         let own = &self.paths.defaults;
         let scheduler = self.paths.scheduler()?;
-        let side = match self.config().kind {
-            ModelKind::Latent => DEFAULT_LATENT_SIZE,
-            ModelKind::Pixel => (DEFAULT_GRID * self.config().patch).next_multiple_of(self.size_multiple()),
+        let geometry = self.spec().geometry();
+        let side = match geometry.kind {
+            ModelKind::Latent => geometry.published_side(),
+            ModelKind::Pixel => geometry.published_side().next_multiple_of(self.size_multiple()),
         };
         Ok(Settings {
             width: own.width.unwrap_or(side),
@@ -239,8 +239,7 @@ impl Pipeline {
     /// Weights and activations of [`Pipeline::estimate`].
     fn parts(&self, settings: &Settings, batch: usize) -> (u64, u64) {
         let estimate = MemoryEstimate::of(&EstimateInput {
-            config: self.config(),
-            head: self.transformer.head.as_ref(),
+            spec: self.spec(),
             vae: self.vae_config(),
             text_parameters: 0,
             width: settings.width,
@@ -342,7 +341,7 @@ impl Pipeline {
     }
 
     fn prompt_files(&self) -> Result<PromptFiles<'_>> {
-        PromptFiles::open(&self.paths, &self.device, self.config().caption_width)
+        PromptFiles::open(&self.paths, &self.device, self.spec().caption_width())
     }
 
     /// Brings the transformer (and a latent model's VAE decoder) onto the device; nothing when they are there.
@@ -362,11 +361,8 @@ impl Pipeline {
                 pipeline.vae = Some(vae.map_err(|error| of_file(checkpoint, error))?);
             }
             let transformer = &pipeline.transformer;
-            pipeline.model = Some(
-                transformer
-                    .spec()?
-                    .load(&transformer.checkpoint, &pipeline.device, loaded)?,
-            );
+            let spec = &transformer.spec;
+            pipeline.model = Some(spec.load(&transformer.checkpoint, &pipeline.device, loaded)?);
             Ok(())
         })
     }
@@ -381,14 +377,18 @@ impl Pipeline {
 
     /// Height, width and channels of what the transformer draws: an image, or the latent of one.
     pub fn canvas(&self, settings: &Settings) -> [usize; 3] {
-        let cell = self.vae_config().map_or(1, VaeConfig::downsampling);
-        [settings.height / cell, settings.width / cell, self.config().in_channels]
+        let cell = self.cell();
+        [
+            settings.height / cell,
+            settings.width / cell,
+            self.spec().geometry().channels,
+        ]
     }
 
     /// Image tokens of one picture.
     pub fn image_tokens(&self, settings: &Settings) -> usize {
         let [height, width, _] = self.canvas(settings);
-        height / self.config().patch * (width / self.config().patch)
+        self.spec().geometry().image_tokens([height, width])
     }
 
     /// Draws one picture per caption from `noise`. Returns what the transformer drew, f32 (pixel model: images; latent model:
@@ -472,7 +472,7 @@ impl Pipeline {
     /// When the device has no room, and [`Error::NotFinite`] naming the first picture that holds NaN or an infinity and the first
     /// weight that does.
     pub fn pictures(&mut self, drawn: &Tensor) -> Result<Vec<Vec<u8>>> {
-        let cell = self.vae_config().map_or(1, VaeConfig::downsampling);
+        let cell = self.cell();
         let pixels = drawn.dim(1) * drawn.dim(2) * cell * cell;
         let at_once = (DECODED_PIXELS / pixels.max(1)).max(1);
         self.phase("decode", |pipeline| {
@@ -558,27 +558,5 @@ fn of_file(checkpoint: &Checkpoint, error: Error) -> Error {
     match error {
         Error::Invalid(reason) => Error::file(checkpoint.path(), reason),
         error => error,
-    }
-}
-
-fn least_common_multiple(a: usize, b: usize) -> usize {
-    let greatest_common_divisor = {
-        let (mut a, mut b) = (a, b);
-        while b != 0 {
-            (a, b) = (b, a % b);
-        }
-        a
-    };
-    a / greatest_common_divisor * b
-}
-
-#[cfg(test)]
-mod tests {
-    use super::least_common_multiple;
-
-    #[test]
-    fn sizes_fit_patches_and_poolings() {
-        assert_eq!(least_common_multiple(160, 64), 320);
-        assert_eq!(least_common_multiple(16, 16), 16);
     }
 }

@@ -15,7 +15,7 @@ struct Picture {
     const bf16* weights;  // [COLOURS, outputs]
     const bf16* bias;     // [COLOURS]
     float* colours;       // [items, height, width, COLOURS]
-    const float* delta;   // with it, scale * delta * result is added to `colours`; without, scale * result is written
+    const float* factors;  // with them, colours = factors[0] * colours + scale * factors[1] * result; without, scale * result
 };
 
 struct Operands : Problem {
@@ -136,7 +136,7 @@ struct ToPicture {
     static constexpr int DEPTHS = P::BLOCK_N / 16;
     uint32_t weights[DEPTHS][2];
     float bias[2];
-    float factor;  // of what is written or added
+    float factor, keep;  // of what is written or added, of what is there
 
     // A lane has, for the colour lane / 4, the weights of the channels that columns 2 m, 2 m + 1 and eight on stand for.
     __device__ __forceinline__ explicit ToPicture(const Operands& o) {
@@ -155,7 +155,8 @@ struct ToPicture {
             }
 #pragma unroll
         for (int i = 0; i < 2; ++i) bias[i] = 2 * member + i < COLOURS ? to_float(o.picture.bias[2 * member + i]) : 0.0f;
-        factor = o.picture.delta == nullptr ? o.scale : o.scale * *o.picture.delta;
+        factor = o.picture.factors == nullptr ? o.scale : o.scale * o.picture.factors[1];
+        keep = o.picture.factors == nullptr ? 0.0f : o.picture.factors[0];
     }
 
     __device__ __forceinline__ void operator()(const typename P::Sums& sums, const Operands& o, const Tile& tile) const {
@@ -192,7 +193,8 @@ struct ToPicture {
                 const int colour = 2 * member + i % 2, row = y + i / 2;
                 if (colour >= COLOURS || row >= o.height || x >= o.width) continue;
                 float* const at = o.picture.colours + ((static_cast<size_t>(tile.item) * o.height + row) * o.width + x) * COLOURS + colour;
-                *at = (o.picture.delta == nullptr ? 0.0f : *at) + factor * colours[i];
+                // With a keep of 1 as colours + factor * result, rounded once.
+                *at = fmaf(factor, colours[i], o.picture.factors == nullptr ? 0.0f : __fmul_rn(keep, *at));
             }
         }
     }
@@ -220,11 +222,11 @@ struct ToPicture {
 #define PICTURE_KERNEL(name, P)                                                                                           \
     extern "C" __global__ __launch_bounds__(THREADS, 1) void name(                                                        \
         const __grid_constant__ TensorMap first, const __grid_constant__ TensorMap second, const bf16* weights,           \
-        const bf16* bias, const bf16* picture_weights, const bf16* picture_bias, float* colours, const float* delta,      \
+        const bf16* bias, const bf16* picture_weights, const bf16* picture_bias, float* colours, const float* factors,    \
         int items, int height, int width, int outputs, int chunks, int first_chunks, float scale) {                       \
         const Operands operands = {{weights, items, height, width, outputs, chunks, first_chunks},                        \
                                    bias, nullptr, nullptr, nullptr, SILU, scale,                                          \
-                                   {picture_weights, picture_bias, colours, delta}};                                      \
+                                   {picture_weights, picture_bias, colours, factors}};                                    \
         convolve<P, ToPicture<P>>(first, second, operands);                                                               \
     }                                                                                                                     \
     L2P_LAUNCH(name, THREADS, P::BYTES, P::BLOCK_N, P::BLOCK_K, P::TILE_HEIGHT, P::RESIDENT ? P::WEIGHT_STAGES : 0)

@@ -47,7 +47,7 @@ struct Operands {
     const bf16* output;      // [3, CHANNELS]
     const bf16 *encoder_bias, *up_bias, *decoder_bias, *output_bias;
     float* colours;          // [items, height, width, 3]
-    const float* delta;      // with it, scale * delta * result is added to `colours`; without, scale * result is written
+    const float* factors;    // with them, colours = factors[0] * colours + scale * factors[1] * result; without, scale * result
     int height, width;
     float scale;
 };
@@ -177,7 +177,7 @@ __device__ __forceinline__ void encode(const Operands& o, const Place& place, co
 // From decoded sums of 16 pixels to colours: SiLU, the 1x1 convolution as one product, and the step.
 struct Painter {
     uint32_t weights[2];
-    float channel_bias[4], bias[2], factor;
+    float channel_bias[4], bias[2], factor, keep;
 
     __device__ __forceinline__ explicit Painter(const Operands& o) {
         const int colour = threadIdx.x % WARP / 4, member = threadIdx.x % 4;
@@ -190,7 +190,8 @@ struct Painter {
         for (int i = 0; i < 4; ++i) channel_bias[i] = to_float(o.decoder_bias[4 * member + i]);
 #pragma unroll
         for (int i = 0; i < 2; ++i) bias[i] = 2 * member + i < COLOURS ? to_float(o.output_bias[2 * member + i]) : 0.0f;
-        factor = o.delta == nullptr ? o.scale : o.scale * *o.delta;
+        factor = o.factors == nullptr ? o.scale : o.scale * o.factors[1];
+        keep = o.factors == nullptr ? 0.0f : o.factors[0];
     }
 
     // `y` and `x` are the first pixel's place in the picture, `columns` how many of the 16 are the tile's.
@@ -210,9 +211,10 @@ struct Painter {
         for (int i = 0; i < 4; ++i) {
             const int colour = 2 * member + i % 2, column = group + i / 2 * 8;
             if (colour >= COLOURS || column >= columns || x + column >= o.width) continue;
-            if (L2P_FAULT_IF(15, o.delta != nullptr && y < 8 && x + column < 8, false)) continue;
+            if (L2P_FAULT_IF(15, o.factors != nullptr && y < 8 && x + column < 8, false)) continue;
             float* const at = o.colours + ((static_cast<size_t>(item) * o.height + y) * o.width + x + column) * COLOURS + colour;
-            *at = (o.delta == nullptr ? 0.0f : *at) + factor * colours[i];
+            // With a keep of 1 as colours + factor * result, rounded once.
+            *at = fmaf(factor, colours[i], o.factors == nullptr ? 0.0f : __fmul_rn(keep, *at));
         }
     }
 };
@@ -272,10 +274,10 @@ __device__ __forceinline__ void ask_for_picture(const Operands& o, const Place& 
 // Grid: tiles of the picture, row by row, item by item. Height and width are even.
 extern "C" __global__ __launch_bounds__(THREADS, 2) void detail_stage(
     const bf16* map, const bf16* image, const uint4* weights, const bf16* output, const bf16* encoder_bias, const bf16* up_bias,
-    const bf16* decoder_bias, const bf16* output_bias, float* colours, const float* delta, int height, int width, float scale) {
+    const bf16* decoder_bias, const bf16* output_bias, float* colours, const float* factors, int height, int width, float scale) {
     extern __shared__ __align__(128) unsigned char memory[];
     const Operands o = {map,     image, weights, output, encoder_bias, up_bias, decoder_bias, output_bias,
-                        colours, delta, height,  width,  scale};
+                        colours, factors, height, width, scale};
     const int across = (width + TILE_WIDTH - 1) / TILE_WIDTH, down = (height + TILE_HEIGHT - 1) / TILE_HEIGHT;
     const Place place = {
         static_cast<int>(blockIdx.x) / across / down, static_cast<int>(blockIdx.x) / across % down * TILE_HEIGHT,
@@ -283,7 +285,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 2) void detail_stage(
     const uint32_t halo = shared_address(memory), map_tile = halo + MAP_START;
     const Image image_tile{reinterpret_cast<uint32_t*>(memory + IMAGE_START)};
     load_map(o, place, map_tile);
-    if (delta != nullptr) ask_for_picture(o, place);
+    if (factors != nullptr) ask_for_picture(o, place);
     Image::Words<THREADS> words;
     Image::fetch<THREADS>(words, image, place.item, place.y - 2, place.x - 2, height, width);
     image_tile.put<THREADS>(words);

@@ -1,4 +1,4 @@
-// Flow matching: the noisy image and the loss; engine/src/ops/flow_loss.rs holds the contract.
+// Training: the noisy image and the loss; engine/src/ops/flow_loss.rs holds the contract.
 //
 // Bound by memory: 8 bytes read and 2 written per element for the noisy image; 12 read and 2 written for the loss.
 #include "common/launch.cuh"
@@ -7,10 +7,10 @@
 constexpr int THREADS = 256;
 constexpr int ELEMENTS_PER_BLOCK = THREADS * 8;
 
-// noisy = (1 - sigma) * image + sigma * noise, sigma one per item of `item_elements` elements. Grid (blocks, items).
+// noisy = mix.x * image + mix.y * noise, a mix per item of `item_elements` elements. Grid (blocks, items).
 extern "C" __global__ __launch_bounds__(THREADS) void flow_noisy_image(
-    const float* image, const float* noise, const float* sigmas, bf16* noisy, size_t item_elements) {
-    const float sigma = sigmas[blockIdx.y];
+    const float* image, const float* noise, const float2* mixes, bf16* noisy, size_t item_elements) {
+    const float2 mix = mixes[blockIdx.y];
     const size_t start = blockIdx.y * item_elements;
     const size_t first = static_cast<size_t>(blockIdx.x) * ELEMENTS_PER_BLOCK;
     const size_t starts = reinterpret_cast<size_t>(image) | reinterpret_cast<size_t>(noise);  // of views, which may be odd
@@ -21,36 +21,38 @@ extern "C" __global__ __launch_bounds__(THREADS) void flow_noisy_image(
         load8(clean, image + start + index);
         load8(added, noise + start + index);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) clean[i] = (1.0f - sigma) * clean[i] + sigma * added[i];
+        for (int i = 0; i < 8; ++i) clean[i] = mix.x * clean[i] + mix.y * added[i];
         store8(noisy + start + index, clean);
     } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const size_t index = first + i * THREADS + threadIdx.x;
             if (index >= item_elements) continue;
-            noisy[start + index] = from_float<bf16>((1.0f - sigma) * image[start + index] + sigma * noise[start + index]);
+            noisy[start + index] = from_float<bf16>(mix.x * image[start + index] + mix.y * noise[start + index]);
         }
     }
 }
 L2P_LAUNCH(flow_noisy_image, THREADS, 0, ELEMENTS_PER_BLOCK)
 
-// partial[block] = sum of (velocity - (noise - image))^2 over the block's elements; gradient = scale * (velocity - (noise - image)),
-// unless null.
+// With error = prediction - (target.x * image + target.y * noise), a target per item of `item_elements` elements:
+// partial[block] = sum of error^2 over the block's elements; gradient = scale * error, unless null. Factors of 1 and -1 round nothing.
 extern "C" __global__ __launch_bounds__(THREADS) void flow_loss(
-    const float* velocity, const float* image, const float* noise, bf16* gradient, float* partial, size_t elements, float scale) {
+    const float* prediction, const float* image, const float* noise, const float2* targets, bf16* gradient, float* partial,
+    size_t elements, size_t item_elements, float scale) {
     __shared__ float scratch[THREADS / WARP];
     const size_t first = static_cast<size_t>(blockIdx.x) * ELEMENTS_PER_BLOCK;
     const size_t index = first + threadIdx.x * 8;
     float squares = 0.0f;
-    const size_t starts = reinterpret_cast<size_t>(velocity) | reinterpret_cast<size_t>(image) | reinterpret_cast<size_t>(noise);
-    if (first + ELEMENTS_PER_BLOCK <= elements && starts % 16 == 0) {
+    const size_t starts = reinterpret_cast<size_t>(prediction) | reinterpret_cast<size_t>(image) | reinterpret_cast<size_t>(noise);
+    if (first + ELEMENTS_PER_BLOCK <= elements && item_elements % 8 == 0 && starts % 16 == 0) {
+        const float2 target = targets[index / item_elements];
         float error[8], clean[8], added[8];
-        load8(error, velocity + index);
+        load8(error, prediction + index);
         load8(clean, image + index);
         load8(added, noise + index);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            error[i] -= added[i] - clean[i];
+            error[i] -= target.x * clean[i] + target.y * added[i];
             squares += error[i] * error[i];
             error[i] *= scale;
         }
@@ -59,7 +61,8 @@ extern "C" __global__ __launch_bounds__(THREADS) void flow_loss(
         for (int i = 0; i < 8; ++i) {
             const size_t single = index + i;
             if (single >= elements) break;
-            const float error = velocity[single] - (noise[single] - image[single]);
+            const float2 target = targets[single / item_elements];
+            const float error = prediction[single] - (target.x * image[single] + target.y * noise[single]);
             squares += error * error;
             if (gradient != nullptr) gradient[single] = from_float<bf16>(scale * error);
         }

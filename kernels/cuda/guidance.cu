@@ -1,4 +1,4 @@
-// Classifier-free guidance and the Euler step; engine/src/ops/guidance.rs holds the contract.
+// Classifier-free guidance and a sampler's step; engine/src/ops/guidance.rs holds the contract.
 //
 // Bound by memory: 8 bytes read and 4 written per element, 12 and 4 with guidance.
 #include "common/launch.cuh"
@@ -8,20 +8,21 @@ constexpr int THREADS = 256;
 constexpr int ELEMENTS_PER_BLOCK = THREADS * 4;
 
 struct Step {
-    float cfg, delta_sigma;
+    float cfg, keep, add;
     bool guided;
 
     __device__ __forceinline__ float operator()(float x, float positive, float negative) const {
-        return x + (guided ? negative + cfg * (positive - negative) : positive) * delta_sigma;
+        // With a keep of 1 as x + prediction * add, rounded once.
+        return fmaf(guided ? negative + cfg * (positive - negative) : positive, add, __fmul_rn(keep, x));
     }
 };
 
-// x, positive, negative [elements]; without guidance `negative` is null and `positive` is the velocity.
+// x, positive, negative [elements]; without guidance `negative` is null and `positive` is the prediction. factors: keep, add.
 extern "C" __global__ __launch_bounds__(THREADS) void guided_euler_step(
     float* x, const float* positive, const float* negative, size_t elements, float cfg,
-    const float* delta_sigma) {
+    const float* factors) {
     const bool guided = negative != nullptr;
-    const Step step{cfg, *delta_sigma, guided};
+    const Step step{cfg, factors[0], factors[1], guided};
     const size_t first = static_cast<size_t>(blockIdx.x) * ELEMENTS_PER_BLOCK;
     const size_t starts = reinterpret_cast<size_t>(x) | reinterpret_cast<size_t>(positive) | reinterpret_cast<size_t>(negative);
     if (starts % sizeof(float4) == 0 && elements % 4 == 0) {

@@ -16,9 +16,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Parser;
-use l2p_engine::checkpoint::{HeadLayout, Values, write_values};
+use l2p_engine::checkpoint::{Values, write_values};
 use l2p_engine::image_io::{RgbImage, Settings, WriteOptions, write_image};
-use l2p_engine::model::config::{DitConfig, ModelKind};
+use l2p_engine::model::Spec;
+use l2p_engine::model::config::ModelKind;
+use l2p_engine::model::detailer::DetailerLayout;
+use l2p_engine::model::zimage::{DitConfig, ZImage};
 use l2p_tests::hash_uniform;
 use serde_json::{Value, json};
 
@@ -154,7 +157,11 @@ fn latent(folder: &Path) -> anyhow::Result<()> {
     write_json(&folder.join("scheduler/scheduler_config.json"), &scheduler)?;
     let config = transformer(ModelKind::Latent);
     write_json(&folder.join("transformer/config.json"), &config.to_transformer_json())?;
-    let tensors = config.tensors();
+    let tensors = ZImage {
+        config: config.clone(),
+        head: None,
+    };
+    let tensors = tensors.tensors();
     let half = tensors.len() / 2;
     let mut map = serde_json::Map::new();
     for (number, part) in [&tensors[..half], &tensors[half..]].into_iter().enumerate() {
@@ -241,9 +248,13 @@ fn vae(folder: &Path) -> anyhow::Result<()> {
 
 fn pixel(folder: &Path) -> anyhow::Result<()> {
     let config = transformer(ModelKind::Pixel);
-    let head = HeadLayout::for_patch(config.patch, Some(&[2, 2, 4, 4]), Some(4), config.dim)?;
-    let tensors = [config.tensors(), head.tensors()].concat();
-    write_json(&folder.join("transformer/config.json"), &config.to_transformer_json())?;
+    let head = DetailerLayout::for_patch(config.patch, Some(&[2, 2, 4, 4]), Some(4), config.dim)?;
+    let spec = ZImage {
+        config,
+        head: Some(head),
+    };
+    let tensors = spec.tensors();
+    write_json(&folder.join("transformer/config.json"), &spec.config_json())?;
     write_tensors(&folder.join("transformer/diffusion_pytorch_model.safetensors"), tensors)?;
     let manifest = json!({
         "format": 1, "kind": "pixel", "transformer": "transformer", "text_encoder": "../latent/text_encoder",

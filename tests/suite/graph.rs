@@ -31,14 +31,14 @@ fn replays_equal_calls(device: &Device) -> Outcome {
     let velocity = Tensor::from_slice(device, &random("v", COUNT), [COUNT])?;
     let run = |recorded: bool| -> l2p_engine::Result<Vec<f32>> {
         let mut x = Tensor::from_slice(device, &values, [COUNT])?;
-        let mut delta = Tensor::from_slice(device, &[0f32], [1])?;
+        let mut factors = Tensor::from_slice(device, &[1f32, 0.0], [2])?;
         let mut graph = None;
         for step in 1..=5 {
-            delta.copy_from_slice(&[-0.1 * step as f32])?;
+            factors.copy_from_slice(&[1.0, -0.1 * step as f32])?;
             let mut work = || {
                 // A temporary of the recording, in the way of whoever allocates between replays.
                 let rounded = cast(&cast(&velocity, DType::Bf16)?, DType::F32)?;
-                guided_euler_step(&mut x, &rounded, None, &delta)
+                guided_euler_step(&mut x, &rounded, None, &factors)
             };
             match &mut graph {
                 Some(graph) => Graph::launch(graph)?,

@@ -74,7 +74,7 @@ pub fn check_gradients(
         ema_decay: None,
     };
     let mut model = TrainableModel::load(
-        &transformer.spec()?,
+        &*transformer.spec,
         &transformer.checkpoint,
         device,
         &options,

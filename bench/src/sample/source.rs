@@ -2,16 +2,17 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Context;
 use flate2::read::GzDecoder;
 use l2p_engine::Device;
-use l2p_engine::checkpoint::{Checkpoint, HeadLayout, ModelPaths, Transformer};
+use l2p_engine::checkpoint::{Checkpoint, ModelPaths, Transformer};
 use l2p_engine::device::MemoryTag;
-use l2p_engine::model::config::{DitConfig, TextConfig, VaeConfig};
+use l2p_engine::model::config::{ModelKind, TextConfig, VaeConfig};
 use l2p_engine::model::text::TextEncoder;
 use l2p_engine::model::vae::VaeDecoder;
-use l2p_engine::model::zimage::{Dit, ZImage};
+use l2p_engine::model::{Denoiser, Spec};
 use l2p_engine::text::PromptTokenizer;
 
 use crate::params::RandomParams;
@@ -19,18 +20,16 @@ use crate::published::{self, Model};
 
 /// A model whose parts can be brought to a device.
 pub struct Source {
-    /// The transformer's sizes.
-    pub config: DitConfig,
+    /// The transformer.
+    pub spec: Arc<dyn Spec>,
     /// A latent model's autoencoder.
     pub vae: Option<VaeConfig>,
-    /// Pixels of a bottleneck's pixel, of a pixel model.
-    downsampling: usize,
     text: TextConfig,
     parts: Parts,
 }
 
 enum Parts {
-    Random { seed: u64, head: Option<HeadLayout> },
+    Random { seed: u64 },
     Files(Box<Files>),
 }
 
@@ -43,14 +42,10 @@ impl Source {
     /// Random weights.
     pub fn random(model: &Model, seed: u64, tiny: bool) -> Self {
         Source {
-            config: model.config.clone(),
+            spec: model.spec.clone(),
             vae: model.vae.clone(),
-            downsampling: model.head.as_ref().map_or(1, HeadLayout::downsampling),
-            text: published::text(tiny.then_some(model.config.caption_width)),
-            parts: Parts::Random {
-                seed,
-                head: model.head.clone(),
-            },
+            text: published::text(tiny.then_some(model.spec.caption_width())),
+            parts: Parts::Random { seed },
         }
     }
 
@@ -60,14 +55,13 @@ impl Source {
     /// When a part is missing or damaged.
     pub fn files(paths: ModelPaths) -> anyhow::Result<Self> {
         let transformer = paths.open_transformer()?;
-        let vae = match transformer.head {
-            Some(_) => None,
-            None => Some(VaeConfig::read(paths.vae()?)?),
+        let vae = match transformer.spec.geometry().kind {
+            ModelKind::Pixel => None,
+            ModelKind::Latent => Some(VaeConfig::read(paths.vae()?)?),
         };
         Ok(Source {
-            config: transformer.config.clone(),
+            spec: transformer.spec.clone(),
             vae,
-            downsampling: transformer.head.as_ref().map_or(1, HeadLayout::downsampling),
             text: TextConfig::read(paths.text_encoder()?)?,
             parts: Parts::Files(Box::new(Files { paths, transformer })),
         })
@@ -75,12 +69,8 @@ impl Source {
 
     /// Sides of a picture are multiples of this many pixels.
     pub fn size_multiple(&self) -> usize {
-        let patch = self.config.patch * self.vae.as_ref().map_or(1, VaeConfig::downsampling);
-        // Powers of two, but for the model for 10K, whose patch of 160 is no multiple of its downsampling of 64.
-        match patch.is_multiple_of(self.downsampling) {
-            true => patch,
-            false => patch * self.downsampling,
-        }
+        self.spec
+            .size_multiple(self.vae.as_ref().map_or(1, VaeConfig::downsampling))
     }
 
     /// The tokenizer: the model's own; for random weights that of Qwen3.
@@ -124,19 +114,14 @@ impl Source {
     ///
     /// # Errors
     /// When it is damaged, or the device has no room.
-    pub fn dit(&self, device: &Device) -> anyhow::Result<Dit> {
+    pub fn dit(&self, device: &Device) -> anyhow::Result<Box<dyn Denoiser>> {
         let loaded = &mut |_, _| Ok(());
         Ok(match &self.parts {
-            Parts::Random { seed, head } => {
-                let params = RandomParams::transformer(*seed, &self.config, head.as_ref());
-                Dit::load(&ZImage::read(&params, &self.config)?, &params, device, loaded)?
+            Parts::Random { seed, .. } => {
+                let params = RandomParams::transformer(*seed, &*self.spec);
+                self.spec.load(&params, device, loaded)?
             }
-            Parts::Files(files) => Dit::load(
-                &files.transformer.spec()?,
-                &files.transformer.checkpoint,
-                device,
-                loaded,
-            )?,
+            Parts::Files(files) => self.spec.load(&files.transformer.checkpoint, device, loaded)?,
         })
     }
 

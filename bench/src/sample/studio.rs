@@ -10,7 +10,6 @@ use l2p_engine::model::Denoiser;
 use l2p_engine::model::config::VaeConfig;
 use l2p_engine::model::text::TextEncoder;
 use l2p_engine::model::vae::VaeDecoder;
-use l2p_engine::model::zimage::Dit;
 use l2p_engine::ops::noise::normal_noise;
 use l2p_engine::ops::to_rgb8::to_rgb8;
 use l2p_engine::profile::{Work, measure};
@@ -32,7 +31,7 @@ pub(super) struct Studio<'a> {
     pub source: &'a Source,
     pub tokenizer: PromptTokenizer,
     pub text: Option<TextEncoder>,
-    pub dit: Option<Dit>,
+    pub dit: Option<Box<dyn Denoiser>>,
     pub decoder: Option<VaeDecoder>,
     pub prompt: &'a str,
     pub schedule: Schedule,
@@ -61,8 +60,8 @@ impl Studio<'_> {
         Ok(encoder.encode(&ids)?)
     }
 
-    pub fn dit(&self) -> &Dit {
-        self.dit.as_ref().expect("the transformer is loaded")
+    pub fn dit(&self) -> &dyn Denoiser {
+        self.dit.as_deref().expect("the transformer is loaded")
     }
 
     pub fn conditioning(&self, caption: &Tensor) -> Result<Conditioning> {
@@ -76,7 +75,7 @@ impl Studio<'_> {
     /// Height, width and channels of what the transformer draws.
     fn canvas(&self) -> [usize; 3] {
         let side = self.side / self.source.vae.as_ref().map_or(1, VaeConfig::downsampling);
-        [side, side, self.source.config.in_channels]
+        [side, side, self.source.spec.geometry().channels]
     }
 
     pub fn noise(&self) -> Result<Tensor> {

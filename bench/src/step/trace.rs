@@ -1,7 +1,6 @@
 //! What the GPU runs during replayed steps, kernel by kernel.
 
 use l2p_engine::device::{Activity, Tracer, busy_nanoseconds};
-use l2p_engine::model::Denoiser;
 use l2p_engine::{Device, Result};
 use serde::Serialize;
 

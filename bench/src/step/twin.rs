@@ -19,11 +19,9 @@ const LATENT: usize = 8;
 
 /// The error of one step of a model of the same widths with one block of each kind, on a small image.
 pub(super) fn step_error(device: &Device, model: &Model, seed: u64) -> Result<f64> {
-    let mut small = model.clone();
-    small.config.layers = 1;
-    small.config.refiner_layers = 1;
+    let mut small = model.shallow()?;
     let cell = model.vae.as_ref().map_or(1, VaeConfig::downsampling);
-    small.side = GRID * small.config.patch * cell;
+    small.side = GRID * small.spec.geometry().patch * cell;
     let drawn = |device: &Device| {
         let drawn = Setup::new(device, &small, CAPTION, seed)?.drawn(1)?;
         drawn.to_vec::<f32>()

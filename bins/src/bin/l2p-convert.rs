@@ -242,7 +242,7 @@ fn init(command: &Init) -> anyhow::Result<()> {
         "random": plan.random,
         "seed": options.seed,
         "patch": options.patch,
-        "head": plan.head,
+        "head": plan.spec.head(),
     });
     command
         .output
@@ -278,7 +278,7 @@ fn export(command: &Export) -> anyhow::Result<()> {
     let mut left_out = tensors.foreign().to_vec();
     if is_whole(&tensors) {
         let transformer = Transformer::new(tensors, paths.transformer_config()?.as_ref())?;
-        config = Some(transformer.config.to_transformer_json());
+        config = Some(transformer.spec.config_json());
         left_out.extend(transformer.audit().unused);
         tensors = transformer.without_unused();
     }

@@ -42,7 +42,7 @@ pub fn repeat(noise: &Tensor, count: usize) -> Result<Tensor> {
 
 /// The caption features `cap.0`, … of `path` (and `neg.0`, … with guidance), one per picture or one for all.
 pub fn read_embeds(path: &Path, pipeline: &Pipeline, pictures: usize, guided: bool) -> Result<Captions> {
-    let width = pipeline.config().caption_width;
+    let width = pipeline.spec().caption_width();
     let values = read_chosen_values(path, &mut |name, shape| {
         if !(is_one("cap", name) || guided && is_one("neg", name)) {
             return Ok(false);

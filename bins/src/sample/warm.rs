@@ -214,7 +214,7 @@ fn captions(pipeline: &mut Pipeline, lengths: &BTreeSet<usize>) -> anyhow::Resul
         encode(&words)?;
         spinner.finish_and_clear();
     }
-    let width = pipeline.config().caption_width;
+    let width = pipeline.spec().caption_width();
     let zeros = |tokens: &usize| {
         Tensor::zeros(
             pipeline.device(),

@@ -1,15 +1,16 @@
 //! Whether a checkpoint is a whole model: what it lacks, what it has no place for, and whether it is a delta.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use serde::Serialize;
 
-use super::head::HeadLayout;
 use super::set::Checkpoint;
 use crate::error::{Error, Result};
-use crate::layers::ParamSource;
-use crate::model::config::{DitConfig, DitSurvey, ModelKind, TransformerConfig, block_tensors};
-use crate::model::zimage::ZImage;
+use crate::layers::{Group, ParamSource};
+use crate::model::Spec;
+use crate::model::families::read_spec;
+use crate::model::family::TransformerConfig;
 use crate::printable::shown_name;
 
 /// Names listed in a message before the rest is only counted.
@@ -40,10 +41,9 @@ pub struct Audit {
 }
 
 impl Audit {
-    /// Compares a checkpoint with a model's sizes.
-    pub fn of(checkpoint: &Checkpoint, config: &DitConfig, head: Option<&HeadLayout>) -> Self {
-        let head_tensors = head.map(HeadLayout::tensors).unwrap_or_default();
-        let expected: BTreeMap<_, _> = config.tensors().into_iter().chain(head_tensors).collect();
+    /// Compares a checkpoint with a model's description.
+    pub fn of(checkpoint: &Checkpoint, spec: &dyn Spec) -> Self {
+        let expected: BTreeMap<_, _> = spec.tensors().into_iter().collect();
         let mut audit = Audit::default();
         for (name, shape) in &expected {
             match checkpoint.shape(name) {
@@ -56,14 +56,10 @@ impl Audit {
                 Some(_) => {}
             }
         }
-        if config.kind == ModelKind::Pixel && head.is_none() {
-            audit.missing.push("local_decoder.bottleneck.0.weight".into());
-        }
         for name in checkpoint.tensors().keys().filter(|name| !expected.contains_key(*name)) {
-            let list = if is_other_end(name, config) {
-                &mut audit.unused
-            } else {
-                &mut audit.unexpected
+            let list = match spec.leaves_aside(name) {
+                true => &mut audit.unused,
+                false => &mut audit.unexpected,
             };
             list.push(name.clone());
         }
@@ -76,77 +72,46 @@ impl Audit {
     }
 }
 
-/// Whether the tensor belongs to the input or output side of another patch size or kind of model.
-fn is_other_end(name: &str, config: &DitConfig) -> bool {
-    let other_patch = |part: &str| {
-        name.strip_prefix(part)
-            .is_some_and(|rest| !rest.starts_with(&format!("{}-1.", config.patch)))
-    };
-    match config.kind {
-        ModelKind::Pixel => other_patch("all_x_embedder.") || name.starts_with("all_final_layer."),
-        ModelKind::Latent => other_patch("all_x_embedder.") || other_patch("all_final_layer."),
-    }
-}
-
-/// Parts that every model has, and the tensors of each.
-const PARTS: [(&str, &[&str]); 4] = [
-    (
-        "t_embedder",
-        &["mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"],
-    ),
-    ("cap_embedder", &["0.weight", "1.weight", "1.bias"]),
-    ("x_pad_token", &[]),
-    ("cap_pad_token", &[]),
-];
+/// A part's name, and the names of its tensors.
+type Part = (String, Vec<String>);
 
 /// The parts of a model that a checkpoint lacks as a whole, where every part it has is complete. A delta lacks some, a
 /// whole model none; `None` is a damaged file.
+///
+/// A part is a block, or what else its tensors' names begin with. Of input and output it is enough that there are some.
 pub fn missing_parts(checkpoint: &Checkpoint) -> Option<Vec<String>> {
-    let survey = DitSurvey::of(checkpoint);
-    let mut missing = Vec::new();
-    let mut note = |part: String, tensors: &mut dyn Iterator<Item = String>| {
-        let (mut there, mut absent) = (0, 0);
-        for tensor in tensors {
-            *(if checkpoint.shape(&tensor).is_some() {
-                &mut there
-            } else {
-                &mut absent
-            }) += 1;
-        }
-        if there == 0 {
-            missing.push(part);
-        }
-        there == 0 || absent == 0
-    };
-    for (part, tensors) in PARTS {
-        let alone = tensors.is_empty().then(|| part.to_owned());
-        let mut names = tensors.iter().map(|tensor| format!("{part}.{tensor}")).chain(alone);
-        if !note(part.into(), &mut names) {
-            return None;
-        }
-    }
-    let groups = [
-        ("layers", &survey.layers, true),
-        ("noise_refiner", &survey.noise_refiners, true),
-        ("context_refiner", &survey.context_refiners, false),
-    ];
-    for (group, present, modulated) in groups {
-        for index in 0..=present.last().copied().unwrap_or(0) {
-            let block = format!("{group}.{index}");
-            let mut names = block_tensors(modulated)
-                .iter()
-                .map(|tensor| format!("{block}.{tensor}"));
-            if !note(block.clone(), &mut names) {
-                return None;
+    let family = checkpoint.family();
+    let (mut embedders, mut blocks): (Vec<Part>, Vec<Part>) = Default::default();
+    for meta in family.outline(checkpoint) {
+        let (list, depth) = match meta.group {
+            Group::Embedder | Group::Other => (&mut embedders, 1),
+            Group::Refiner | Group::Block { .. } => (&mut blocks, 2),
+            Group::Input | Group::Output => continue,
+        };
+        for tensor in meta.parts {
+            let part = tensor.name.split('.').take(depth).collect::<Vec<_>>().join(".");
+            match list.iter_mut().find(|(known, _)| *known == part) {
+                Some((_, tensors)) => tensors.push(tensor.name),
+                None => list.push((part, vec![tensor.name])),
             }
         }
     }
-    let begins = |part: &str| checkpoint.tensors().keys().any(|name| name.starts_with(part));
-    if !begins("all_x_embedder.") {
-        missing.push("all_x_embedder".into());
+    // Those of most tensors tell people most.
+    embedders.sort_by_key(|(_, tensors)| std::cmp::Reverse(tensors.len()));
+    let mut missing = Vec::new();
+    for (part, tensors) in embedders.into_iter().chain(blocks) {
+        let there = tensors.iter().filter(|name| checkpoint.shape(name).is_some()).count();
+        match there {
+            0 => missing.push(part),
+            there if there < tensors.len() => return None,
+            _ => {}
+        }
     }
-    if !begins("local_decoder.") && !begins("all_final_layer.") {
-        missing.push("local_decoder".into());
+    let names = || checkpoint.tensors().keys();
+    for end in family.ends() {
+        if !end.iter().any(|part| names().any(|name| name.starts_with(part))) {
+            missing.extend(end.first().map(|part| part.trim_end_matches('.').to_owned()));
+        }
     }
     Some(missing)
 }
@@ -166,26 +131,12 @@ pub fn is_delta(checkpoint: &Checkpoint) -> bool {
 pub struct Transformer {
     /// Its tensors.
     pub checkpoint: Checkpoint,
-    /// Its sizes and settings.
-    pub config: DitConfig,
-    /// Its head, for a pixel model.
-    pub head: Option<HeadLayout>,
+    /// What it is.
+    pub spec: Arc<dyn Spec>,
 }
 
 impl Transformer {
-    /// What the model is.
-    ///
-    /// # Errors
-    /// When the head makes no sense.
-    pub fn spec(&self) -> Result<ZImage> {
-        let spec = ZImage::read(&self.checkpoint, &self.config);
-        spec.map_err(|error| match error {
-            Error::Invalid(reason) => Error::file(self.checkpoint.path(), reason),
-            error => error,
-        })
-    }
-
-    /// Reads the sizes of a checkpoint and checks that every tensor is there, with the right shape and a readable type,
+    /// Reads what a checkpoint is and checks that every tensor is there, with the right shape and a readable type,
     /// and that none is left over.
     ///
     /// # Errors
@@ -202,30 +153,18 @@ impl Transformer {
                 ),
             ));
         }
-        let of_checkpoint = |error| match error {
+        let spec = read(&checkpoint, file).map_err(|error| match error {
             Error::Invalid(reason) => Error::file(checkpoint.path(), reason),
             error => error,
-        };
-        let config = DitConfig::read(&checkpoint, file).map_err(of_checkpoint)?;
-        let head = match config.kind {
-            ModelKind::Pixel => HeadLayout::read(&checkpoint, config.dim),
-            ModelKind::Latent => None,
-        };
-        if let Some(head) = &head {
-            head.check().map_err(of_checkpoint)?;
-        }
-        let transformer = Transformer {
-            checkpoint,
-            config,
-            head,
-        };
+        })?;
+        let transformer = Transformer { checkpoint, spec };
         transformer.expect_whole()?;
         Ok(transformer)
     }
 
-    /// What a comparison of its tensors with its sizes gives; in a whole transformer only some may be unused.
+    /// What a comparison of its tensors with its description gives; in a whole transformer only some may be unused.
     pub fn audit(&self) -> Audit {
-        Audit::of(&self.checkpoint, &self.config, self.head.as_ref())
+        Audit::of(&self.checkpoint, &*self.spec)
     }
 
     /// Its tensors without those of the latent model that a pixel model was made from.
@@ -262,7 +201,7 @@ impl Transformer {
             return refuse(format!(
                 "holds {count} {} that a {} model has no place for: {}",
                 plural(count),
-                self.config.kind,
+                self.spec.geometry().kind,
                 list(&audit.unexpected)
             ));
         }
@@ -274,6 +213,11 @@ impl Transformer {
         }
         Ok(())
     }
+}
+
+/// What the tensors of a checkpoint and its `config.json` tell.
+pub(super) fn read(checkpoint: &Checkpoint, file: Option<&TransformerConfig>) -> Result<Arc<dyn Spec>> {
+    read_spec(checkpoint, checkpoint.tensors().keys().map(String::as_str), file)
 }
 
 fn plural(count: usize) -> &'static str {

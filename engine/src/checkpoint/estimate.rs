@@ -1,39 +1,25 @@
-//! Estimates of the GPU memory that a model needs, said before any work starts.
+//! Estimates of the GPU memory that a model needs, said before any work starts: bytes for one picture of W×H pixels at a time with
+//! 512 caption tokens, in bf16. Weights take 2 bytes a parameter, the text encoder, which is freed before the transformer is loaded,
+//! too; what a pass takes is counted in [`crate::model::memory`]; a VAE's decoder takes 2 · W·H · (2·c₁ + 2·c₀), c the widths of its
+//! last two blocks.
 //!
-//! All sizes are bytes for one picture of W×H pixels at a time; the transformer computes in bf16 (2 bytes). With
-//! L = image tokens (padded to 32) + 512 caption tokens, and per pixel p = W·H:
-//!
-//! | part | formula |
-//! | --- | --- |
-//! | weights | 2 · parameters |
-//! | transformer step | 2 · L · (3·dim + max(4·dim, 3·ffn)): stream, sum and normalised input, beside either q, k, v and their attention, or the feed-forward network's two halves and their product |
-//! | head | 2 · p · (Σ wₖ/4ᵏ + 2·w₀) + 2 · L · dim: every skip, at full size the map before and after a convolution, and the tokens |
-//! | image | 4 · 3 · p · 3: picture, velocity and guidance's second velocity in f32 (latents: 16 channels at 1/64 of the pixels) |
-//! | VAE decoder | 2 · p · (2·c₁ + 2·c₀), c the widths of its last two blocks |
-//! | text encoder | 2 · its parameters, freed before the transformer is loaded |
-//!
-//! Sampling peaks at the larger of the text encoder and weights + max(transformer step, head or VAE) + image.
-//!
-//! Training is that of the released recipe: all but the blocks from the sixth to the sixth-last is trained, T parameters,
-//! batch 1 per GPU, each block recomputed in the backward pass:
-//!
-//! | part | formula |
-//! | --- | --- |
-//! | gradients | 2 · T |
-//! | optimizer | 12 · T: master copy and two moments in f32 |
-//! | saved | 2 · L · dim · blocks + 2 · (transformer step) + 2 · p · (3 · Σ wₖ/4ᵏ + 2·w₀): each block's input, one block again with its gradients, and the head's maps |
+//! Sampling peaks at the larger of the text encoder and weights + step or VAE. Training is that of the released recipe: all but the
+//! blocks from the sixth to the sixth-last is trained, T parameters, batch 1 per GPU, each block recomputed in the backward pass;
+//! gradients take 2 · T, the optimizer 12 · T: master copy and two moments in f32.
 
 use serde::Serialize;
 
-use super::head::HeadLayout;
-use crate::model::config::{DitConfig, ModelKind, VaeConfig};
-use crate::model::zimage::TOKEN_MULTIPLE;
+use crate::layers::{Group, Meta};
+use crate::model::Spec;
+use crate::model::config::{ModelKind, VaeConfig};
+use crate::model::denoiser::TrainingChoice;
+use crate::model::memory::{Pass, bytes};
 
 /// Bytes of a weight or activation.
-const COMPUTE: u128 = 2;
+const COMPUTE: usize = 2;
 
 /// Caption tokens that are allowed for.
-const CAPTION_TOKENS: u128 = 512;
+const CAPTION_TOKENS: usize = 512;
 
 /// Blocks that the released recipe trains at either end.
 const TRAINED_ENDS: usize = 5;
@@ -44,10 +30,8 @@ const LATENT_DOWNSAMPLING: usize = 8;
 /// What an estimate is made for.
 #[derive(Clone, Copy, Debug)]
 pub struct EstimateInput<'a> {
-    /// The transformer's sizes.
-    pub config: &'a DitConfig,
-    /// Its head.
-    pub head: Option<&'a HeadLayout>,
+    /// The transformer.
+    pub spec: &'a dyn Spec,
     /// The VAE, for a latent model.
     pub vae: Option<&'a VaeConfig>,
     /// The text encoder's parameters, 0 where none is known.
@@ -102,23 +86,35 @@ pub struct MemoryEstimate {
 }
 
 impl MemoryEstimate {
-    /// Estimates by the formulas of the module's head comment. Nothing overflows: all is computed in 128 bits, from sizes of at most
-    /// 2⁴⁸ (see [`limits`](crate::limits)), and what does not fit 64 is said to be the most that does.
+    /// Estimates as the module's head comment says. What does not fit 64 bits is said to be the most that does.
     pub fn of(input: &EstimateInput<'_>) -> Self {
-        let parameters = parameters(&input.config.tensors()) + input.head.map_or(0, |head| parameters(&head.tensors()));
-        let trained = parameters.saturating_sub(frozen_parameters(input.config));
-        let weights = COMPUTE * parameters;
-        let step = input.step();
-        let text_encoder = COMPUTE * u128::from(input.text_parameters);
-        let activations = step.max(input.output()) + input.image();
+        let metas = input.spec.metas();
+        let parameters: f64 = metas.iter().map(elements).sum();
+        let trained: f64 = metas.iter().filter(|meta| is_trained(meta)).map(elements).sum();
+        let weights = COMPUTE as f64 * parameters;
+        let text_encoder = COMPUTE as f64 * input.text_parameters as f64;
+        let nothing = TrainingChoice {
+            trains: &|_| Ok(false),
+            recomputes: &|_| false,
+            keep_sums: false,
+        };
+        let activations = input.pass(&nothing, &|pass| pass.sampling()).max(input.decoder());
         let sampling = SamplingMemory {
             weights: bytes(weights),
             activations: bytes(activations),
             text_encoder: bytes(text_encoder),
             peak: bytes(text_encoder.max(weights + activations)),
         };
-        let (gradients, optimizer) = (COMPUTE * trained, 12 * trained);
-        let saved = input.block_inputs() + 2 * step + input.head_saved() + input.image();
+        let released = TrainingChoice {
+            trains: &|meta| Ok(is_trained(meta)),
+            recomputes: &|_| true,
+            keep_sums: false,
+        };
+        let saved = input.pass(&released, &|pass| {
+            let training = pass.training(false);
+            training.saved + training.activations
+        });
+        let (gradients, optimizer) = (COMPUTE as f64 * trained, 12.0 * trained);
         let training = TrainingMemory {
             trained_parameters: bytes(trained),
             weights: bytes(weights),
@@ -136,101 +132,61 @@ impl MemoryEstimate {
     }
 }
 
-/// As a number of 64 bits, or the most of these.
-fn bytes(exact: u128) -> u64 {
-    u64::try_from(exact).unwrap_or(u64::MAX)
-}
-
 impl EstimateInput<'_> {
-    fn pixels(&self) -> u128 {
-        self.width as u128 * self.height as u128
-    }
-
-    fn tokens(&self) -> u128 {
-        let side = match self.config.kind {
-            ModelKind::Pixel => self.config.patch,
-            ModelKind::Latent => self.config.patch * self.vae.map_or(LATENT_DOWNSAMPLING, VaeConfig::downsampling),
+    /// What `count` says of a picture's pass, at the next larger size that the model takes.
+    fn pass(&self, choice: &TrainingChoice<'_>, count: &dyn Fn(Pass<'_>) -> f64) -> f64 {
+        let geometry = self.spec.geometry();
+        let cell = match geometry.kind {
+            ModelKind::Pixel => 1,
+            ModelKind::Latent => self.vae.map_or(LATENT_DOWNSAMPLING, VaeConfig::downsampling),
         };
-        let image = self.width.div_ceil(side) as u128 * self.height.div_ceil(side) as u128;
-        image.next_multiple_of(TOKEN_MULTIPLE as u128) + CAPTION_TOKENS
+        let patch = geometry.patch.max(1);
+        let size = [self.height, self.width].map(|side| side.div_ceil(cell).div_ceil(patch).saturating_mul(patch));
+        let work = self.spec.work(choice, size, CAPTION_TOKENS);
+        work.map_or(f64::INFINITY, |work| {
+            count(Pass {
+                spec: self.spec,
+                work: &work,
+                size,
+                batch: 1,
+                element: COMPUTE,
+            })
+        })
     }
 
-    fn step(&self) -> u128 {
-        let (dim, ffn) = (self.config.dim as u128, self.config.ffn_hidden as u128);
-        COMPUTE * self.tokens() * (3 * dim + (4 * dim).max(3 * ffn))
-    }
-
-    fn block_inputs(&self) -> u128 {
-        let blocks = (self.config.layers + 2 * self.config.refiner_layers) as u128;
-        COMPUTE * self.tokens() * self.config.dim as u128 * blocks
-    }
-
-    /// The head, or the VAE's decoder.
-    fn output(&self) -> u128 {
-        match (self.config.kind, self.vae.map(|vae| vae.block_out_channels.as_slice())) {
-            (ModelKind::Pixel, _) => {
-                let (skips, full) = self.head_maps();
-                COMPUTE * (skips + 2 * full + self.tokens() * self.config.dim as u128)
+    /// A latent model's decoder, which runs after the last step.
+    fn decoder(&self) -> f64 {
+        match self.vae.map(|vae| vae.block_out_channels.as_slice()) {
+            Some([last, rest @ ..]) => {
+                let before = *rest.first().unwrap_or(last) as f64;
+                COMPUTE as f64 * self.width as f64 * self.height as f64 * 2.0 * (*last as f64 + before)
             }
-            (ModelKind::Latent, Some([last, rest @ ..])) => {
-                let before = rest.first().unwrap_or(last);
-                COMPUTE * self.pixels() * 2 * (*last as u128 + *before as u128)
-            }
-            (ModelKind::Latent, Some([]) | None) => 0,
+            Some([]) | None => 0.0,
         }
     }
-
-    fn head_saved(&self) -> u128 {
-        let (skips, full) = self.head_maps();
-        COMPUTE * (3 * skips + 2 * full)
-    }
-
-    /// Elements of all the head's skips together, and of its widest map at full size.
-    fn head_maps(&self) -> (u128, u128) {
-        let widths = self.head.map(HeadLayout::widths).unwrap_or_default();
-        let skips = widths
-            .iter()
-            .enumerate()
-            .map(|(stage, width)| (self.pixels() >> (2 * stage)) * *width as u128)
-            .sum();
-        let outer_width = self
-            .head
-            .and_then(|head| head.stages.first())
-            .map_or(0, |stage| stage.width);
-        (skips, self.pixels() * outer_width as u128)
-    }
-
-    fn image(&self) -> u128 {
-        let elements = match self.config.kind {
-            ModelKind::Pixel => self.pixels() * self.config.in_channels as u128,
-            ModelKind::Latent => self.pixels() / 64 * self.config.in_channels as u128,
-        };
-        3 * 4 * elements
-    }
 }
 
-/// Elements of all tensors.
-pub(super) fn parameters(tensors: &[(String, Vec<usize>)]) -> u128 {
-    let elements = |shape: &[usize]| shape.iter().map(|extent| *extent as u128).product::<u128>();
-    tensors.iter().map(|(_, shape)| elements(shape)).sum()
+fn elements(meta: &Meta) -> f64 {
+    let parts = meta
+        .parts
+        .iter()
+        .map(|part| part.shape.iter().map(|extent| *extent as f64).product::<f64>());
+    parts.sum()
 }
 
-/// Parameters of the main blocks that the released recipe leaves frozen.
-fn frozen_parameters(config: &DitConfig) -> u128 {
-    let frozen = TRAINED_ENDS..config.layers.saturating_sub(TRAINED_ENDS);
-    let names: Vec<String> = frozen.map(|index| format!("layers.{index}.")).collect();
-    let is_frozen = |name: &String| names.iter().any(|block| name.starts_with(block.as_str()));
-    let tensors: Vec<_> = config
-        .tensors()
-        .into_iter()
-        .filter(|(name, _)| is_frozen(name))
-        .collect();
-    parameters(&tensors)
+/// Whether the released recipe trains a parameter.
+fn is_trained(meta: &Meta) -> bool {
+    match meta.group {
+        Group::Block { index, of } => index < TRAINED_ENDS || index + TRAINED_ENDS >= of,
+        _ => true,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::detailer::DetailerLayout;
+    use crate::model::zimage::{DitConfig, ZImage};
 
     fn published(kind: ModelKind, patch: usize) -> DitConfig {
         DitConfig {
@@ -256,14 +212,13 @@ mod tests {
 
     #[test]
     fn published_models_have_their_published_sizes() {
-        let billions = |config: &DitConfig, head: Option<&HeadLayout>| {
-            let head = head.map_or(0, |head| parameters(&head.tensors()));
-            (parameters(&config.tensors()) + head) as f64 / 1e9
+        let billions = |config: DitConfig, head: Option<DetailerLayout>| {
+            ZImage { config, head }.metas().iter().map(elements).sum::<f64>() / 1e9
         };
-        assert!((billions(&published(ModelKind::Latent, 2), None) - 6.15).abs() < 0.01);
+        assert!((billions(published(ModelKind::Latent, 2), None) - 6.15).abs() < 0.01);
         for (patch, size) in [(16, 6.16), (64, 6.21)] {
-            let head = HeadLayout::for_patch(patch, None, None, 3840).unwrap();
-            let found = billions(&published(ModelKind::Pixel, patch), Some(&head));
+            let head = DetailerLayout::for_patch(patch, None, None, 3840).unwrap();
+            let found = billions(published(ModelKind::Pixel, patch), Some(head));
             assert!((found - size).abs() < 0.02, "patch {patch}: {found}");
         }
     }
@@ -287,11 +242,13 @@ mod tests {
             block_out_channels: vec![usize::MAX],
             ..VaeConfig::default()
         };
-        let head = HeadLayout::for_patch(16, Some(&[most; 4]), Some(most), most).unwrap();
-        for (kind, head) in [(ModelKind::Latent, None), (ModelKind::Pixel, Some(&head))] {
+        let head = DetailerLayout::for_patch(16, Some(&[most; 4]), Some(most), most).unwrap();
+        for (kind, head) in [(ModelKind::Latent, None), (ModelKind::Pixel, Some(head))] {
             let estimate = MemoryEstimate::of(&EstimateInput {
-                config: &DitConfig { kind, ..config.clone() },
-                head,
+                spec: &ZImage {
+                    config: DitConfig { kind, ..config.clone() },
+                    head,
+                },
                 vae: Some(&vae),
                 text_parameters: u64::MAX,
                 width: 1 << 48,
@@ -304,10 +261,12 @@ mod tests {
     #[test]
     fn the_released_recipe_trains_two_and_a_half_billion() {
         let config = published(ModelKind::Pixel, 16);
-        let head = HeadLayout::for_patch(16, None, None, 3840).unwrap();
+        let head = DetailerLayout::for_patch(16, None, None, 3840).unwrap();
         let estimate = MemoryEstimate::of(&EstimateInput {
-            config: &config,
-            head: Some(&head),
+            spec: &ZImage {
+                config,
+                head: Some(head),
+            },
             vae: None,
             text_parameters: 4_022_000_000,
             width: 1024,

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::elements::Float;
-use super::names::{self, PACKED_QKV, Prefix, QKV};
+use super::names::Prefix;
 use super::set::{Checkpoint, Layout};
 use super::stored::CheckpointTensor;
 use super::write::{Content, OutputFile, OutputTensor};
 use crate::error::{Error, Result};
+use crate::model::family::{Family, Meaning};
 use crate::printable::shown_name;
 
 /// How a checkpoint is to be written.
@@ -57,21 +58,21 @@ pub fn expect_found_again(path: &Path, expected: &BTreeMap<String, Vec<usize>>) 
 /// # Errors
 /// When two tensors would get one name, or projections to be stacked are missing or do not fit together.
 pub fn export<'a>(checkpoint: &'a Checkpoint, options: &ExportOptions) -> Result<OutputFile<'a>> {
+    let family = checkpoint.family();
     let mut groups: BTreeMap<String, Vec<(&str, &CheckpointTensor)>> = BTreeMap::new();
     for (name, tensor) in checkpoint.tensors() {
         let written = match options.layout {
             Layout::Plain => name.clone(),
-            Layout::Packed => names::packed(name),
+            Layout::Packed => family.packed(name),
         };
         groups.entry(written).or_default().push((name, tensor));
     }
     let tensors = groups
         .into_iter()
         .map(|(name, members)| {
-            let members = match name.strip_suffix(PACKED_QKV) {
-                Some(block) if options.layout == Layout::Packed => in_stacking_order(block, &members),
-                _ if members.len() == 1 => Some(members.clone()),
-                _ => None,
+            let members = match options.layout {
+                Layout::Packed => in_stacking_order(family, &name, &members),
+                Layout::Plain => Some(members),
             };
             let members = members.ok_or_else(|| does_not_pack(checkpoint, &name))?;
             output(
@@ -90,26 +91,27 @@ pub fn export<'a>(checkpoint: &'a Checkpoint, options: &ExportOptions) -> Result
     Ok(OutputFile::new(tensors, metadata))
 }
 
-/// The three projections of a block, each once.
+/// The tensors of a stack, each once; of any other tensor, itself.
 fn in_stacking_order<'a, 'b>(
-    block: &str,
+    family: &dyn Family,
+    name: &str,
     members: &[(&'b str, &'a CheckpointTensor)],
 ) -> Option<Vec<(&'b str, &'a CheckpointTensor)>> {
-    let find = |end: &str| {
-        members
-            .iter()
-            .find(|(name, _)| name.strip_suffix(end) == Some(block))
-            .copied()
-    };
-    QKV.iter().map(|end| find(end)).collect()
+    let find = |part: &String| members.iter().find(|(name, _)| name == part).copied();
+    match family.meaning(name, None) {
+        Meaning::Stack(parts) => parts.iter().map(find).collect(),
+        _ => (members.len() == 1).then(|| members.to_vec()),
+    }
 }
 
 fn does_not_pack(checkpoint: &Checkpoint, name: &str) -> Error {
     let shown = shown_name(name);
-    let reason = if name.ends_with(PACKED_QKV) {
-        format!("cannot be packed: `{shown}` needs all of to_q, to_k and to_v")
-    } else {
-        format!("cannot be packed: several tensors would be called `{shown}`")
+    let reason = match checkpoint.family().meaning(name, None) {
+        Meaning::Stack(parts) => {
+            let parts: Vec<_> = parts.iter().map(|part| format!("`{}`", shown_name(part))).collect();
+            format!("cannot be packed: `{shown}` needs all of {}", parts.join(", "))
+        }
+        _ => format!("cannot be packed: several tensors would be called `{shown}`"),
     };
     Error::file(checkpoint.path(), reason)
 }

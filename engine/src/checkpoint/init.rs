@@ -1,18 +1,16 @@
 //! A pixel model from a source model: what has the same name and shape is copied, the new ends start random.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::audit::Transformer;
 use super::elements::Float;
-use super::head::HeadLayout;
 use super::random::UniformInit;
 use super::set::Checkpoint;
 use super::write::{Content, Fetch, OutputFile, OutputTensor};
 use crate::error::{Error, Result};
-use crate::model::config::{DitConfig, ModelKind};
-
-/// Parts that may start random; all others must come from the source.
-const NEW_PARTS: [&str; 2] = ["all_x_embedder.", "local_decoder."];
+use crate::layers::{Group, Published};
+use crate::model::Spec;
 
 /// The pixel model to make.
 #[derive(Clone, Debug)]
@@ -21,7 +19,7 @@ pub struct InitOptions {
     pub patch: usize,
     /// Seed of the random numbers.
     pub seed: u64,
-    /// Widths of the head's stages from the image inwards; by default as [`HeadLayout::for_patch`] chooses.
+    /// Widths of the head's stages from the image inwards; by default as [`Spec::pixel_model`] chooses.
     pub head_widths: Option<Vec<usize>>,
     /// Width of the head's bottleneck.
     pub head_bottleneck: Option<usize>,
@@ -32,79 +30,65 @@ pub struct InitOptions {
 pub struct InitPlan<'a> {
     /// Its tensors.
     pub output: OutputFile<'a>,
-    /// Its sizes.
-    pub config: DitConfig,
-    /// Its head.
-    pub head: HeadLayout,
+    /// What it is.
+    pub spec: Arc<dyn Spec>,
     /// How many tensors come from the source.
     pub copied: usize,
     /// Names of those that start random.
     pub random: Vec<String>,
 }
 
-/// Plans a pixel model from `source`, a latent model or a pixel model of another patch size.
+/// Plans a pixel model from `source`, a latent model or a pixel model of another patch size. Input and output may start random; all
+/// else must come from the source.
 ///
 /// # Errors
 /// When no head is known for the patch size, or the widths do not fit it.
 pub fn init<'a>(source: &'a Transformer, options: &InitOptions) -> Result<InitPlan<'a>> {
-    let (config, head) = sizes(source, options)?;
-    let wanted: Vec<_> = config.tensors().into_iter().chain(head.tensors()).collect();
-    let shapes: BTreeMap<String, Vec<usize>> = wanted.iter().cloned().collect();
-    let float = most_common_type(&source.checkpoint);
-    let mut tensors = Vec::with_capacity(wanted.len());
-    let mut random = Vec::new();
-    for (name, shape) in wanted {
-        let stored = source.checkpoint.tensors().get(&name);
-        let tensor = match stored.filter(|stored| stored.shape() == shape) {
-            Some(stored) => OutputTensor {
-                dtype: stored.dtype(),
-                content: Content::Copied(vec![stored]),
-                name,
-                shape,
-            },
-            None if NEW_PARTS.iter().any(|part| name.starts_with(part)) => {
-                random.push(name.clone());
-                OutputTensor {
-                    dtype: float.dtype(),
-                    content: Content::Random(UniformInit::new(options.seed, &name, fan_in(&name, &shapes)), float),
+    let spec = made(source, options)?;
+    let maker = Maker::new(source, &*spec, options.seed);
+    let (mut tensors, mut random) = (Vec::new(), Vec::new());
+    for meta in spec.metas() {
+        for Published { name, shape } in meta.parts {
+            let stored = source.checkpoint.tensors().get(&name);
+            tensors.push(match stored.filter(|stored| stored.shape() == shape) {
+                Some(stored) => OutputTensor {
+                    dtype: stored.dtype(),
+                    content: Content::Copied(vec![stored]),
                     name,
                     shape,
+                },
+                None if matches!(meta.group, Group::Input | Group::Output) => {
+                    random.push(name.clone());
+                    maker.random(name, shape)
                 }
-            }
-            None => {
-                return Err(Error::file(
-                    source.checkpoint.path(),
-                    format!("tensor `{name}` is missing"),
-                ));
-            }
-        };
-        tensors.push(tensor);
+                None => {
+                    return Err(Error::file(
+                        source.checkpoint.path(),
+                        format!("tensor `{name}` is missing"),
+                    ));
+                }
+            });
+        }
     }
-    let metadata = [("l2p.init_seed".into(), options.seed.to_string())];
     Ok(InitPlan {
         copied: tensors.len() - random.len(),
-        output: OutputFile::new(tensors, metadata.into()),
-        config,
-        head,
+        output: maker.output(tensors),
+        spec,
         random,
     })
 }
 
-/// The sizes of a pixel model of `options` from `source`.
-fn sizes(source: &Transformer, options: &InitOptions) -> Result<(DitConfig, HeadLayout)> {
-    let config = DitConfig {
-        kind: ModelKind::Pixel,
-        patch: options.patch,
-        in_channels: 3,
-        ..source.config.clone()
-    };
-    let head = HeadLayout::for_patch(
-        options.patch,
-        options.head_widths.as_deref(),
-        options.head_bottleneck,
-        config.dim,
-    )?;
-    Ok((config, head))
+/// The pixel model of `options` from `source`.
+fn made(source: &Transformer, options: &InitOptions) -> Result<Arc<dyn Spec>> {
+    let InitOptions {
+        patch,
+        head_widths,
+        head_bottleneck,
+        ..
+    } = options;
+    source
+        .spec
+        .pixel_model(*patch, head_widths.as_deref(), *head_bottleneck)
 }
 
 /// Plans a model of the sizes of `source`, or of a pixel model from it, of which every tensor starts random: as the new parts
@@ -113,35 +97,50 @@ fn sizes(source: &Transformer, options: &InitOptions) -> Result<(DitConfig, Head
 /// # Errors
 /// When no head is known for the patch size, or the widths do not fit it.
 pub fn scratch<'a>(source: &'a Transformer, options: Option<&InitOptions>, seed: u64) -> Result<OutputFile<'a>> {
-    let mut wanted = match options {
-        Some(options) => {
-            let (config, head) = sizes(source, options)?;
-            [config.tensors(), head.tensors()].concat()
+    let spec = options.map_or_else(|| Ok(source.spec.clone()), |options| made(source, options))?;
+    let maker = Maker::new(source, &*spec, seed);
+    let tensors = spec.tensors().into_iter().map(|(name, shape)| match shape[..] {
+        [size] if name.ends_with(".weight") => OutputTensor {
+            dtype: maker.float.dtype(),
+            content: Content::Fetched(Fetch::new(move || Ok(vec![1.0; size])), maker.float),
+            name,
+            shape,
+        },
+        _ => maker.random(name, shape),
+    });
+    Ok(maker.output(tensors.collect()))
+}
+
+/// Makes tensors that start random.
+struct Maker {
+    seed: u64,
+    shapes: BTreeMap<String, Vec<usize>>,
+    float: Float,
+}
+
+impl Maker {
+    /// For a model made from `source`, in the type that most of it is in.
+    fn new(source: &Transformer, spec: &dyn Spec, seed: u64) -> Self {
+        Maker {
+            seed,
+            shapes: spec.tensors().into_iter().collect(),
+            float: most_common_type(&source.checkpoint),
         }
-        None => source.config.tensors(),
-    };
-    if let (None, Some(head)) = (options, &source.head) {
-        wanted.extend(head.tensors());
     }
-    let shapes: BTreeMap<String, Vec<usize>> = wanted.iter().cloned().collect();
-    let float = most_common_type(&source.checkpoint);
-    let tensors = wanted.into_iter().map(|(name, shape)| {
-        let content = match shape[..] {
-            [size] if name.ends_with(".weight") => Content::Fetched(Fetch::new(move || Ok(vec![1.0; size])), float),
-            _ => Content::Random(UniformInit::new(seed, &name, fan_in(&name, &shapes)), float),
-        };
+
+    fn random<'a>(&self, name: String, shape: Vec<usize>) -> OutputTensor<'a> {
+        let numbers = UniformInit::new(self.seed, &name, fan_in(&name, &self.shapes));
         OutputTensor {
-            dtype: float.dtype(),
-            content,
+            dtype: self.float.dtype(),
+            content: Content::Random(numbers, self.float),
             name,
             shape,
         }
-    });
-    let tensors = tensors.collect();
-    Ok(OutputFile::new(
-        tensors,
-        [("l2p.init_seed".into(), seed.to_string())].into(),
-    ))
+    }
+
+    fn output<'a>(&self, tensors: Vec<OutputTensor<'a>>) -> OutputFile<'a> {
+        OutputFile::new(tensors, [("l2p.init_seed".into(), self.seed.to_string())].into())
+    }
 }
 
 /// Inputs of one output: those of the weight, also for the bias that goes with it.

@@ -2,25 +2,24 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
+use serde_json::Value;
 
-use super::audit::{Audit, WrongShape, is_delta, is_whole, missing_parts};
+use super::audit::{Audit, WrongShape, is_delta, is_whole, missing_parts, read};
 use super::estimate::{EstimateInput, MemoryEstimate};
 use super::finite::NotFinite;
-use super::head::HeadLayout;
 use super::parts::{open_text_encoder, open_vae};
 use super::paths::{Container, ModelPaths};
 use super::set::{Checkpoint, Layout};
 use super::write::WriteObserver;
 use crate::error::{Error, Result};
-use crate::model::config::{DitConfig, DitSurvey, ModelKind, TransformerConfig, VaeConfig};
-
-/// The published models' feature map is this many tokens wide and high.
-const PUBLISHED_GRID: usize = 64;
-
-/// The published latent models draw at this size.
-const PUBLISHED_LATENT_SIDE: usize = 1024;
+use crate::model::Spec;
+use crate::model::config::{ModelKind, VaeConfig};
+use crate::model::denoiser::Geometry;
+use crate::model::detailer::DetailerLayout;
+use crate::model::family::{Ends, TransformerConfig};
 
 /// Tensors and bytes of one element type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -83,11 +82,14 @@ pub struct Inspection {
     /// The size that it was made for.
     pub resolution: Option<Resolution>,
     /// Sizes and settings of the transformer, where its tensors tell them all.
-    pub transformer: Option<DitConfig>,
+    pub transformer: Option<Value>,
+    /// The sizes in a line.
+    #[serde(skip)]
+    pub summary: String,
     /// Where they do not, or it cannot be used for another reason: why.
     pub problem: Option<String>,
     /// The Detailer Head.
-    pub head: Option<HeadLayout>,
+    pub head: Option<DetailerLayout>,
     /// Elements of all tensors.
     pub parameters: u64,
     /// The same by part.
@@ -140,13 +142,8 @@ pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
         Some(base) => own.over(base.open_tensors()?)?,
         None => own,
     };
-    let survey = DitSurvey::of(&checkpoint);
-    let Examined {
-        transformer,
-        head,
-        audit,
-        problem,
-    } = examine(&checkpoint, paths.transformer_config()?.as_ref());
+    let ends = checkpoint.family().survey(&checkpoint);
+    let Examined { spec, audit, problem } = examine(&checkpoint, paths.transformer_config()?.as_ref());
     // What is wrong with it is found again when the part is opened.
     let vae_config = paths.vae.as_deref().and_then(|vae| VaeConfig::read(vae).ok());
     let text_encoder = part(paths.text_encoder.as_deref(), Checkpoint::open_text_encoder, &|path| {
@@ -156,11 +153,10 @@ pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
         open_vae(path).map(drop)
     })?;
     let (shift, notes) = schedule(paths);
-    let resolution = resolution(paths, &survey);
-    let memory = transformer.as_ref().zip(resolution).map(|(config, size)| {
+    let resolution = resolution(paths, &ends);
+    let memory = spec.as_deref().zip(resolution).map(|(spec, size)| {
         MemoryEstimate::of(&EstimateInput {
-            config,
-            head: head.as_ref(),
+            spec,
             vae: vae_config.as_ref(),
             text_parameters: text_encoder.as_ref().map_or(0, |part| part.parameters),
             width: size.width,
@@ -175,14 +171,15 @@ pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
         prefixes,
         delta,
         base: over_base.map(|base| base.path.clone()),
-        complete: transformer.is_some() && audit.is_whole() && problem.is_none(),
+        complete: spec.is_some() && audit.is_whole() && problem.is_none(),
         quantised: checkpoint.quantisation(),
-        kind: survey.kind,
-        patch: survey.patch,
+        kind: ends.kind,
+        patch: ends.patch,
         resolution,
-        transformer,
+        transformer: spec.as_ref().map(|spec| spec.sizes()),
+        summary: spec.as_ref().map(|spec| spec.summary()).unwrap_or_default(),
         problem,
-        head,
+        head: ends.head,
         parameters: parameters(&checkpoint),
         parameters_by_part: by_part(&checkpoint),
         tensors: checkpoint.tensors().len(),
@@ -206,8 +203,7 @@ pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
 
 /// What a transformer's tensors tell.
 struct Examined {
-    transformer: Option<DitConfig>,
-    head: Option<HeadLayout>,
+    spec: Option<Arc<dyn Spec>>,
     audit: Audit,
     problem: Option<String>,
 }
@@ -215,28 +211,21 @@ struct Examined {
 /// Looks at a transformer's tensors, and what its `config.json` says.
 fn examine(checkpoint: &Checkpoint, file: Option<&TransformerConfig>) -> Examined {
     let is_delta = is_delta(checkpoint);
-    let (transformer, unclear) = match DitConfig::read(checkpoint, file) {
+    let (spec, unclear) = match read(checkpoint, file) {
         _ if is_delta => (None, None),
-        Ok(config) => (Some(config), None),
+        Ok(spec) => (Some(spec), None),
         Err(error) => (None, Some(error.to_string())),
     };
-    let dim = DitSurvey::of(checkpoint).dim.unwrap_or(0);
-    let head = HeadLayout::read(checkpoint, dim);
-    let (head, odd) = match head.map(|head| head.check().map(|()| head)).transpose() {
-        Ok(head) => (head, None),
-        Err(error) => (None, Some(error.to_string())),
-    };
-    let mut audit = transformer
+    let mut audit = spec
         .as_ref()
-        .map(|config| Audit::of(checkpoint, config, head.as_ref()))
+        .map(|spec| Audit::of(checkpoint, &**spec))
         .unwrap_or_default();
     if is_delta {
         audit.missing = missing_parts(checkpoint).unwrap_or_default();
     }
-    let problem = checkpoint.quantisation().or(unclear).or(odd);
+    let problem = checkpoint.quantisation().or(unclear);
     Examined {
-        transformer,
-        head,
+        spec,
         audit,
         problem: problem.or_else(|| unreadable(checkpoint)),
     }
@@ -335,11 +324,13 @@ fn part(
 }
 
 /// The model's own default, or that of the published model with this patch size.
-fn resolution(paths: &ModelPaths, survey: &DitSurvey) -> Option<Resolution> {
-    let published = match (survey.kind?, survey.patch) {
-        (ModelKind::Pixel, Some(patch)) => PUBLISHED_GRID * patch,
-        _ => PUBLISHED_LATENT_SIDE,
+fn resolution(paths: &ModelPaths, ends: &Ends) -> Option<Resolution> {
+    let geometry = Geometry {
+        kind: ends.kind?,
+        patch: ends.patch?,
+        channels: 0,
     };
+    let published = geometry.published_side();
     let (width, height) = (paths.defaults.width, paths.defaults.height);
     Some(Resolution {
         width: width.or(height).unwrap_or(published),

@@ -1,16 +1,11 @@
 //! A delta laid over the model that it was trained from.
 
 use super::audit::is_whole;
-use super::head::HeadLayout;
 use super::set::Checkpoint;
 use super::stored::CheckpointTensor;
 use crate::error::{Error, Result};
 use crate::layers::ParamSource;
-use crate::model::config::{DitSurvey, ModelKind};
 use crate::printable::shown_name;
-
-/// Parts on the input and output side, which a delta may bring in a form that its base does not have.
-const ENDS: [&str; 3] = ["all_x_embedder.", "all_final_layer.", "local_decoder."];
 
 impl Checkpoint {
     /// This delta over `base`: its own tensors win, the base gives the rest. What belongs to the base's input and output
@@ -25,38 +20,19 @@ impl Checkpoint {
             let reason = "is a delta, or damaged; the base must be a whole model";
             return Err(Error::file(base.path(), reason));
         }
+        let family = base.family();
+        // A delta may bring input and output in a form that its base does not have.
+        let ends = family.ends().concat();
         for (name, tensor) in self.tensors() {
-            if !ENDS.iter().any(|end| name.starts_with(end)) {
+            if !ends.iter().any(|end| name.starts_with(end)) {
                 expect_counterpart(name, tensor, &base)?;
             }
         }
-        let (mine, bases) = (DitSurvey::of(&self), DitSurvey::of(&base));
-        let kind = match (mine.kind, bases.kind) {
-            (Some(ModelKind::Pixel), _) | (None, Some(ModelKind::Pixel)) => ModelKind::Pixel,
-            _ => ModelKind::Latent,
-        };
-        let patch = mine.patch.or(bases.patch.filter(|_| bases.kind == Some(kind)));
-        let embedder = patch.map(|patch| format!("all_x_embedder.{patch}-1."));
-        let brings_head = has_head(&self) && mine.patch.is_some_and(|mine| bases.patch != Some(mine));
-        base.retain(|name, _| {
-            let other_embedder = name.starts_with("all_x_embedder.")
-                && embedder
-                    .as_ref()
-                    .is_some_and(|embedder| !name.starts_with(embedder.as_str()));
-            let other_output = match kind {
-                ModelKind::Pixel => name.starts_with("all_final_layer."),
-                ModelKind::Latent => name.starts_with("local_decoder."),
-            };
-            let other_head = brings_head && name.starts_with("local_decoder.");
-            !(other_embedder || other_output || other_head)
-        });
+        let left_behind = family.left_behind(&self, &base);
+        base.retain(|name, _| !left_behind(name));
         self.fill_from(base);
         Ok(self)
     }
-}
-
-fn has_head(checkpoint: &Checkpoint) -> bool {
-    HeadLayout::read(checkpoint, 0).is_some()
 }
 
 fn expect_counterpart(name: &str, tensor: &CheckpointTensor, base: &Checkpoint) -> Result<()> {

@@ -11,7 +11,6 @@ mod estimate;
 mod export;
 mod file;
 mod finite;
-mod head;
 mod header;
 mod hub;
 mod init;
@@ -35,7 +34,6 @@ pub use estimate::{EstimateInput, MemoryEstimate, SamplingMemory, TrainingMemory
 pub use export::{ExportOptions, expect_found_again, export};
 pub use file::SafetensorsFile;
 pub use finite::NotFinite;
-pub use head::{HeadLayout, HeadStage, HeadVariant};
 pub use header::StoredTensor;
 pub use init::{InitOptions, InitPlan, init, scratch};
 pub use inspect::{Inspection, PartReport, Resolution, TypeCount, inspect};

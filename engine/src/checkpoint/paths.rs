@@ -8,7 +8,8 @@ use super::manifest::{Defaults, MANIFEST, Manifest};
 use super::set::Checkpoint;
 use super::shards::INDEX_SUFFIX;
 use crate::error::{Error, Result};
-use crate::model::config::{ModelKind, SchedulerConfig, TransformerConfig};
+use crate::model::config::{ModelKind, SchedulerConfig};
+use crate::model::family::TransformerConfig;
 
 /// Bases of bases that are followed before a circle is assumed.
 const LONGEST_CHAIN: usize = 8;
@@ -285,13 +286,11 @@ impl ModelPaths {
     /// As [`ModelPaths::open_tensors`] and [`Transformer::new`], and when the manifest says it is of another kind.
     pub fn open_transformer(&self) -> Result<Transformer> {
         let transformer = Transformer::new(self.open_tensors()?, self.transformer_config()?.as_ref())?;
+        let found = transformer.spec.geometry().kind;
         match self.kind {
-            Some(kind) if kind != transformer.config.kind => Err(Error::file(
+            Some(kind) if kind != found => Err(Error::file(
                 &self.path,
-                format!(
-                    "is said to be a {kind} model, but its tensors are those of a {} one",
-                    transformer.config.kind
-                ),
+                format!("is said to be a {kind} model, but its tensors are those of a {found} one"),
             )),
             _ => Ok(transformer),
         }

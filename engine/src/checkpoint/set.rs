@@ -12,10 +12,12 @@ use sha2::{Digest, Sha256};
 
 use super::encoded::{self, Quantised};
 use super::file::SafetensorsFile;
-use super::names::{self, Meaning};
+use super::names;
 use super::shards;
 use super::stored::CheckpointTensor;
 use crate::error::{Error, Result};
+use crate::model::families::{before_telling_name, family_of};
+use crate::model::family::{Family, Meaning};
 use crate::printable::shown_name;
 
 /// How tensors of a transformer are named and stacked in their files.
@@ -127,12 +129,16 @@ impl Checkpoint {
 
     fn transformer(path: &Path, files: Vec<Arc<SafetensorsFile>>) -> Result<Self> {
         let mut checkpoint = Self::empty(path, files);
-        let stored = checkpoint.stored();
-        let patch = packed_patch(&stored);
+        let bare_name = |name: &str| names::without_inner(names::split_prefix(name).1).into_owned();
+        let named = checkpoint.stored().into_iter();
+        let stored: Vec<_> = named.map(|(name, tensor)| (bare_name(&name), name, tensor)).collect();
+        let family = family_of(stored.iter().map(|(bare, ..)| bare.as_str()));
+        let patch = |(bare, _, tensor): &(String, String, CheckpointTensor)| family.packed_patch(bare, tensor.shape());
+        let patch = stored.iter().find_map(patch);
         let mut marker = None;
-        for (name, tensor) in stored {
-            let (prefix, bare) = names::split_prefix(&name);
-            match names::meaning(&names::without_inner(bare), patch) {
+        for (bare, name, tensor) in stored {
+            let prefix = names::split_prefix(&name).0;
+            match family.meaning(&bare, patch) {
                 Meaning::Foreign => {
                     if bare == SCALED_MARKER {
                         marker = Some(name.clone());
@@ -144,18 +150,19 @@ impl Checkpoint {
                     checkpoint.note_layout(packed);
                     checkpoint.insert(canonical, tensor)?;
                 }
-                Meaning::Qkv { block } => {
+                Meaning::Stack(parts) => {
                     checkpoint.note_layout(true);
-                    for (part, end) in names::QKV.iter().enumerate() {
-                        let rows = tensor.rows(part, names::QKV.len()).ok_or_else(|| {
+                    for (part, canonical) in parts.iter().enumerate() {
+                        let rows = tensor.rows(part, parts.len()).ok_or_else(|| {
                             let reason = format!(
-                                "tensor `{}` has shape {:?}, expected three equal groups of rows",
+                                "tensor `{}` has shape {:?}, expected {} equal groups of rows",
                                 shown_name(&name),
-                                tensor.shape()
+                                tensor.shape(),
+                                parts.len()
                             );
                             Error::file(tensor.path(), reason)
                         })?;
-                        checkpoint.insert(format!("{block}{end}"), rows)?;
+                        checkpoint.insert(canonical.clone(), rows)?;
                     }
                 }
             }
@@ -232,7 +239,7 @@ impl Checkpoint {
         if !self.tensors.is_empty() {
             return Ok(());
         }
-        let unknown = self.foreign.iter().find_map(|name| names::unknown_prefix(name));
+        let unknown = self.foreign.iter().find_map(|name| before_telling_name(name));
         let found = match (unknown, &self.foreign[..]) {
             (Some(prefix), _) => format!(
                 "its names begin with `{}`, which is none of the prefixes that are understood ({})",
@@ -279,6 +286,11 @@ impl Checkpoint {
     /// The tensors by canonical name.
     pub fn tensors(&self) -> &BTreeMap<String, CheckpointTensor> {
         &self.tensors
+    }
+
+    /// The family that the tensors are of.
+    pub fn family(&self) -> &'static dyn Family {
+        family_of(self.tensors.keys().map(String::as_str))
     }
 
     /// The tensors' shapes by canonical name.
@@ -348,16 +360,4 @@ impl Checkpoint {
         self.files.extend(other.files);
         self.foreign.extend(other.foreign);
     }
-}
-
-/// The patch size of the packed layout, which does not name it: from either projection between patches and tokens.
-fn packed_patch(stored: &[(String, CheckpointTensor)]) -> Option<usize> {
-    stored.iter().find_map(|(name, tensor)| {
-        let shape = tensor.shape();
-        match names::split_prefix(name).1 {
-            "x_embedder.weight" => names::patch_of(*shape.get(1)?),
-            "final_layer.linear.weight" => names::patch_of(*shape.first()?),
-            _ => None,
-        }
-    })
 }

@@ -53,19 +53,9 @@ impl Schedule {
         self.sigmas.len() - 1
     }
 
-    /// The sigma at the start of `step`.
+    /// The sigma at the start of `step`; of one step more, the last one's end.
     pub fn sigma(&self, step: usize) -> f32 {
         self.sigmas[step]
-    }
-
-    /// The model's time at the start of each step: `1 − sigma`.
-    pub fn times(&self) -> Vec<f32> {
-        self.sigmas[..self.steps()].iter().map(|sigma| 1.0 - sigma).collect()
-    }
-
-    /// The change of sigma over `step`, negative.
-    pub fn delta(&self, step: usize) -> f32 {
-        self.sigmas[step + 1] - self.sigmas[step]
     }
 }
 
@@ -78,8 +68,7 @@ mod tests {
         let schedule = Schedule::new(4, 3.0).unwrap();
         assert_eq!((schedule.sigma(0), schedule.sigma(4)), (1.0, 0.0));
         assert!((schedule.sigma(2) - 0.75).abs() < 1e-6);
-        assert!((0..4).all(|step| schedule.delta(step) < 0.0));
-        assert!((schedule.times()[2] - 0.25).abs() < 1e-6);
+        assert!((0..4).all(|step| schedule.sigma(step + 1) < schedule.sigma(step)));
     }
 
     #[test]

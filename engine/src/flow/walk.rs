@@ -1,7 +1,7 @@
 //! Steps down a schedule: what they read and write, and how they are recorded.
 //!
 //! On CUDA the first step runs call by call, which loads every kernel; the second is recorded and replayed for all others,
-//! with the step's own modulation vectors and Δσ copied to fixed addresses. `L2P_GRAPH=0` turns recording off.
+//! with the step's own modulation vectors and factors copied to fixed addresses. `L2P_GRAPH=0` turns recording off.
 
 use std::sync::Arc;
 
@@ -32,9 +32,10 @@ pub struct Conditioning {
 pub struct Walk<'a> {
     model: &'a dyn Denoiser,
     conditioning: &'a Conditioning,
-    /// The model's time and the change of sigma of each step; the latter f32 `[steps]`.
+    /// The model's time at the start of each step.
     times: Vec<f32>,
-    deltas: Tensor,
+    /// The factors of each step, f32 `[steps, 2, 2]`; see [`State`].
+    factors: Tensor,
     /// Of this step and some that follow.
     tables: Modulations,
     step: Step,
@@ -82,11 +83,16 @@ impl<'a> Walk<'a> {
         schedule: &Schedule,
         step: impl FnOnce(&Modulations) -> Result<Step>,
     ) -> Result<Self> {
-        let times = schedule.times();
-        let deltas: Vec<f32> = (0..schedule.steps()).map(|step| schedule.delta(step)).collect();
+        let (objective, steps) = (model.objective(), schedule.steps());
+        let times: Vec<f32> = (0..steps).map(|step| objective.time(schedule.sigma(step))).collect();
+        let factors = (0..steps).flat_map(|step| {
+            let [keep, add] = objective.step(schedule.sigma(step), schedule.sigma(step + 1));
+            [keep, add, 1.0, add]
+        });
+        let factors: Vec<f32> = factors.collect();
         let tables = model.modulate(&times[..times.len().min(STEPS_PER_TABLE)], None)?;
         Ok(Walk {
-            deltas: Tensor::from_slice(model.device(), &deltas, [deltas.len()])?,
+            factors: Tensor::from_slice(model.device(), &factors, [steps, 2, 2])?,
             step: step(&tables)?,
             model,
             conditioning,
@@ -120,7 +126,7 @@ impl<'a> Walk<'a> {
         state
             .modulations
             .copy_from(&self.tables.narrow(done % STEPS_PER_TABLE, 1)?)?;
-        state.delta.copy_from(&self.deltas.narrow(done, 1)?)?;
+        state.factors.copy_from(&self.factors.narrow(done, 1)?)?;
         recording.run(*ran, || state.step(self.model, self.conditioning))?;
         *ran = true;
         self.done += 1;
@@ -145,7 +151,7 @@ impl Step {
         Ok(Step {
             state: State {
                 modulations: tables.narrow(0, 1)?.duplicate()?,
-                delta: Tensor::empty(&device, [1], DType::F32)?,
+                factors: Tensor::empty(&device, [1, 2, 2], DType::F32)?,
                 x: noise,
             },
             recording,
@@ -176,8 +182,9 @@ struct State {
     x: Tensor,
     /// The step's modulation vectors.
     modulations: Modulations,
-    /// The step's change of sigma, `[1]`.
-    delta: Tensor,
+    /// `[1, 2, 2]`: what the step keeps of the picture and how much of the prediction it adds; and the same for a second pass, which keeps
+    /// all that the first has left.
+    factors: Tensor,
 }
 
 impl State {
@@ -194,7 +201,13 @@ impl State {
         };
         drop(image);
         let guidance = away.as_ref().map(|(negative, cfg)| Guidance { negative, cfg: *cfg });
-        guided_euler_step(&mut self.x, &velocity, guidance, &self.delta)
+        let factors = self.pass(0)?;
+        guided_euler_step(&mut self.x, &velocity, guidance, &factors)
+    }
+
+    /// The factors of a pass, `[2]`; a view.
+    fn pass(&self, index: usize) -> Result<Tensor> {
+        self.factors.reshape([2, 2])?.narrow(index, 1)?.into_shape([2])
     }
 
     /// The same where each pass adds its share to the picture itself: with guidance, `cfg` times the one velocity and
@@ -203,14 +216,15 @@ impl State {
         let negative = conditioning.negative.as_ref();
         let strength = negative.map_or(1.0, |(_, cfg)| *cfg);
         let passes = [(&conditioning.prompt, strength)];
-        for (prepared, scale) in passes
+        let passes = passes
             .into_iter()
-            .chain(negative.map(|(prepared, cfg)| (prepared, 1.0 - cfg)))
-        {
+            .chain(negative.map(|(prepared, cfg)| (prepared, 1.0 - cfg)));
+        for (index, (prepared, scale)) in passes.enumerate() {
+            let factors = self.pass(index)?;
             let canvas = Canvas {
                 picture: &mut self.x,
                 scale,
-                delta: Some(&self.delta),
+                factors: Some(&factors),
             };
             model.paint(image, prepared, &self.modulations, canvas)?;
         }

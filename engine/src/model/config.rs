@@ -3,33 +3,49 @@
 //! A file's own words win over defaults; where a `config.json` contradicts the tensors beside it, that is an error. Numbers are
 //! bounded where they are read, see [`limits`](crate::limits).
 
-mod dit;
 mod scheduler;
 mod text;
-mod transformer;
 mod vae;
 
-pub use dit::{DitConfig, DitSurvey, ModelKind, block_tensors};
 pub use scheduler::SchedulerConfig;
 pub use text::TextConfig;
-pub use transformer::TransformerConfig;
 pub use vae::VaeConfig;
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::files;
 use crate::limits::Budget;
+
+/// What a transformer's input and output are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ModelKind {
+    /// Latents of a VAE; the output comes from a linear layer.
+    Latent,
+    /// Images; the output comes from a Detailer Head.
+    Pixel,
+}
+
+impl fmt::Display for ModelKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ModelKind::Latent => "latent",
+            ModelKind::Pixel => "pixel",
+        })
+    }
+}
 
 /// What is said of weights that a `config.json` calls quantised.
 const QUANTISED: &str = "says quantization_config: its weights are quantised, which this program does not read; use the model's \
                          BF16, F16 or F32 files";
 
 /// Reads a JSON file.
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     files::read_json(path, Budget::CONFIG)
 }
 
@@ -45,10 +61,10 @@ fn config_of(part: &Path) -> PathBuf {
 
 /// What a `config.json` says that it describes.
 #[derive(Deserialize)]
-struct Described {
+pub(super) struct Described {
     /// diffusers' classes.
     #[serde(rename = "_class_name")]
-    class_name: Option<String>,
+    pub(super) class_name: Option<String>,
     /// transformers' models.
     model_type: Option<String>,
     quantization_config: Option<IgnoredAny>,
@@ -68,7 +84,7 @@ impl Described {
     }
 
     /// Refuses what is quantised.
-    fn expect_plain(&self, config: &Path) -> Result<()> {
+    pub(super) fn expect_plain(&self, config: &Path) -> Result<()> {
         match self.quantization_config {
             Some(_) => Err(Error::file(config, QUANTISED)),
             None => Ok(()),

@@ -7,6 +7,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::layers::{Meta, Slot};
 use crate::model::config::ModelKind;
+use crate::model::objective::{FlowMatching, Objective};
 use crate::ops::conv::Canvas;
 use crate::tensor::Tensor;
 
@@ -99,7 +100,19 @@ pub struct Geometry {
     pub channels: usize,
 }
 
+/// Latent models draw this many pixels a side where nobody says; pixel models, a grid of [`DEFAULT_GRID`] patches.
+const DEFAULT_LATENT_SIDE: usize = 1024;
+const DEFAULT_GRID: usize = 64;
+
 impl Geometry {
+    /// Pixels of the side that the published models of such a patch were made for.
+    pub fn published_side(&self) -> usize {
+        match self.kind {
+            ModelKind::Latent => DEFAULT_LATENT_SIDE,
+            ModelKind::Pixel => DEFAULT_GRID.saturating_mul(self.patch),
+        }
+    }
+
     /// Image tokens of a picture of this height and width, pads not counted.
     pub fn image_tokens(&self, [height, width]: [usize; 2]) -> usize {
         let patch = self.patch.max(1);
@@ -117,6 +130,11 @@ pub trait Denoiser: Send + Sync {
 
     /// What it takes and gives.
     fn geometry(&self) -> Geometry;
+
+    /// What it predicts.
+    fn objective(&self) -> &'static dyn Objective {
+        &FlowMatching
+    }
 
     /// What depends on captions and size alone. `captions` holds one `[1, tokens, caption_width]` tensor of features in the compute type per
     /// item, real tokens only; `size` is height and width in pixels (latent model: latent cells).

@@ -5,175 +5,26 @@
 //! nearest-2×-upsampled input, then 3×3 convolution and SiLU over that and the skip. Last, a 1×1 convolution to the image's
 //! channels, whose negative is the velocity.
 //!
-//! Which stages there are and how wide they are is read off the parameters' names and shapes, so that the published heads for
-//! 1K, 4K, 8K and 10K and any smaller ones are all the same code.
+//! Which stages there are and how wide they are is read off the parameters' names and shapes ([`DetailerLayout`]), so that the
+//! published heads for 1K, 4K, 8K and 10K and any smaller ones are all the same code.
 
 mod backward;
+mod layout;
 
-use super::limits::{DeviceLimits, vectors};
+use super::limits::DeviceLimits;
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::layers::{ConvLayer, Described, Group, Loader, ParamSource, module};
+use crate::layers::{ConvLayer, Loader, ParamSource, module};
 use crate::ops::conv::{
-    Activation, Canvas, Input, conv2d, conv3x3_silu_picture, conv3x3_silu_pool, conv3x3_silu_pooled, upsample_conv3x3,
+    Activation, Canvas, conv2d, conv3x3_silu_picture, conv3x3_silu_pool, conv3x3_silu_pooled, upsample_conv3x3,
 };
 use crate::ops::detail_stage::{DetailStage, DetailWeights, detail_stage};
 use crate::profile;
 use crate::tensor::Tensor;
 
 pub use backward::SavedDetailer;
-
-/// Channels of the image.
-const IMAGE_CHANNELS: usize = 3;
-
-/// Stages that may come before the numbered ones, from the image inwards, as they are named in checkpoints.
-const OUTER_STAGES: [&str; 4] = ["_8k", "_10k_a", "0", "0b"];
-
-/// One stage's place and channels.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StageLayout {
-    /// What follows `enc`, `up` and `dec` in its parameters' names.
-    pub name: String,
-    /// Channels that the encoder reads.
-    pub inputs: usize,
-    /// Channels of the encoder's result, which is the skip.
-    pub skip: usize,
-    /// Channels that the decoder reads from below.
-    pub below: usize,
-    /// Channels after upsampling.
-    pub upsampled: usize,
-    /// Channels of the decoder's result.
-    pub outputs: usize,
-}
-
-/// The stages and channels of a head.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DetailerLayout {
-    /// From the image inwards.
-    pub stages: Vec<StageLayout>,
-    /// Channels of the feature map.
-    pub context: usize,
-    /// Channels after the bottleneck.
-    pub bottleneck: usize,
-}
-
-impl DetailerLayout {
-    /// Reads the layout of the head whose parameters are named `{prefix}.…`.
-    ///
-    /// # Errors
-    /// When there is no head of that prefix, a parameter is missing, or shapes do not fit each other; names the parameter.
-    pub fn read(params: &dyn ParamSource, prefix: &str) -> Result<Self> {
-        let shapes = Shapes { params, prefix };
-        let names = shapes.stage_names();
-        if names.is_empty() {
-            return Err(Error::invalid(format!(
-                "there is no detailer head `{prefix}`: it has no stage `{prefix}.enc1.0.weight`"
-            )));
-        }
-        let mut stages = Vec::with_capacity(names.len());
-        let mut width = IMAGE_CHANNELS;
-        for name in names {
-            let skip = shapes.conv(&format!("enc{name}.0"), 3, Some(width), None)?.1;
-            stages.push(StageLayout {
-                name,
-                inputs: width,
-                skip,
-                below: 0,
-                upsampled: 0,
-                outputs: 0,
-            });
-            width = skip;
-        }
-        let (joined, bottleneck) = shapes.conv("bottleneck.0", 1, None, None)?;
-        let context = joined.checked_sub(width).filter(|&context| context > 0).ok_or_else(|| {
-            Error::invalid(format!(
-                "`{prefix}.bottleneck.0.weight` reads {joined} channels, but the last encoder stage alone gives {width}"
-            ))
-        })?;
-        width = bottleneck;
-        for stage in stages.iter_mut().rev() {
-            stage.below = width;
-            stage.upsampled = shapes.conv(&format!("up{}.1", stage.name), 3, Some(width), None)?.1;
-            let joined = stage.upsampled + stage.skip;
-            stage.outputs = shapes.conv(&format!("dec{}.0", stage.name), 3, Some(joined), None)?.1;
-            width = stage.outputs;
-        }
-        shapes.conv("out_conv", 1, Some(width), Some(IMAGE_CHANNELS))?;
-        Ok(DetailerLayout {
-            stages,
-            context,
-            bottleneck,
-        })
-    }
-
-    /// Image pixels per pixel of the bottleneck, along each axis.
-    pub fn reduction(&self) -> usize {
-        1 << self.stages.len()
-    }
-}
-
-impl DeviceLimits for DetailerLayout {
-    const PART: &'static str = "detailer head";
-
-    fn cuda_obstacle(&self) -> Option<String> {
-        let mut widths = vec![("bottleneck", self.bottleneck), ("feature map", self.context)];
-        for (index, stage) in self.stages.iter().enumerate() {
-            // An encoder that keeps the image's channels hands them on as an image.
-            if index > 0 || stage.skip != stage.inputs {
-                widths.push(("encoder width", stage.skip));
-            }
-            widths.extend([("upsampled width", stage.upsampled), ("decoder width", stage.outputs)]);
-        }
-        vectors(&widths)
-    }
-}
-
-/// Looks up shapes of one head's parameters.
-struct Shapes<'a> {
-    params: &'a dyn ParamSource,
-    prefix: &'a str,
-}
-
-impl Shapes<'_> {
-    /// The names of the stages that the head has, from the image inwards.
-    fn stage_names(&self) -> Vec<String> {
-        let has = |name: &str| {
-            self.params
-                .shape(&format!("{}.enc{name}.0.weight", self.prefix))
-                .is_some()
-        };
-        let outer = OUTER_STAGES.map(String::from).into_iter().filter(|name| has(name));
-        let numbered = (1..)
-            .map(|number: usize| number.to_string())
-            .take_while(|name| has(name));
-        outer.chain(numbered).collect()
-    }
-
-    /// Inputs and outputs of a convolution, checked against what is known of them.
-    fn conv(&self, name: &str, kernel: usize, inputs: Option<usize>, outputs: Option<usize>) -> Result<(usize, usize)> {
-        let name = format!("{}.{name}.weight", self.prefix);
-        let found = self
-            .params
-            .shape(&name)
-            .ok_or_else(|| Error::invalid(format!("the detailer head has no parameter `{name}`")))?;
-        if let [o, i, height, width] = found[..]
-            && (height, width) == (kernel, kernel)
-            && inputs.is_none_or(|inputs| inputs == i)
-            && outputs.is_none_or(|outputs| outputs == o)
-            && o > 0
-            && i > 0
-        {
-            return Ok((i, o));
-        }
-        let extent = |known: Option<usize>, name: &str| known.map_or(name.to_string(), |known| known.to_string());
-        Err(Error::invalid(format!(
-            "`{name}` has shape {found:?}, but the stages before it call for [{}, {}, {kernel}, {kernel}]",
-            extent(outputs, "outputs"),
-            extent(inputs, "inputs")
-        )))
-    }
-}
+pub use layout::{DetailerLayout, HeadVariant, StageLayout};
 
 module! {
     /// A head.
@@ -209,41 +60,6 @@ module! {
 struct BelowPicture {
     map: Tensor,
     skip: Option<Tensor>,
-}
-
-impl DetailerLayout {
-    /// The head whose parameters are named `{prefix}.…`.
-    pub fn describe(&self, prefix: &str) -> Detailer<Described> {
-        let conv = |name: &str, kernel: usize, channels: &[usize], outputs: usize, arranged: Option<Input>| {
-            ConvLayer::new(
-                Group::Output,
-                &format!("{prefix}.{name}"),
-                kernel,
-                channels,
-                outputs,
-                arranged,
-            )
-        };
-        let (same, upsampled) = (Some(Input::Same), Some(Input::Upsampled));
-        let stages = self.stages.iter().map(|stage| {
-            let name = &stage.name;
-            let joined = [stage.upsampled, stage.skip];
-            Stage {
-                encoder: conv(&format!("enc{name}.0"), 3, &[stage.inputs], stage.skip, same),
-                up: conv(&format!("up{name}.1"), 3, &[stage.below], stage.upsampled, upsampled),
-                decoder: conv(&format!("dec{name}.0"), 3, &joined, stage.outputs, same),
-            }
-        });
-        let deepest = self.stages.last().map_or(IMAGE_CHANNELS, |stage| stage.skip);
-        let last = self.stages.first().map_or(self.bottleneck, |stage| stage.outputs);
-        Detailer {
-            stages: stages.collect(),
-            bottleneck: conv("bottleneck.0", 1, &[deepest, self.context], self.bottleneck, same),
-            output: conv("out_conv", 1, &[last], IMAGE_CHANNELS, None),
-            layout: self.clone(),
-            outermost: None,
-        }
-    }
 }
 
 impl Detailer {
@@ -312,7 +128,7 @@ impl Detailer {
         let canvas = Canvas {
             picture: &mut velocity,
             scale: 1.0,
-            delta: None,
+            factors: None,
         };
         self.onto_picture(below, x, canvas)?;
         Ok(velocity)

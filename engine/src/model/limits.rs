@@ -1,7 +1,7 @@
 //! What the CUDA kernels ask of a model's sizes, checked before anything is loaded. Operations check the same at their doors,
 //! but by then a text encoder has run and gigabytes have been read.
 
-use super::config::{DitConfig, TextConfig};
+use super::config::TextConfig;
 use crate::device::Device;
 use crate::error::{Error, Result};
 
@@ -34,23 +34,6 @@ pub trait DeviceLimits {
     }
 }
 
-impl DeviceLimits for DitConfig {
-    const PART: &'static str = "transformer";
-
-    fn cuda_obstacle(&self) -> Option<String> {
-        vectors(&[
-            ("width", self.dim),
-            ("feed-forward width", self.ffn_hidden),
-            ("caption width", self.caption_width),
-            ("modulation width", self.adaln_width),
-            ("timestep frequencies", self.t_frequencies),
-            ("timestep width", self.t_hidden),
-            ("patch side times channels", self.patch * self.in_channels),
-        ])
-        .or_else(|| heads(self.head_dim))
-    }
-}
-
 impl DeviceLimits for TextConfig {
     const PART: &'static str = "text encoder";
 
@@ -65,6 +48,7 @@ pub(super) fn vectors(sizes: &[(&str, usize)]) -> Option<String> {
     odd.map(|(what, size)| format!("its {what} of {size} is not a multiple of {VECTOR}"))
 }
 
-fn heads(head_dim: usize) -> Option<String> {
+/// Why kernels cannot take heads of this width, if they cannot.
+pub(super) fn heads(head_dim: usize) -> Option<String> {
     (head_dim != HEAD_DIM).then(|| format!("its attention heads are {head_dim} wide, the kernels are for {HEAD_DIM}"))
 }

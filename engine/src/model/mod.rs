@@ -3,10 +3,15 @@
 pub mod config;
 pub mod denoiser;
 pub mod detailer;
+pub mod families;
+pub mod family;
 pub mod limits;
+pub mod memory;
+pub mod objective;
 pub mod rope;
 pub mod spec;
 pub mod text;
+pub mod time_embedder;
 pub mod vae;
 pub mod work;
 pub mod zimage;
@@ -14,3 +19,6 @@ pub mod zimage;
 pub use denoiser::{Denoiser, Modulations, Prepared, Trainable};
 pub use limits::DeviceLimits;
 pub use spec::Spec;
+
+#[cfg(test)]
+mod plain;

@@ -1,12 +1,15 @@
 //! What a model is before anything of it is loaded.
 
 use std::fmt;
+use std::sync::Arc;
+
+use serde_json::Value;
 
 use super::denoiser::{Denoiser, Geometry, Trainable, TrainingChoice};
 use super::detailer::DetailerLayout;
 use super::work::Work;
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layers::{Meta, ParamSource};
 
 /// Told how many parameters are read, and how many there are; an error ends the loading.
@@ -29,6 +32,50 @@ pub trait Spec: fmt::Debug + Send + Sync {
 
     /// Every parameter, in the model's order.
     fn metas(&self) -> Vec<Meta>;
+
+    /// Name and shape of every tensor of its checkpoints, in the model's order.
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let parts = self.metas().into_iter().flat_map(|meta| meta.parts);
+        parts.map(|part| (part.name, part.shape)).collect()
+    }
+
+    /// Whether a tensor, of which it has none, is that of another patch size's or kind's input or output side: what a model made from
+    /// it, or that it was made from, may have left in the same file.
+    fn leaves_aside(&self, _name: &str) -> bool {
+        false
+    }
+
+    /// Its sizes and settings, for reports that programs read.
+    fn sizes(&self) -> Value;
+
+    /// Its sizes in a line, for people.
+    fn summary(&self) -> String;
+
+    /// The `config.json` with which other programs read it.
+    fn config_json(&self) -> Value;
+
+    /// The pixel model of a patch that can be made from it: the same blocks with another input and a Detailer Head, whose stages'
+    /// widths and bottleneck may be given.
+    ///
+    /// # Errors
+    /// When the family has no such models, no head is known for the patch, or the widths do not fit it.
+    fn pixel_model(
+        &self,
+        _patch: usize,
+        _widths: Option<&[usize]>,
+        _bottleneck: Option<usize>,
+    ) -> Result<Arc<dyn Spec>> {
+        Err(Error::invalid("no pixel model can be made from a model of this family"))
+    }
+
+    /// Sides of a picture are multiples of this many pixels, where a cell of the model's input stands for `cell` of them.
+    fn size_multiple(&self, cell: usize) -> usize {
+        let patch = self.geometry().patch * cell;
+        match self.head() {
+            Some(head) => least_common_multiple(patch, head.reduction()),
+            None => patch,
+        }
+    }
 
     /// Refuses a device whose kernels cannot take the model's sizes.
     ///
@@ -59,4 +106,26 @@ pub trait Spec: fmt::Debug + Send + Sync {
     /// # Errors
     /// Those of the choice, and when the size is no multiple of the patch.
     fn work(&self, choice: &TrainingChoice<'_>, size: [usize; 2], caption_tokens: usize) -> Result<Work>;
+}
+
+fn least_common_multiple(a: usize, b: usize) -> usize {
+    let greatest_common_divisor = {
+        let (mut a, mut b) = (a, b);
+        while b != 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    a / greatest_common_divisor.max(1) * b
+}
+
+#[cfg(test)]
+mod tests {
+    use super::least_common_multiple;
+
+    #[test]
+    fn sizes_fit_patches_and_poolings() {
+        assert_eq!(least_common_multiple(160, 64), 320);
+        assert_eq!(least_common_multiple(16, 16), 16);
+    }
 }

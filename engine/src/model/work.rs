@@ -1,8 +1,7 @@
 //! What a pass through a model holds and computes, by its sizes alone: each family tells it of itself ([`super::Spec::work`]), plans and
 //! estimates add it up.
 
-use crate::layers::Linear;
-use crate::layers::Trained;
+use crate::layers::{Linear, Trained};
 
 /// What a block keeps of its forward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,8 +51,8 @@ impl ProductWork {
 /// Products over some rows of an item, outside of blocks.
 #[derive(Clone, Debug)]
 pub struct RowsWork {
-    /// Rows of an item.
-    pub rows: usize,
+    /// Rows of an item; a count of any size, as all of these.
+    pub rows: f64,
     /// What each row is multiplied with.
     pub product: ProductWork,
 }
@@ -62,7 +61,7 @@ pub struct RowsWork {
 #[derive(Clone, Debug)]
 pub struct BlockWork {
     /// Tokens of an item.
-    pub tokens: usize,
+    pub tokens: f64,
     /// What it keeps.
     pub keep: Keep,
     /// What each token is multiplied with.

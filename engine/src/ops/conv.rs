@@ -30,7 +30,7 @@ pub use backward::{
 
 use self::hopper::{Arranged, map_of};
 use super::expect_parameter;
-use super::guidance::guided_euler_step;
+use super::guidance::{expect_factors, guided_euler_step};
 use super::resize::NearestAxis;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -67,30 +67,29 @@ pub enum Input {
     Upsampled,
 }
 
-/// Where a picture goes: with `delta`, f32 `[1]`, `picture += scale · delta · result`; without, `picture = scale · result`.
+/// Where a picture goes: with `factors`, f32 `[2]`, `picture = factors[0] · picture + scale · factors[1] · result`; without,
+/// `picture = scale · result`.
 pub struct Canvas<'a> {
     /// f32 `[batch, height, width, 3]`
     pub picture: &'a mut Tensor,
     /// The factor of the result.
     pub scale: f32,
     /// Read on the device, so that recorded work can be replayed with another.
-    pub delta: Option<&'a Tensor>,
+    pub factors: Option<&'a Tensor>,
 }
 
 impl Canvas<'_> {
     /// Bytes that are moved: the picture is read where something is added to it.
     pub(super) fn bytes(&self) -> usize {
-        self.picture.bytes() * (1 + usize::from(self.delta.is_some()))
+        self.picture.bytes() * (1 + usize::from(self.factors.is_some()))
     }
 
     pub(super) fn expect(&self, op: &'static str, shape: [usize; 4], input: &Tensor) -> Result<()> {
         self.picture.expect_shape(op, "picture", shape)?;
         self.picture.expect_dtype(op, "picture", DType::F32)?;
         self.picture.expect_device(op, "picture", &input.device())?;
-        if let Some(delta) = self.delta {
-            delta.expect_shape(op, "delta", [1])?;
-            delta.expect_dtype(op, "delta", DType::F32)?;
-            delta.expect_device(op, "delta", &input.device())?;
+        if let Some(factors) = self.factors {
+            expect_factors(op, factors, input)?;
         }
         Ok(())
     }
@@ -303,8 +302,8 @@ pub fn conv3x3_silu_picture(
 
 /// Puts a result that has been scaled onto the canvas.
 pub(super) fn paint(scaled: &Tensor, canvas: Canvas<'_>) -> Result<()> {
-    match canvas.delta {
-        Some(delta) => guided_euler_step(canvas.picture, scaled, None, delta),
+    match canvas.factors {
+        Some(factors) => guided_euler_step(canvas.picture, scaled, None, factors),
         None => canvas.picture.copy_from(scaled),
     }
 }

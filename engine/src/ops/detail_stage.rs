@@ -158,7 +158,7 @@ fn launch(
         .input(stage.decoder.bias())?
         .input(stage.output.bias())?
         .output(canvas.picture)?
-        .optional(canvas.delta)?
+        .optional(canvas.factors)?
         .int(height)
         .int(width)
         .float(canvas.scale);

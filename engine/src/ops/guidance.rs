@@ -1,8 +1,9 @@
-//! Classifier-free guidance and the Euler step, in one pass over the image.
+//! Classifier-free guidance and a step of the sampler, in one pass over the image.
 //!
-//! [`guided_euler_step`]: `x += v · Δσ` in place, in f32, where `v` is the velocity itself or, with [`Guidance`],
-//! `v_negative + cfg · (velocity − v_negative)`; all of one shape. Δσ is read on the device, so that a recorded step can be
-//! replayed with another.
+//! [`guided_euler_step`]: `x = keep · x + add · v` in place, in f32, where `v` is the prediction itself or, with [`Guidance`],
+//! `v_negative + cfg · (prediction − v_negative)`; all of one shape. With flow matching the prediction is a velocity and the step
+//! Euler's: keep is 1, which rounds nothing, and add is Δσ. Both are read on the device, so that a recorded step can be replayed with
+//! others.
 //!
 //! Source: Ho and Salimans, "Classifier-Free Diffusion Guidance" (2022).
 
@@ -14,16 +15,16 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::tensor::Tensor;
 
-/// What the velocity is moved away from.
+/// What the prediction is moved away from.
 #[derive(Clone, Copy, Debug)]
 pub struct Guidance<'a> {
-    /// The velocity for the negative captions, f32, of the shape of the other.
+    /// The prediction for the negative captions, f32, of the shape of the other.
     pub negative: &'a Tensor,
-    /// The strength; 1 leaves the velocity as it is.
+    /// The strength; 1 leaves the prediction as it is.
     pub cfg: f32,
 }
 
-/// Moves `x` along the velocity by `delta_sigma`, f32 `[1]`; see the module's head comment.
+/// Takes a step with `factors`, keep and add, f32 `[2]`; see the module's head comment.
 ///
 /// # Errors
 /// When shapes, types or devices do not fit, or `x` shares its buffer.
@@ -31,7 +32,7 @@ pub fn guided_euler_step(
     x: &mut Tensor,
     velocity: &Tensor,
     guidance: Option<Guidance<'_>>,
-    delta_sigma: &Tensor,
+    factors: &Tensor,
 ) -> Result<()> {
     const OP: &str = "guided_euler_step";
     x.expect_dtype(OP, "x", DType::F32)?;
@@ -41,26 +42,33 @@ pub fn guided_euler_step(
         tensor.expect_device(OP, name, &x.device())?;
         tensor.expect_shape(OP, name, x.shape())?;
     }
-    delta_sigma.expect_shape(OP, "delta_sigma", [1])?;
-    delta_sigma.expect_dtype(OP, "delta_sigma", DType::F32)?;
-    delta_sigma.expect_device(OP, "delta_sigma", &x.device())?;
+    expect_factors(OP, factors, x)?;
     let _op = crate::profile::op(OP, x, 0, (3 + usize::from(guidance.is_some())) * x.bytes());
     match x.cuda().cloned() {
-        None => cpu_step(x, velocity, guidance, delta_sigma),
-        Some(device) => cuda_step(OP, &device, x, velocity, guidance, delta_sigma),
+        None => cpu_step(x, velocity, guidance, factors),
+        Some(device) => cuda_step(OP, &device, x, velocity, guidance, factors),
     }
 }
 
-fn cpu_step(x: &mut Tensor, velocity: &Tensor, guidance: Option<Guidance<'_>>, delta_sigma: &Tensor) -> Result<()> {
-    let delta_sigma = delta_sigma.as_slice::<f32>()?[0];
+/// Checks the factors of a step: f32 `[2]`, beside `input`.
+pub(super) fn expect_factors(op: &'static str, factors: &Tensor, input: &Tensor) -> Result<()> {
+    factors.expect_shape(op, "factors", [2])?;
+    factors.expect_dtype(op, "factors", DType::F32)?;
+    factors.expect_device(op, "factors", &input.device())
+}
+
+fn cpu_step(x: &mut Tensor, velocity: &Tensor, guidance: Option<Guidance<'_>>, factors: &Tensor) -> Result<()> {
+    let &[keep, add] = factors.as_slice::<f32>()? else {
+        unreachable!("it was checked to be two numbers");
+    };
     let steps = x.as_mut_slice::<f32>()?.par_iter_mut().zip(velocity.as_slice::<f32>()?);
     match guidance {
-        None => steps.for_each(|(x, v)| *x += v * delta_sigma),
+        None => steps.for_each(|(x, v)| *x = keep * *x + v * add),
         Some(Guidance { negative, cfg }) => {
             steps
                 .zip(negative.as_slice::<f32>()?)
                 .for_each(|((x, velocity), negative)| {
-                    *x += (negative + cfg * (velocity - negative)) * delta_sigma;
+                    *x = keep * *x + (negative + cfg * (velocity - negative)) * add;
                 });
         }
     }
@@ -73,7 +81,7 @@ fn cuda_step(
     x: &mut Tensor,
     velocity: &Tensor,
     guidance: Option<Guidance<'_>>,
-    delta_sigma: &Tensor,
+    factors: &Tensor,
 ) -> Result<()> {
     let kernel = device.kernel("guidance", op)?;
     let elements = x.elements();
@@ -84,7 +92,7 @@ fn cuda_step(
         .optional(guidance.map(|guidance| guidance.negative))?
         .long(elements as u64)
         .float(guidance.map_or(1.0, |guidance| guidance.cfg))
-        .input(delta_sigma)?;
+        .input(factors)?;
     // SAFETY: the arguments are those of `guided_euler_step`, of the shapes and types checked at the door; the blocks cover
     // every element; a null pointer stands for absent guidance.
     unsafe { kernel.launch(device, [blocks, 1, 1], args) }

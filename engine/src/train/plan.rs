@@ -1,7 +1,6 @@
 //! What a training run will hold and compute, by its sizes alone.
 //!
-//! Memory, with e bytes per element of the compute type (2 on CUDA, 4 on the CPU), P parameters, T of them trained, n tokens of a
-//! stream over the whole batch:
+//! Memory, with e bytes per element of the compute type (2 on CUDA, 4 on the CPU), P parameters, T of them trained:
 //!
 //! | tag | bytes |
 //! | --- | --- |
@@ -9,8 +8,7 @@
 //! | gradients | e · T |
 //! | optimizer | 8 · T for the moments, 4 · T for a master copy on CUDA, 4 · T for an average; of N ranks that divide it each holds one N-th |
 //! | exchange | with N ranks: 4 · T / N for sums of gradients (and 4 · T where nothing is divided), and what is on its way |
-//! | saved | of each block that a gradient passes: e · n · (7 · dim + 2 · ffn) + 4 · n · heads, or e · n · dim if it is run again; of the head: every stage's skip, maxima, upsampled and decoded maps, and the sums before its activations unless all is run again |
-//! | activations | the larger of what one block and what the head's outermost stage need at once |
+//! | saved, activations | see [`crate::model::memory`] |
 //!
 //! Arithmetic counts a multiplication with its addition as two. A matrix product of the forward pass returns once in the gradient
 //! of its input, where a gradient passes, and once in that of its weight, where it is trained; attention has two products forward
@@ -24,6 +22,7 @@ use crate::error::Result;
 use crate::layers::Meta;
 use crate::model::Spec;
 use crate::model::detailer::DetailerLayout;
+use crate::model::memory::{Pass, bytes};
 use crate::model::work::{OutputWork, ProductWork, Work};
 
 /// What a plan is made for.
@@ -158,32 +157,20 @@ impl Counter<'_> {
     fn memory(&self, all: u64, trained: u64, largest: u64) -> PlannedMemory {
         let input = self.input;
         let element = if input.cuda { 2 } else { 4 };
+        let pass = Pass {
+            spec: input.spec,
+            work: &self.work,
+            size: input.size,
+            batch: input.batch,
+            element,
+        };
+        let pass = pass.training(input.options.recompute != Recompute::All);
+        let element = element as u64;
         let copies = 2 + u64::from(input.cuda) + u64::from(input.options.ema_decay.is_some());
         let (weights, gradients) = (element * all, element * trained);
         let optimizer = 4 * copies * input.division.kept(trained);
         let exchange = input.division.exchange_bytes(trained, element, largest);
-        let (mut saved, mut block_needs) = (0, 0);
-        for block in self.work.stacks.iter().flat_map(|stack| &stack.blocks) {
-            let tokens = (input.batch * block.tokens) as u64;
-            let elements = block.elements;
-            let inside = element * elements.inside as u64 + 4 * elements.inside_f32 as u64;
-            if block.keep.reached() {
-                let kept = if block.keep.again() { 0 } else { inside };
-                saved += tokens * (element * elements.input as u64 + kept);
-            }
-            let again = if block.keep.again() { inside } else { 0 };
-            let needs = match block.keep.reached() {
-                true => element * elements.backward as u64 + again,
-                false => element * elements.forward as u64,
-            };
-            block_needs = block_needs.max(tokens * needs);
-        }
-        let [height, width] = input.size;
-        let pixels = (input.batch * height * width) as u64;
-        let (head_saved, head_needs) = self.head_memory(element, pixels);
-        saved += head_saved;
-        let images = pixels * input.spec.geometry().channels as u64 * (element + 4 + element);
-        let activations = block_needs.max(head_needs) + images;
+        let (saved, activations) = (bytes(pass.saved), bytes(pass.activations));
         PlannedMemory {
             weights,
             gradients,
@@ -195,33 +182,17 @@ impl Counter<'_> {
         }
     }
 
-    /// What the head keeps, and what its widest stage needs besides.
-    fn head_memory(&self, element: u64, pixels: u64) -> (u64, u64) {
-        let Some(head) = self.input.spec.head() else {
-            return (0, 0);
-        };
-        let sums = u64::from(self.input.options.recompute != Recompute::All);
-        let (mut saved, mut needs) = (0, 0);
-        for (index, stage) in head.stages.iter().enumerate() {
-            let here = element * (pixels >> (2 * index));
-            let [skip, upsampled, outputs] = [stage.skip, stage.upsampled, stage.outputs].map(|width| width as u64);
-            saved += here * (skip + skip / 4 + upsampled + outputs + sums * (skip + outputs));
-            needs = needs.max(here * (2 * outputs + upsampled + 2 * skip));
-        }
-        (saved, needs)
-    }
-
     fn arithmetic(&self) -> Vec<Arithmetic> {
         let batch = self.input.batch as f64;
         let mut embedders = Arithmetic::new("embedders");
         for work in &self.work.embedders {
-            embedders.product(batch * work.rows as f64, work.product, false);
+            embedders.product(batch * work.rows, work.product, false);
         }
         let mut all = vec![embedders];
         for stack in &self.work.stacks {
             let [mut products, mut attention] = stack.names.map(Arithmetic::new);
             for block in &stack.blocks {
-                let own = block.tokens as f64;
+                let own = block.tokens;
                 for product in &block.products {
                     products.product(batch * own, *product, block.keep.again());
                 }
@@ -241,7 +212,7 @@ impl Counter<'_> {
             (OutputWork::Head { passes, trained }, Some(head)) => self.head(head, *passes || *trained, *trained),
             (OutputWork::FinalLayer(work), _) => {
                 let mut output = Arithmetic::new("final layer");
-                output.product((self.input.batch * work.rows) as f64, work.product, false);
+                output.product(self.input.batch as f64 * work.rows, work.product, false);
                 output
             }
             (OutputWork::Head { .. }, None) => Arithmetic::new("detailer head"),

@@ -10,6 +10,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::layers::{Meta, ParamSource, Slot};
 use crate::model::denoiser::{Noisy, TrainingChoice};
+use crate::model::objective::Objective;
 use crate::model::{Denoiser, Spec, Trainable};
 use crate::ops::cast::cast;
 use crate::ops::finite::count_not_finite;
@@ -33,16 +34,32 @@ pub struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    /// The noisy images, and the model times `t = 1 − sigma`.
-    fn noisy(&self) -> Result<(Tensor, Vec<f32>)> {
+    /// The noisy images, and the model's times.
+    fn noisy(&self, objective: &dyn Objective) -> Result<(Tensor, Vec<f32>)> {
         if let Some(sigma) = self.sigmas.iter().find(|sigma| !(0.0..=1.0).contains(*sigma)) {
             return Err(Error::invalid(format!(
                 "a noise level of {sigma} is not between 0 and 1"
             )));
         }
-        let sigmas = Tensor::from_slice(&self.images.device(), self.sigmas, [self.sigmas.len()])?;
-        let noisy = noisy_image(self.images, self.noise, &sigmas)?;
-        Ok((noisy, self.sigmas.iter().map(|sigma| 1.0 - sigma).collect()))
+        let noisy = noisy_image(self.images, self.noise, &self.per_item(|sigma| objective.mix(sigma))?)?;
+        Ok((noisy, self.sigmas.iter().map(|sigma| objective.time(*sigma)).collect()))
+    }
+
+    /// The loss of a prediction, and with `weight` the gradient of `weight` · loss.
+    fn loss(
+        &self,
+        objective: &dyn Objective,
+        prediction: &Tensor,
+        weight: Option<f32>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let targets = self.per_item(|sigma| objective.target(sigma))?;
+        flow_loss(prediction, self.images, self.noise, &targets, weight)
+    }
+
+    /// Two numbers for each item, on the images' device.
+    fn per_item(&self, of: impl Fn(f32) -> [f32; 2]) -> Result<Tensor> {
+        let pairs: Vec<f32> = self.sigmas.iter().flat_map(|sigma| of(*sigma)).collect();
+        Tensor::from_slice(&self.images.device(), &pairs, [self.sigmas.len(), 2])
     }
 }
 
@@ -295,7 +312,8 @@ impl TrainableModel {
     }
 
     fn accumulate_telling(&mut self, batch: &Batch<'_>, weight: f32, last: bool) -> Result<Tensor> {
-        let (image, times) = batch.noisy()?;
+        let objective = self.model.denoiser().objective();
+        let (image, times) = batch.noisy(objective)?;
         let noisy = Noisy {
             image: &image,
             captions: batch.captions,
@@ -303,7 +321,7 @@ impl TrainableModel {
         };
         let mut found = None;
         let mut loss = |prediction: &Tensor| {
-            let (loss, gradient) = flow_loss(prediction, batch.images, batch.noise, Some(weight))?;
+            let (loss, gradient) = batch.loss(objective, prediction, Some(weight))?;
             found = Some(loss);
             gradient.ok_or_else(|| Error::invalid("the loss has no gradient"))
         };
@@ -322,13 +340,14 @@ impl TrainableModel {
     /// # Errors
     /// As for [`TrainableModel::accumulate`].
     pub fn evaluate(&self, batch: &Batch<'_>) -> Result<Tensor> {
-        let (image, times) = batch.noisy()?;
+        let objective = self.model.denoiser().objective();
+        let (image, times) = batch.noisy(objective)?;
         let prediction = self.model.predict(Noisy {
             image: &image,
             captions: batch.captions,
             times: &times,
         })?;
-        Ok(flow_loss(&prediction, batch.images, batch.noise, None)?.0)
+        Ok(batch.loss(objective, &prediction, None)?.0)
     }
 
     /// Changes the trained weights by the gradients gathered since the last step, and sets the gradients to zero.

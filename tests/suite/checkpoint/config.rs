@@ -2,9 +2,13 @@
 
 use std::path::Path;
 
-use l2p_engine::checkpoint::{Checkpoint, HeadLayout, HeadVariant};
+use l2p_engine::checkpoint::Checkpoint;
 use l2p_engine::layers::MemoryParams;
-use l2p_engine::model::config::{DitConfig, ModelKind, SchedulerConfig, TextConfig, TransformerConfig, VaeConfig};
+use l2p_engine::model::Spec;
+use l2p_engine::model::config::{ModelKind, SchedulerConfig, TextConfig, VaeConfig};
+use l2p_engine::model::detailer::{DetailerLayout, HeadVariant};
+use l2p_engine::model::family::TransformerConfig;
+use l2p_engine::model::zimage::{DitConfig, HEAD_PREFIX, ZImage};
 use l2p_tests::{Outcome, Suite, fixtures};
 use libtest_mimic::Failed;
 use safetensors::Dtype;
@@ -60,9 +64,9 @@ fn sizes_follow_from_tensors() -> Outcome {
     };
     let path = folder.path().join("pixel.safetensors");
     let found = open(&model::save(&path, &model::packed(&model::pixel(Dtype::BF16)))?, None)?;
-    assert_eq!(found.config, expected);
-    let head = found.head.ok_or("no head")?;
-    assert_eq!(head.variant, Some(HeadVariant::OneK));
+    assert_eq!(found.spec.sizes(), json!(expected));
+    let head = found.spec.head().ok_or("no head")?;
+    assert_eq!(head.variant(), Some(HeadVariant::OneK));
     assert_eq!(
         (head.widths(), head.bottleneck),
         (model::WIDTHS.to_vec(), model::BOTTLENECK)
@@ -71,7 +75,7 @@ fn sizes_follow_from_tensors() -> Outcome {
     let mut both = model::latent(Dtype::BF16);
     both.extend(model::pixel(Dtype::BF16));
     let found = open(&model::save(&path, &both)?, None)?;
-    assert_eq!(found.config, expected);
+    assert_eq!(found.spec.sizes(), json!(expected));
 
     let found = open(&model::save(&path, &model::latent(Dtype::BF16))?, None)?;
     let latent = DitConfig {
@@ -80,7 +84,7 @@ fn sizes_follow_from_tensors() -> Outcome {
         in_channels: 16,
         ..expected
     };
-    assert_eq!((found.config, found.head), (latent, None));
+    assert_eq!((found.spec.sizes(), found.spec.head()), (json!(latent), None));
     Ok(())
 }
 
@@ -102,12 +106,16 @@ fn tensors_are_those_of_the_reference() -> Outcome {
             assert_eq!(json!(config.heads), settings["n_heads"]);
             assert_eq!(json!([config.patch]), settings["all_patch_size"]);
             assert_eq!(json!(config.in_channels), settings["in_channels"]);
-            let mut expected = config.tensors();
-            if config.kind == ModelKind::Pixel {
-                let head = HeadLayout::read(&params, config.dim).ok_or("no head")?;
-                assert_eq!(settings["head"]["layout"], head.variant.ok_or("no variant")?.name());
-                expected.extend(head.tensors());
+            let spec = ZImage {
+                head: DetailerLayout::seen(&params, HEAD_PREFIX, config.dim)
+                    .filter(|_| config.kind == ModelKind::Pixel),
+                config,
+            };
+            if let Some(head) = &spec.head {
+                assert_eq!(settings["head"]["layout"], head.variant().ok_or("no variant")?.name());
             }
+            assert_eq!(spec.head.is_some(), spec.config.kind == ModelKind::Pixel);
+            let expected = spec.tensors();
             for (name, shape) in &expected {
                 let found = params.0.get(name).map(|(shape, _)| shape);
                 assert_eq!(found, Some(shape), "{} {name}", case["case"]);
@@ -191,22 +199,25 @@ fn contradictions_are_errors() -> Outcome {
     changed["norm_eps"] = json!(1e-6);
     changed["axes_dims"] = json!([64, 32, 32]);
     std::fs::write(&config, changed.to_string())?;
-    let found = open(&source, None)?.config;
-    assert_eq!(
-        (found.rope_theta, found.norm_eps, found.axes_dims),
-        (1000.0, 1e-6, [64, 32, 32])
-    );
+    let found = open(&source, None)?.spec;
+    for (key, value) in [
+        ("rope_theta", json!(1000.0)),
+        ("norm_eps", json!(1e-6_f32)),
+        ("axes_dims", json!([64, 32, 32])),
+    ] {
+        assert_eq!(found.sizes()[key], value);
+    }
     // They hold for the file that they stand beside, too, unless they are another part's.
     let file = source.join("transformer/diffusion_pytorch_model.safetensors");
-    assert_eq!(open(&file, None)?.config.rope_theta, 1000.0);
+    assert_eq!(open(&file, None)?.spec.sizes()["rope_theta"], 1000.0);
     let of_text = json!({ "model_type": "qwen3", "rope_theta": 7.0 });
     std::fs::write(&config, of_text.to_string())?;
-    assert_eq!(open(&file, None)?.config.rope_theta, 256.0);
+    assert_eq!(open(&file, None)?.spec.sizes()["rope_theta"], 256.0);
     // What is written for diffusers is read back as the same model.
-    std::fs::write(&config, found.to_transformer_json().to_string())?;
+    std::fs::write(&config, found.config_json().to_string())?;
     let read = TransformerConfig::read(&config)?;
     let checkpoint = Checkpoint::open_transformer(&source.join("transformer"))?;
-    assert_eq!(DitConfig::read(&checkpoint, Some(&read))?, found);
+    assert_eq!(json!(DitConfig::read(&checkpoint, Some(&read))?), found.sizes());
     Ok(())
 }
 
@@ -364,16 +375,16 @@ fn heads_are_those_published() -> Outcome {
         (16, 384, vec![32, 64, 128, 256], 256),
         (160, 384, vec![3, 8, 16, 32, 64, 128], 256),
     ] {
-        let head = HeadLayout::for_patch(patch, None, None, dim)?;
+        let head = DetailerLayout::for_patch(patch, None, None, dim)?;
         assert_eq!(
             (head.widths(), head.bottleneck),
             (widths, bottleneck),
             "patch {patch}, width {dim}"
         );
-        assert_eq!(head.variant.map(HeadVariant::patch), Some(patch));
+        assert_eq!(head.variant().map(HeadVariant::patch), Some(patch));
     }
     // The published 10K head, by hand.
-    let tensors = HeadLayout::for_patch(160, None, None, 3840)?.tensors();
+    let tensors = DetailerLayout::for_patch(160, None, None, 3840)?.tensors(HEAD_PREFIX);
     for (name, shape) in [
         ("enc_10k_a.0", [3, 3, 3, 3]),
         ("enc0.0", [16, 3, 3, 3]),
@@ -389,7 +400,7 @@ fn heads_are_those_published() -> Outcome {
         let name = format!("local_decoder.{name}.weight");
         assert!(tensors.contains(&(name.clone(), shape.to_vec())), "{name}");
     }
-    let refused = HeadLayout::for_patch(16, Some(&[1, 2]), None, 3840)
+    let refused = DetailerLayout::for_patch(16, Some(&[1, 2]), None, 3840)
         .unwrap_err()
         .to_string();
     assert_eq!(
@@ -397,7 +408,7 @@ fn heads_are_those_published() -> Outcome {
         "head widths [1, 2] do not fit the 1k head, which has 4 stages, for example [64, 128, 256, 512]"
     );
     for (widths, bottleneck) in [([8, 8, 16, 1 << 62], None), ([8, 8, 16, 16], Some(1 << 62))] {
-        let refused = HeadLayout::for_patch(16, Some(&widths), bottleneck, 384).unwrap_err();
+        let refused = DetailerLayout::for_patch(16, Some(&widths), bottleneck, 384).unwrap_err();
         let message = "head widths: expected a whole number from 1 to 262144, found 4611686018427387904";
         assert_eq!(refused.to_string(), message);
     }

@@ -166,7 +166,7 @@ fn single_files(folder: &Path) -> Result<Vec<Case>, Failed> {
                 &json!({ "layers.0.attention.qkv.weight": first }).to_string(),
                 &data[..16],
             ),
-            "tensor `layers.0.attention.qkv.weight` has shape [4], expected three equal groups of rows",
+            "tensor `layers.0.attention.qkv.weight` has shape [4], expected 3 equal groups of rows",
         ),
     ];
     let mut written = vec![Case {

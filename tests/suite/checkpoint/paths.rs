@@ -109,7 +109,7 @@ fn a_manifest_shares_its_bases_parts() -> Outcome {
     let mut config = model::latent_config();
     config["rope_theta"] = json!(512.0);
     std::fs::write(source.join("transformer/config.json"), config.to_string())?;
-    assert_eq!(resolve(&pixel)?.open_transformer()?.config.rope_theta, 512.0);
+    assert_eq!(resolve(&pixel)?.open_transformer()?.spec.sizes()["rope_theta"], 512.0);
 
     // Parts named in the manifest win over the base's, and those named by the user over both.
     let mine = pixel.join("tokenizer");

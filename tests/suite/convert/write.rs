@@ -107,10 +107,11 @@ fn init_copies_the_trunk() -> Outcome {
         let result = json(folder.path(), &arguments)?;
         let path = folder.path().join(format!("init-{patch}.safetensors"));
         let found = open(&path, None)?;
-        let head = found.head.ok_or("no head")?;
-        assert_eq!((found.config.patch, found.config.in_channels), (patch, 3));
-        assert_eq!(head.variant.map(|variant| variant.name()), Some(layout));
-        assert_eq!(head.stages.len(), stages);
+        let head = found.spec.head().ok_or("no head")?;
+        let geometry = found.spec.geometry();
+        assert_eq!((geometry.patch, geometry.channels), (patch, 3));
+        assert_eq!(head.variant().map(|variant| variant.name()), Some(layout));
+        assert_eq!(head.widths().iter().filter(|width| **width != 3).count(), stages);
         let (source, made) = (model::latent(Dtype::BF16), model::read(&path)?);
         let copied = made
             .iter()
@@ -131,9 +132,8 @@ fn init_copies_the_trunk() -> Outcome {
     let widths =
         "init --source source --patch 16 --head-widths 8,8,16,16 --head-bottleneck 24 --out widths.safetensors";
     run(folder.path(), widths)?.success()?;
-    let head = open(&folder.path().join("widths.safetensors"), None)?
-        .head
-        .ok_or("no head")?;
+    let made = open(&folder.path().join("widths.safetensors"), None)?;
+    let head = made.spec.head().ok_or("no head")?;
     assert_eq!((head.widths(), head.bottleneck), (vec![8, 8, 16, 16], 24));
     Ok(())
 }

@@ -4,6 +4,7 @@ use l2p_engine::flow::sampler::{Conditioning, Guides, Sampler, StepReport, Walk,
 use l2p_engine::flow::schedule::Schedule;
 use l2p_engine::model::Denoiser;
 use l2p_engine::model::config::ModelKind;
+use l2p_engine::model::objective::{FlowMatching, Objective};
 use l2p_engine::ops::guidance::{Guidance, guided_euler_step};
 use l2p_engine::ops::noise::normal_noise;
 use l2p_engine::{Device, Error, Tensor};
@@ -45,7 +46,10 @@ fn tables_equal_diffusers() -> Outcome {
         let schedule = Schedule::new(case.size(&["steps"]), shift)?;
         let sigmas: Vec<f32> = (0..=schedule.steps()).map(|step| schedule.sigma(step)).collect();
         case.check("sigmas", &sigmas)?;
-        case.check("t", &schedule.times())?;
+        let times: Vec<f32> = (0..schedule.steps())
+            .map(|step| FlowMatching.time(schedule.sigma(step)))
+            .collect();
+        case.check("t", &times)?;
     }
     Ok(())
 }
@@ -70,8 +74,9 @@ fn a_walk_equals_the_pipelines() -> Outcome {
         let [velocity, away] = [&prompt, &negative].map(|prepared| dit.forward(&x, prepared, &modulations));
         let (velocity, away) = (velocity?, away?);
         let guidance = Guidance { negative: &away, cfg };
-        let delta = Tensor::from_slice(&Device::Cpu, &[schedule.delta(step)], [1])?;
-        guided_euler_step(&mut x, &velocity, Some(guidance), &delta)?;
+        let factors = FlowMatching.step(schedule.sigma(step), schedule.sigma(step + 1));
+        let factors = Tensor::from_slice(&Device::Cpu, &factors, [2])?;
+        guided_euler_step(&mut x, &velocity, Some(guidance), &factors)?;
         case.check(&format!("x.{}", step + 1), &channels_first(&x)?)?;
     }
     let conditioning = Conditioning {
@@ -102,8 +107,9 @@ fn every_step_has_its_modulations() -> Outcome {
     for step in 0..schedule.steps() {
         let modulations = dit.modulate(&[1.0 - schedule.sigma(step)], None)?;
         let velocity = dit.forward(&x, &prompt, &modulations)?;
-        let delta = Tensor::from_slice(&Device::Cpu, &[schedule.delta(step)], [1])?;
-        guided_euler_step(&mut x, &velocity, None, &delta)?;
+        let factors = FlowMatching.step(schedule.sigma(step), schedule.sigma(step + 1));
+        let factors = Tensor::from_slice(&Device::Cpu, &factors, [2])?;
+        guided_euler_step(&mut x, &velocity, None, &factors)?;
     }
     let conditioning = Conditioning { prompt, negative: None };
     for recorded in [true, false] {

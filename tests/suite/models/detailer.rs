@@ -78,15 +78,15 @@ fn mistakes_are_named() -> Outcome {
     };
     assert_eq!(
         reshaped("enc2.0.weight", &[16, 9, 3, 3]),
-        "`local_decoder.enc2.0.weight` has shape [16, 9, 3, 3], but the stages before it call for [outputs, 8, 3, 3]"
+        "`local_decoder.enc2.0.weight` has shape [16, 9, 3, 3], expected [16, 8, 3, 3]"
     );
     assert_eq!(
         reshaped("dec4.0.weight", &[24, 60, 3, 3]),
-        "`local_decoder.dec4.0.weight` has shape [24, 60, 3, 3], but the stages before it call for [outputs, 64, 3, 3]"
+        "`local_decoder.dec4.0.weight` has shape [24, 60, 3, 3], expected [24, 64, 3, 3]"
     );
     assert_eq!(
         reshaped("out_conv.weight", &[4, 8, 1, 1]),
-        "`local_decoder.out_conv.weight` has shape [4, 8, 1, 1], but the stages before it call for [3, 8, 1, 1]"
+        "`local_decoder.out_conv.weight` has shape [4, 8, 1, 1], expected [3, 8, 1, 1]"
     );
     assert_eq!(
         reshaped("bottleneck.0.weight", &[32, 32, 1, 1]),
@@ -94,14 +94,12 @@ fn mistakes_are_named() -> Outcome {
     );
     assert!(reshaped("enc2.0.bias", &[15]).contains("local_decoder.enc2.0.bias"));
     let missing = message(&|params| drop(params.0.remove("local_decoder.up3.1.weight")));
-    assert_eq!(
-        missing,
-        "the detailer head has no parameter `local_decoder.up3.1.weight`"
-    );
+    assert_eq!(missing, "there is no parameter `local_decoder.up3.1.weight`");
     let nothing = message(&|params| params.0.clear());
     assert_eq!(
         nothing,
-        "there is no detailer head `local_decoder`: it has no stage `local_decoder.enc1.0.weight`"
+        "there is no detailer head `local_decoder`: it has no stage `local_decoder.enc1.0.weight` or no \
+         `local_decoder.bottleneck.0.weight`"
     );
     let head = Detailer::load(&params(&case), &Device::Cpu, PREFIX)?;
     let (x, c) = (

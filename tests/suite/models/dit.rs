@@ -1,7 +1,9 @@
 //! The whole transformer, latent and pixel.
 
 use l2p_engine::layers::MemoryParams;
-use l2p_engine::model::config::{DitConfig, ModelKind, TransformerConfig};
+use l2p_engine::model::config::ModelKind;
+use l2p_engine::model::family::TransformerConfig;
+use l2p_engine::model::zimage::DitConfig;
 use l2p_engine::model::zimage::{Dit, ZImage};
 use l2p_engine::model::{Denoiser, Spec};
 use l2p_engine::ops::tokens::narrow_tokens;

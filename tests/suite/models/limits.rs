@@ -1,11 +1,11 @@
 //! What the CUDA kernels cannot take is known before a device is asked.
 
 use l2p_engine::Device;
-use l2p_engine::checkpoint::HeadLayout;
 use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::DeviceLimits;
-use l2p_engine::model::config::{DitConfig, ModelKind, TextConfig, VaeConfig};
+use l2p_engine::model::config::{ModelKind, TextConfig, VaeConfig};
 use l2p_engine::model::detailer::DetailerLayout;
+use l2p_engine::model::zimage::{DitConfig, HEAD_PREFIX};
 use l2p_tests::{Outcome, Suite};
 
 use super::small_config;
@@ -16,12 +16,12 @@ pub fn register(suite: &mut Suite) {
 }
 
 /// The layout of a head with tensors of these shapes and no values.
-fn head(layout: &HeadLayout) -> l2p_engine::Result<DetailerLayout> {
+fn head(layout: &DetailerLayout) -> l2p_engine::Result<DetailerLayout> {
     let shapes = layout
-        .tensors()
+        .tensors(HEAD_PREFIX)
         .into_iter()
         .map(|(name, shape)| (name, (shape, Vec::new())));
-    DetailerLayout::read(&MemoryParams(shapes.collect()), "local_decoder")
+    DetailerLayout::read(&MemoryParams(shapes.collect()), HEAD_PREFIX)
 }
 
 fn text() -> TextConfig {
@@ -55,7 +55,7 @@ fn published_models_fit() -> Outcome {
         };
         assert_eq!(trunk.cuda_obstacle(), None);
         assert_eq!(
-            head(&HeadLayout::for_patch(patch, None, None, 3840)?)?.cuda_obstacle(),
+            head(&DetailerLayout::for_patch(patch, None, None, 3840)?)?.cuda_obstacle(),
             None,
             "{patch}"
         );
@@ -81,12 +81,12 @@ fn obstacles_are_named() -> Outcome {
         narrow_heads.cuda_obstacle(),
         "its attention heads are 64 wide, the kernels are for 128",
     );
-    let layout = HeadLayout::for_patch(128, Some(&[8, 8, 16, 12, 24, 32]), None, 384)?;
+    let layout = DetailerLayout::for_patch(128, Some(&[8, 8, 16, 12, 24, 32]), None, 384)?;
     named(
         head(&layout)?.cuda_obstacle(),
         "its encoder width of 12 is not a multiple of 8",
     );
-    let layout = HeadLayout::for_patch(16, Some(&[8, 8, 16, 16]), Some(30), 384)?;
+    let layout = DetailerLayout::for_patch(16, Some(&[8, 8, 16, 16]), Some(30), 384)?;
     named(
         head(&layout)?.cuda_obstacle(),
         "its bottleneck of 30 is not a multiple of 8",

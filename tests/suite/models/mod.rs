@@ -9,9 +9,11 @@ mod text;
 mod vae;
 
 use half::bf16;
-use l2p_engine::checkpoint::HeadLayout;
 use l2p_engine::layers::MemoryParams;
-use l2p_engine::model::config::{DitConfig, ModelKind};
+use l2p_engine::model::Spec;
+use l2p_engine::model::config::ModelKind;
+use l2p_engine::model::detailer::DetailerLayout;
+use l2p_engine::model::zimage::{DitConfig, ZImage};
 use l2p_engine::{Device, Result, Tensor};
 use l2p_tests::Suite;
 use l2p_tests::fixtures::{Case, generated_weight};
@@ -55,12 +57,12 @@ pub fn small_config(kind: ModelKind, dim: usize, patch: usize) -> DitConfig {
 /// The parameters of a model of these sizes, by the fixtures' rules and rounded to what bf16 can hold; a pixel model's head
 /// has the given widths.
 pub fn random_model(config: &DitConfig, head_widths: &[usize]) -> MemoryParams {
-    let mut tensors = config.tensors();
-    if config.kind == ModelKind::Pixel {
-        let head = HeadLayout::for_patch(config.patch, Some(head_widths), Some(32), config.dim);
-        tensors.extend(head.expect("the widths are as many as the stages").tensors());
-    }
-    let generated = tensors.into_iter().map(|(name, shape)| {
+    let head = || DetailerLayout::for_patch(config.patch, Some(head_widths), Some(32), config.dim);
+    let spec = ZImage {
+        config: config.clone(),
+        head: (config.kind == ModelKind::Pixel).then(|| head().expect("the widths are as many as the stages")),
+    };
+    let generated = spec.tensors().into_iter().map(|(name, shape)| {
         let values = rounded(&generated_weight(&name, &shape, 0));
         (name, (shape, values))
     });

@@ -94,19 +94,19 @@ fn cpu_equals_plain_loops() -> Outcome {
 
         let mut written = Tensor::empty(cpu, picture.shape(), DType::F32)?;
         let mut added = before.clone().into_unshared()?;
-        let delta = Tensor::from_slice(cpu, &[-0.75f32], [1])?;
-        for (target, delta) in [(&mut written, None), (&mut added, Some(&delta))] {
+        let factors = Tensor::from_slice(cpu, &[0.625f32, -0.75], [2])?;
+        for (target, factors) in [(&mut written, None), (&mut added, Some(&factors))] {
             let canvas = Canvas {
                 picture: target,
                 scale: -1.5,
-                delta,
+                factors,
             };
             run(&layers, &map, &picture, canvas)?;
         }
         let expected: Vec<f64> = result.iter().map(|value| -1.5 * value).collect();
         expect_exact(&format!("{what}, written"), &written, &expected)?;
         let expected = exact(&before)?.into_iter().zip(&expected);
-        let expected: Vec<f64> = expected.map(|(before, value)| before - 0.75 * value).collect();
+        let expected: Vec<f64> = expected.map(|(before, value)| 0.625 * before - 0.75 * value).collect();
         expect_exact(&format!("{what}, added"), &added, &expected)?;
     }
     Ok(())
@@ -132,12 +132,12 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
             let picture = image(device, "image", shape)?;
             let mut written = Tensor::empty(device, shape, DType::F32)?;
             let mut added = Tensor::from_slice(device, &random_bf16("canvas", shape.iter().product()), shape)?;
-            let delta = Tensor::from_slice(device, &[-0.75f32], [1])?;
-            for (target, delta) in [(&mut written, None), (&mut added, Some(&delta))] {
+            let factors = Tensor::from_slice(device, &[0.625f32, -0.75], [2])?;
+            for (target, factors) in [(&mut written, None), (&mut added, Some(&factors))] {
                 let canvas = Canvas {
                     picture: target,
                     scale: -1.5,
-                    delta,
+                    factors,
                 };
                 run(&layers, &map, &picture, canvas)?;
             }
@@ -158,7 +158,7 @@ fn cuda_repeats_its_bits(device: &Device) -> Outcome {
         let canvas = Canvas {
             picture: &mut written,
             scale: 1.0,
-            delta: None,
+            factors: None,
         };
         run(&layers, &map, &picture, canvas)?;
         written.to_vec::<f32>()
@@ -179,7 +179,7 @@ fn mistakes_are_named() -> Outcome {
         let canvas = Canvas {
             picture: &mut target,
             scale: 1.0,
-            delta: None,
+            factors: None,
         };
         run(
             &layers(cpu)?,

@@ -9,8 +9,8 @@ pub fn register(suite: &mut Suite) {
     suite.cuda("ops::guidance::cuda_equals_cpu", cuda_equals_cpu);
 }
 
-fn scalar(device: &Device, value: f32) -> l2p_engine::Result<Tensor> {
-    Tensor::from_slice(device, &[value], [1])
+fn factors(device: &Device, keep: f32, add: f32) -> l2p_engine::Result<Tensor> {
+    Tensor::from_slice(device, &[keep, add], [2])
 }
 
 fn cpu_equals_references() -> Outcome {
@@ -25,20 +25,26 @@ fn cpu_equals_references() -> Outcome {
             cfg: number("cfg") as f32,
         };
         let delta = number("sigma_next") - number("sigma");
-        guided_euler_step(&mut x, &velocity, Some(guidance), &scalar(&Device::Cpu, delta as f32)?)?;
+        guided_euler_step(
+            &mut x,
+            &velocity,
+            Some(guidance),
+            &factors(&Device::Cpu, 1.0, delta as f32)?,
+        )?;
         case.check("x_next", x.as_slice()?)?;
     }
-    // Without guidance there is one pass, and its velocity is followed as it is.
-    let (x, v) = (random("x", 30), random("v", 30));
-    let expected: Vec<f32> = x.iter().zip(&v).map(|(x, v)| x - 0.25 * v).collect();
-    let mut x = Tensor::from_slice(&Device::Cpu, &x, [2, 15])?;
-    guided_euler_step(
-        &mut x,
-        &Tensor::from_slice(&Device::Cpu, &v, [2, 15])?,
-        None,
-        &scalar(&Device::Cpu, -0.25)?,
-    )?;
-    expect_close("without guidance", x.as_slice()?, &expected, x.shape(), 1e-6)
+    // Without guidance there is one pass, and its prediction is followed as it is; a keep of 1 rounds nothing.
+    let (values, v) = (random("x", 30), random("v", 30));
+    let stepped = |keep: f32| {
+        let mut x = Tensor::from_slice(&Device::Cpu, &values, [2, 15])?;
+        let v = Tensor::from_slice(&Device::Cpu, &v, [2, 15])?;
+        guided_euler_step(&mut x, &v, None, &factors(&Device::Cpu, keep, -0.25)?)?;
+        x.to_vec::<f32>()
+    };
+    let whole: Vec<f32> = values.iter().zip(&v).map(|(x, v)| x - 0.25 * v).collect();
+    assert_eq!(stepped(1.0)?, whole);
+    let part: Vec<f32> = values.iter().zip(&v).map(|(x, v)| 0.875 * x - 0.25 * v).collect();
+    expect_close("a part is kept", &stepped(0.875)?, &part, [2, 15], 1e-6)
 }
 
 fn wrong_velocities_are_named() -> Outcome {
@@ -46,10 +52,10 @@ fn wrong_velocities_are_named() -> Outcome {
     let good = Tensor::zeros(&Device::Cpu, [2, 3], DType::F32)?;
     let long = Tensor::zeros(&Device::Cpu, [4, 3], DType::F32)?;
     let half = Tensor::zeros(&Device::Cpu, [2, 3], DType::Bf16)?;
-    let delta = scalar(&Device::Cpu, -0.1)?;
+    let factors = factors(&Device::Cpu, 1.0, -0.1)?;
     let mut message = |velocity: &Tensor, negative: &Tensor| {
         let guidance = Some(Guidance { negative, cfg: 2.0 });
-        guided_euler_step(&mut x, velocity, guidance, &delta)
+        guided_euler_step(&mut x, velocity, guidance, &factors)
             .unwrap_err()
             .to_string()
     };
@@ -79,9 +85,9 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
         (1, 6 * 10 * 16),
         (2, 4099),
     ] {
-        for guided in [false, true] {
+        for (guided, keep) in [(false, 1.0), (true, 1.0), (false, 0.75), (true, 0.75)] {
             expect_like_cpu(
-                &format!("{batch}x{elements}, guided: {guided}"),
+                &format!("{batch}x{elements}, guided: {guided}, keep: {keep}"),
                 device,
                 1e-6,
                 |device| {
@@ -92,7 +98,7 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
                         negative: &negative,
                         cfg: 2.5,
                     });
-                    guided_euler_step(&mut x, &velocity, guidance, &scalar(device, -0.125)?)?;
+                    guided_euler_step(&mut x, &velocity, guidance, &factors(device, keep, -0.125)?)?;
                     Ok(vec![x])
                 },
             )?;

@@ -168,16 +168,16 @@ fn narrow_types() -> Outcome {
 }
 
 fn euler_steps() -> Outcome {
-    let (mut x, velocity, delta) = (tensor(&[2, 24])?, tensor(&[2, 24])?, tensor(&[1])?);
+    let (mut x, velocity, factors) = (tensor(&[2, 24])?, tensor(&[2, 24])?, tensor(&[2])?);
     expect("guided_euler_step", 0, 3 * 48, || {
-        guided_euler_step(&mut x, &velocity, None, &delta)
+        guided_euler_step(&mut x, &velocity, None, &factors)
     })?;
     let guidance = Guidance {
         negative: &velocity,
         cfg: 2.0,
     };
     expect("guided_euler_step", 0, 4 * 48, || {
-        guided_euler_step(&mut x, &velocity, Some(guidance), &delta)
+        guided_euler_step(&mut x, &velocity, Some(guidance), &factors)
     })
 }
 
@@ -218,16 +218,16 @@ fn convolutions() -> Outcome {
         decoder,
         output,
     };
-    let (map, picture, delta) = (tensor(&[1, 2, 3, 16])?, tensor(&[1, 4, 6, 3])?, tensor(&[1])?);
+    let (map, picture, factors) = (tensor(&[1, 2, 3, 16])?, tensor(&[1, 4, 6, 3])?, tensor(&[2])?);
     let weights = stage.arrange()?;
     let mut target = tensor(&[1, 4, 6, 3])?;
-    for (delta, canvas_elements) in [(None, 72), (Some(&delta), 144)] {
+    for (factors, canvas_elements) in [(None, 72), (Some(&factors), 144)] {
         let flops = 2 * 24 * 16 * (27 + 4 * 16 + 9 * 32 + 3);
         expect("detail_stage", flops, 96 + 72 + canvas_elements, || {
             let canvas = Canvas {
                 picture: &mut target,
                 scale: 1.0,
-                delta,
+                factors,
             };
             detail_stage(&stage, &weights, &map, &picture, canvas)
         })?;

@@ -12,7 +12,7 @@ pub fn register(suite: &mut Suite) {
 
 fn latent() -> Outcome {
     let folder = tempfile::tempdir()?;
-    let config = l2p_engine::model::config::DitConfig {
+    let config = l2p_engine::model::zimage::DitConfig {
         caption_width: 256,
         ..small_config(ModelKind::Latent, 128, 2)
     };

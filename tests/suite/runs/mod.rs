@@ -20,7 +20,8 @@ use std::sync::OnceLock;
 
 use l2p_engine::checkpoint::{Values, write_values};
 use l2p_engine::image_io::{RgbImage, WriteOptions, write_image};
-use l2p_engine::model::config::{DitConfig, ModelKind};
+use l2p_engine::model::config::ModelKind;
+use l2p_engine::model::zimage::DitConfig;
 use l2p_engine::train::run::log::{LOG, Record, TrainRecord, read};
 use l2p_tests::cli::{Finished, program};
 use l2p_tests::{Suite, models_folder};

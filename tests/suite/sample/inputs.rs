@@ -2,9 +2,12 @@
 
 use std::path::Path;
 
-use l2p_engine::checkpoint::{Checkpoint, HeadLayout, Values, read_values, write_values};
+use l2p_engine::checkpoint::{Checkpoint, Values, read_values, write_values};
+use l2p_engine::model::Spec;
 use l2p_engine::model::config::{ModelKind, TextConfig};
+use l2p_engine::model::detailer::DetailerLayout;
 use l2p_engine::model::text::TextEncoder;
+use l2p_engine::model::zimage::ZImage;
 use l2p_engine::ops::noise::normal_noise;
 use l2p_engine::text::PromptTokenizer;
 use l2p_engine::{Device, Result};
@@ -172,9 +175,14 @@ fn captions_from_a_file() -> Outcome {
 /// Saves a pixel model of patch 16 whose captions are 96 wide.
 fn save_pixel_model(path: &Path) -> Outcome {
     let config = small_config(ModelKind::Pixel, 256, 16);
-    let head = HeadLayout::for_patch(16, Some(&[8, 16, 24, 32]), Some(32), 256)?;
-    let tensors = config.tensors().into_iter().chain(head.tensors());
-    let tensors: Vec<(String, Values)> = tensors
+    let head = DetailerLayout::for_patch(16, Some(&[8, 16, 24, 32]), Some(32), 256)?;
+    let spec = ZImage {
+        config,
+        head: Some(head),
+    };
+    let tensors: Vec<(String, Values)> = spec
+        .tensors()
+        .into_iter()
         .map(|(name, shape)| {
             let generated = generated_weight(&name, &shape, 0);
             (name, values(&shape, generated))

@@ -8,7 +8,7 @@ mod promises;
 mod ranks;
 
 use l2p_engine::layers::MemoryParams;
-use l2p_engine::model::config::DitConfig;
+use l2p_engine::model::zimage::DitConfig;
 use l2p_engine::model::zimage::ZImage;
 use l2p_engine::train::{AdamWOptions, Batch, Policy, Recompute, TrainOptions, TrainableModel};
 use l2p_engine::{Device, Result, Tensor};

@@ -1,8 +1,7 @@
-use l2p_engine::checkpoint::HeadLayout;
 use l2p_engine::device::MemoryTag;
-use l2p_engine::layers::MemoryParams;
-use l2p_engine::model::config::{DitConfig, ModelKind};
+use l2p_engine::model::config::ModelKind;
 use l2p_engine::model::detailer::DetailerLayout;
+use l2p_engine::model::zimage::DitConfig;
 use l2p_engine::model::zimage::ZImage;
 use l2p_engine::train::{Division, PlanInput, Recompute, Sharding, TrainingPlan};
 use l2p_engine::{Device, Result};
@@ -31,16 +30,8 @@ fn config_1k() -> DitConfig {
     }
 }
 
-/// The layout of the head of a patch, from shapes alone.
 fn head(patch: usize, widths: Option<&[usize]>, bottleneck: Option<usize>, dim: usize) -> Result<DetailerLayout> {
-    let tensors = HeadLayout::for_patch(patch, widths, bottleneck, dim)?.tensors();
-    let params = MemoryParams(
-        tensors
-            .into_iter()
-            .map(|(name, shape)| (name, (shape, Vec::new())))
-            .collect(),
-    );
-    DetailerLayout::read(&params, "local_decoder")
+    DetailerLayout::for_patch(patch, widths, bottleneck, dim)
 }
 
 fn plan_1k(policy: &str, recompute: Recompute) -> Result<TrainingPlan> {

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 
 use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::Denoiser;
-use l2p_engine::model::config::{DitConfig, ModelKind};
+use l2p_engine::model::config::ModelKind;
+use l2p_engine::model::zimage::DitConfig;
 use l2p_engine::ops::cast::cast;
 use l2p_engine::train::{Recompute, StatePart, TrainOptions, TrainableModel};
 use l2p_engine::{Device, Result, Tensor};

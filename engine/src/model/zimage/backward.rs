@@ -5,7 +5,7 @@
 
 use super::block::{Condition, SavedBlock, Saving, Sinks, VECTORS, backward_blocks};
 use super::layout::Layout;
-use super::{Block, Dit, FinalLayer, Output, Parts, RopeTables, TimeEmbedder};
+use super::{Block, Dit, FinalLayer, Output, Parts, RopeTables};
 use crate::device::MemoryTag;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -459,21 +459,5 @@ impl FinalLayer {
         self.modulation
             .backward_vectors(&d_scale, c, InputActivation::Silu, &mut gradients.modulation, dc)?;
         Ok(dx)
-    }
-}
-
-impl TimeEmbedder {
-    fn backward(
-        &self,
-        dc: &Tensor,
-        [sinusoids, hidden]: [&Tensor; 2],
-        gradients: &mut TimeEmbedder<Gradients>,
-    ) -> Result<()> {
-        let mut d_hidden = Tensor::zeros(&dc.device(), hidden.shape(), DType::F32)?;
-        let (silu, none) = (InputActivation::Silu, InputActivation::None);
-        self.second
-            .backward_vectors(dc, hidden, silu, &mut gradients.second, Some(&mut d_hidden))?;
-        self.first
-            .backward_vectors(&d_hidden, sinusoids, none, &mut gradients.first, None)
     }
 }

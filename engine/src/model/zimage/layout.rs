@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use super::TOKEN_MULTIPLE;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::model::config::DitConfig;
 use crate::model::rope::{Position, RopeAxes, caption_positions, image_positions};
+use crate::model::zimage::DitConfig;
 use crate::ops::tokens::concat_all;
 use crate::tensor::Tensor;
 

@@ -6,7 +6,11 @@
 
 mod backward;
 pub mod block;
+mod config;
+mod config_file;
+mod family;
 mod layout;
+mod names;
 mod sizes;
 mod spec;
 mod trained;
@@ -14,10 +18,11 @@ mod trained;
 use self::block::{Block, Saving, Sequence, VECTORS, run_blocks};
 use self::layout::Layout;
 use self::layout::RopeTables;
-use super::config::{DitConfig, ModelKind};
+use super::config::ModelKind;
 use super::denoiser::{Denoiser, Geometry, Modulations, Prepared};
 use super::detailer::{Detailer, DetailerLayout};
 use super::spec::Spec;
+use super::time_embedder::TimeEmbedder;
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
 use crate::layers::{
@@ -29,12 +34,13 @@ use crate::ops::layer_norm::layer_norm_modulate;
 use crate::ops::linear::InputActivation;
 use crate::ops::patch_embed::patch_embed;
 use crate::ops::rms_norm::rms_norm;
-use crate::ops::timestep::timestep_embedding;
 use crate::ops::tokens::{concat_all, concat_tokens, fill_pad_tokens, narrow_tokens, pad_tokens, stack_tokens};
 use crate::ops::unpatchify::unpatchify;
 use crate::profile;
 use crate::tensor::Tensor;
 
+pub use config::{DitConfig, DitSurvey};
+pub use family::ZImageFamily;
 pub use sizes::ZImage;
 
 /// Image and caption tokens are padded to multiples of this many.
@@ -73,20 +79,6 @@ module! {
         pub layers: Vec<Block<K>>,
         /// What turns the last block's image tokens into a velocity.
         pub output: Output<K>,
-    }
-}
-
-module! {
-    /// Sinusoid and a two-layer perceptron.
-    pub struct TimeEmbedder<K> {
-        /// `[t_hidden, t_frequencies]`, with bias.
-        pub first: Linear<K>,
-        /// `[adaln_width, t_hidden]`, with bias.
-        pub second: Linear<K>,
-        ;
-        frequencies: usize,
-        /// What times are multiplied by before they are embedded, in thousands; 1 but for unusual configurations.
-        scale: f32,
     }
 }
 
@@ -140,6 +132,11 @@ impl Parts<Described> {
     /// # Errors
     /// When a pixel model has no head.
     pub fn describe(config: &DitConfig, head: Option<&DetailerLayout>) -> Result<Self> {
+        Self::describe_with(config, head, [config.refiner_layers; 2])
+    }
+
+    /// The same with so many blocks in the image's and the captions' refiner.
+    fn describe_with(config: &DitConfig, head: Option<&DetailerLayout>, refiners: [usize; 2]) -> Result<Self> {
         let (dim, features) = (config.dim, config.patch * config.patch * config.in_channels);
         let linear = |group, name: &str, outputs, inputs| Linear::new(group, name, outputs, inputs).with_bias();
         let stack = |name: &str, blocks: usize, modulated, group: &dyn Fn(usize) -> Group| {
@@ -158,14 +155,13 @@ impl Parts<Described> {
             caption_pad: Bare::token(embedder, "cap_pad_token", dim),
             caption_norm: Bare::norm(embedder, "cap_embedder.0", config.caption_width),
             caption: linear(embedder, "cap_embedder.1", dim, config.caption_width),
-            time: TimeEmbedder {
-                first: linear(embedder, "t_embedder.mlp.0", config.t_hidden, config.t_frequencies),
-                second: linear(embedder, "t_embedder.mlp.2", config.adaln_width, config.t_hidden),
-                frequencies: config.t_frequencies,
-                scale: config.t_scale / 1000.0,
-            },
-            noise_refiner: stack("noise_refiner", config.refiner_layers, true, &refiner),
-            context_refiner: stack("context_refiner", config.refiner_layers, false, &refiner),
+            time: TimeEmbedder::describe(
+                ["t_embedder.mlp.0", "t_embedder.mlp.2"],
+                [config.t_frequencies, config.t_hidden, config.adaln_width],
+                config.t_scale / 1000.0,
+            ),
+            noise_refiner: stack("noise_refiner", refiners[0], true, &refiner),
+            context_refiner: stack("context_refiner", refiners[1], false, &refiner),
             layers: stack("layers", config.layers, true, &|index| Group::Block {
                 index,
                 of: config.layers,
@@ -484,19 +480,6 @@ impl Parts {
         let bias = self.patch.bias.as_ref();
         let bias = bias.ok_or_else(|| Error::invalid("the input projection has no bias"))?;
         patch_embed(image, patch, self.patch.dense_weight(), bias)
-    }
-}
-
-impl TimeEmbedder {
-    /// The sinusoids of the times, what the first layer makes of them, and the embeddings; f32.
-    fn layers(&self, device: &Device, times: &[f32]) -> Result<[Tensor; 3]> {
-        const MAX_PERIOD: f32 = 10_000.0;
-        let scaled: Vec<f32> = times.iter().map(|time| time * self.scale).collect();
-        let sinusoids = timestep_embedding(&scaled, self.frequencies, MAX_PERIOD);
-        let sinusoids = Tensor::from_slice(device, &sinusoids, [times.len(), self.frequencies])?;
-        let hidden = self.first.forward_vectors(&sinusoids, InputActivation::None)?;
-        let embeddings = self.second.forward_vectors(&hidden, InputActivation::Silu)?;
-        Ok([sinusoids, hidden, embeddings])
     }
 }
 

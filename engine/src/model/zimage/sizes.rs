@@ -3,8 +3,9 @@
 use super::{HEAD_PREFIX, Parts};
 use crate::error::Result;
 use crate::layers::{Described, ParamSource};
-use crate::model::config::{DitConfig, ModelKind};
+use crate::model::config::ModelKind;
 use crate::model::detailer::DetailerLayout;
+use crate::model::zimage::DitConfig;
 
 /// A Z-Image transformer, latent or pixel.
 #[derive(Clone, Debug, PartialEq)]

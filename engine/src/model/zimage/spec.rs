@@ -1,27 +1,34 @@
 //! The family's description of itself.
 
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+
 use super::backward::Reach;
+use super::family::{FINAL_LAYER, INPUT};
 use super::sizes::ZImage;
 use super::trained::TrainedDit;
 use super::{Block, Dit, TOKEN_MULTIPLE};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::layers::{Choose, Meta, Module, ParamSource, Trained, metas};
-use crate::model::config::DitConfig;
+use crate::model::config::ModelKind;
 use crate::model::denoiser::{Denoiser, Geometry, Trainable, TrainingChoice};
 use crate::model::detailer::DetailerLayout;
 use crate::model::limits::DeviceLimits;
 use crate::model::spec::{Loading, Spec};
 use crate::model::work::{BlockElements, BlockWork, Keep, OutputWork, ProductWork, RowsWork, StackWork, Work};
+use crate::model::zimage::DitConfig;
 
 impl ZImage {
-    fn blocks(&self, blocks: &[Block<Trained>], keeps: &[Keep], tokens: usize) -> Vec<BlockWork> {
+    fn blocks(&self, blocks: &[Block<Trained>], keeps: &[Keep], tokens: f64) -> Vec<BlockWork> {
         let (dim, ffn) = (self.config.dim, self.config.ffn_hidden);
         let elements = BlockElements {
             input: dim,
             inside: 6 * dim + 2 * ffn,
             inside_f32: self.config.heads,
-            forward: 2 * dim + (3 * ffn).max(6 * dim),
+            // The stream, its sum and its normalised form beside the feed-forward network's halves and their product, or the heads.
+            forward: 3 * dim + (3 * ffn).max(5 * dim),
             // Two gradients of the stream beside the feed-forward network's, or the rotated heads, their gradient and the result's.
             backward: 2 * dim + (2 * ffn).max(7 * dim),
         };
@@ -70,6 +77,55 @@ impl Spec for ZImage {
         described.map_or_else(|_| Vec::new(), |parts| metas(&parts).into_iter().cloned().collect())
     }
 
+    fn leaves_aside(&self, name: &str) -> bool {
+        let other_patch = |part: &str| {
+            name.strip_prefix(part)
+                .is_some_and(|rest| !rest.starts_with(&format!("{}-1.", self.config.patch)))
+        };
+        match self.config.kind {
+            ModelKind::Pixel => other_patch(INPUT) || name.starts_with(FINAL_LAYER),
+            ModelKind::Latent => other_patch(INPUT) || other_patch(FINAL_LAYER),
+        }
+    }
+
+    fn sizes(&self) -> Value {
+        json!(self.config)
+    }
+
+    fn summary(&self) -> String {
+        let config = &self.config;
+        format!(
+            "width {}, {} heads × {}, {} blocks and {}+{} refiners, feed-forward {}, captions {}, {} channels",
+            config.dim,
+            config.heads,
+            config.head_dim,
+            config.layers,
+            config.refiner_layers,
+            config.refiner_layers,
+            config.ffn_hidden,
+            config.caption_width,
+            config.in_channels
+        )
+    }
+
+    fn config_json(&self) -> Value {
+        self.config.to_transformer_json()
+    }
+
+    fn pixel_model(&self, patch: usize, widths: Option<&[usize]>, bottleneck: Option<usize>) -> Result<Arc<dyn Spec>> {
+        let config = DitConfig {
+            kind: ModelKind::Pixel,
+            patch,
+            in_channels: 3,
+            ..self.config.clone()
+        };
+        let head = DetailerLayout::for_patch(patch, widths, bottleneck, config.dim)?;
+        Ok(Arc::new(ZImage {
+            config,
+            head: Some(head),
+        }))
+    }
+
     fn expect_runs_on(&self, device: &Device) -> Result<()> {
         self.config.expect_runs_on(device)?;
         self.head.as_ref().map_or(Ok(()), |head| head.expect_runs_on(device))
@@ -106,9 +162,10 @@ impl Spec for ZImage {
             .describe()?
             .transform(&mut Choose(|meta: &Meta| (choice.trains)(meta)))?;
         let reach = Reach::new(&trained, choice.recomputes);
-        let image = (height / patch) * (width / patch);
-        let padded_image = image.next_multiple_of(TOKEN_MULTIPLE);
-        let captions = caption_tokens.max(1).next_multiple_of(TOKEN_MULTIPLE);
+        let padded = |tokens: f64| (tokens / TOKEN_MULTIPLE as f64).ceil() * TOKEN_MULTIPLE as f64;
+        let image = (height / patch) as f64 * (width / patch) as f64;
+        let padded_image = padded(image);
+        let captions = padded(caption_tokens.max(1) as f64);
         let features = patch * patch * in_channels;
         let rows = |rows, product| RowsWork { rows, product };
         let mut refiners = self.blocks(&trained.noise_refiner, &reach.noise_refiner, padded_image);

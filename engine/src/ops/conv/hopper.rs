@@ -251,7 +251,7 @@ impl Call<'_> {
             .input(&picture.weight)?
             .input(&picture.bias)?
             .output(canvas.picture)?
-            .optional(canvas.delta)?;
+            .optional(canvas.factors)?;
         let args = self.extents(arranged, args).float(canvas.scale);
         let blocks = self.blocks(device, &kernel, sizes, arranged)?;
         // SAFETY: as above; the picture has one colour triple per pixel, checked at the door.

@@ -56,7 +56,7 @@ pub fn evaluate(
     let transformer = setup.transformer();
     let options: TrainOptions = config.train_options();
     let model = TrainableModel::load(
-        &transformer.spec()?,
+        &*transformer.spec,
         &transformer.checkpoint,
         device,
         &options,

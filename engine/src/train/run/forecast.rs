@@ -1,33 +1,25 @@
 //! What a run will hold and compute, said before anything is allocated, and the refusal of what will not fit.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::Serialize;
 
 use super::config::TrainConfig;
 use super::feeder::CAPTION_BYTES;
-use super::start::{made_sizes, source};
-use crate::checkpoint::{HeadLayout, Transformer};
+use super::start::{made_spec, source};
+use crate::checkpoint::Transformer;
 use crate::data::{PictureSize, Sizing};
 use crate::device::{Device, format_bytes};
 use crate::error::{Error, Result};
-use crate::layers::MemoryParams;
 use crate::model::Spec;
-use crate::model::config::{DitConfig, ModelKind, VaeConfig};
-use crate::model::detailer::DetailerLayout;
-use crate::model::zimage::{HEAD_PREFIX, ZImage};
+use crate::model::config::{ModelKind, VaeConfig};
 use crate::train::{Arithmetic, Division, PlanInput, PlannedMemory, Recompute, TrainOptions, TrainingPlan};
-
-/// Side of a picture in patches where nobody says.
-const DEFAULT_GRID: usize = 64;
-
-/// Side of a latent model's picture in pixels where nobody says.
-const DEFAULT_LATENT_SIDE: usize = 1024;
 
 /// The sizes of a model that is to be trained.
 #[derive(Clone, Debug)]
 pub(super) struct ModelSizes {
-    spec: ZImage,
+    spec: Arc<dyn Spec>,
     /// Pixels along a side of what one cell of the model's input stands for: 1, or a VAE's downsampling.
     cell: usize,
 }
@@ -38,7 +30,7 @@ impl ModelSizes {
     /// # Errors
     /// When a part is missing or damaged.
     pub fn of(transformer: &Transformer, vae: Option<&Path>) -> Result<Self> {
-        let spec = transformer.spec()?;
+        let spec = transformer.spec.clone();
         let cell = match (spec.geometry().kind, vae) {
             (ModelKind::Pixel, _) => 1,
             (ModelKind::Latent, Some(vae)) => VaeConfig::read(vae)?.downsampling(),
@@ -49,26 +41,13 @@ impl ModelSizes {
         Ok(ModelSizes { spec, cell })
     }
 
-    /// Those of a pixel model that is yet to be made.
-    fn made(config: DitConfig, head: &HeadLayout) -> Result<Self> {
-        let shapes = head.tensors().into_iter();
-        let shapes = MemoryParams(shapes.map(|(name, shape)| (name, (shape, Vec::new()))).collect());
-        Ok(ModelSizes {
-            spec: ZImage {
-                head: Some(DetailerLayout::read(&shapes, HEAD_PREFIX)?),
-                config,
-            },
-            cell: 1,
-        })
-    }
-
     /// The plan of training at a size in pixels.
     ///
     /// # Errors
     /// When the policy or the size does not suit the model.
     pub fn plan(&self, options: &TrainOptions, work: &Work) -> Result<TrainingPlan> {
         TrainingPlan::new(&PlanInput {
-            spec: &self.spec,
+            spec: &*self.spec,
             options,
             size: [work.size.height / self.cell, work.size.width / self.cell],
             caption_tokens: work.caption_tokens,
@@ -144,15 +123,12 @@ impl Forecast {
         config.expect_named(false)?;
         let paths = source(config)?;
         let transformer = paths.open_transformer()?;
-        let sizes = match made_sizes(config, &transformer)? {
-            Some((config, head)) => ModelSizes::made(config, &head)?,
+        let sizes = match made_spec(config, &transformer)? {
+            Some(spec) => ModelSizes { spec, cell: 1 },
             None => ModelSizes::of(&transformer, paths.vae.as_deref())?,
         };
         let geometry = sizes.spec.geometry();
-        let side = match geometry.kind {
-            ModelKind::Latent => DEFAULT_LATENT_SIDE,
-            ModelKind::Pixel => DEFAULT_GRID * geometry.patch,
-        };
+        let side = geometry.published_side();
         let multiple = geometry.patch * sizes.cell;
         let own = paths.defaults;
         let sizing = config.sizing(PictureSize {

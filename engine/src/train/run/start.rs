@@ -4,6 +4,7 @@
 //! `init.safetensors` in the run's folder: the run continues over it, and what was trained is merged over it later.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::json;
 
@@ -12,12 +13,13 @@ use super::choices::Init;
 use super::config::TrainConfig;
 use super::progress::Progress;
 use crate::checkpoint::{
-    Container, HeadLayout, InitOptions, ModelPaths, OutputFile, PathOverrides, SafetensorsFile, Transformer,
-    WriteObserver, init, scratch,
+    Container, InitOptions, ModelPaths, OutputFile, PathOverrides, SafetensorsFile, Transformer, WriteObserver, init,
+    scratch,
 };
 use crate::data::hex;
 use crate::error::{Error, Result};
-use crate::model::config::{DitConfig, ModelKind};
+use crate::model::Spec;
+use crate::model::config::ModelKind;
 
 /// The new model's name in the run's folder.
 pub const INIT: &str = "init.safetensors";
@@ -135,7 +137,8 @@ pub fn source(config: &TrainConfig) -> Result<ModelPaths> {
 /// # Errors
 /// When the configuration asks for a head where none is made.
 pub fn needs_init(config: &TrainConfig, source: &Transformer) -> Result<bool> {
-    let is = |patch: usize| source.config.kind == ModelKind::Pixel && source.config.patch == patch;
+    let geometry = source.spec.geometry();
+    let is = |patch: usize| geometry.kind == ModelKind::Pixel && geometry.patch == patch;
     let another_patch = config.patch.is_some_and(|patch| !is(patch));
     let names_head = config.head_widths.is_some() || config.head_bottleneck.is_some();
     if names_head && !another_patch && !(config.init == Init::Scratch && config.patch.is_some()) {
@@ -158,17 +161,13 @@ pub fn new_model<'a>(config: &TrainConfig, source: &'a Transformer) -> Result<Ou
     }
 }
 
-/// The sizes of the model that would be made, its head's among them, where it has others than the one that the configuration
-/// names.
+/// What the model is that would be made, where it is another than the one that the configuration names.
 ///
 /// # Errors
 /// As for [`new_model`].
-pub fn made_sizes(config: &TrainConfig, source: &Transformer) -> Result<Option<(DitConfig, HeadLayout)>> {
+pub fn made_spec(config: &TrainConfig, source: &Transformer) -> Result<Option<Arc<dyn Spec>>> {
     match (needs_init(config, source)?, init_options(config)) {
-        (true, Some(options)) => {
-            let plan = init(source, &options)?;
-            Ok(Some((plan.config, plan.head)))
-        }
+        (true, Some(options)) => Ok(Some(init(source, &options)?.spec)),
         _ => Ok(None),
     }
 }

@@ -167,7 +167,7 @@ impl<'a> Trainer<'a> {
         world.agree("model", setup.model_identity.as_bytes())?;
         world.agree("data", setup.data_identity.as_bytes())?;
         let model = TrainableModel::load_among(
-            &transformer.spec()?,
+            &*transformer.spec,
             &transformer.checkpoint,
             device,
             &config.train_options(),

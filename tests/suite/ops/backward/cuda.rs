@@ -349,14 +349,14 @@ fn flow(device: &Device) -> Outcome {
             let elements = shape.iter().product();
             let single = |name: &str| Tensor::from_slice(device, &random(name, elements), shape);
             let (image, noise, velocity) = (single("image")?, single("noise")?, single("velocity")?);
-            let sigmas: Vec<f32> = (0..shape[0]).map(|item| 0.9 - 0.4 * item as f32).collect();
-            let sigmas = Tensor::from_slice(device, &sigmas, [shape[0]])?;
-            let (loss, gradient) = flow_loss(&velocity, &image, &noise, Some(0.25))?;
-            let (alone, none) = flow_loss(&velocity, &image, &noise, None)?;
+            let shares = |name: &str| Tensor::from_slice(device, &random(name, 2 * shape[0]), [shape[0], 2]);
+            let (mixes, targets) = (shares("mixes")?, shares("targets")?);
+            let (loss, gradient) = flow_loss(&velocity, &image, &noise, &targets, Some(0.25))?;
+            let (alone, none) = flow_loss(&velocity, &image, &noise, &targets, None)?;
             assert!(none.is_none());
             Ok((
                 vec![loss, alone],
-                vec![noisy_image(&image, &noise, &sigmas)?, gradient.expect("asked for")],
+                vec![noisy_image(&image, &noise, &mixes)?, gradient.expect("asked for")],
             ))
         };
         expect_like_cpu(&what, device, F32_TOLERANCE, |device| {

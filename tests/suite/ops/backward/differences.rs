@@ -317,8 +317,9 @@ fn flow() -> Outcome {
     let (image, noise) = (values("image", &shape)?, values("noise", &shape)?);
     let inputs = [values("velocity", &shape)?];
     let weight = random("upstream 0", 1)[0];
-    let (_, gradient) = flow_loss(&inputs[0], &image, &noise, Some(weight))?;
+    let targets = values("targets", &[2, 2])?;
+    let (_, gradient) = flow_loss(&inputs[0], &image, &noise, &targets, Some(weight))?;
     expect_derivatives("flow_loss", &inputs, &[gradient.expect("asked for")], |inputs| {
-        Ok(vec![flow_loss(&inputs[0], &image, &noise, None)?.0])
+        Ok(vec![flow_loss(&inputs[0], &image, &noise, &targets, None)?.0])
     })
 }

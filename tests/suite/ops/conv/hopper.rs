@@ -196,12 +196,12 @@ fn picture_equals_cpu(device: &Device) -> Outcome {
                 let shape = [batch, height, width, 3];
                 let mut written = Tensor::empty(device, shape, DType::F32)?;
                 let mut added = Tensor::from_slice(device, &random_bf16("picture", shape.iter().product()), shape)?;
-                let delta = Tensor::from_slice(device, &[-0.75f32], [1])?;
-                for (picture, delta) in [(&mut written, None), (&mut added, Some(&delta))] {
+                let factors = Tensor::from_slice(device, &[0.625f32, -0.75], [2])?;
+                for (picture, factors) in [(&mut written, None), (&mut added, Some(&factors))] {
                     let canvas = Canvas {
                         picture,
                         scale: -1.5,
-                        delta,
+                        factors,
                     };
                     conv3x3_silu_picture(&x, Some(&second), &conv, &to_picture, canvas)?;
                 }

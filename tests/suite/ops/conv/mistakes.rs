@@ -28,7 +28,7 @@ fn layers_that_make_no_picture() -> Outcome {
         let canvas = Canvas {
             picture: &mut picture,
             scale: 1.0,
-            delta: None,
+            factors: None,
         };
         let to_picture = layer(&CPU, kernel, &[channels], outputs)?;
         let outcome = conv3x3_silu_picture(&x, None, &conv, &to_picture, canvas);
@@ -47,28 +47,32 @@ fn canvases_that_do_not_fit() -> Outcome {
     const FITS: [usize; 4] = [1, 2, 4, 3];
     let (x, conv) = (image(&CPU, "x", [1, 2, 4, 5])?, layer(&CPU, 3, &[5], 4)?);
     let to_picture = layer(&CPU, 1, &[4], 3)?;
-    let run = |(shape, dtype): ([usize; 4], DType), delta: (usize, DType)| -> Result<()> {
+    let run = |(shape, dtype): ([usize; 4], DType), factors: (usize, DType)| -> Result<()> {
         let mut picture = Tensor::zeros(&CPU, shape, dtype)?;
-        let delta = Tensor::zeros(&CPU, [delta.0], delta.1)?;
+        let factors = Tensor::zeros(&CPU, [factors.0], factors.1)?;
         let canvas = Canvas {
             picture: &mut picture,
             scale: 1.0,
-            delta: Some(&delta),
+            factors: Some(&factors),
         };
         conv3x3_silu_picture(&x, None, &conv, &to_picture, canvas)
     };
-    run((FITS, DType::F32), (1, DType::F32))?;
-    for (picture, delta, expected) in [
+    run((FITS, DType::F32), (2, DType::F32))?;
+    for (picture, factors, expected) in [
         (
             ([1, 2, 5, 3], DType::F32),
-            (1, DType::F32),
+            (2, DType::F32),
             "picture has shape [1, 2, 5, 3], expected [1, 2, 4, 3]",
         ),
-        ((FITS, DType::Bf16), (1, DType::F32), "picture holds bf16, expected f32"),
-        ((FITS, DType::F32), (2, DType::F32), "delta has shape [2], expected [1]"),
-        ((FITS, DType::F32), (1, DType::Bf16), "delta holds bf16, expected f32"),
+        ((FITS, DType::Bf16), (2, DType::F32), "picture holds bf16, expected f32"),
+        (
+            (FITS, DType::F32),
+            (1, DType::F32),
+            "factors has shape [1], expected [2]",
+        ),
+        ((FITS, DType::F32), (2, DType::Bf16), "factors holds bf16, expected f32"),
     ] {
-        let message = run(picture, delta).unwrap_err().to_string();
+        let message = run(picture, factors).unwrap_err().to_string();
         assert_eq!(message, format!("conv3x3_silu_picture: {expected}"));
     }
     Ok(())

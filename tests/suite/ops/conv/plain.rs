@@ -127,19 +127,19 @@ fn pictures_equal_plain_loops() -> Outcome {
         let before = image(&CPU, "picture", [batch, height, width, 3])?;
         let mut written = Tensor::empty(&CPU, before.shape(), DType::F32)?;
         let mut added = before.clone().into_unshared()?;
-        let delta = Tensor::from_slice(&CPU, &[-0.75f32], [1])?;
-        for (picture, delta) in [(&mut written, None), (&mut added, Some(&delta))] {
+        let factors = Tensor::from_slice(&CPU, &[0.625f32, -0.75], [2])?;
+        for (picture, factors) in [(&mut written, None), (&mut added, Some(&factors))] {
             let canvas = Canvas {
                 picture,
                 scale: -1.5,
-                delta,
+                factors,
             };
             conv3x3_silu_picture(&x, Some(&second), &conv, &to_picture, canvas)?;
         }
         let scaled: Vec<f64> = colours.iter().map(|colour| -1.5 * colour).collect();
         expect_exact(&format!("{grid:?}, written"), &written, &scaled)?;
         let moved = exact(&before)?.into_iter().zip(&scaled);
-        let moved: Vec<f64> = moved.map(|(before, scaled)| before - 0.75 * scaled).collect();
+        let moved: Vec<f64> = moved.map(|(before, scaled)| 0.625 * before - 0.75 * scaled).collect();
         expect_exact(&format!("{grid:?}, added"), &added, &moved)?;
     }
     Ok(())

@@ -1,13 +1,15 @@
 //! The diffusion transformer's sizes, read off its tensors.
 
 use std::collections::BTreeSet;
-use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
+use super::HEAD_PREFIX;
 use crate::error::{Error, Result};
 use crate::layers::ParamSource;
 use crate::limits::Width;
+use crate::model::config::ModelKind;
+use crate::model::limits::{DeviceLimits, heads, vectors};
 
 /// No model has as many blocks of one kind, or as large a patch; bounds the search for tensors by name.
 const LARGEST_INDEX: usize = 512;
@@ -15,58 +17,27 @@ const LARGEST_INDEX: usize = 512;
 /// Channels of an image.
 const IMAGE_CHANNELS: usize = 3;
 
-/// What a transformer's input and output are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ModelKind {
-    /// Latents of a VAE; the output comes from a linear layer.
-    Latent,
-    /// Images; the output comes from a Detailer Head.
-    Pixel,
-}
-
-impl fmt::Display for ModelKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            ModelKind::Latent => "latent",
-            ModelKind::Pixel => "pixel",
-        })
-    }
-}
-
-/// What the tensors tell; a delta, or a damaged file, leaves some of it open.
-#[derive(Clone, Debug, Default, Serialize)]
+/// Which model the tensors are of; a delta, or a damaged file, leaves some of it open.
+#[derive(Clone, Debug, Default)]
 pub struct DitSurvey {
     /// Latent or pixel.
     pub kind: Option<ModelKind>,
-    /// Width of the residual stream.
-    pub dim: Option<usize>,
-    /// Width of an attention head.
-    pub head_dim: Option<usize>,
+    /// Width of the input projection's tokens.
+    pub width: Option<usize>,
+    /// Side of a patch, in pixels of the image or latent.
+    pub patch: Option<usize>,
+    /// Channels of the image or latent.
+    pub in_channels: Option<usize>,
     /// Main blocks of which there are tensors.
     pub layers: BTreeSet<usize>,
     /// Image refiner blocks.
     pub noise_refiners: BTreeSet<usize>,
     /// Caption refiner blocks.
     pub context_refiners: BTreeSet<usize>,
-    /// Width inside the feed-forward networks.
-    pub ffn_hidden: Option<usize>,
-    /// Width of caption features.
-    pub caption_width: Option<usize>,
-    /// Side of a patch, in pixels of the image or latent.
-    pub patch: Option<usize>,
-    /// Channels of the image or latent.
-    pub in_channels: Option<usize>,
-    /// Width of the timestep's sinusoids.
-    pub t_frequencies: Option<usize>,
-    /// Width between the timestep's two layers.
-    pub t_hidden: Option<usize>,
-    /// Width of the timestep embedding, which modulates the blocks.
-    pub adaln_width: Option<usize>,
 }
 
 impl DitSurvey {
-    /// Looks for each size in every tensor that tells it.
+    /// Looks at every tensor that tells something.
     pub fn of(params: &dyn ParamSource) -> Self {
         let mut survey = DitSurvey {
             layers: blocks(params, "layers"),
@@ -74,31 +45,21 @@ impl DitSurvey {
             context_refiners: blocks(params, "context_refiner"),
             ..DitSurvey::default()
         };
-        survey.read_blocks(params);
-        survey.caption_width = extent(params, "cap_embedder.0.weight", 0);
-        survey.t_frequencies = extent(params, "t_embedder.mlp.0.weight", 1);
-        survey.t_hidden = extent(params, "t_embedder.mlp.0.weight", 0);
-        survey.adaln_width = extent(params, "t_embedder.mlp.2.weight", 0).or(survey.adaln_width);
         survey.read_ends(params);
         survey
     }
 
-    fn read_blocks(&mut self, params: &dyn ParamSource) {
+    /// An extent of a tensor of any block.
+    fn of_blocks(&self, params: &dyn ParamSource, name: &str, index: usize) -> Option<usize> {
         let groups = [
             ("layers", &self.layers),
             ("noise_refiner", &self.noise_refiners),
             ("context_refiner", &self.context_refiners),
         ];
-        let names = groups
+        let mut blocks = groups
             .into_iter()
             .flat_map(|(group, indices)| indices.iter().map(move |i| format!("{group}.{i}")));
-        for block in names.collect::<Vec<_>>() {
-            let read = |name: &str, index| extent(params, &format!("{block}.{name}"), index);
-            self.dim = self.dim.or_else(|| read("attention_norm1.weight", 0));
-            self.head_dim = self.head_dim.or_else(|| read("attention.norm_q.weight", 0));
-            self.ffn_hidden = self.ffn_hidden.or_else(|| read("feed_forward.w1.weight", 0));
-            self.adaln_width = self.adaln_width.or_else(|| read("adaLN_modulation.0.weight", 1));
-        }
+        blocks.find_map(|block| extent(params, &format!("{block}.{name}"), index))
     }
 
     /// Kind, patch and channels from the input projection and what the output side holds.
@@ -111,9 +72,12 @@ impl DitSurvey {
             .collect();
         let has_head = ["out_conv", "bottleneck.0", "enc1.0"]
             .iter()
-            .any(|name| params.shape(&format!("local_decoder.{name}.weight")).is_some());
-        let with_final_layer =
-            (1..=LARGEST_INDEX).find(|patch| params.shape(&format!("{}.weight", final_linear(*patch))).is_some());
+            .any(|name| params.shape(&format!("{HEAD_PREFIX}.{name}.weight")).is_some());
+        let with_final_layer = (1..=LARGEST_INDEX).find(|patch| {
+            params
+                .shape(&format!("all_final_layer.{patch}-1.linear.weight"))
+                .is_some()
+        });
         let of_image = embedders
             .iter()
             .find(|(patch, _, features)| patch * patch * IMAGE_CHANNELS == *features);
@@ -132,7 +96,7 @@ impl DitSurvey {
         };
         if let Some(&(patch, dim, features)) = chosen {
             self.patch = Some(patch);
-            self.dim = self.dim.or(Some(dim));
+            self.width = Some(dim);
             self.in_channels = Some(features / (patch * patch)).filter(|channels| *channels > 0);
         }
     }
@@ -165,10 +129,6 @@ fn extent(params: &dyn ParamSource, name: &str, index: usize) -> Option<usize> {
 
 fn embedder(patch: usize) -> String {
     format!("all_x_embedder.{patch}-1.weight")
-}
-
-fn final_linear(patch: usize) -> String {
-    format!("all_final_layer.{patch}-1.linear")
 }
 
 /// The sizes and settings of a diffusion transformer.
@@ -211,42 +171,42 @@ pub struct DitConfig {
 }
 
 impl DitConfig {
-    /// The sizes that the tensors tell, with the published model's settings.
-    ///
-    /// # Errors
-    /// When a tensor that tells a size is missing.
-    pub(super) fn surveyed(survey: &DitSurvey) -> Result<Self> {
-        let told = |size: Option<usize>, what: &str, tensor: &str| {
-            size.ok_or_else(|| Error::invalid(format!("the {what} is unknown: tensor `{tensor}` is missing")))
-        };
-        let kind = survey.kind.ok_or_else(|| {
-            Error::invalid("there is no input projection: tensor `all_x_embedder.{P}-1.weight` is missing")
-        })?;
-        let dim = told(survey.dim, "width", "layers.0.attention_norm1.weight")?;
-        let head_dim = told(survey.head_dim, "head width", "layers.0.attention.norm_q.weight")?;
-        let refiner_layers = survey.noise_refiners.last().map_or(0, |last| last + 1);
+    /// The sizes that the tensors tell, with the published model's settings; for a size that none tells, what `unknown` gives for its
+    /// name and its tensor.
+    pub(super) fn surveyed(
+        params: &dyn ParamSource,
+        survey: &DitSurvey,
+        unknown: &dyn Fn(&str, &str) -> Result<usize>,
+    ) -> Result<Self> {
+        let told = |size: Option<usize>, what, tensor| size.map_or_else(|| unknown(what, tensor), Ok);
+        let of_blocks = |name: &str, index| survey.of_blocks(params, name, index);
+        let of = |name: &str, index| extent(params, name, index);
+        let (projection, times) = ("all_x_embedder.{P}-1.weight", "t_embedder.mlp.0.weight");
+        let patch = told(survey.patch, "patch size", projection)?;
+        let dim = of_blocks("attention_norm1.weight", 0).or(survey.width);
+        let dim = told(dim, "width", "layers.0.attention_norm1.weight")?;
+        let head_dim = of_blocks("attention.norm_q.weight", 0);
+        let head_dim = told(head_dim, "head width", "layers.0.attention.norm_q.weight")?;
+        let ffn_hidden = of_blocks("feed_forward.w1.weight", 0);
+        let adaln_width = of("t_embedder.mlp.2.weight", 0).or(of_blocks("adaLN_modulation.0.weight", 1));
         Ok(DitConfig {
-            kind,
+            kind: survey.kind.unwrap_or(ModelKind::Latent),
             dim,
             heads: dim / head_dim.max(1),
             head_dim,
             layers: survey.layers.last().map_or(0, |last| last + 1),
-            refiner_layers,
-            ffn_hidden: told(
-                survey.ffn_hidden,
-                "feed-forward width",
-                "layers.0.feed_forward.w1.weight",
-            )?,
-            caption_width: told(survey.caption_width, "caption width", "cap_embedder.0.weight")?,
-            patch: told(survey.patch, "patch size", "all_x_embedder.{P}-1.weight")?,
-            in_channels: told(survey.in_channels, "number of channels", "all_x_embedder.{P}-1.weight")?,
+            refiner_layers: survey.noise_refiners.last().map_or(0, |last| last + 1),
+            ffn_hidden: told(ffn_hidden, "feed-forward width", "layers.0.feed_forward.w1.weight")?,
+            caption_width: told(of("cap_embedder.0.weight", 0), "caption width", "cap_embedder.0.weight")?,
+            patch,
+            in_channels: told(survey.in_channels, "number of channels", projection)?,
             rope_theta: 256.0,
             axes_dims: [32, 48, 48],
             norm_eps: 1e-5,
             t_scale: 1000.0,
-            t_frequencies: told(survey.t_frequencies, "timestep width", "t_embedder.mlp.0.weight")?,
-            t_hidden: told(survey.t_hidden, "timestep width", "t_embedder.mlp.0.weight")?,
-            adaln_width: told(survey.adaln_width, "modulation width", "t_embedder.mlp.2.weight")?,
+            t_frequencies: told(of(times, 1), "timestep width", times)?,
+            t_hidden: told(of(times, 0), "timestep width", times)?,
+            adaln_width: told(adaln_width, "modulation width", "t_embedder.mlp.2.weight")?,
         })
     }
 
@@ -307,83 +267,21 @@ impl DitConfig {
         }
         Ok(())
     }
-
-    /// Names and shapes of all tensors but those of a pixel model's head.
-    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let features = self.patch * self.patch * self.in_channels;
-        let mut tensors = linear(&format!("all_x_embedder.{}-1", self.patch), self.dim, features).to_vec();
-        if self.kind == ModelKind::Latent {
-            let modulation = format!("all_final_layer.{}-1.adaLN_modulation.1", self.patch);
-            tensors.extend(linear(&modulation, self.dim, self.adaln_width));
-            tensors.extend(linear(&final_linear(self.patch), features, self.dim));
-        }
-        tensors.extend(linear("t_embedder.mlp.0", self.t_hidden, self.t_frequencies));
-        tensors.extend(linear("t_embedder.mlp.2", self.adaln_width, self.t_hidden));
-        tensors.push(("cap_embedder.0.weight".into(), vec![self.caption_width]));
-        tensors.extend(linear("cap_embedder.1", self.dim, self.caption_width));
-        for token in ["x_pad_token", "cap_pad_token"] {
-            tensors.push((token.into(), vec![1, self.dim]));
-        }
-        let groups = [
-            ("noise_refiner", self.refiner_layers, true),
-            ("context_refiner", self.refiner_layers, false),
-            ("layers", self.layers, true),
-        ];
-        for (group, blocks, modulated) in groups {
-            for index in 0..blocks {
-                let shapes = self.block_shapes(modulated);
-                tensors.extend(
-                    shapes
-                        .into_iter()
-                        .map(|(name, shape)| (format!("{group}.{index}.{name}"), shape)),
-                );
-            }
-        }
-        tensors
-    }
-
-    fn block_shapes(&self, modulated: bool) -> Vec<(&'static str, Vec<usize>)> {
-        let shape = |name: &str| match name {
-            "attention.norm_q.weight" | "attention.norm_k.weight" => vec![self.head_dim],
-            "feed_forward.w1.weight" | "feed_forward.w3.weight" => vec![self.ffn_hidden, self.dim],
-            "feed_forward.w2.weight" => vec![self.dim, self.ffn_hidden],
-            "adaLN_modulation.0.weight" => vec![4 * self.dim, self.adaln_width],
-            "adaLN_modulation.0.bias" => vec![4 * self.dim],
-            name if name.starts_with("attention.") => vec![self.dim, self.dim],
-            _ => vec![self.dim],
-        };
-        block_tensors(modulated)
-            .iter()
-            .map(|name| (*name, shape(name)))
-            .collect()
-    }
 }
 
-/// The tensors of a transformer block, without the block's own name.
-pub fn block_tensors(modulated: bool) -> &'static [&'static str] {
-    const ALL: [&str; 15] = [
-        "attention.to_q.weight",
-        "attention.to_k.weight",
-        "attention.to_v.weight",
-        "attention.to_out.0.weight",
-        "attention.norm_q.weight",
-        "attention.norm_k.weight",
-        "attention_norm1.weight",
-        "attention_norm2.weight",
-        "ffn_norm1.weight",
-        "ffn_norm2.weight",
-        "feed_forward.w1.weight",
-        "feed_forward.w2.weight",
-        "feed_forward.w3.weight",
-        "adaLN_modulation.0.weight",
-        "adaLN_modulation.0.bias",
-    ];
-    if modulated { &ALL } else { &ALL[..13] }
-}
+impl DeviceLimits for DitConfig {
+    const PART: &'static str = "transformer";
 
-fn linear(name: &str, outputs: usize, inputs: usize) -> [(String, Vec<usize>); 2] {
-    [
-        (format!("{name}.weight"), vec![outputs, inputs]),
-        (format!("{name}.bias"), vec![outputs]),
-    ]
+    fn cuda_obstacle(&self) -> Option<String> {
+        vectors(&[
+            ("width", self.dim),
+            ("feed-forward width", self.ffn_hidden),
+            ("caption width", self.caption_width),
+            ("modulation width", self.adaln_width),
+            ("timestep frequencies", self.t_frequencies),
+            ("timestep width", self.t_hidden),
+            ("patch side times channels", self.patch * self.in_channels),
+        ])
+        .or_else(|| heads(self.head_dim))
+    }
 }

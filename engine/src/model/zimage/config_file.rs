@@ -1,25 +1,23 @@
 //! The `config.json` of a transformer as diffusers writes it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
-use super::{Described, DitConfig, DitSurvey, QUANTISED, read_json};
+use super::config::{DitConfig, DitSurvey};
 use crate::error::{Error, Result};
 use crate::layers::ParamSource;
 use crate::limits::{Heads, Layers, NormEpsilon, Patch, Real, RopeTheta, TimeScale, Width, WidthOrNone};
-use crate::printable::shown_name;
+use crate::model::config::read_json;
+use crate::model::family::TransformerConfig;
 
 /// The class that a transformer's `config.json` names.
-const CLASS: &str = "ZImageTransformer2DModel";
+pub(super) const CLASS: &str = "ZImageTransformer2DModel";
 
 /// The entries that are used; each may be absent.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Deserialize)]
 struct Entries {
-    #[serde(rename = "_class_name")]
-    class_name: Option<String>,
     all_patch_size: Option<Vec<Patch>>,
     all_f_patch_size: Option<Vec<Patch>>,
     in_channels: Option<Width>,
@@ -34,35 +32,22 @@ struct Entries {
     rope_theta: Option<RopeTheta>,
     t_scale: Option<TimeScale>,
     axes_dims: Option<[WidthOrNone; 3]>,
-    quantization_config: Option<IgnoredAny>,
 }
 
-/// A transformer's `config.json`: settings, and sizes to be compared with the tensors.
-#[derive(Clone, Debug)]
-pub struct TransformerConfig {
-    path: PathBuf,
+/// The family's view of a `config.json`.
+pub(super) struct ConfigFile<'a> {
+    path: &'a Path,
     entries: Entries,
 }
 
-impl TransformerConfig {
-    /// Whether the file describes such a transformer, and not another part of a model.
-    pub fn describes(path: &Path) -> bool {
-        read_json::<Described>(path).is_ok_and(|described| described.class_name.as_deref() == Some(CLASS))
-    }
-
+impl<'a> ConfigFile<'a> {
     /// Reads the file.
     ///
     /// # Errors
-    /// When it cannot be read, or describes a transformer of another kind.
-    pub fn read(path: &Path) -> Result<Self> {
+    /// When it cannot be read, or asks for what the engine does not do.
+    pub(super) fn read(path: &'a Path) -> Result<Self> {
         let entries: Entries = read_json(path)?;
         let refuse = |what: String| Err(Error::file(path, what));
-        if let Some(class) = entries.class_name.as_deref().filter(|class| *class != CLASS) {
-            return refuse(format!("describes a {}, expected a {CLASS}", shown_name(class)));
-        }
-        if entries.quantization_config.is_some() {
-            return refuse(QUANTISED.into());
-        }
         if entries.qk_norm == Some(false) {
             return refuse("says qk_norm = false; models without normalised queries and keys are not supported".into());
         }
@@ -80,26 +65,21 @@ impl TransformerConfig {
         {
             return refuse("says all_f_patch_size other than [1]; video models are not supported".into());
         }
-        Ok(TransformerConfig {
-            path: path.into(),
-            entries,
-        })
+        Ok(ConfigFile { path, entries })
     }
 
-    /// The same without what a pixel model does not share with the source model that it was made from.
-    pub fn trunk_only(mut self) -> Self {
-        self.entries.all_patch_size = None;
-        self.entries.in_channels = None;
-        self
-    }
-
-    /// The file's path.
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// The file without what it may not tell.
+    fn of(file: &'a TransformerConfig) -> Result<Self> {
+        let mut own = Self::read(file.path())?;
+        if file.is_trunk_only() {
+            own.entries.all_patch_size = None;
+            own.entries.in_channels = None;
+        }
+        Ok(own)
     }
 
     /// Takes the settings that tensors do not tell.
-    pub(super) fn apply(&self, config: &mut DitConfig) {
+    fn apply(&self, config: &mut DitConfig) {
         let entries = &self.entries;
         config.norm_eps = entries.norm_eps.map_or(config.norm_eps, Real::single);
         config.rope_theta = entries.rope_theta.map_or(config.rope_theta, Real::get);
@@ -109,7 +89,7 @@ impl TransformerConfig {
     }
 
     /// Compares the sizes with those read off the tensors.
-    pub(super) fn check(&self, config: &DitConfig) -> Result<()> {
+    fn check(&self, config: &DitConfig) -> Result<()> {
         let entries = &self.entries;
         let sizes = [
             ("in_channels", entries.in_channels.map(Width::get), config.in_channels),
@@ -130,14 +110,14 @@ impl TransformerConfig {
         for (key, said, found) in sizes {
             if let Some(said) = said.filter(|said| *said != found) {
                 let reason = format!("says {key} = {said}, but the tensors have {found}");
-                return Err(Error::file(&self.path, reason));
+                return Err(Error::file(self.path, reason));
             }
         }
         let patches = entries.all_patch_size.as_ref();
         let patches: Option<Vec<usize>> = patches.map(|patches| patches.iter().map(|patch| patch.get()).collect());
         match patches {
             Some(patches) if !patches.contains(&config.patch) => Err(Error::file(
-                &self.path,
+                self.path,
                 format!(
                     "says all_patch_size = {patches:?}, but the tensors have {}",
                     config.patch
@@ -156,8 +136,12 @@ impl DitConfig {
     /// When a tensor that tells a size is missing, sizes contradict each other, or the file contradicts them.
     pub fn read(params: &dyn ParamSource, file: Option<&TransformerConfig>) -> Result<Self> {
         let survey = DitSurvey::of(params);
-        let mut config = DitConfig::surveyed(&survey)?;
-        if let Some(file) = file {
+        let mut config = DitConfig::surveyed(params, &survey, &|what, tensor| {
+            Err(Error::invalid(format!(
+                "the {what} is unknown: tensor `{tensor}` is missing"
+            )))
+        })?;
+        if let Some(file) = file.map(ConfigFile::of).transpose()? {
             file.apply(&mut config);
             file.check(&config)?;
         }
