@@ -8,6 +8,7 @@ mod convert;
 mod data;
 mod dist;
 mod doors;
+mod environment;
 mod flow;
 mod fuzz;
 mod graph;
@@ -31,6 +32,7 @@ fn main() -> std::process::ExitCode {
     data::register(&mut suite);
     dist::register(&mut suite);
     doors::register(&mut suite);
+    environment::register(&mut suite);
     flow::register(&mut suite);
     fuzz::register(&mut suite);
     graph::register(&mut suite);

@@ -148,7 +148,7 @@ fn profile(arguments: &Arguments, pipeline: &Pipeline, work: &Work<'_>) -> anyho
 }
 
 fn list_devices(as_json: bool) -> anyhow::Result<()> {
-    let report = probe();
+    let report = probe()?;
     match as_json {
         true => crate::print(&format!("{}\n", serde_json::to_string_pretty(&report)?)),
         false => crate::print(&format!("{report}\n")),
