@@ -38,4 +38,4 @@ pub use error::{Error, ErrorKind, Result};
 pub use layers::{MemoryParams, ParamSource};
 pub use printable::{printable, shown_name};
 pub use shape::Shape;
-pub use tensor::Tensor;
+pub use tensor::{HostTensor, Tensor};
