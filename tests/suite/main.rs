@@ -18,6 +18,7 @@ mod models;
 mod ops;
 mod runs;
 mod sample;
+mod serve;
 mod text;
 mod train;
 
@@ -41,6 +42,7 @@ fn main() -> std::process::ExitCode {
     ops::register(&mut suite);
     runs::register(&mut suite);
     sample::register(&mut suite);
+    serve::register(&mut suite);
     text::register(&mut suite);
     train::register(&mut suite);
     kernels::register(&mut suite);
