@@ -24,10 +24,11 @@ pub use size::ByteSize;
 /// The exit code after Ctrl-C, as shells count it.
 const INTERRUPTED: u8 = 130;
 
-/// Runs a program's work. An error is printed as one line, `error: …`, and makes the exit code 1 (130 after Ctrl-C).
+/// Runs a program's work, unless an environment variable has a value that means nothing. An error is printed as one line, `error: …`, and makes the exit code 1 (130 after Ctrl-C).
 pub fn run(work: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
     signals::listen();
-    match work() {
+    let options = l2p_engine::device::DeviceOptions::of_process();
+    match options.map_err(anyhow::Error::from).and_then(|_| work()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             say(format_args!("error: {}", one_line(&error)));

@@ -107,6 +107,22 @@ pub enum Error {
         /// How that was noticed, or why it gave up.
         reason: String,
     },
+    /// The worker of a device has ended, so that nothing more can be asked of it.
+    #[error("the worker of {device} has ended: {reason}; start the program again")]
+    WorkerEnded {
+        /// The device.
+        device: String,
+        /// What was wrong with it.
+        reason: String,
+    },
+    /// More requests wait for a device than may.
+    #[error("{device} is busy: {open} requests are waiting; ask again later")]
+    Busy {
+        /// The device.
+        device: String,
+        /// Requests that wait or are served.
+        open: usize,
+    },
     /// The user asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -145,9 +161,12 @@ impl Error {
                 | std::io::ErrorKind::NotADirectory => ErrorKind::Data,
                 _ => ErrorKind::Machine,
             },
-            Error::Cuda { .. } | Error::OutOfMemory { .. } | Error::NoGpu(_) | Error::PeerLost { .. } => {
-                ErrorKind::Machine
-            }
+            Error::Cuda { .. }
+            | Error::OutOfMemory { .. }
+            | Error::NoGpu(_)
+            | Error::PeerLost { .. }
+            | Error::WorkerEnded { .. }
+            | Error::Busy { .. } => ErrorKind::Machine,
             Error::Interrupted => ErrorKind::Interrupted,
         }
     }

@@ -1,7 +1,7 @@
 //! The engine of l2p: tensors and fused operations on CPU and CUDA, the models made of them, and what drives them.
 //!
 //! The layers, each using only those before it: [`device`] → [`tensor`] → [`ops`] → [`dist`], [`layers`] → [`model`] →
-//! [`checkpoint`], [`flow`] → [`pipeline`] → [`data`] → [`report`] → [`train`]; [`text`] and [`image_io`] stand beside them,
+//! [`checkpoint`], [`flow`] → [`pipeline`] → [`data`], [`serve`] → [`report`] → [`train`]; [`text`] and [`image_io`] stand beside them,
 //! [`profile`] below and [`ceilings`] above the operations. `scripts/layers` checks it.
 //! Operations know nothing of models; each defines itself by a plain CPU loop and launches the CUDA kernel that must equal it.
 
@@ -27,6 +27,7 @@ pub mod pipeline;
 mod printable;
 pub mod profile;
 pub mod report;
+pub mod serve;
 mod shape;
 pub mod tensor;
 pub mod text;
@@ -38,4 +39,4 @@ pub use error::{Error, ErrorKind, Result};
 pub use layers::{MemoryParams, ParamSource};
 pub use printable::{printable, shown_name};
 pub use shape::Shape;
-pub use tensor::Tensor;
+pub use tensor::{HostTensor, Tensor};

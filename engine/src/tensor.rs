@@ -5,6 +5,7 @@
 //! shares, so that no reader ever sees a change.
 
 mod arguments;
+mod host;
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use crate::device::{CpuBuffer, CudaBuffer, CudaDevice, Device};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::shape::Shape;
+
+pub use host::HostTensor;
 
 enum Storage {
     Cpu(CpuBuffer),

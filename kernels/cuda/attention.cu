@@ -1,21 +1,21 @@
 // Attention with heads of 64 or 128 on every GPU from Ampere on; engine/src/ops/attention holds the contract.
 //
-// One block takes ROWS queries of one head and walks over its keys, KEYS at a time, each warp holding the scores, weights
+// One block takes BLOCK_M queries of one head and walks over its keys, BLOCK_N at a time, each warp holding the scores, weights
 // and result of its 32 queries in registers: no score ever reaches memory. Keys and values have one buffer each; the values
 // arrive under the product of queries and keys, the next keys under that of weights and values. Bound by the tensor cores:
-// 4 * head_dim operations per query and key, and each key is read once per ROWS queries, out of L2.
+// 4 * head_dim operations per query and key, and each key is read once per BLOCK_M queries, out of L2.
 #include "common/attention.cuh"
 #include "common/launch.cuh"
 
-constexpr int ROWS = 128;  // queries per block
-constexpr int KEYS = 64;   // per step
+constexpr int BLOCK_M = 128;  // queries per block
+constexpr int BLOCK_N = 64;   // per step
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * WARP;
-constexpr int ROW_TILES = ROWS / WARPS / 16;  // of one warp
-constexpr int KEY_TILES = KEYS / 8;
+constexpr int ROW_TILES = BLOCK_M / WARPS / 16;  // of one warp
+constexpr int KEY_TILES = BLOCK_N / 8;
 
 template <int HEAD_DIM>
-constexpr int SHARED_BYTES = (ROWS + 2 * KEYS) * HEAD_DIM * sizeof(bf16);
+constexpr int SMEM_BYTES = (BLOCK_M + 2 * BLOCK_N) * HEAD_DIM * sizeof(bf16);
 
 // Starts copying COUNT rows from `first` on; twice unrolled, not more: the addresses would cost the registers that the result
 // needs.
@@ -31,14 +31,14 @@ __device__ __forceinline__ void attention(
     constexpr int UNITS = HEAD_DIM / UNIT;
     extern __shared__ __align__(128) unsigned char shared[];
     const uint32_t q_tile = shared_address(shared);
-    const uint32_t k_tile = q_tile + ROWS * HEAD_DIM * sizeof(bf16);
-    const uint32_t v_tile = k_tile + KEYS * HEAD_DIM * sizeof(bf16);
+    const uint32_t k_tile = q_tile + BLOCK_M * HEAD_DIM * sizeof(bf16);
+    const uint32_t v_tile = k_tile + BLOCK_N * HEAD_DIM * sizeof(bf16);
 
     // Under the causal mask the last queries have most to do: they come first.
-    const int first = (causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x) * ROWS;
+    const int first = (causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x) * BLOCK_M;
     const int head = blockIdx.y, item = blockIdx.z;
     const int keys = key_length(lengths, item, tokens);
-    const int seen = causal ? min(keys, first + ROWS) : keys;  // by some query of the block
+    const int seen = causal ? min(keys, first + BLOCK_M) : keys;  // by some query of the block
     const int stride = (heads + 2 * kv_heads) * HEAD_DIM;
     const bf16* q = qkv + static_cast<size_t>(item) * tokens * stride + head * HEAD_DIM;
     const bf16* k = qkv + static_cast<size_t>(item) * tokens * stride + (heads + head / (heads / kv_heads)) * HEAD_DIM;
@@ -48,13 +48,13 @@ __device__ __forceinline__ void attention(
     RowSoftmax softmax[ROW_TILES];
     float result[ROW_TILES][HEAD_DIM / 8][4] = {};
 
-    copy_tile<ROWS, UNITS>(q_tile, q, stride, first, tokens);
-    if (seen > 0) copy_tile<KEYS, UNITS>(k_tile, k, stride, 0, seen);
+    copy_tile<BLOCK_M, UNITS>(q_tile, q, stride, first, tokens);
+    if (seen > 0) copy_tile<BLOCK_N, UNITS>(k_tile, k, stride, 0, seen);
     cp_async_commit();
-    for (int start = 0; start < seen; start += KEYS) {
+    for (int start = 0; start < seen; start += BLOCK_N) {
         cp_async_wait<0>();
         __syncthreads();  // queries and keys are there, and nobody reads the values of the step before any more
-        copy_tile<KEYS, UNITS>(v_tile, k + kv_heads * HEAD_DIM, stride, start, seen);
+        copy_tile<BLOCK_N, UNITS>(v_tile, k + kv_heads * HEAD_DIM, stride, start, seen);
         cp_async_commit();
         float scores[ROW_TILES][KEY_TILES][4] = {};
 #pragma unroll
@@ -75,12 +75,12 @@ __device__ __forceinline__ void attention(
         }
         cp_async_wait<0>();
         __syncthreads();  // the values are there, and nobody reads these keys any more
-        if (start + KEYS < seen) copy_tile<KEYS, UNITS>(k_tile, k, stride, start + KEYS, seen);
+        if (start + BLOCK_N < seen) copy_tile<BLOCK_N, UNITS>(k_tile, k, stride, start + BLOCK_N, seen);
         cp_async_commit();
 #pragma unroll
         for (int i = 0; i < ROW_TILES; ++i) {
             const int row = first + warp_row + 16 * i;
-            if (start + KEYS > (causal ? min(keys, row + 1) : keys)) {
+            if (start + BLOCK_N > (causal ? min(keys, row + 1) : keys)) {
                 mask_keys(scores[i], row + group, start + 2 * member, keys, causal);
             }
             float top[2];
@@ -143,7 +143,7 @@ __device__ __forceinline__ void attention(
         int kv_heads, int causal, float scale) {                                                              \
         attention<head_dim>(qkv, lengths, output, lse, tokens, heads, kv_heads, causal != 0, scale);     \
     }                                                                                                         \
-    L2P_LAUNCH(attention_##head_dim, THREADS, SHARED_BYTES<head_dim>, ROWS)
+    L2P_LAUNCH(attention_##head_dim, THREADS, SMEM_BYTES<head_dim>, BLOCK_M)
 
 ATTENTION_KERNEL(64)
 ATTENTION_KERNEL(128)

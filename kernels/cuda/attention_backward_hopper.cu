@@ -429,7 +429,7 @@ __device__ __forceinline__ void run(
 
 }  // namespace queries_block
 
-constexpr int SHARED_BYTES = keys_block::Layout::BYTES > queries_block::Layout::BYTES ? keys_block::Layout::BYTES
+constexpr int SMEM_BYTES = keys_block::Layout::BYTES > queries_block::Layout::BYTES ? keys_block::Layout::BYTES
                                                                                         : queries_block::Layout::BYTES;
 
 // packed: qkv [items, tokens, (heads + 2 kv_heads) * head_dim], gradient: dy [items, tokens, heads * head_dim], both by boxes
@@ -472,6 +472,6 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void attention_backward_hopp
     if (holds_keys) keys_block::run(memory, keys_shared, dqkv, task, columns, consumer);
     else queries_block::run(memory, queries_shared, stats, dqkv, task, columns, consumer);
 }
-L2P_LAUNCH(attention_backward_hopper, THREADS, SHARED_BYTES, BLOCK_M, BOX_ROWS, PANEL)
+L2P_LAUNCH(attention_backward_hopper, THREADS, SMEM_BYTES, BLOCK_M, BOX_ROWS, PANEL)
 #endif
 

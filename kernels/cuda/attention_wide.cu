@@ -1,9 +1,9 @@
 // Attention with heads of 512 on every GPU from Ampere on; engine/src/ops/attention holds the contract.
 //
-// A head this wide leaves room for ROWS queries a block: their result alone is half of the register file. The block walks
-// over the keys, KEYS at a time. For the scores its warps share out ROWS x KEYS in tiles of 32 x 32; the weights go through
+// A head this wide leaves room for BLOCK_M queries a block: their result alone is half of the register file. The block walks
+// over the keys, BLOCK_N at a time. For the scores its warps share out BLOCK_M x BLOCK_N in tiles of 32 x 32; the weights go through
 // shared memory, and for the result each warp takes 32 queries and a quarter of the columns. Keys and values come through
-// one ring of chunks: a chunk of keys is CHUNK_DIMS of the head for all KEYS keys, a chunk of values 16 keys by
+// one ring of chunks: a chunk of keys is CHUNK_DIMS of the head for all BLOCK_N keys, a chunk of values 16 keys by
 // 8 CHUNK_DIMS columns. Each key and value is read once per 64 queries: 64 operations per byte out of L2, which bounds a
 // Hopper at about 40 % of its tensor cores and an Ampere not at all.
 #include "common/attention.cuh"
@@ -12,14 +12,14 @@
 
 constexpr int HEAD_DIM = 512;
 constexpr int UNITS = HEAD_DIM / UNIT;
-constexpr int ROWS = 64;   // queries per block
-constexpr int KEYS = 128;  // per step
+constexpr int BLOCK_M = 64;   // queries per block
+constexpr int BLOCK_N = 128;  // per step
 constexpr int WARPS = 8;
 constexpr int THREADS = WARPS * WARP;
 constexpr int QUARTERS = 4;                           // warps that share 32 rows
-constexpr int WARP_ROWS = ROWS / (WARPS / QUARTERS);  // 32
+constexpr int WARP_ROWS = BLOCK_M / (WARPS / QUARTERS);  // 32
 constexpr int ROW_TILES = WARP_ROWS / 16;
-constexpr int WARP_KEYS = KEYS / QUARTERS;  // 32
+constexpr int WARP_KEYS = BLOCK_N / QUARTERS;  // 32
 constexpr int KEY_TILES = WARP_KEYS / 8;
 constexpr int COLUMN_TILES = HEAD_DIM / QUARTERS / 8;  // of the result of one warp
 
@@ -30,11 +30,11 @@ enum class NamedBarrier {
 // Shared memory: queries, weights, the ring, and for each row one number of each quarter.
 template <int CHUNK_DIMS, int STAGES>
 struct Layout {
-    static constexpr int CHUNK_BYTES = KEYS * CHUNK_DIMS * sizeof(bf16);
-    static constexpr int WEIGHTS = ROWS * HEAD_DIM * sizeof(bf16);
-    static constexpr int RING = WEIGHTS + ROWS * KEYS * sizeof(bf16);
+    static constexpr int CHUNK_BYTES = BLOCK_N * CHUNK_DIMS * sizeof(bf16);
+    static constexpr int WEIGHTS = BLOCK_M * HEAD_DIM * sizeof(bf16);
+    static constexpr int RING = WEIGHTS + BLOCK_M * BLOCK_N * sizeof(bf16);
     static constexpr int ROW_NUMBERS = RING + STAGES * CHUNK_BYTES;
-    static constexpr int BYTES = ROW_NUMBERS + ROWS * QUARTERS * sizeof(float);
+    static constexpr int BYTES = ROW_NUMBERS + BLOCK_M * QUARTERS * sizeof(float);
 };
 
 // Starts copying rows of UNITS_PER_ROW units; row r comes from `from` + r * stride and is zeros unless r < valid.
@@ -56,7 +56,7 @@ struct Ring {
     static constexpr int CHUNKS = HEAD_DIM / CHUNK_DIMS;  // of the keys of a step, and as many of its values
     static constexpr int PARTS = HEAD_DIM / (8 * CHUNK_DIMS);
     static constexpr int CHUNK_BYTES = Layout<CHUNK_DIMS, STAGES>::CHUNK_BYTES;
-    static_assert(CHUNKS == KEYS / 16 * PARTS);
+    static_assert(CHUNKS == BLOCK_N / 16 * PARTS);
 
     uint32_t address;  // of the first slot
     const bf16* k;
@@ -73,7 +73,7 @@ struct Ring {
         if (start < seen) {
             const uint32_t slot = address + fill * CHUNK_BYTES;
             if (chunk < CHUNKS) {
-                copy_tile<KEYS, CHUNK_DIMS / UNIT>(slot, k + start * stride + chunk * CHUNK_DIMS, stride, seen - start);
+                copy_tile<BLOCK_N, CHUNK_DIMS / UNIT>(slot, k + start * stride + chunk * CHUNK_DIMS, stride, seen - start);
             } else {
                 const int key = start + (chunk - CHUNKS) / PARTS * 16, part = (chunk - CHUNKS) % PARTS;
                 // The last keys of a step may not exist: nothing is read then, from an address that does.
@@ -81,7 +81,7 @@ struct Ring {
                 copy_tile<16, CHUNK_DIMS>(slot, from, stride, seen - key);
             }
             fill = fill + 1 == STAGES ? 0 : fill + 1;
-            if (++chunk == 2 * CHUNKS) chunk = 0, start += KEYS;
+            if (++chunk == 2 * CHUNKS) chunk = 0, start += BLOCK_N;
         }
         cp_async_commit();
     }
@@ -111,10 +111,10 @@ __device__ __forceinline__ void attention(
     float* row_numbers = reinterpret_cast<float*>(shared + Shared::ROW_NUMBERS);
 
     // Under the causal mask the last queries have most to do: they come first.
-    const int first = (causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x) * ROWS;
+    const int first = (causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x) * BLOCK_M;
     const int head = blockIdx.y, item = blockIdx.z;
     const int keys = key_length(lengths, item, tokens);
-    const int seen = causal ? min(keys, first + ROWS) : keys;  // by some query of the block
+    const int seen = causal ? min(keys, first + BLOCK_M) : keys;  // by some query of the block
     const size_t stride = static_cast<size_t>(heads + 2 * kv_heads) * HEAD_DIM;
     const bf16* rows = qkv + static_cast<size_t>(item) * tokens * stride;
     const bf16* k = rows + (heads + head / (heads / kv_heads)) * HEAD_DIM;
@@ -125,9 +125,9 @@ __device__ __forceinline__ void attention(
     RowSoftmax softmax[ROW_TILES];
     float result[ROW_TILES][COLUMN_TILES][4] = {};
 
-    copy_tile<ROWS, UNITS>(q_tile, rows + first * stride + head * HEAD_DIM, stride, tokens - first);
+    copy_tile<BLOCK_M, UNITS>(q_tile, rows + first * stride + head * HEAD_DIM, stride, tokens - first);
     for (int i = 0; i < STAGES - 1; ++i) ring.fetch();  // the queries belong to the first group
-    for (int start = 0; start < seen; start += KEYS) {
+    for (int start = 0; start < seen; start += BLOCK_N) {
         float scores[ROW_TILES][KEY_TILES][4] = {};
 #pragma unroll 1
         for (int chunk = 0; chunk < Chunks::CHUNKS; ++chunk) {
@@ -184,12 +184,12 @@ __device__ __forceinline__ void attention(
                 scale_rows(result[i], factor);
             }
             weigh(softmax[i], scores[i], scale);
-            place_rows<KEYS / UNIT>(shared + Shared::WEIGHTS, row, quarter * KEY_TILES, scores[i]);
+            place_rows<BLOCK_N / UNIT>(shared + Shared::WEIGHTS, row, quarter * KEY_TILES, scores[i]);
         }
 
         // The barrier within the first `next` lets the other warps see the weights.
 #pragma unroll 1
-        for (int step = 0; step < KEYS / 16; ++step) {
+        for (int step = 0; step < BLOCK_N / 16; ++step) {
             uint32_t a[ROW_TILES][4];
 #pragma unroll
             for (int part = 0; part < Chunks::PARTS; ++part) {
@@ -197,7 +197,7 @@ __device__ __forceinline__ void attention(
                 if (part == 0) {
 #pragma unroll
                     for (int i = 0; i < ROW_TILES; ++i) {
-                        load_a<KEYS / UNIT>(a[i], q_tile + Shared::WEIGHTS, warp_row + 16 * i, 2 * step);
+                        load_a<BLOCK_N / UNIT>(a[i], q_tile + Shared::WEIGHTS, warp_row + 16 * i, 2 * step);
                     }
                 }
 #pragma unroll
@@ -250,7 +250,7 @@ __device__ __forceinline__ void attention(
             place_rows<UNITS>(shared, warp_row + 16 * i, part * VALUE_UNITS + quarter * PART_TILES, tiles);
         }
     __syncthreads();  // the rows are whole before they are stored
-    constexpr int STORED_ROWS = ROWS / WARPS;
+    constexpr int STORED_ROWS = BLOCK_M / WARPS;
     const int row = first + warp * STORED_ROWS;
     const size_t output_stride = static_cast<size_t>(heads) * HEAD_DIM;
     bf16* to = output + (static_cast<size_t>(item) * tokens + row) * output_stride + head * HEAD_DIM;
@@ -267,7 +267,7 @@ __device__ __forceinline__ void attention(
         attention<chunk_dims, stages>(qkv, lengths, output, lse, tokens, heads, kv_heads, causal != 0, scale); \
     }                                                                                                          \
     constexpr int name##_bytes = Layout<chunk_dims, stages>::BYTES;                                            \
-    L2P_LAUNCH(name, THREADS, name##_bytes, ROWS __VA_OPT__(, ) __VA_ARGS__)
+    L2P_LAUNCH(name, THREADS, name##_bytes, BLOCK_M __VA_OPT__(, ) __VA_ARGS__)
 
 ATTENTION_KERNEL(attention_512, 64, 4)
 // For GPUs with 99 KiB of shared memory per block. It tells the launcher how much the faster one needs.

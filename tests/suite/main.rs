@@ -8,6 +8,7 @@ mod convert;
 mod data;
 mod dist;
 mod doors;
+mod environment;
 mod flow;
 mod fuzz;
 mod graph;
@@ -17,6 +18,7 @@ mod models;
 mod ops;
 mod runs;
 mod sample;
+mod serve;
 mod text;
 mod train;
 
@@ -31,6 +33,7 @@ fn main() -> std::process::ExitCode {
     data::register(&mut suite);
     dist::register(&mut suite);
     doors::register(&mut suite);
+    environment::register(&mut suite);
     flow::register(&mut suite);
     fuzz::register(&mut suite);
     graph::register(&mut suite);
@@ -39,6 +42,7 @@ fn main() -> std::process::ExitCode {
     ops::register(&mut suite);
     runs::register(&mut suite);
     sample::register(&mut suite);
+    serve::register(&mut suite);
     text::register(&mut suite);
     train::register(&mut suite);
     kernels::register(&mut suite);

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use l2p_engine::checkpoint::ModelPaths;
 use l2p_engine::data::{SynthesisJob, SynthesisOptions, SynthesisReport, synthesize};
-use l2p_engine::limits::{Batch, Entries, Side, Steps};
-use l2p_engine::pipeline::{Pipeline, Settings};
+use l2p_engine::limits::{Entries, Side, Steps};
+use l2p_engine::pipeline::{Asked, Batching, Pipeline, Settings};
 use l2p_engine::{Device, Error};
 use serde::Deserialize;
 
@@ -17,11 +17,6 @@ use arguments::{Command, Synthesize};
 
 use crate::progress::PhaseBar;
 use crate::prompts;
-
-/// Pictures are drawn together as long as a batch has at most this many image tokens.
-const TOKENS_PER_BATCH: usize = 16384;
-/// No batch is larger than this.
-const LARGEST_BATCH: usize = 256;
 
 /// Does what the arguments ask for.
 ///
@@ -42,11 +37,12 @@ fn synthesize_set(arguments: &Synthesize) -> anyhow::Result<()> {
     for note in pipeline.notes()? {
         crate::say(format_args!("note: {note}"));
     }
-    let batch = batch_size(arguments, &pipeline, &settings).min(jobs.len());
+    let batch = match arguments.batch {
+        Some(batch) => batch.get().min(jobs.len()),
+        None => pipeline.batch_size(&settings, jobs.len(), Batching::BULK)?,
+    };
     pipeline.expect_room(&settings, batch)?;
-    if jobs.len() > batch {
-        pipeline.share_steps(&settings, batch)?;
-    }
+    pipeline.keep_steps(usize::from(jobs.len() > batch));
     let options = SynthesisOptions {
         settings,
         rng: arguments.rng,
@@ -154,16 +150,13 @@ fn jobs(arguments: &Synthesize) -> anyhow::Result<Vec<SynthesisJob>> {
 
 /// The settings: what was asked for, then what the model says.
 fn settings(arguments: &Synthesize, pipeline: &Pipeline) -> anyhow::Result<Settings> {
-    let defaults = pipeline.defaults()?;
-    let side = |asked: Option<Side>, default: usize| asked.map_or(default, Side::get);
-    let settings = Settings {
-        width: side(arguments.width, defaults.width),
-        height: side(arguments.height, defaults.height),
-        steps: arguments.steps.map_or(defaults.steps, Steps::get),
-        shift: arguments.shift.unwrap_or(defaults.shift),
-        cfg: arguments.cfg.unwrap_or(defaults.cfg),
-    };
-    settings.check()?;
+    let settings = pipeline.settings(&Asked {
+        width: arguments.width.map(Side::get),
+        height: arguments.height.map(Side::get),
+        steps: arguments.steps.map(Steps::get),
+        shift: arguments.shift,
+        cfg: arguments.cfg,
+    })?;
     let multiple = pipeline.size_multiple();
     for (name, side) in [("width", settings.width), ("height", settings.height)] {
         if side % multiple != 0 {
@@ -174,13 +167,4 @@ fn settings(arguments: &Synthesize, pipeline: &Pipeline) -> anyhow::Result<Setti
         }
     }
     Ok(settings)
-}
-
-fn batch_size(arguments: &Synthesize, pipeline: &Pipeline, settings: &Settings) -> usize {
-    let automatic = match pipeline.device() {
-        // On the CPU a batch gains nothing.
-        Device::Cpu => 1,
-        Device::Cuda(_) => (TOKENS_PER_BATCH / pipeline.image_tokens(settings).max(1)).clamp(1, LARGEST_BATCH),
-    };
-    arguments.batch.map_or(automatic, Batch::get)
 }

@@ -1,16 +1,26 @@
-//! Tensors from and for files: noise, caption features, raw images.
+//! Numbers from and for files: noise, caption features, raw images.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use l2p_engine::checkpoint::{Values, expect_writable, read_chosen_values, write_values};
 use l2p_engine::limits::CaptionTokens;
-use l2p_engine::pipeline::{Captions, Pipeline, Settings};
-use l2p_engine::{Error, Result, Tensor, shown_name};
+use l2p_engine::pipeline::{ModelFiles, Settings};
+use l2p_engine::serve::{self, Caption};
+use l2p_engine::{Error, HostTensor, Result, shown_name};
 
-/// The noise of `path`, f32 `[1, height, width, channels]` on the device, of the size that the settings need.
-pub fn read_noise(path: &Path, pipeline: &Pipeline, settings: &Settings) -> Result<Tensor> {
-    let [height, width, channels] = pipeline.canvas(settings);
+/// What pictures are to follow.
+pub struct Captions {
+    /// One per picture.
+    pub prompts: Vec<Caption>,
+    /// What to move away from, for each picture; empty without guidance.
+    pub negatives: Vec<Caption>,
+}
+
+/// The noise of `path`, f32 `[1, height, width, channels]`, of the size that the settings need.
+pub fn read_noise(path: &Path, files: &ModelFiles, settings: &Settings) -> Result<HostTensor> {
+    let [height, width, channels] = files.canvas(settings);
     let mut values = read_chosen_values(path, &mut |name, shape| {
         if name != "noise" {
             return Ok(false);
@@ -27,22 +37,12 @@ pub fn read_noise(path: &Path, pipeline: &Pipeline, settings: &Settings) -> Resu
         .remove("noise")
         .ok_or_else(|| Error::file(path, "holds no tensor `noise`"))?;
     let values = transpose(&noise.values, channels, height * width);
-    Tensor::from_slice(pipeline.device(), &values, [1, height, width, channels])
-}
-
-/// `count` copies of a batch of one.
-pub fn repeat(noise: &Tensor, count: usize) -> Result<Tensor> {
-    let values = noise.to_vec::<f32>()?.repeat(count);
-    Tensor::from_slice(
-        &noise.device(),
-        &values,
-        [count, noise.dim(1), noise.dim(2), noise.dim(3)],
-    )
+    Ok(HostTensor::from_f32(&values, &[1, height, width, channels]))
 }
 
 /// The caption features `cap.0`, … of `path` (and `neg.0`, … with guidance), one per picture or one for all.
-pub fn read_embeds(path: &Path, pipeline: &Pipeline, pictures: usize, guided: bool) -> Result<Captions> {
-    let width = pipeline.spec().caption_width();
+pub fn read_embeds(path: &Path, files: &ModelFiles, pictures: usize, guided: bool) -> Result<Captions> {
+    let width = files.spec().caption_width();
     let values = read_chosen_values(path, &mut |name, shape| {
         if !(is_one("cap", name) || guided && is_one("neg", name)) {
             return Ok(false);
@@ -59,7 +59,7 @@ pub fn read_embeds(path: &Path, pipeline: &Pipeline, pictures: usize, guided: bo
         }
     })?;
     let list = |prefix: &str| {
-        read_list(&values, prefix, pipeline, pictures).map_err(|error| match error {
+        read_list(&values, prefix, pictures).map_err(|error| match error {
             Error::Invalid(reason) => Error::file(path, reason),
             error => error,
         })
@@ -76,12 +76,7 @@ fn is_one(prefix: &str, name: &str) -> bool {
 }
 
 /// The tensors `{prefix}.0`, … , as many as there are pictures.
-fn read_list(
-    values: &BTreeMap<String, Values>,
-    prefix: &str,
-    pipeline: &Pipeline,
-    pictures: usize,
-) -> Result<Vec<Tensor>> {
+fn read_list(values: &BTreeMap<String, Values>, prefix: &str, pictures: usize) -> Result<Vec<Caption>> {
     let found = values.keys().filter(|name| is_one(prefix, name)).count();
     if found > 1 && found != pictures {
         return Err(Error::invalid(format!(
@@ -96,12 +91,15 @@ fn read_list(
                 "holds no tensor `neg.0`, which guidance needs: add it, or draw with --cfg 1",
             )),
             None => Err(Error::invalid(format!("holds no tensor `{name}`"))),
-            Some(Values { shape, values }) => Tensor::from_f32(pipeline.device(), values, [1, shape[0], shape[1]]),
+            Some(Values { shape, values }) => {
+                let features = HostTensor::from_f32(values, &[1, shape[0], shape[1]]);
+                Ok(Caption::Features(Arc::new(features)))
+            }
         }
     };
-    let tensors: Vec<Tensor> = (0..found.max(1)).map(read).collect::<Result<_>>()?;
+    let captions: Vec<Caption> = (0..found.max(1)).map(read).collect::<Result<_>>()?;
     Ok((0..pictures)
-        .map(|picture| tensors[picture.min(tensors.len() - 1)].clone())
+        .map(|picture| captions[picture.min(captions.len() - 1)].clone())
         .collect())
 }
 
@@ -127,16 +125,12 @@ impl RawImages {
         })
     }
 
-    /// Adds a batch: what the transformer drew, and its images.
-    ///
-    /// # Errors
-    /// When the copy from the device fails.
-    pub fn add(&mut self, drawn: &Tensor, images: &Tensor) -> Result<()> {
-        append(&mut self.images, to_planes(images)?);
-        if drawn.shape() != images.shape() {
-            append(self.latents.get_or_insert_default(), to_planes(drawn)?);
+    /// Adds a batch.
+    pub fn add(&mut self, raw: &serve::RawImages) {
+        append(&mut self.images, to_planes(&raw.images));
+        if let Some(latents) = &raw.latents {
+            append(self.latents.get_or_insert_default(), to_planes(latents));
         }
-        Ok(())
     }
 
     /// Writes the file: `image`, and `latent` where the model has one, as `[pictures, channels, height, width]`.
@@ -161,16 +155,18 @@ fn append(all: &mut Values, mut more: Values) {
 }
 
 /// `[batch, height, width, channels]` as `[batch, channels, height, width]`.
-fn to_planes(images: &Tensor) -> Result<Values> {
-    let [batch, height, width, channels] = [images.dim(0), images.dim(1), images.dim(2), images.dim(3)];
-    let values = images.to_vec_f32()?;
+fn to_planes(images: &HostTensor) -> Values {
+    let &[batch, height, width, channels] = images.shape() else {
+        return Values::default();
+    };
+    let values = images.to_f32();
     let planes = values
         .chunks(height * width * channels)
         .flat_map(|item| transpose(item, height * width, channels));
-    Ok(Values {
+    Values {
         shape: vec![batch, channels, height, width],
         values: planes.collect(),
-    })
+    }
 }
 
 /// A row-major `[rows, columns]` matrix as `[columns, rows]`.

@@ -1,4 +1,4 @@
-//! `l2p-sample`: arguments, what to draw, progress and files. The work itself is `l2p_engine::pipeline`.
+//! `l2p-sample`: arguments, what to draw, progress and files. The work itself is done by a worker of `l2p_engine::serve`.
 
 mod arguments;
 mod inputs;
@@ -7,7 +7,9 @@ mod report;
 mod warm;
 mod writer;
 
+use std::collections::VecDeque;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -15,25 +17,23 @@ use indicatif::{ProgressBar, ProgressStyle};
 use l2p_engine::ceilings::Ceilings;
 use l2p_engine::checkpoint::ModelPaths;
 use l2p_engine::device::probe;
-use l2p_engine::flow::sampler::StepReport;
+use l2p_engine::flow::noise_source::NoiseSource;
 use l2p_engine::limits::{Batch, Side, Steps};
-use l2p_engine::pipeline::{Captions, EncodeReport, Pipeline, Settings};
-use l2p_engine::profile::Profile;
-use l2p_engine::{Device, DeviceChoice, Error, Tensor};
+use l2p_engine::pipeline::{Asked, Batching, ModelFiles, Settings};
+use l2p_engine::serve::{Caption, Drawn, Event, Item, Request, Ticket, Worker, WorkerOptions};
+use l2p_engine::{Device, DeviceChoice, Error, HostTensor};
 
 pub use arguments::Arguments;
 use arguments::{Command, Precision};
-use inputs::RawImages;
+use inputs::{Captions, RawImages};
 use jobs::Job;
 use report::Report;
 use writer::{Finished, Writer};
 
 use crate::prompts;
 
-/// Pictures are drawn together as long as a batch has at most this many image tokens: fewer do not fill a GPU.
-const TOKENS_PER_BATCH: usize = 4096;
-/// No batch is larger than this.
-const LARGEST_BATCH: usize = 64;
+/// Batches that the worker has at a time: while one's pictures are written, the next one is drawn.
+const BATCHES_AHEAD: usize = 2;
 
 /// Does what the arguments ask for.
 ///
@@ -57,36 +57,68 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
     let named = arguments.model.is_some();
     let arguments = arguments.completed(like.as_ref())?;
     let jobs = jobs::jobs(&arguments)?;
-    let mut pipeline = open_pipeline(&arguments, named)?;
-
-    let settings = settings(&arguments, &pipeline)?;
-    let batch = batch_size(&arguments, &pipeline, &settings, jobs.len());
-    pipeline.expect_room(&settings, batch)?;
-    if jobs.len() > batch {
-        pipeline.share_steps(&settings, batch)?;
-    }
+    let files = Arc::new(open_model(&arguments, named)?);
+    let settings = settings(&arguments, &files)?;
+    let batch = match arguments.batch.map(Batch::get) {
+        Some(batch) => batch.min(jobs.len()),
+        None => files.batch_size(&settings, jobs.len(), Batching::PROMPT)?,
+    };
+    files.expect_room(&settings, batch)?;
     let noise = arguments
         .noise
         .as_deref()
-        .map(|path| inputs::read_noise(path, &pipeline, &settings))
+        .map(|path| inputs::read_noise(path, &files, &settings))
         .transpose()?;
     let guided = settings.cfg != 1.0;
     let embeds = arguments
         .embeds
         .as_deref()
-        .map(|path| inputs::read_embeds(path, &pipeline, jobs.len(), guided))
+        .map(|path| inputs::read_embeds(path, &files, jobs.len(), guided))
         .transpose()?;
     if embeds.is_none() {
-        pipeline.expect_text_encoder()?;
+        files.expect_text_encoder()?;
     }
     jobs::expect_writable(&jobs, &settings)?;
     let raw = arguments.save_raw.as_deref().map(RawImages::new).transpose()?;
+    announce(&jobs, &files, &settings);
+
+    let mut report = Report::new(&arguments, &files, &settings, batch);
+    let options = WorkerOptions {
+        keep_text_encoder: arguments.keep_text_encoder,
+        recordings: usize::from(jobs.len() > batch),
+        most_open: BATCHES_AHEAD,
+    };
+    let worker = Worker::start(files, options)?;
+    let captions = match embeds {
+        Some(captions) => captions,
+        None => encode(&worker, &jobs, guided, &mut report)?,
+    };
+    report.took(load(&worker)?);
+    let work = Work {
+        jobs: &jobs,
+        captions: &captions,
+        noise: noise.map(Arc::new),
+        settings,
+        rng: arguments.rng.unwrap_or_default(),
+        batch,
+        raw: raw.is_some(),
+    };
+    draw(&arguments, &worker, &work, raw, &mut report)?;
+    report.total(start.elapsed());
+    if arguments.profile {
+        profile(&worker, &work, &mut report)?;
+    }
+    crate::print(&report.finish(arguments.report)?)
+}
+
+/// Says what is about to be drawn.
+fn announce(jobs: &[Job], files: &ModelFiles, settings: &Settings) {
     crate::say(format_args!(
         "{} {}x{} on {}: {}, shift {}, cfg {}",
         count(jobs.len(), "picture"),
         settings.width,
         settings.height,
-        pipeline.device(),
+        files.device(),
         count(settings.steps, "step"),
         settings.shift,
         settings.cfg
@@ -94,33 +126,10 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
     if let Some(word) = prompts::word_on_guidance(settings.cfg) {
         notice(&word);
     }
-
-    let captions = match embeds {
-        Some(captions) => captions,
-        None => encode(&mut pipeline, &jobs, guided)?,
-    };
-    load(&mut pipeline)?;
-    let mut report = Report::new(&arguments, &pipeline, &settings, batch);
-    let work = Work {
-        jobs: &jobs,
-        captions: &captions,
-        noise: noise.as_ref(),
-        settings: &settings,
-        batch,
-    };
-    draw(&arguments, &mut pipeline, &work, raw, &mut report)?;
-    report.total(start.elapsed());
-    if arguments.profile {
-        report.profiled(
-            profile(&arguments, &pipeline, &work)?,
-            Ceilings::measure(pipeline.device())?,
-        );
-    }
-    crate::print(&report.finish(&mut pipeline, arguments.report)?)
 }
 
 /// The model of complete arguments; `named` where they named it themselves and not through a picture.
-fn open_pipeline(arguments: &Arguments, named: bool) -> anyhow::Result<Pipeline> {
+fn open_model(arguments: &Arguments, named: bool) -> anyhow::Result<ModelFiles> {
     let path = arguments
         .model
         .as_deref()
@@ -134,21 +143,22 @@ fn open_pipeline(arguments: &Arguments, named: bool) -> anyhow::Result<Pipeline>
     }
     let paths = ModelPaths::resolve(path, &arguments.path_overrides())?;
     let device = open_device(arguments)?;
-    Ok(Pipeline::open(paths, device, arguments.keep_text_encoder)?)
+    Ok(ModelFiles::open(paths, device)?)
 }
 
-/// The operations of a step of the first batch.
-fn profile(arguments: &Arguments, pipeline: &Pipeline, work: &Work<'_>) -> anyhow::Result<Profile> {
+/// Adds the operations of a step of the first batch, and what the device reaches at best.
+fn profile(worker: &Worker, work: &Work<'_>, report: &mut Report) -> anyhow::Result<()> {
     let spinner = spinner("timing the operations of a step");
     let first = 0..work.batch.min(work.jobs.len());
-    let noise = work.noise_of(arguments, pipeline, &work.jobs[first.clone()])?;
-    let profile = pipeline.profile_step(&work.captions.select(first)?, noise, work.settings)?;
+    let profile = worker.profile(work.request(first))?.wait_with(&mut |_| go_on())?;
+    let ceilings = worker.call(|pipeline| Ceilings::measure(pipeline.device()))?.wait()?;
     spinner.finish_and_clear();
-    Ok(profile)
+    report.profiled(profile.value, ceilings.value);
+    Ok(())
 }
 
 fn list_devices(as_json: bool) -> anyhow::Result<()> {
-    let report = probe();
+    let report = probe()?;
     match as_json {
         true => crate::print(&format!("{}\n", serde_json::to_string_pretty(&report)?)),
         false => crate::print(&format!("{report}\n")),
@@ -175,32 +185,18 @@ fn open_device(arguments: &Arguments) -> anyhow::Result<Device> {
 }
 
 /// The settings: what was asked for, then what the model says. Sides are rounded up to what the model can draw.
-fn settings(arguments: &Arguments, pipeline: &Pipeline) -> anyhow::Result<Settings> {
-    let defaults = pipeline.defaults()?;
-    pipeline.notes()?.iter().for_each(|note| notice(note));
-    let asked = Settings {
-        width: arguments.width.map_or(defaults.width, Side::get),
-        height: arguments.height.map_or(defaults.height, Side::get),
-        steps: arguments.steps.map_or(defaults.steps, Steps::get),
-        shift: arguments.shift.unwrap_or(defaults.shift),
-        cfg: arguments.cfg.unwrap_or(defaults.cfg),
-    };
-    asked.check()?;
-    let multiple = pipeline.size_multiple();
-    let rounded = |side: usize, name: &str| {
-        let rounded = side.next_multiple_of(multiple);
-        if rounded != side {
-            notice(&format!(
-                "{name} {side} is rounded up to {rounded}: this model draws multiples of {multiple}"
-            ));
-        }
-        rounded
-    };
-    Ok(Settings {
-        width: rounded(asked.width, "width"),
-        height: rounded(asked.height, "height"),
-        ..asked
-    })
+fn settings(arguments: &Arguments, files: &ModelFiles) -> anyhow::Result<Settings> {
+    files.notes()?.iter().for_each(|note| notice(note));
+    let settings = files.settings(&Asked {
+        width: arguments.width.map(Side::get),
+        height: arguments.height.map(Side::get),
+        steps: arguments.steps.map(Steps::get),
+        shift: arguments.shift,
+        cfg: arguments.cfg,
+    })?;
+    let (settings, notes) = files.rounded(settings);
+    notes.iter().for_each(|note| notice(note));
+    Ok(settings)
 }
 
 /// Something that the user may not expect, and that stops nothing.
@@ -208,42 +204,37 @@ fn notice(text: &str) {
     crate::say(format_args!("note: {text}"));
 }
 
-fn batch_size(arguments: &Arguments, pipeline: &Pipeline, settings: &Settings, pictures: usize) -> usize {
-    let automatic = match pipeline.device() {
-        // On the CPU a batch gains nothing, and the first picture would come later.
-        Device::Cpu => 1,
-        Device::Cuda(_) => (TOKENS_PER_BATCH / pipeline.image_tokens(settings).max(1)).clamp(1, LARGEST_BATCH),
-    };
-    arguments.batch.map_or(automatic, Batch::get).min(pictures)
-}
-
 /// Caption features of every job.
-fn encode(pipeline: &mut Pipeline, jobs: &[Job], guided: bool) -> anyhow::Result<Captions> {
-    let prompts: Vec<String> = jobs.iter().map(|job| job.prompt.clone()).collect();
-    let negatives: Vec<String> = match guided {
-        true => jobs.iter().map(|job| job.negative.clone()).collect(),
-        false => Vec::new(),
-    };
+fn encode(worker: &Worker, jobs: &[Job], guided: bool, report: &mut Report) -> anyhow::Result<Captions> {
     if !guided && jobs.iter().any(|job| !job.negative.is_empty()) {
         notice("what to stay away from has no effect without guidance: give a --cfg other than 1");
     }
+    let mut texts: Vec<String> = jobs.iter().map(|job| job.prompt.clone()).collect();
+    if guided {
+        texts.extend(jobs.iter().map(|job| job.negative.clone()));
+    }
     let spinner = spinner("reading the prompts");
-    let captions = pipeline.encode(&prompts, &negatives, &mut |report| {
-        if report.dropped_tokens > 0 {
-            spinner.suspend(|| notice(&cut(&report)));
+    let answer = worker.encode(texts)?.wait_with(&mut |event| {
+        if let Event::Encoded { text, dropped_tokens } = event
+            && dropped_tokens > 0
+        {
+            spinner.suspend(|| notice(&cut(&text, dropped_tokens)));
         }
         go_on()
     })?;
     spinner.finish_and_clear();
-    Ok(captions)
+    report.took(answer.report);
+    let mut prompts = answer.value;
+    let negatives = prompts.split_off(jobs.len());
+    Ok(Captions { prompts, negatives })
 }
 
 /// The words for a prompt that is longer than the tokenizer's limit.
-fn cut(report: &EncodeReport<'_>) -> String {
+fn cut(text: &str, dropped_tokens: usize) -> String {
     format!(
         "the last {} of the prompt \"{}\" are cut off: it is longer than the text encoder reads",
-        count(report.dropped_tokens, "token"),
-        jobs::title(report.text)
+        count(dropped_tokens, "token"),
+        jobs::title(text)
     )
 }
 
@@ -255,15 +246,17 @@ fn go_on() -> l2p_engine::Result<()> {
     }
 }
 
-fn load(pipeline: &mut Pipeline) -> anyhow::Result<()> {
+fn load(worker: &Worker) -> anyhow::Result<l2p_engine::pipeline::Report> {
     let bar = bar("loading the model [{bar:32}] {pos}/{len} blocks  {eta} left");
-    pipeline.load(&mut |done, total| {
-        bar.set_length(total as u64);
-        bar.set_position(done as u64);
+    let answer = worker.load()?.wait_with(&mut |event| {
+        if let Event::Loaded { done, total } = event {
+            bar.set_length(total as u64);
+            bar.set_position(done as u64);
+        }
         go_on()
     })?;
     bar.finish_and_clear();
-    Ok(())
+    Ok(answer.report)
 }
 
 /// What is drawn, all of it known before the first step.
@@ -271,70 +264,122 @@ struct Work<'a> {
     jobs: &'a [Job],
     captions: &'a Captions,
     /// For every picture, instead of that of its seed.
-    noise: Option<&'a Tensor>,
-    settings: &'a Settings,
+    noise: Option<Arc<HostTensor>>,
+    settings: Settings,
+    rng: NoiseSource,
     /// Pictures at once.
     batch: usize,
+    /// The numbers behind the pictures too.
+    raw: bool,
 }
 
 impl Work<'_> {
-    /// The noise that these pictures start from.
-    fn noise_of(&self, arguments: &Arguments, pipeline: &Pipeline, jobs: &[Job]) -> anyhow::Result<Tensor> {
-        let seeds: Vec<u64> = jobs.iter().map(|job| job.seed).collect();
-        match self.noise {
-            Some(noise) => Ok(inputs::repeat(noise, jobs.len())?),
-            None => Ok(pipeline.noise(arguments.rng.unwrap_or_default(), &seeds, self.settings)?),
+    /// The request for some of the pictures, all at once.
+    fn request(&self, range: std::ops::Range<usize>) -> Request {
+        let nothing = Caption::Text(String::new());
+        let items = range.map(|index| Item {
+            prompt: self.captions.prompts[index].clone(),
+            negative: self.captions.negatives.get(index).unwrap_or(&nothing).clone(),
+            seed: self.jobs[index].seed,
+        });
+        Request {
+            items: items.collect(),
+            settings: self.settings,
+            rng: self.rng,
+            noise: self.noise.clone(),
+            start: None,
+            at_once: None,
+            raw: self.raw,
         }
     }
 }
 
 fn draw(
     arguments: &Arguments,
-    pipeline: &mut Pipeline,
+    worker: &Worker,
     work: &Work<'_>,
-    mut raw: Option<RawImages>,
+    raw: Option<RawImages>,
     report: &mut Report,
 ) -> anyhow::Result<()> {
-    let Work {
-        jobs, settings, batch, ..
-    } = *work;
     let bar = bar("{msg} [{bar:32}] step {pos}/{len}  {per_step}  {eta} left");
-    bar.set_length((jobs.len().div_ceil(batch) * settings.steps) as u64);
-    let mut writer = Writer::start(arguments.quality.get() as u8);
-    let model = jobs::published(arguments.model.as_deref().unwrap_or(Path::new("")));
-    let rng = arguments.rng.unwrap_or_default();
-    for (index, part) in jobs.chunks(batch).enumerate() {
-        bar.set_message(jobs::title(&part[0].prompt));
-        let captions = work.captions.select(index * batch..index * batch + part.len())?;
-        let noise = work.noise_of(arguments, pipeline, part)?;
-        let mut progress = |step: StepReport| {
-            bar.set_position((index * settings.steps + step.done) as u64);
-            go_on()
-        };
-        let drawn = pipeline.denoise(&captions, noise, settings, &mut progress)?;
-        let images = pipeline.decode(&drawn)?;
-        if let Some(raw) = &mut raw {
-            raw.add(&drawn, &images)?;
+    bar.set_length((work.jobs.len().div_ceil(work.batch) * work.settings.steps) as u64);
+    let mut takes = Takes {
+        work,
+        bar,
+        writer: Writer::start(arguments.quality.get() as u8),
+        raw,
+        model: jobs::published(arguments.model.as_deref().unwrap_or(Path::new(""))),
+        report,
+    };
+    let mut asked: VecDeque<(usize, Ticket<Drawn>)> = VecDeque::new();
+    for first in (0..work.jobs.len()).step_by(work.batch) {
+        if asked.len() == BATCHES_AHEAD
+            && let Some((first, ticket)) = asked.pop_front()
+        {
+            takes.take(first, ticket)?;
         }
-        for (job, pixels) in part.iter().zip(pipeline.to_bytes(&images)?) {
-            writer.write(Finished {
+        let last = (first + work.batch).min(work.jobs.len());
+        asked.push_back((first, worker.draw(work.request(first..last))?));
+    }
+    for (first, ticket) in asked {
+        takes.take(first, ticket)?;
+    }
+    takes.finish()
+}
+
+/// Takes pictures as they come, and has them written.
+struct Takes<'a> {
+    work: &'a Work<'a>,
+    bar: ProgressBar,
+    writer: Writer,
+    raw: Option<RawImages>,
+    /// What pictures say of the model.
+    model: String,
+    report: &'a mut Report,
+}
+
+impl Takes<'_> {
+    /// Waits for the batch that begins with picture `first`.
+    fn take(&mut self, first: usize, ticket: Ticket<Drawn>) -> anyhow::Result<()> {
+        let Work {
+            jobs, settings, batch, ..
+        } = self.work;
+        self.bar.set_message(jobs::title(&jobs[first].prompt));
+        let before = first / batch * settings.steps;
+        let answer = ticket.wait_with(&mut |event| {
+            if let Event::Step { done, .. } = event {
+                self.bar.set_position((before + done) as u64);
+            }
+            go_on()
+        })?;
+        self.report.took(answer.report);
+        if let Some(all) = &mut self.raw {
+            answer.value.raw.iter().for_each(|raw| all.add(raw));
+        }
+        for (job, image) in jobs[first..].iter().zip(answer.value.pictures) {
+            self.writer.write(Finished {
                 path: job.out.clone(),
                 keep_others: job.numbered,
-                pixels,
-                settings: job.settings(settings, &model, rng),
+                image,
+                settings: job.settings(settings, &self.model, self.work.rng),
             })?;
         }
+        Ok(())
     }
-    bar.finish_and_clear();
-    let written = writer.finish()?;
-    if let Some(raw) = raw {
-        raw.finish()?;
+
+    /// Waits until everything is written, and says where.
+    fn finish(mut self) -> anyhow::Result<()> {
+        self.bar.finish_and_clear();
+        let written = self.writer.finish()?;
+        if let Some(raw) = self.raw {
+            raw.finish()?;
+        }
+        for (job, file) in self.work.jobs.iter().zip(&written) {
+            self.report.add(job, file);
+            crate::say(format_args!("{}", file.display()));
+        }
+        Ok(())
     }
-    for (job, file) in jobs.iter().zip(&written) {
-        report.add(job, file);
-        crate::say(format_args!("{}", file.display()));
-    }
-    Ok(())
 }
 
 fn count(number: usize, what: &str) -> String {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use l2p_engine::ceilings::Ceilings;
 use l2p_engine::device::{Device, MemoryReport, MemoryTag, format_bytes};
-use l2p_engine::pipeline::{Phase, Pipeline, Settings};
+use l2p_engine::pipeline::{self, ModelFiles, Phase, Settings};
 use l2p_engine::profile::Profile;
 use serde_json::{Value, json};
 
@@ -20,14 +20,16 @@ pub struct Report {
     settings: Settings,
     batch: usize,
     pictures: Vec<Value>,
+    estimated: u64,
+    taken: pipeline::Report,
     total: Duration,
     profile: Option<(Profile, Ceilings)>,
 }
 
 impl Report {
     /// A report of a run that begins.
-    pub fn new(arguments: &Arguments, pipeline: &Pipeline, settings: &Settings, batch: usize) -> Self {
-        let device = match pipeline.device() {
+    pub fn new(arguments: &Arguments, files: &ModelFiles, settings: &Settings, batch: usize) -> Self {
+        let device = match files.device() {
             Device::Cpu => "cpu".to_owned(),
             Device::Cuda(device) => format!("cuda:{} {}", device.index(), device.name()),
         };
@@ -42,6 +44,8 @@ impl Report {
             settings: *settings,
             batch,
             pictures: Vec::new(),
+            estimated: files.estimate(settings, batch),
+            taken: pipeline::Report::default(),
             total: Duration::ZERO,
             profile: None,
         }
@@ -50,6 +54,11 @@ impl Report {
     /// Sets the time from the program's start to the last picture's end.
     pub fn total(&mut self, total: Duration) {
         self.total = total;
+    }
+
+    /// Adds what a request took.
+    pub fn took(&mut self, report: pipeline::Report) {
+        self.taken.merge(report);
     }
 
     /// Adds the operations of a step.
@@ -68,8 +77,8 @@ impl Report {
     ///
     /// # Errors
     /// When it cannot be formatted.
-    pub fn finish(&self, pipeline: &mut Pipeline, format: Option<ReportFormat>) -> anyhow::Result<String> {
-        let phases = merged(&pipeline.take_phases());
+    pub fn finish(&self, format: Option<ReportFormat>) -> anyhow::Result<String> {
+        let phases = self.taken.phases();
         let operations = || match &self.profile {
             Some((profile, ceilings)) => format!("{}\n", crate::profile::table(profile, ceilings)),
             None => String::new(),
@@ -84,17 +93,17 @@ impl Report {
                     "pictures": self.pictures,
                     "phases": phases.iter().map(phase_json).collect::<Vec<_>>(),
                     "total_seconds": self.total.as_secs_f64(),
-                    "estimated_bytes": pipeline.estimate(&self.settings, self.batch),
+                    "estimated_bytes": self.estimated,
                     "peak_bytes": phases.iter().map(|phase| phase.memory.total.peak).max(),
-                    "accounted_bytes": fullest(&phases).map(MemoryReport::accounted),
-                    "driver_peak_bytes": driver_peak(&phases),
+                    "accounted_bytes": self.taken.fullest().map(MemoryReport::accounted),
+                    "driver_peak_bytes": self.taken.driver_peak(),
                 });
                 if let Some((profile, ceilings)) = &self.profile {
                     report["profile"] = crate::profile::json(profile, ceilings);
                 }
                 format!("{}\n", serde_json::to_string_pretty(&report)?)
             }
-            Some(ReportFormat::Text) => format!("{}{}", self.table(&phases), operations()),
+            Some(ReportFormat::Text) => format!("{}{}", self.table(phases), operations()),
             None => operations(),
         })
     }
@@ -132,7 +141,7 @@ impl Report {
             let _ = writeln!(text, "{:>13}", phase.driver_bytes.map_or("-".into(), format_bytes));
         }
         let _ = writeln!(text, "{:<10}{:>8.3} s", "all", self.total.as_secs_f64());
-        if let Some((driver, fullest)) = driver_peak(phases).zip(fullest(phases)) {
+        if let Some((driver, fullest)) = self.taken.driver_peak().zip(self.taken.fullest()) {
             let _ = writeln!(
                 text,
                 "of the driver's {}, {} are accounted for: {}",
@@ -143,33 +152,6 @@ impl Report {
         }
         text
     }
-}
-
-/// The most of the GPU's memory that its driver has counted.
-fn driver_peak(phases: &[Phase]) -> Option<u64> {
-    phases.iter().filter_map(|phase| phase.driver_bytes).max()
-}
-
-/// The memory of the phase with the most of the GPU's memory accounted for.
-fn fullest(phases: &[Phase]) -> Option<&MemoryReport> {
-    let reports = phases.iter().map(|phase| &phase.memory);
-    reports.max_by_key(|memory| memory.accounted())
-}
-
-/// Phases of the same name as one: times add up, peaks are the largest.
-fn merged(phases: &[Phase]) -> Vec<Phase> {
-    let mut merged: Vec<Phase> = Vec::new();
-    for phase in phases {
-        match merged.iter_mut().find(|other| other.name == phase.name) {
-            None => merged.push(phase.clone()),
-            Some(other) => {
-                other.seconds += phase.seconds;
-                other.driver_bytes = other.driver_bytes.max(phase.driver_bytes);
-                other.memory.keep_larger_peaks(&phase.memory);
-            }
-        }
-    }
-    merged
 }
 
 fn phase_json(phase: &Phase) -> Value {

@@ -4,16 +4,17 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use anyhow::bail;
 use l2p_engine::checkpoint::{ModelPaths, PathOverrides};
 use l2p_engine::device::{Effort, Searched, class_rows};
-use l2p_engine::flow::noise_source::NoiseSource;
 use l2p_engine::limits::{Batch, Side};
 use l2p_engine::model::zimage::TOKEN_MULTIPLE;
-use l2p_engine::pipeline::{Captions, Pipeline, Settings};
+use l2p_engine::pipeline::{ModelFiles, Settings};
+use l2p_engine::serve::{Caption, Item, Request, Worker, WorkerOptions};
 use l2p_engine::text::PromptTokenizer;
-use l2p_engine::{Device, DeviceChoice, Error, Tensor};
+use l2p_engine::{Device, DeviceChoice, HostTensor};
 
 /// The longest captions that a text encoder makes.
 const LONGEST: usize = PromptTokenizer::DEFAULT_MAX_TOKENS;
@@ -129,17 +130,23 @@ pub fn warm(options: &Warm) -> anyhow::Result<()> {
         vae: options.vae.clone(),
     };
     let paths = ModelPaths::resolve(&options.model, &overrides)?;
-    let mut pipeline = Pipeline::open(paths, device, false)?;
-    let works = works(options, &pipeline)?;
+    let files = Arc::new(ModelFiles::open(paths, device)?);
+    let works = works(options, &files)?;
     cuda.blas()?.set_effort(Effort::Thorough);
 
+    let once = WorkerOptions {
+        keep_text_encoder: false,
+        recordings: 0,
+        ..WorkerOptions::default()
+    };
+    let worker = Worker::start(files, once)?;
     let lengths: BTreeSet<usize> = works.iter().flat_map(|work| work.lengths.iter().copied()).collect();
-    let captions = captions(&mut pipeline, &lengths)?;
-    super::load(&mut pipeline)?;
+    let captions = captions(&worker, &lengths)?;
+    super::load(&worker)?;
     for work in &works {
         let before = cuda.searched();
         for length in &work.lengths {
-            draw(&mut pipeline, work, &captions[lengths.range(..length).count()])?;
+            draw(&worker, work, &captions[lengths.range(..length).count()])?;
         }
         crate::say(format_args!(
             "{}x{}, {} at once, captions of {} lengths: {}",
@@ -169,25 +176,26 @@ struct Work {
 }
 
 /// All combinations, checked before the first of them begins.
-fn works(options: &Warm, pipeline: &Pipeline) -> anyhow::Result<Vec<Work>> {
-    let defaults = pipeline.defaults()?;
+fn works(options: &Warm, files: &ModelFiles) -> anyhow::Result<Vec<Work>> {
+    let defaults = files.defaults()?;
     let sizes = match options.size.is_empty() {
         true => vec![PictureSize([defaults.width, defaults.height])],
         false => options.size.clone(),
     };
-    let multiple = pipeline.size_multiple();
     let mut works = Vec::new();
     for PictureSize([width, height]) in sizes {
-        let settings = Settings {
-            width: width.next_multiple_of(multiple),
-            height: height.next_multiple_of(multiple),
+        // Without guidance, so that a negative prompt is not asked for.
+        let (settings, _) = files.rounded(Settings {
+            width,
+            height,
             steps: 1,
+            cfg: 1.0,
             ..defaults
-        };
+        });
         for batch in options.batch.iter().map(|batch| batch.get()) {
-            pipeline.expect_room(&settings, batch)?;
+            files.expect_room(&settings, batch)?;
             works.push(Work {
-                lengths: distinct(&options.tokens, batch, pipeline.image_tokens(&settings)),
+                lengths: distinct(&options.tokens, batch, files.image_tokens(&settings)),
                 settings,
                 batch,
             });
@@ -196,45 +204,50 @@ fn works(options: &Warm, pipeline: &Pipeline) -> anyhow::Result<Vec<Work>> {
     Ok(works)
 }
 
-/// A caption of each length. With a text encoder they are those of prompts about as long, which meets the encoder's products
-/// too; what they say does not matter.
-fn captions(pipeline: &mut Pipeline, lengths: &BTreeSet<usize>) -> anyhow::Result<Vec<Tensor>> {
-    if pipeline.expect_text_encoder().is_ok() {
+/// A caption of each length. With a text encoder, prompts about as long are encoded too, which meets the encoder's products; what
+/// captions say does not matter.
+fn captions(worker: &Worker, lengths: &BTreeSet<usize>) -> anyhow::Result<Vec<Caption>> {
+    if worker.files().expect_text_encoder().is_ok() {
         let spinner = super::spinner("encoding prompts of all lengths");
-        let mut encode = |words: &[usize]| {
-            let prompts: Vec<String> = words.iter().map(|&words| vec!["word"; words].join(" ")).collect();
-            pipeline.encode(&prompts, &[], &mut |_| super::go_on())
-        };
         // What stands around a prompt's words.
-        let around = encode(&[1])?.prompts[0].dim(1).saturating_sub(1);
+        let around = encode(worker, &[1])?.saturating_sub(1);
         let words: Vec<usize> = lengths
             .iter()
             .map(|length| length.saturating_sub(around).max(1))
             .collect();
-        encode(&words)?;
+        encode(worker, &words)?;
         spinner.finish_and_clear();
     }
-    let width = pipeline.spec().caption_width();
+    let width = worker.files().spec().caption_width();
     let zeros = |tokens: &usize| {
-        Tensor::zeros(
-            pipeline.device(),
-            [1, *tokens, width],
-            pipeline.device().compute_dtype(),
-        )
+        let features = HostTensor::from_f32(&vec![0.0; tokens * width], &[1, *tokens, width]);
+        Caption::Features(Arc::new(features))
     };
-    Ok(lengths.iter().map(zeros).collect::<Result<_, Error>>()?)
+    Ok(lengths.iter().map(zeros).collect())
+}
+
+/// Encodes prompts of so many words each; returns the tokens of the first.
+fn encode(worker: &Worker, words: &[usize]) -> anyhow::Result<usize> {
+    let prompts = words.iter().map(|&words| vec!["word"; words].join(" ")).collect();
+    let encoded = worker.encode(prompts)?.wait_with(&mut |_| super::go_on())?;
+    Ok(match encoded.value.first() {
+        Some(Caption::Features(features)) => features.shape()[1],
+        _ => 0,
+    })
 }
 
 /// One step and what follows it.
-fn draw(pipeline: &mut Pipeline, work: &Work, caption: &Tensor) -> anyhow::Result<()> {
-    let seeds: Vec<u64> = (0..work.batch as u64).collect();
-    let noise = pipeline.noise(NoiseSource::default(), &seeds, &work.settings)?;
-    let captions = Captions {
-        prompts: vec![caption.clone(); work.batch],
-        negatives: Vec::new(),
+fn draw(worker: &Worker, work: &Work, caption: &Caption) -> anyhow::Result<()> {
+    let items = (0..work.batch as u64).map(|seed| Item {
+        prompt: caption.clone(),
+        negative: caption.clone(),
+        seed,
+    });
+    let request = Request {
+        items: items.collect(),
+        ..Request::of("", work.settings, 0)
     };
-    let drawn = pipeline.denoise(&captions, noise, &work.settings, &mut |_| super::go_on())?;
-    pipeline.decode(&drawn)?;
+    worker.draw(request)?.wait_with(&mut |_| super::go_on())?;
     Ok(())
 }
 

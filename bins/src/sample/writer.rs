@@ -17,9 +17,9 @@ pub struct Finished {
     pub path: PathBuf,
     /// Whether a file that is there stays, the picture getting another name.
     pub keep_others: bool,
-    /// RGB bytes, row by row.
-    pub pixels: Vec<u8>,
-    /// What goes into the file beside the picture, its size included.
+    /// The picture.
+    pub image: RgbImage,
+    /// What goes into the file beside the picture.
     pub settings: Settings,
 }
 
@@ -80,10 +80,9 @@ fn write(picture: Finished, jpeg_quality: u8) -> Result<PathBuf> {
     let Finished {
         path,
         keep_others,
-        pixels,
+        image,
         settings,
     } = picture;
-    let image = RgbImage::new(settings.width, settings.height, pixels)?;
     let options = WriteOptions {
         jpeg_quality,
         settings: Some(&settings),
@@ -120,7 +119,7 @@ mod tests {
         Finished {
             path: path.into(),
             keep_others,
-            pixels: vec![grey; 3],
+            image: RgbImage::new(1, 1, vec![grey; 3]).unwrap(),
             settings: Settings {
                 prompt: String::new(),
                 negative: String::new(),

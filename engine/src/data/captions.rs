@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 
 use rayon::prelude::*;
 
-use super::features::{FeatureStore, Features};
+use super::features::FeatureStore;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::pipeline::PromptFiles;
+use crate::tensor::HostTensor as Features;
 
 /// What [`encode_captions`] did.
 #[derive(Clone, Debug, Default)]

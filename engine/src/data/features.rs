@@ -10,16 +10,14 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use half::bf16;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use sha2::{Digest, Sha256};
 
-use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::limits::Budget;
-use crate::tensor::Tensor;
+use crate::tensor::HostTensor as Features;
 
 /// The tensor's name in its file, and that of its checksum.
 const TENSOR: &str = "features";
@@ -27,77 +25,6 @@ const CHECKSUM: &str = "crc32";
 
 /// Temporary files of this age were left behind by a run that was killed.
 const ABANDONED: Duration = Duration::from_secs(3600);
-
-/// A tensor in host memory, in the element type of the device that made it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Features {
-    shape: Vec<usize>,
-    dtype: DType,
-    bytes: Vec<u8>,
-}
-
-impl Features {
-    /// Copies a tensor of f32 or bf16 from its device.
-    ///
-    /// # Errors
-    /// When the copy fails, or the tensor holds another type.
-    pub fn from_tensor(tensor: &Tensor) -> Result<Self> {
-        let bytes = match tensor.dtype() {
-            DType::Bf16 => bytemuck::cast_slice(&tensor.to_vec::<bf16>()?).to_vec(),
-            _ => bytemuck::cast_slice(&tensor.to_vec::<f32>()?).to_vec(),
-        };
-        Ok(Features {
-            shape: tensor.shape().to_vec(),
-            dtype: tensor.dtype(),
-            bytes,
-        })
-    }
-
-    /// Numbers in f32.
-    pub fn from_f32(values: &[f32], shape: &[usize]) -> Self {
-        Features {
-            shape: shape.to_vec(),
-            dtype: DType::F32,
-            bytes: bytemuck::cast_slice(values).to_vec(),
-        }
-    }
-
-    /// The extents, outermost first.
-    pub fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    /// The bytes, row-major.
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-
-    /// Whether every number is finite.
-    pub fn is_finite(&self) -> bool {
-        match self.dtype {
-            DType::Bf16 => self
-                .bytes
-                .chunks_exact(2)
-                .all(|b| bf16::from_le_bytes([b[0], b[1]]).is_finite()),
-            _ => self
-                .bytes
-                .chunks_exact(4)
-                .all(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]).is_finite()),
-        }
-    }
-
-    /// The tensor on a device whose compute type is that of the device that made it.
-    ///
-    /// # Errors
-    /// When the device has no room.
-    pub fn to_tensor(&self, device: &Device) -> Result<Tensor> {
-        let mut fill = |first: usize, target: &mut [u8]| {
-            target.copy_from_slice(&self.bytes[first..first + target.len()]);
-            Ok(())
-        };
-        Tensor::from_fill(device, self.shape.as_slice(), self.dtype, &mut fill)
-    }
-}
 
 /// The name of an entry.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -148,11 +75,10 @@ impl FeatureStore {
             Dtype::BF16 => DType::Bf16,
             _ => return None,
         };
-        (checksum_of(tensor.data()) == checksum).then(|| Features {
-            shape: tensor.shape().to_vec(),
-            dtype,
-            bytes: tensor.data().to_vec(),
-        })
+        match checksum_of(tensor.data()) == checksum {
+            true => Features::from_bytes(tensor.data(), tensor.shape(), dtype).ok(),
+            false => None,
+        }
     }
 
     /// Writes an entry, or replaces it.
@@ -164,13 +90,13 @@ impl FeatureStore {
         let failed = |error: std::io::Error| Error::io(&path, error);
         let folder = path.parent().unwrap_or(&self.folder);
         fs::create_dir_all(folder).map_err(failed)?;
-        let dtype = match features.dtype {
+        let dtype = match features.dtype() {
             DType::Bf16 => Dtype::BF16,
             _ => Dtype::F32,
         };
         let damaged = |error: safetensors::SafeTensorError| Error::file(&path, error.to_string());
-        let view = TensorView::new(dtype, features.shape.clone(), &features.bytes).map_err(damaged)?;
-        let metadata = HashMap::from([(CHECKSUM.to_owned(), checksum_of(&features.bytes))]);
+        let view = TensorView::new(dtype, features.shape().to_vec(), features.bytes()).map_err(damaged)?;
+        let metadata = HashMap::from([(CHECKSUM.to_owned(), checksum_of(features.bytes()))]);
         let bytes = safetensors::serialize([(TENSOR, view)], Some(metadata)).map_err(damaged)?;
         let mut file = tempfile::Builder::new()
             .prefix(".entry-")

@@ -5,7 +5,7 @@ use std::time::UNIX_EPOCH;
 
 use rayon::prelude::*;
 
-use super::features::{FeatureStore, Features, StoreKey};
+use super::features::{FeatureStore, StoreKey};
 use super::metadata::Record;
 use super::set::{DataSet, damage_of};
 use super::sizing::PictureSize;
@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::image_io::{Filter, RgbImage, read_cover};
 use crate::model::vae::VaeEncoder;
 use crate::ops::from_rgb8::from_rgb8;
-use crate::tensor::Tensor;
+use crate::tensor::{HostTensor as Features, Tensor};
 
 /// Pictures that are decoded together.
 const CHUNK: usize = 16;

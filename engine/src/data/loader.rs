@@ -13,7 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::features::{FeatureStore, Features, StoreKey};
+use super::features::{FeatureStore, StoreKey};
 use super::kept::{Kept, Room};
 use super::order::{BatchOrder, PlannedBatch, Position};
 use super::random::{Draws, Purpose};
@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
 use crate::image_io::{Filter, read_cover};
 use crate::lock::lock;
+use crate::tensor::HostTensor as Features;
 
 /// What a picture is to the model.
 #[derive(Clone, Debug, PartialEq)]

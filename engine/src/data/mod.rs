@@ -20,10 +20,11 @@ mod set;
 mod sizing;
 mod synthesis;
 
+pub use crate::tensor::HostTensor as Features;
 pub use captions::{CaptionReport, encode_captions};
 pub use damage::{Damage, DamageLog};
 pub(crate) use features::hex;
-pub use features::{FeatureStore, Features, StoreKey};
+pub use features::{FeatureStore, StoreKey};
 pub use kept::Room;
 pub use latents::encode_latents;
 pub use loader::{Caption, Content, Item, ItemSource, Latents, Loader, LoaderOptions, Turn};

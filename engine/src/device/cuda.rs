@@ -2,15 +2,15 @@
 
 use std::collections::HashMap;
 use std::ops::Deref;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::driver::{result, sys};
 
 use super::blas::{Blas, Searched};
-use super::driver::{NATIVE_CAPABILITY, describe, gpu_count, portable_forced};
+use super::driver::{NATIVE_CAPABILITY, describe, gpu_count};
 use super::gpu::Gpu;
 use super::kernel::Kernel;
+use super::options::DeviceOptions;
 use super::{images, libraries, upload};
 use crate::error::{Error, Result};
 use crate::lock::lock;
@@ -19,8 +19,7 @@ use crate::lock::lock;
 pub struct CudaDevice {
     /// Use the compute_80 images even where there is machine code.
     portable: bool,
-    /// Where images are looked for before those of the build; see `images`.
-    foreign_images: Option<PathBuf>,
+    options: &'static DeviceOptions,
     kernels: Mutex<Kernels>,
     blas: OnceLock<Blas>,
     staging: Mutex<Option<upload::Staging>>,
@@ -73,16 +72,17 @@ impl CudaDevice {
         if l2p_kernels::IMAGES.is_empty() {
             return Err(Error::NoGpu(l2p_kernels::HOW_TO_BUILD.into()));
         }
-        if !libraries::cublas_lt_present() {
+        let options = DeviceOptions::of_process()?;
+        if !libraries::cublas_lt_present(options) {
             return Err(Error::NoGpu(format!(
                 "cuBLASLt was not found ({}): install the CUDA toolkit's libraries or name their folder in L2P_CUDA_LIBRARIES",
-                libraries::cublas_lt_places()
+                libraries::cublas_lt_places(options)
             )));
         }
-        let gpu = Gpu::new(index)?;
+        let gpu = Gpu::new(index, options.pool)?;
         Ok(CudaDevice {
-            portable: portable_forced() || gpu.capability() != NATIVE_CAPABILITY,
-            foreign_images: images::foreign_folder(),
+            portable: options.portable || gpu.capability() != NATIVE_CAPABILITY,
+            options,
             kernels: Mutex::default(),
             blas: OnceLock::new(),
             staging: Mutex::new(None),
@@ -90,7 +90,12 @@ impl CudaDevice {
         })
     }
 
-    /// Whether the Hopper kernels (wgmma, bulk tensor copies) are in use; `L2P_PORTABLE=1` turns them off.
+    /// The switches it was opened with.
+    pub fn options(&self) -> &DeviceOptions {
+        self.options
+    }
+
+    /// Whether the Hopper kernels (wgmma, bulk tensor copies) are in use; [`DeviceOptions::portable`] turns them off.
     pub fn has_hopper_kernels(&self) -> bool {
         !self.portable
     }
@@ -135,7 +140,7 @@ impl CudaDevice {
     fn load_image(&self, name: &'static str) -> Result<(sys::CUmodule, bool)> {
         let image = l2p_kernels::image(name)
             .ok_or_else(|| Error::NoGpu(format!("there are no `{name}` kernels: {}", l2p_kernels::HOW_TO_BUILD)))?;
-        let foreign = match &self.foreign_images {
+        let foreign = match &self.options.kernel_images {
             Some(folder) => images::foreign_image(folder, name, images::target(self.portable))?,
             None => None,
         };
@@ -163,7 +168,7 @@ impl CudaDevice {
     pub fn blas(&self) -> Result<&Blas> {
         if self.blas.get().is_none() {
             self.bind()?;
-            let blas = self.charged(|beside| &mut beside.library, || Blas::new(self.name()))?;
+            let blas = self.charged(|beside| &mut beside.library, || Blas::new(self.name(), self.options))?;
             // A second thread may have been faster; either handle will do.
             let _ = self.blas.set(blas);
         }

@@ -38,11 +38,6 @@ pub(super) fn memory_in_use(context: &CudaContext) -> Result<u64> {
     Ok((total - free) as u64)
 }
 
-/// Whether `L2P_PORTABLE` forces the portable images.
-pub(super) fn portable_forced() -> bool {
-    std::env::var("L2P_PORTABLE").is_ok_and(|value| !value.is_empty() && value != "0")
-}
-
 /// Why a GPU of this capability cannot be used.
 pub(super) fn too_old(name: &str, (major, minor): (i32, i32)) -> String {
     let (needed_major, needed_minor) = OLDEST_CAPABILITY;

@@ -8,6 +8,7 @@ use cudarc::driver::{CudaContext, CudaStream, sys};
 
 use super::driver::{Event, OLDEST_CAPABILITY, check, describe, memory_in_use, too_old};
 use super::memory::{BesidePool, Ledger, MemoryReport, format_bytes};
+use super::options::PoolKind;
 use super::pool::Pool;
 use super::recording::Recorded;
 use crate::error::{Error, Result};
@@ -42,11 +43,11 @@ pub struct Gpu {
 }
 
 impl Gpu {
-    /// The GPU with the given index, which must be one.
+    /// The GPU with the given index, which must be one, with a pool of this kind.
     ///
     /// # Errors
     /// [`Error::NoGpu`] when it is too old, and when the driver refuses something.
-    pub(super) fn new(index: usize) -> Result<Self> {
+    pub(super) fn new(index: usize, pool: PoolKind) -> Result<Self> {
         let context = check("opening the GPU", CudaContext::new(index))?;
         let name = check("cuDeviceGetName", context.name())?;
         let capability = check("compute capability", context.compute_capability())?;
@@ -63,7 +64,7 @@ impl Gpu {
         let total_memory = check("cuDeviceTotalMem", context.total_mem())? as u64;
         let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = check("cuDeviceGetAttribute", context.attribute(count))? as u32;
-        let pool = Pool::new(context.cu_device(), total_memory)?;
+        let pool = Pool::new(pool, context.cu_device(), total_memory)?;
         let beside_pool = BesidePool {
             context: memory_in_use(&context)?,
             ..BesidePool::default()

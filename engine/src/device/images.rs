@@ -26,12 +26,6 @@ pub(super) fn target(portable: bool) -> &'static str {
     }
 }
 
-/// The folder that `L2P_KERNEL_IMAGES` names.
-pub(super) fn foreign_folder() -> Option<PathBuf> {
-    let folder = std::env::var_os("L2P_KERNEL_IMAGES").filter(|folder| !folder.is_empty());
-    folder.map(PathBuf::from)
-}
-
 /// The file of an image in a folder of foreign ones, if it is there.
 pub(super) fn foreign_file(folder: &Path, image: &str, target: &str) -> Option<PathBuf> {
     let file = folder.join(format!("{image}.{target}.fatbin"));

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-/// The folders looked at beside the loader's own, in this order; `L2P_CUDA_LIBRARIES` comes first.
+use super::options::DeviceOptions;
+
+/// The folders looked at beside the loader's own, in this order; those of the options come first.
 const FOLDERS: [&str; 4] = [
     "/usr/local/cuda/lib64",
     "/usr/local/cuda/targets/x86_64-linux/lib",
@@ -48,24 +50,25 @@ pub fn format_release(release: i32) -> String {
 }
 
 /// Whether cuBLASLt can be loaded, after looking in the usual folders too.
-pub fn cublas_lt_present() -> bool {
+pub fn cublas_lt_present(options: &DeviceOptions) -> bool {
     static PRESENT: OnceLock<bool> = OnceLock::new();
     *PRESENT.get_or_init(|| {
-        preload_cublas_lt();
+        preload_cublas_lt(options);
         // SAFETY: only tries to load the library by its standard names.
         unsafe { cudarc::cublaslt::sys::is_culib_present() }
     })
 }
 
 /// Where cuBLASLt was looked for, for messages.
-pub fn cublas_lt_places() -> String {
-    let folders: Vec<String> = folders().map(|folder| folder.display().to_string()).collect();
+pub fn cublas_lt_places(options: &DeviceOptions) -> String {
+    let folders: Vec<String> = folders(options).map(|folder| folder.display().to_string()).collect();
     format!("{} in LD_LIBRARY_PATH, {}", CUBLAS_LT.join(" or "), folders.join(", "))
 }
 
 /// Loads CUPTI, by the loader's own search or from the usual folders; otherwise says how to get it.
 pub fn load_cupti() -> Result<libloading::Library, String> {
-    let in_folders = folders()
+    let options = DeviceOptions::of_process().map_err(|error| error.to_string())?;
+    let in_folders = folders(options)
         .chain([PathBuf::from(CUPTI_FOLDER)])
         .flat_map(|folder| CUPTI.map(|name| folder.join(name)));
     let candidates = CUPTI.map(PathBuf::from).into_iter().chain(in_folders);
@@ -85,7 +88,8 @@ pub fn load_cupti() -> Result<libloading::Library, String> {
 /// Loads NCCL, by the loader's own search, from the usual folders, or from where pip puts it; otherwise says where it was
 /// looked for.
 pub fn load_nccl() -> Result<libloading::Library, String> {
-    let folders: Vec<PathBuf> = folders().chain(nccl_wheels()).collect();
+    let options = DeviceOptions::of_process().map_err(|error| error.to_string())?;
+    let folders: Vec<PathBuf> = folders(options).chain(nccl_wheels(options)).collect();
     let in_folders = folders.iter().flat_map(|folder| NCCL.map(|name| folder.join(name)));
     for path in NCCL.map(PathBuf::from).into_iter().chain(in_folders) {
         // SAFETY: loading the library runs its initialisers only, which have no preconditions.
@@ -102,17 +106,10 @@ pub fn load_nccl() -> Result<libloading::Library, String> {
     ))
 }
 
-/// Where pip installs NCCL: beside the other CUDA wheels that `L2P_CUDA_LIBRARIES` may name, in the environment that is active,
-/// and in those whose `python3` is in the search path.
-fn nccl_wheels() -> Vec<PathBuf> {
-    let beside = folders().filter_map(|folder| Some(folder.parent()?.parent()?.join("nccl/lib")));
-    let active = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os);
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let pythons = std::env::split_paths(&path).filter(|folder| folder.join("python3").is_file());
-    let prefixes = active
-        .map(PathBuf::from)
-        .chain(pythons.filter_map(|folder| Some(folder.parent()?.to_owned())));
-    let libraries = prefixes.flat_map(|prefix| {
+/// Where pip installs NCCL: beside the other CUDA wheels that the options may name, and in the Python environments.
+fn nccl_wheels(options: &DeviceOptions) -> Vec<PathBuf> {
+    let beside = folders(options).filter_map(|folder| Some(folder.parent()?.parent()?.join("nccl/lib")));
+    let libraries = options.python_prefixes.iter().flat_map(|prefix| {
         let entries = std::fs::read_dir(prefix.join("lib")).into_iter().flatten().flatten();
         entries.map(|entry| entry.path()).collect::<Vec<_>>()
     });
@@ -134,18 +131,15 @@ fn nccl_wheels() -> Vec<PathBuf> {
     found
 }
 
-fn folders() -> impl Iterator<Item = PathBuf> {
-    let own = std::env::var_os("L2P_CUDA_LIBRARIES").unwrap_or_default();
-    let own: Vec<PathBuf> = std::env::split_paths(&own)
-        .filter(|path| !path.as_os_str().is_empty())
-        .collect();
-    own.into_iter().chain(FOLDERS.map(PathBuf::from))
+fn folders(options: &DeviceOptions) -> impl Iterator<Item = PathBuf> {
+    let own = options.library_folders.iter().cloned();
+    own.chain(FOLDERS.map(PathBuf::from))
 }
 
 /// Loads cuBLASLt by path where the loader's own search would miss it. A library that is already in the process is found
 /// by its bare name from then on.
-fn preload_cublas_lt() {
-    let found = folders()
+fn preload_cublas_lt(options: &DeviceOptions) {
+    let found = folders(options)
         .flat_map(|folder| CUBLAS_LT.map(|name| folder.join(name)))
         .filter(|path| path.is_file());
     for path in found {

@@ -23,6 +23,7 @@ mod images;
 mod kernel;
 pub(crate) mod libraries;
 mod memory;
+mod options;
 mod pool;
 mod probe;
 mod recording;
@@ -45,6 +46,7 @@ pub use gpu::Gpu;
 pub use graph::Graph;
 pub use kernel::{Kernel, LaunchInfo};
 pub use memory::{BesidePool, MemoryReport, MemoryTag, TagScope, format_bytes};
+pub use options::{DeviceOptions, PoolKind};
 pub use probe::{ForeignImages, GpuReport, ProbeReport, probe};
 pub(crate) use streams::keep_out_of_recordings;
 pub use streams::{SideStream, StreamMark, visible_gpus};
@@ -64,12 +66,13 @@ pub enum Device {
 }
 
 impl Device {
-    /// Opens the device that `choice` names.
+    /// Opens the device that `choice` names, with the [`DeviceOptions`] of the process.
     ///
     /// # Errors
-    /// [`Error::NoGpu`] when a GPU is asked for by name and cannot be used, with the reason. `auto` never fails: it takes
-    /// the CPU where no GPU can be used.
+    /// [`Error::NoGpu`] when a GPU is asked for by name and cannot be used, with the reason; `auto` takes the CPU where no GPU can
+    /// be used. Whatever is asked for, when an environment variable of the engine has a value that means nothing.
     pub fn open(choice: DeviceChoice) -> Result<Self> {
+        DeviceOptions::of_process()?;
         match choice {
             DeviceChoice::Cpu => Ok(Device::Cpu),
             DeviceChoice::Cuda(index) => CudaDevice::open(index).map(Device::Cuda),

@@ -5,7 +5,7 @@
 //! that whatever a phase frees the next one can use, whatever the sizes. All work of a device runs on one stream, so a
 //! block may be handed out again at once: later work on the stream finds earlier work done.
 //!
-//! Where the driver has no virtual memory management, and when `L2P_POOL=direct` asks for it (compute-sanitizer then sees
+//! Where the driver has no virtual memory management, and when [`PoolKind::Direct`] asks for it (compute-sanitizer then sees
 //! the bounds of every tensor), each allocation is the driver's own.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use cudarc::driver::{result, sys};
 
 use super::driver::check;
+use super::options::PoolKind;
 use crate::error::Result;
 
 /// Blocks start and end on multiples of this many bytes; at least what bulk tensor copies and cuBLASLt ask for.
@@ -28,10 +29,9 @@ pub(super) enum Pool {
 }
 
 impl Pool {
-    /// A pool for the device with ordinal `device` and `total` bytes of memory.
-    pub fn new(device: i32, total: u64) -> Result<Self> {
-        let direct = std::env::var("L2P_POOL").is_ok_and(|value| value == "direct");
-        if direct || !supports_virtual_memory(device)? {
+    /// A pool of this kind for the device with ordinal `device` and `total` bytes of memory.
+    pub fn new(kind: PoolKind, device: i32, total: u64) -> Result<Self> {
+        if kind == PoolKind::Direct || !supports_virtual_memory(device)? {
             return Ok(Pool::Direct);
         }
         Ok(Pool::Arena(Arena::new(device, total)?))

@@ -6,9 +6,11 @@ use std::path::PathBuf;
 use cudarc::driver::{CudaContext, sys};
 use serde::Serialize;
 
-use super::driver::{OLDEST_CAPABILITY, gpu_count, portable_forced, too_old};
+use super::driver::{OLDEST_CAPABILITY, gpu_count, too_old};
 use super::memory::format_bytes;
+use super::options::DeviceOptions;
 use super::{host_memory, images, libraries};
+use crate::error::Result;
 use crate::printable::printable;
 
 /// Everything that `--device auto` looks at.
@@ -73,34 +75,41 @@ impl ProbeReport {
 }
 
 /// Looks at the machine without allocating anything on a GPU (a context is opened on each for its free memory).
-pub fn probe() -> ProbeReport {
-    let cublas_lt = libraries::cublas_lt_present();
+///
+/// # Errors
+/// When an environment variable of the engine has a value that means nothing.
+pub fn probe() -> Result<ProbeReport> {
+    let options = DeviceOptions::of_process()?;
+    let cublas_lt = libraries::cublas_lt_present(options);
     let kernel_images: Vec<&'static str> = l2p_kernels::IMAGES.iter().map(|image| image.name).collect();
     let (gpus, missing) = match gpu_count() {
-        Ok(count) => ((0..count).map(probe_gpu).collect(), None),
+        Ok(count) => ((0..count).map(|index| probe_gpu(index, options)).collect(), None),
         Err(error) => (Vec::new(), Some(error.to_string())),
     };
     let obstacle = missing.or_else(|| match (kernel_images.is_empty(), cublas_lt) {
         (true, _) => Some(l2p_kernels::HOW_TO_BUILD.into()),
-        (_, false) => Some(format!("cuBLASLt was not found: {}", libraries::cublas_lt_places())),
+        (_, false) => Some(format!(
+            "cuBLASLt was not found: {}",
+            libraries::cublas_lt_places(options)
+        )),
         _ => None,
     });
-    ProbeReport {
+    Ok(ProbeReport {
         cpu_threads: rayon::current_num_threads(),
         cpu_available_bytes: host_memory::available_memory(),
         driver: libraries::driver_release().map(libraries::format_release),
         cublas_lt,
         kernel_images,
-        foreign_images: images::foreign_folder().map(|folder| ForeignImages {
-            images: images::foreign_names(&folder),
-            folder,
+        foreign_images: options.kernel_images.as_ref().map(|folder| ForeignImages {
+            images: images::foreign_names(folder),
+            folder: folder.clone(),
         }),
         gpus,
         obstacle,
-    }
+    })
 }
 
-fn probe_gpu(index: usize) -> GpuReport {
+fn probe_gpu(index: usize, options: &DeviceOptions) -> GpuReport {
     let mut report = GpuReport {
         index,
         name: "unknown".into(),
@@ -111,7 +120,7 @@ fn probe_gpu(index: usize) -> GpuReport {
         kernels: "none",
         obstacle: None,
     };
-    if let Err(error) = fill(&mut report) {
+    if let Err(error) = fill(&mut report, options) {
         report.obstacle = Some(format!("the driver cannot open it: {error}"));
     } else if report.capability < OLDEST_CAPABILITY {
         report.obstacle = Some(too_old(&report.name, report.capability));
@@ -119,14 +128,14 @@ fn probe_gpu(index: usize) -> GpuReport {
     report
 }
 
-fn fill(report: &mut GpuReport) -> Result<(), cudarc::driver::DriverError> {
+fn fill(report: &mut GpuReport, options: &DeviceOptions) -> std::result::Result<(), cudarc::driver::DriverError> {
     let context = CudaContext::new(report.index)?;
     report.name = context.name()?;
     report.capability = context.compute_capability()?;
     report.multiprocessors = context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
     let (free, total) = context.mem_get_info()?;
     (report.free_bytes, report.total_bytes) = (free as u64, total as u64);
-    report.kernels = images::description(report.capability, portable_forced());
+    report.kernels = images::description(report.capability, options.portable);
     Ok(())
 }
 

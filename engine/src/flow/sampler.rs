@@ -141,9 +141,27 @@ impl Sampler {
         Sampler { kept: Vec::new(), most }
     }
 
-    /// Lets go of all steps and of the memory that they hold.
-    pub fn clear(&mut self) {
-        self.kept.clear();
+    /// The most shapes that it keeps the steps of.
+    pub fn most(&self) -> usize {
+        self.most
+    }
+
+    /// Shapes whose steps it keeps now.
+    pub fn kept(&self) -> usize {
+        self.kept.len()
+    }
+
+    /// Whether it keeps the step of pictures that follow `guides` from noise of this shape.
+    pub fn keeps(&self, guides: &Guides<'_>, noise: &Tensor) -> bool {
+        let shape = guides.shape(noise);
+        self.kept.iter().any(|kept| kept.shape == shape)
+    }
+
+    /// Lets go of the step that was not used for longest and of the memory that it holds; false where there is none.
+    pub fn forget_oldest(&mut self) -> bool {
+        let any = !self.kept.is_empty();
+        self.kept.drain(..usize::from(any));
+        any
     }
 
     /// As [`sample`], for captions that need not be prepared yet.

@@ -48,6 +48,21 @@ impl Schedule {
         })
     }
 
+    /// The steps from `first` on.
+    ///
+    /// # Errors
+    /// When there are none.
+    pub fn tail(mut self, first: usize) -> Result<Self> {
+        if first >= self.steps() {
+            return Err(Error::invalid(format!(
+                "of {} steps none is left after {first}",
+                self.steps()
+            )));
+        }
+        self.sigmas.drain(..first);
+        Ok(self)
+    }
+
     /// The number of steps.
     pub fn steps(&self) -> usize {
         self.sigmas.len() - 1
@@ -69,6 +84,15 @@ mod tests {
         assert_eq!((schedule.sigma(0), schedule.sigma(4)), (1.0, 0.0));
         assert!((schedule.sigma(2) - 0.75).abs() < 1e-6);
         assert!((0..4).all(|step| schedule.sigma(step + 1) < schedule.sigma(step)));
+    }
+
+    #[test]
+    fn a_tail_ends_as_the_whole_does() {
+        let whole = Schedule::new(4, 3.0).unwrap();
+        let tail = whole.clone().tail(3).unwrap();
+        assert_eq!((tail.steps(), tail.sigma(0), tail.sigma(1)), (1, whole.sigma(3), 0.0));
+        assert_eq!(whole.clone().tail(0).unwrap(), whole);
+        assert!(whole.clone().tail(4).is_err() && whole.tail(usize::MAX).is_err());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Steps down a schedule: what they read and write, and how they are recorded.
 //!
 //! On CUDA the first step runs call by call, which loads every kernel; the second is recorded and replayed for all others,
-//! with the step's own modulation vectors and factors copied to fixed addresses. `L2P_GRAPH=0` turns recording off.
+//! with the step's own modulation vectors and factors copied to fixed addresses. The device's options may turn recording off.
 
 use std::sync::Arc;
 
@@ -242,15 +242,10 @@ pub(super) enum Recording {
     Ready(Graph),
 }
 
-/// Whether steps are recorded at all.
-fn wanted() -> bool {
-    !std::env::var("L2P_GRAPH").is_ok_and(|value| value == "0")
-}
-
 impl Recording {
     pub(super) fn new(device: &Device) -> Self {
         match device {
-            Device::Cuda(device) if wanted() => Recording::Pending(device.clone()),
+            Device::Cuda(device) if device.options().graphs => Recording::Pending(device.clone()),
             _ => Recording::Off,
         }
     }

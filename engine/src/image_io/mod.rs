@@ -1,6 +1,6 @@
 //! Picture files.
 //!
-//! Writing ([`write_image`]): PNG, JPEG and lossless WebP by the path's extension, from 8-bit RGB, beside the target and
+//! Writing ([`encode_image`] to memory, [`write_image`] to a file): PNG, JPEG and lossless WebP by the path's extension, from 8-bit RGB, beside the target and
 //! renamed into place. A PNG carries the [`Settings`] that drew it, and [`read_settings`] gets them back.
 //!
 //! Reading ([`read_image`]): the same formats, recognised by content, to 8-bit RGB, within the limits that [`crate::limits`] states;
@@ -15,7 +15,7 @@ mod write;
 pub use read::{Colours, Header, read_cover, read_header, read_image};
 pub use resize::{Filter, centre_crop, cover, fit_to_multiple, fitted_size, resize};
 pub use settings::{Settings, read_settings};
-pub use write::{ImageFormat, WriteOptions, expect_writable, write_image};
+pub use write::{ImageFormat, WriteOptions, encode_image, expect_writable, write_image};
 
 use crate::error::{Error, Result};
 

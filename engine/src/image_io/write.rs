@@ -1,13 +1,12 @@
-//! Finished pictures to files.
+//! Finished pictures as the bytes of a file, and to files.
 
 use std::fmt;
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{self, Write};
 use std::path::Path;
 
 use image::ExtendedColorType;
 use image::codecs::webp::WebPEncoder;
-use jpeg_encoder::{ColorType, EncodingError};
+use jpeg_encoder::ColorType;
 use tempfile::NamedTempFile;
 
 use super::settings::Settings;
@@ -48,6 +47,17 @@ impl ImageFormat {
             ImageFormat::WebP => 16384,
         }
     }
+
+    /// Whether the format can express a picture of this size; otherwise a sentence that says so.
+    fn check(self, width: usize, height: usize) -> std::result::Result<(), String> {
+        let longest = self.max_side();
+        match width.max(height) > longest {
+            true => Err(format!(
+                "{self} pictures are at most {longest} pixels wide and high, this one would be {width}x{height}"
+            )),
+            false => Ok(()),
+        }
+    }
 }
 
 impl fmt::Display for ImageFormat {
@@ -60,7 +70,7 @@ impl fmt::Display for ImageFormat {
     }
 }
 
-/// How to write a picture.
+/// How to encode a picture, and how to write it.
 #[derive(Clone, Copy, Debug)]
 pub struct WriteOptions<'a> {
     /// 1 to 100. From 90 on, colour has the resolution of brightness.
@@ -90,20 +100,31 @@ impl Default for WriteOptions<'_> {
 /// When the extension names no format, the format has no room for the size, or the folder does not take a file.
 pub fn expect_writable(path: &Path, width: usize, height: usize) -> Result<()> {
     let format = ImageFormat::of(path)?;
-    let longest = format.max_side();
-    if width.max(height) > longest {
-        return Err(Error::file(
-            path,
-            format!("{format} pictures are at most {longest} pixels wide and high, this one would be {width}x{height}"),
-        ));
-    }
+    format
+        .check(width, height)
+        .map_err(|reason| Error::file(path, reason))?;
     if path.is_dir() {
         return Err(Error::file(path, "is a folder"));
     }
     new_beside(path).map(|_| ())
 }
 
-/// Writes `image` to `path` in the format of its extension. The file is written beside and renamed into place, so that
+/// The bytes of a picture's file; the same for the same picture and options.
+///
+/// # Errors
+/// When the format has no room for the size, the quality is none, or settings cannot be written down.
+pub fn encode_image(image: &RgbImage, format: ImageFormat, options: &WriteOptions<'_>) -> Result<Vec<u8>> {
+    format.check(image.width, image.height).map_err(Error::invalid)?;
+    let mut bytes = Vec::new();
+    match format {
+        ImageFormat::Png => encode_png(image, options, &mut bytes)?,
+        ImageFormat::Jpeg => encode_jpeg(image, options.jpeg_quality, &mut bytes)?,
+        ImageFormat::WebP => encode_webp(image, &mut bytes)?,
+    }
+    Ok(bytes)
+}
+
+/// Writes `image` to `path` in the format of its extension: the bytes of [`encode_image`]. The file is written beside and renamed into place, so that
 /// there is a whole picture or, on an error, whatever was there before.
 ///
 /// # Errors
@@ -111,15 +132,11 @@ pub fn expect_writable(path: &Path, width: usize, height: usize) -> Result<()> {
 /// kind `AlreadyExists`).
 pub fn write_image(path: &Path, image: &RgbImage, options: &WriteOptions<'_>) -> Result<()> {
     expect_writable(path, image.width, image.height)?;
+    let bytes = encode_image(image, ImageFormat::of(path)?, options)?;
     let file = new_beside(path)?;
-    let mut output = BufWriter::with_capacity(1 << 20, file.as_file());
-    match ImageFormat::of(path)? {
-        ImageFormat::Png => write_png(path, image, options, &mut output)?,
-        ImageFormat::Jpeg => write_jpeg(path, image, options.jpeg_quality, &mut output)?,
-        ImageFormat::WebP => write_webp(path, image, &mut output)?,
-    }
-    output.flush().map_err(|source| Error::io(path, source))?;
-    drop(output);
+    file.as_file()
+        .write_all(&bytes)
+        .map_err(|source| Error::io(path, source))?;
     if options.durable {
         // Before the rename: a name that outlives a crash must not be that of a file that does not.
         file.as_file().sync_all().map_err(|source| Error::io(path, source))?;
@@ -151,34 +168,33 @@ fn new_beside(path: &Path) -> Result<NamedTempFile> {
     })
 }
 
-fn write_png(path: &Path, image: &RgbImage, options: &WriteOptions<'_>, output: &mut BufWriter<&File>) -> Result<()> {
-    let texts = options.settings.map(Settings::texts).transpose()?;
-    let texts: Vec<png::Text<'_>> = texts.iter().flatten().map(png::Text::from).collect();
-    png::encode(image, &texts, output).map_err(|source| Error::io(path, source))
+/// What an encoder says that writes to memory, which takes everything: the picture is at fault.
+fn refused(reason: impl fmt::Display) -> Error {
+    Error::invalid(format!("the picture cannot be encoded: {reason}"))
 }
 
-fn write_jpeg(path: &Path, image: &RgbImage, quality: u8, output: &mut BufWriter<&File>) -> Result<()> {
+fn encode_png(image: &RgbImage, options: &WriteOptions<'_>, output: &mut Vec<u8>) -> Result<()> {
+    let texts = options.settings.map(Settings::texts).transpose()?;
+    let texts: Vec<png::Text<'_>> = texts.iter().flatten().map(png::Text::from).collect();
+    png::encode(image, &texts, output).map_err(|error: io::Error| refused(error))
+}
+
+fn encode_jpeg(image: &RgbImage, quality: u8, output: &mut Vec<u8>) -> Result<()> {
     if !(1..=100).contains(&quality) {
         return Err(Error::invalid(format!(
             "a JPEG quality of {quality} is not in 1 to 100"
         )));
     }
-    // Both fit 16 bits, as `expect_writable` has checked.
+    // Both fit 16 bits, as `encode_image` has checked.
     let (width, height) = (image.width as u16, image.height as u16);
     jpeg_encoder::Encoder::new(output, quality)
         .encode(&image.pixels, width, height, ColorType::Rgb)
-        .map_err(|error| match error {
-            EncodingError::IoError(source) => Error::io(path, source),
-            other => Error::file(path, other.to_string()),
-        })
+        .map_err(refused)
 }
 
-fn write_webp(path: &Path, image: &RgbImage, output: &mut BufWriter<&File>) -> Result<()> {
+fn encode_webp(image: &RgbImage, output: &mut Vec<u8>) -> Result<()> {
     let (width, height) = (image.width as u32, image.height as u32);
     WebPEncoder::new_lossless(output)
         .encode(&image.pixels, width, height, ExtendedColorType::Rgb8)
-        .map_err(|error| match error {
-            image::ImageError::IoError(source) => Error::io(path, source),
-            other => Error::file(path, other.to_string()),
-        })
+        .map_err(refused)
 }

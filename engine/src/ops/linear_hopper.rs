@@ -18,12 +18,12 @@ const FEWEST_ROWS: usize = 1024;
 
 const ELEMENT: u64 = DType::Bf16.size() as u64;
 
-/// The device of `x`, if it has these kernels, they suit the numbers of rows and summed elements, and `L2P_FUSED_LINEAR=0` does not
-/// turn them off.
+/// The device of `x`, if it has these kernels, they suit the numbers of rows and summed elements, and its options do not turn them
+/// off.
 pub(super) fn device_for(x: &Tensor, rows: usize, depth: usize) -> Option<&Arc<CudaDevice>> {
-    let wanted = !std::env::var("L2P_FUSED_LINEAR").is_ok_and(|value| value == "0");
     let suits = rows >= FEWEST_ROWS && depth.is_multiple_of(8) && i32::try_from(rows).is_ok();
-    x.cuda().filter(|device| wanted && suits && device.has_hopper_kernels())
+    x.cuda()
+        .filter(|device| suits && device.options().fused_linear && device.has_hopper_kernels())
 }
 
 /// A matrix `[rows, depth]` by the kernel's boxes.

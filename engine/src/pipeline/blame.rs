@@ -23,6 +23,14 @@ pub(super) fn blame<'a>(error: Error, parts: impl IntoIterator<Item = &'a Checkp
     Error::not_finite(format!("{what} ({because})"))
 }
 
+/// The error with the file that it is about.
+pub(super) fn of_file(checkpoint: &Checkpoint, error: Error) -> Error {
+    match error {
+        Error::Invalid(reason) => Error::file(checkpoint.path(), reason),
+        error => error,
+    }
+}
+
 /// Refuses features of a text encoder that are not finite, naming the weight to blame.
 ///
 /// # Errors

@@ -2,8 +2,7 @@
 
 use sha2::{Digest, Sha256};
 
-use super::blame::expect_finite_features;
-use super::of_file;
+use super::blame::{expect_finite_features, of_file};
 use crate::checkpoint::{Checkpoint, ModelPaths, open_text_encoder};
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};

@@ -21,6 +21,45 @@ pub struct Settings {
     pub cfg: f32,
 }
 
+/// What somebody asks for; the model says the rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Asked {
+    /// Pixels.
+    pub width: Option<usize>,
+    /// Pixels.
+    pub height: Option<usize>,
+    /// Denoising steps.
+    pub steps: Option<usize>,
+    /// See [`Settings::shift`].
+    pub shift: Option<f32>,
+    /// See [`Settings::cfg`].
+    pub cfg: Option<f32>,
+}
+
+/// How many pictures are drawn at once where nobody says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Batching {
+    /// As many pictures as have this many image tokens together, but at least one: more do not make a GPU faster.
+    pub tokens: usize,
+    /// No more than these.
+    pub most: usize,
+}
+
+impl Batching {
+    /// For somebody who waits: the fewest that fill a GPU.
+    pub const PROMPT: Batching = Batching { tokens: 4096, most: 64 };
+    /// For many pictures that nobody waits for.
+    pub const BULK: Batching = Batching {
+        tokens: 16384,
+        most: 256,
+    };
+
+    /// The largest batch of pictures of so many image tokens each.
+    pub fn largest(self, image_tokens: usize) -> usize {
+        (self.tokens / image_tokens.max(1)).clamp(1, self.most.max(1))
+    }
+}
+
 impl Settings {
     /// Refuses what cannot be drawn with any model or device.
     ///
@@ -49,6 +88,15 @@ impl Settings {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn batches_fill_a_gpu() {
+        assert_eq!(
+            [64, 4096, 5000, 0].map(|tokens| Batching::PROMPT.largest(tokens)),
+            [64, 1, 1, 64]
+        );
+        assert_eq!([64, 4096].map(|tokens| Batching::BULK.largest(tokens)), [256, 4]);
+    }
 
     #[test]
     fn senseless_settings_are_refused() {

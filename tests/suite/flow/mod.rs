@@ -7,6 +7,7 @@ mod schedule;
 mod torch_rng;
 
 use l2p_tests::Suite;
+pub use sampler::taken;
 
 pub fn register(suite: &mut Suite) {
     noise_source::register(suite);

@@ -198,7 +198,7 @@ fn kept_steps_draw_the_same(device: &Device) -> Outcome {
 }
 
 /// Bytes taken from the driver, recordings, and products searched for.
-fn taken(device: &Device) -> (u64, u64, usize) {
+pub fn taken(device: &Device) -> (u64, u64, usize) {
     match device {
         Device::Cpu => (0, 0, 0),
         Device::Cuda(cuda) => (

@@ -1,7 +1,7 @@
 //! The choices of algorithms for one GPU and one version of the library, and the file that they are kept in.
 //!
 //! A choice belongs to a class of products ([`super::class`]); whether it can be used is asked of the library for every exact
-//! shape. The file is `matmul-<gpu>-<library version>.json` under `L2P_CACHE_DIR`, `$XDG_CACHE_HOME/l2p` or `~/.cache/l2p`. What
+//! shape. The file is `matmul-<gpu>-<library version>.json` under [`DeviceOptions::cache_folder`]. What
 //! several processes find is put together; for one class the first choice stays, unless a later search was more thorough.
 
 use std::collections::BTreeMap;
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::Matmul;
 use super::class::{class_of, key};
 use super::search::Effort;
+use crate::device::options::DeviceOptions;
 use crate::error::Result;
 use crate::files::{self, FolderLock};
 use crate::limits::Budget;
@@ -59,15 +60,15 @@ struct Known {
 
 impl Choices {
     /// Those kept for this kind of GPU and version of the library. A file that cannot be read counts as empty, with a warning.
-    pub fn open(gpu: &str, version: usize) -> Self {
-        let enabled = !std::env::var("L2P_GEMM_SEARCH").is_ok_and(|value| value == "0");
+    pub fn open(gpu: &str, version: usize, options: &DeviceOptions) -> Self {
         let gpu: String = gpu
             .chars()
             .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
             .collect();
+        let folder = options.cache_folder.as_deref();
         Self::at(
-            enabled,
-            folder().map(|folder| folder.join(format!("matmul-{gpu}-{version}.json"))),
+            options.matmul_search,
+            folder.map(|folder| folder.join(format!("matmul-{gpu}-{version}.json"))),
         )
     }
 
@@ -172,17 +173,6 @@ fn hold(folder: &Path) -> Result<FolderLock> {
         }
     }
     FolderLock::acquire(folder, "a search for matrix algorithms")
-}
-
-fn folder() -> Option<PathBuf> {
-    let variable = |name: &str| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    variable("L2P_CACHE_DIR")
-        .or_else(|| variable("XDG_CACHE_HOME").map(|folder| folder.join("l2p")))
-        .or_else(|| variable("HOME").map(|folder| folder.join(".cache/l2p")))
 }
 
 #[cfg(test)]

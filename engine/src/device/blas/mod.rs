@@ -14,7 +14,7 @@
 //! decides in which order sums are taken. So the same shape gives the same bits as long as the file of choices holds the same
 //! for its class: a later run, in which nothing is searched, repeats the one before. The run that makes a search may choose
 //! otherwise than another would have, since timings vary; so may a thorough search that replaces a quick one's choice. With
-//! `L2P_GEMM_SEARCH=0` the library's first choice is taken whatever the file holds, and the bits depend on no file.
+//! `L2P_GEMM_SEARCH=0` ([`DeviceOptions::matmul_search`]) the library's first choice is taken whatever the file holds, and the bits depend on no file.
 
 mod choices;
 mod class;
@@ -38,6 +38,7 @@ use self::search::Trials;
 use super::block::Block;
 use super::gpu::Gpu;
 use super::memory::MemoryTag;
+use super::options::DeviceOptions;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::lock::lock;
@@ -110,14 +111,14 @@ unsafe impl Send for Blas {}
 unsafe impl Sync for Blas {}
 
 impl Blas {
-    pub(super) fn new(gpu: &str) -> Result<Self> {
+    pub(super) fn new(gpu: &str, options: &DeviceOptions) -> Result<Self> {
         let handle = check("cublasLtCreate", result::create_handle())?;
         // SAFETY: the library is loaded; the call has no preconditions.
         let version = unsafe { sys::cublasLtGetVersion() };
         Ok(Blas {
             handle,
             plans: Mutex::default(),
-            choices: Mutex::new(Choices::open(gpu, version)),
+            choices: Mutex::new(Choices::open(gpu, version, options)),
             workspace: Mutex::new(None),
             effort: Mutex::new(Effort::Bounded),
             searched: Mutex::default(),

@@ -15,7 +15,7 @@ mod slurm;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, TcpListener};
 
-use crate::device::{CudaDevice, Device, DeviceChoice, visible_gpus};
+use crate::device::{CudaDevice, Device, DeviceChoice, DeviceOptions, visible_gpus};
 use crate::error::{Error, Result};
 use crate::limits::Ranks;
 use crate::printable::shown_name;
@@ -157,6 +157,7 @@ impl Launch {
     /// # Errors
     /// When a GPU is asked for and cannot be used, when one of several is named for all ranks, or when the machine has too few.
     pub fn open_device(&self, choice: DeviceChoice) -> Result<Device> {
+        DeviceOptions::of_process()?;
         match self.device_index(choice, || visible_gpus().unwrap_or(0))? {
             Some(index) if choice == DeviceChoice::Auto => Device::open(DeviceChoice::Cuda(index)).or_else(|reason| {
                 tracing::debug!("running on the CPU: {reason}");

@@ -1,0 +1,286 @@
+//! A model as it lies on disk, opened and checked: what it is, what it draws, and what that takes. No weights are loaded; nothing here
+//! changes, so that any thread may ask.
+
+use super::prompts::PromptFiles;
+use super::settings::{Asked, Batching, Settings};
+use crate::checkpoint::{Checkpoint, EstimateInput, MemoryEstimate, ModelPaths, Transformer, open_vae};
+use crate::device::{Device, format_bytes};
+use crate::error::{Error, Result};
+use crate::model::config::{ModelKind, VaeConfig};
+use crate::model::{DeviceLimits, Spec};
+
+/// Steps where neither user nor model says: enough for a model that was not distilled.
+const DEFAULT_STEPS: usize = 28;
+
+/// The shift where neither user nor model says.
+const DEFAULT_SHIFT: f32 = 3.0;
+
+/// A model's files, and the device that it is to run on.
+pub struct ModelFiles {
+    device: Device,
+    paths: ModelPaths,
+    transformer: Transformer,
+    /// A latent model's.
+    vae: Option<(VaeConfig, Checkpoint)>,
+}
+
+impl ModelFiles {
+    /// Opens the model at `paths`: reads configurations and headers.
+    ///
+    /// # Errors
+    /// When a part is missing, damaged, does not fit the others, or has sizes that the device's kernels cannot take.
+    pub fn open(paths: ModelPaths, device: Device) -> Result<Self> {
+        let transformer = paths.open_transformer()?;
+        transformer.spec.expect_runs_on(&device)?;
+        let vae = match transformer.spec.geometry().kind {
+            ModelKind::Latent => {
+                let (config, checkpoint) = open_vae(paths.vae()?)?;
+                config.expect_runs_on(&device)?;
+                Some((config, checkpoint))
+            }
+            ModelKind::Pixel => None,
+        };
+        Ok(ModelFiles {
+            device,
+            paths,
+            transformer,
+            vae,
+        })
+    }
+
+    /// The device that the model runs on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Where the model's parts are.
+    pub fn paths(&self) -> &ModelPaths {
+        &self.paths
+    }
+
+    /// The transformer's files.
+    pub fn transformer(&self) -> &Transformer {
+        &self.transformer
+    }
+
+    /// What the transformer is.
+    pub fn spec(&self) -> &dyn Spec {
+        &*self.transformer.spec
+    }
+
+    /// The VAE's files, of a latent model.
+    pub fn vae_files(&self) -> Option<(&VaeConfig, &Checkpoint)> {
+        self.vae.as_ref().map(|(config, checkpoint)| (config, checkpoint))
+    }
+
+    fn vae_config(&self) -> Option<&VaeConfig> {
+        self.vae.as_ref().map(|(config, _)| config)
+    }
+
+    /// Pixels along the side of what the transformer draws as one cell: 1, or those of a latent.
+    pub fn cell(&self) -> usize {
+        self.vae_config().map_or(1, VaeConfig::downsampling)
+    }
+
+    /// The text encoder's files.
+    ///
+    /// # Errors
+    /// Saying how to name a part that is missing, or what is damaged or does not fit.
+    pub fn prompt_files(&self) -> Result<PromptFiles<'_>> {
+        PromptFiles::open(&self.paths, &self.device, self.spec().caption_width())
+    }
+
+    /// Checks before any work that there is a text encoder, of the width that the transformer takes; reads no weights.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::prompt_files`].
+    pub fn expect_text_encoder(&self) -> Result<()> {
+        self.prompt_files().map(|_| ())
+    }
+
+    /// Sides of a picture are multiples of this many pixels.
+    pub fn size_multiple(&self) -> usize {
+        self.spec().size_multiple(self.cell())
+    }
+
+    /// What the model says about how to draw with it, completed by general defaults.
+    ///
+    /// # Errors
+    /// When the scheduler's configuration cannot be read.
+    pub fn defaults(&self) -> Result<Settings> {
+        let own = &self.paths.defaults;
+        let scheduler = self.paths.scheduler()?;
+        let geometry = self.spec().geometry();
+        let side = match geometry.kind {
+            ModelKind::Latent => geometry.published_side(),
+            ModelKind::Pixel => geometry.published_side().next_multiple_of(self.size_multiple()),
+        };
+        Ok(Settings {
+            width: own.width.unwrap_or(side),
+            height: own.height.unwrap_or(side),
+            steps: own.steps.unwrap_or(DEFAULT_STEPS),
+            shift: own
+                .shift
+                .or(scheduler.map(|scheduler| scheduler.shift))
+                .unwrap_or(DEFAULT_SHIFT),
+            cfg: own.cfg.unwrap_or(1.0),
+        })
+    }
+
+    /// What was asked for, then what the model says; sides as they are, not yet multiples of what the model draws.
+    ///
+    /// # Errors
+    /// When the scheduler's configuration cannot be read, or a value cannot be drawn with any model.
+    pub fn settings(&self, asked: &Asked) -> Result<Settings> {
+        let defaults = self.defaults()?;
+        let settings = Settings {
+            width: asked.width.unwrap_or(defaults.width),
+            height: asked.height.unwrap_or(defaults.height),
+            steps: asked.steps.unwrap_or(defaults.steps),
+            shift: asked.shift.unwrap_or(defaults.shift),
+            cfg: asked.cfg.unwrap_or(defaults.cfg),
+        };
+        settings.check()?;
+        Ok(settings)
+    }
+
+    /// The settings with sides rounded up to what the model draws, and a sentence for each that was.
+    pub fn rounded(&self, settings: Settings) -> (Settings, Vec<String>) {
+        let multiple = self.size_multiple();
+        let mut notes = Vec::new();
+        let mut round = |side: usize, name: &str| {
+            let rounded = side.next_multiple_of(multiple);
+            if rounded != side {
+                notes.push(format!(
+                    "{name} {side} is rounded up to {rounded}: this model draws multiples of {multiple}"
+                ));
+            }
+            rounded
+        };
+        let settings = Settings {
+            width: round(settings.width, "width"),
+            height: round(settings.height, "height"),
+            ..settings
+        };
+        (settings, notes)
+    }
+
+    /// Refuses settings that cannot be drawn, and sides that this model does not draw.
+    ///
+    /// # Errors
+    /// Naming the value and what it should be.
+    pub fn ensure_drawable(&self, settings: &Settings) -> Result<()> {
+        settings.check()?;
+        let multiple = self.size_multiple();
+        for (name, side) in [("width", settings.width), ("height", settings.height)] {
+            if side % multiple != 0 {
+                return Err(Error::invalid(format!(
+                    "a {name} of {side} cannot be drawn: this model draws multiples of {multiple}, such as {}",
+                    side.next_multiple_of(multiple)
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// What the model's files ask for and is not done, in words.
+    ///
+    /// # Errors
+    /// When the scheduler's configuration cannot be read.
+    pub fn notes(&self) -> Result<Vec<String>> {
+        Ok(self
+            .paths
+            .scheduler()?
+            .map(|scheduler| scheduler.notes)
+            .unwrap_or_default())
+    }
+
+    /// Height, width and channels of what the transformer draws: an image, or the latent of one.
+    pub fn canvas(&self, settings: &Settings) -> [usize; 3] {
+        let cell = self.cell();
+        [
+            settings.height / cell,
+            settings.width / cell,
+            self.spec().geometry().channels,
+        ]
+    }
+
+    /// Image tokens of one picture.
+    pub fn image_tokens(&self, settings: &Settings) -> usize {
+        let [height, width, _] = self.canvas(settings);
+        self.spec().geometry().image_tokens([height, width])
+    }
+
+    /// Pictures to draw at once, out of so many: as many as fill a GPU and fit into the memory that it has to spare. The CPU draws one
+    /// by one: there a batch gains nothing, and the first picture would come later.
+    ///
+    /// # Errors
+    /// When the device does not tell what it has.
+    pub fn batch_size(&self, settings: &Settings, pictures: usize, batching: Batching) -> Result<usize> {
+        if matches!(self.device, Device::Cpu) {
+            return Ok(1);
+        }
+        let available = self.device.available_memory()?;
+        let mut batch = batching.largest(self.image_tokens(settings)).min(pictures.max(1));
+        while batch > 1 && self.estimate(settings, batch) > available {
+            batch -= 1;
+        }
+        Ok(batch)
+    }
+
+    /// Bytes of device memory that drawing `batch` pictures of this size at once takes, estimated.
+    pub fn estimate(&self, settings: &Settings, batch: usize) -> u64 {
+        let (weights, activations) = self.parts(settings, batch);
+        weights.saturating_add(activations)
+    }
+
+    /// Weights and activations of [`ModelFiles::estimate`].
+    pub(super) fn parts(&self, settings: &Settings, batch: usize) -> (u64, u64) {
+        let estimate = MemoryEstimate::of(&EstimateInput {
+            spec: self.spec(),
+            vae: self.vae_config(),
+            text_parameters: 0,
+            width: settings.width,
+            height: settings.height,
+        });
+        // The estimate counts bf16; the CPU computes in f32.
+        let element = self.device.compute_dtype().size() as u64;
+        let bytes = |bf16: u64| (bf16 / 2).saturating_mul(element);
+        let sampling = estimate.sampling;
+        (
+            bytes(sampling.weights),
+            bytes(sampling.activations.saturating_mul(batch as u64)),
+        )
+    }
+
+    /// Refuses settings that make no sense and work that the device has no memory for, before any of it starts.
+    ///
+    /// # Errors
+    /// Naming the value at fault, or the estimate and what there is.
+    pub fn expect_room(&self, settings: &Settings, batch: usize) -> Result<()> {
+        settings.check()?;
+        self.ensure_memory(settings, batch, self.estimate(settings, batch))
+    }
+
+    /// Refuses work that takes `needed` bytes where the device does not have them.
+    pub(super) fn ensure_memory(&self, settings: &Settings, batch: usize, needed: u64) -> Result<()> {
+        let available = self.device.available_memory()?;
+        if needed <= available {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "{}x{} pixels{} take about {} of memory, but {} has {} to spare: draw smaller{}",
+            settings.width,
+            settings.height,
+            if batch > 1 {
+                format!(" in batches of {batch}")
+            } else {
+                String::new()
+            },
+            format_bytes(needed),
+            self.device,
+            format_bytes(available),
+            if batch > 1 { " or fewer at once (--batch 1)" } else { "" },
+        )))
+    }
+}
