@@ -238,8 +238,11 @@ pub trait Trainable: Send + Sync {
     /// Those of `loss` and `finished`; when shapes do not fit or the device has no room.
     fn accumulate(&mut self, noisy: Noisy<'_>, loss: &mut LossGradient<'_>, finished: &mut Finished<'_>) -> Result<()>;
 
-    /// The numbers of all parameters in the model's description, in the order in which a backward pass finishes their gradients.
-    fn finish_order(&self) -> Vec<usize>;
+    /// The numbers of all parameters in the model's description, in the order in which a backward pass finishes their gradients; any
+    /// order for a family that does not tell when they are.
+    fn finish_order(&self) -> Vec<usize> {
+        (0..self.slots().len()).collect()
+    }
 }
 
 /// What is trained, and how gradients are made.

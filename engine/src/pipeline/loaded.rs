@@ -40,7 +40,7 @@ impl LoadedModel {
         };
         let transformer = files.transformer();
         let denoiser = transformer
-            .spec()?
+            .spec
             .load(&transformer.checkpoint, files.device(), loaded)?;
         let vae_checkpoint = files.vae_files().map(|(_, checkpoint)| checkpoint);
         let checkpoints = [&transformer.checkpoint].into_iter().chain(vae_checkpoint);

@@ -295,6 +295,7 @@ mod tests {
             Message::Pulse(Pulse {
                 entered: u64::MAX,
                 waits: Some(wait),
+                worked: 5,
             }),
             Message::Report {
                 suspect: Some(3),

@@ -19,7 +19,7 @@ use crate::model::Spec;
 use crate::model::objective::Objective;
 use crate::pipeline::{Captions, Pipeline, Settings};
 use crate::tensor::Tensor;
-use crate::train::{AdamWOptions, Batch, PlanInput, Recompute, StatePart, TrainOptions, TrainableModel, TrainingPlan};
+use crate::train::{Division, AdamWOptions, Batch, PlanInput, Recompute, StatePart, TrainOptions, TrainableModel, TrainingPlan};
 
 /// Height and width of its pictures.
 const SIZE: [usize; 2] = [4, 8];
@@ -391,6 +391,7 @@ fn plans_and_estimates_count_it() {
             caption_tokens: 5,
             batch: 2,
             cuda: false,
+            division: Division::default(),
         })
     };
     let elements: usize = params().0.values().map(|(_, values)| values.len()).sum();

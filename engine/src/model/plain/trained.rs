@@ -8,7 +8,7 @@ use crate::layers::{
     Choose, Gradients, Linear, MakeSlots, Meta, Module, ParamSource, Slot, slots, slots_mut, tensors, tensors_mut,
     trained,
 };
-use crate::model::denoiser::{Denoiser, LossGradient, Noisy, Trainable, TrainingChoice};
+use crate::model::denoiser::{Denoiser, Finished, LossGradient, Noisy, Trainable, TrainingChoice};
 use crate::ops::add_rms_norm::add;
 use crate::ops::attention::attention_backward;
 use crate::ops::layer_norm::{layer_norm_modulate, layer_norm_modulate_backward};
@@ -186,7 +186,12 @@ impl Trainable for TrainedPlain {
         self.dit.forward(noisy.image, &prepared, &modulations)
     }
 
-    fn accumulate(&mut self, noisy: Noisy<'_>, loss: &mut LossGradient<'_>) -> Result<()> {
+    fn accumulate(
+        &mut self,
+        noisy: Noisy<'_>,
+        loss: &mut LossGradient<'_>,
+        _finished: &mut Finished<'_>,
+    ) -> Result<()> {
         let Noisy { image, captions, times } = noisy;
         let ready = self.dit.ready(captions, [image.dim(1), image.dim(2)])?;
         let [sinusoids, hidden, c] = self.dit.parts.time.layers(&self.dit.device, times)?;
