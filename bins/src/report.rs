@@ -50,8 +50,8 @@ pub fn inspection(found: &Inspection) -> String {
     for bad in &found.not_finite {
         line("not finite", format!("{}: {bad}", show(&bad.path)));
     }
-    line("missing", names(&found.missing));
-    let wrong = found.wrong.iter();
+    line("missing", names(&found.audit.missing));
+    let wrong = found.audit.wrong.iter();
     line(
         "wrong shape",
         names(
@@ -60,8 +60,8 @@ pub fn inspection(found: &Inspection) -> String {
                 .collect::<Vec<_>>(),
         ),
     );
-    line("unexpected", names(&found.unexpected));
-    line("unused", names(&found.unused));
+    line("unexpected", names(&found.audit.unexpected));
+    line("unused", names(&found.audit.unused));
     line("not part", names(&found.foreign));
     let unseen = "not looked at (--quick): whether all weights are finite";
     line("values", if found.values_checked { "" } else { unseen }.into());
@@ -132,7 +132,7 @@ fn head(found: &Inspection) -> String {
         return String::new();
     };
     let variant = head.variant().map_or("stages of no published head".into(), |v| {
-        format!("stages of the {} head", v.name())
+        format!("stages of the {} head", v.name)
     });
     let widths: Vec<_> = head.widths().iter().map(ToString::to_string).collect();
     format!("{variant}, widths {}, bottleneck {}", widths.join("/"), head.bottleneck)

@@ -10,7 +10,6 @@ use anyhow::bail;
 use l2p_engine::checkpoint::{ModelPaths, PathOverrides};
 use l2p_engine::device::{Effort, Searched, class_rows};
 use l2p_engine::limits::{Batch, Side};
-use l2p_engine::model::zimage::TOKEN_MULTIPLE;
 use l2p_engine::pipeline::{ModelFiles, Settings};
 use l2p_engine::serve::{Caption, Item, Request, Worker, WorkerOptions};
 use l2p_engine::text::PromptTokenizer;
@@ -96,8 +95,8 @@ impl FromStr for Lengths {
 }
 
 /// The lengths among these that meet products which no other meets, in pictures of so many tokens, so many at once. Captions
-/// are encoded one by one and as they are; the transformer takes them padded, alone and behind the picture's tokens.
-fn distinct(lengths: &[Lengths], batch: usize, picture: usize) -> Vec<usize> {
+/// are encoded one by one and as they are; the transformer takes them padded to a multiple, alone and behind the picture's tokens.
+fn distinct(lengths: &[Lengths], batch: usize, picture: usize, multiple: usize) -> Vec<usize> {
     let mut met = BTreeSet::new();
     let mut all: Vec<usize> = lengths.iter().flat_map(|lengths| lengths.from..=lengths.to).collect();
     // The longest of a class stands for it.
@@ -105,8 +104,8 @@ fn distinct(lengths: &[Lengths], batch: usize, picture: usize) -> Vec<usize> {
     let mut kept: Vec<usize> = all
         .into_iter()
         .filter(|&length| {
-            let padded = length.next_multiple_of(TOKEN_MULTIPLE);
-            let picture = picture.next_multiple_of(TOKEN_MULTIPLE);
+            let padded = length.next_multiple_of(multiple);
+            let picture = picture.next_multiple_of(multiple);
             met.insert([length, batch * padded, batch * (picture + padded)].map(class_rows))
         })
         .collect();
@@ -195,7 +194,12 @@ fn works(options: &Warm, files: &ModelFiles) -> anyhow::Result<Vec<Work>> {
         for batch in options.batch.iter().map(|batch| batch.get()) {
             files.expect_room(&settings, batch)?;
             works.push(Work {
-                lengths: distinct(&options.tokens, batch, files.image_tokens(&settings)),
+                lengths: distinct(
+                    &options.tokens,
+                    batch,
+                    files.image_tokens(&settings),
+                    files.spec().token_multiple(),
+                ),
                 settings,
                 batch,
             });
@@ -284,14 +288,14 @@ mod tests {
     #[test]
     fn one_length_stands_for_a_class() {
         let all = [Lengths { from: 1, to: 512 }];
-        assert_eq!(distinct(&all, 1, 4096), [64, 128, 192, 256, 320, 384, 448, 512]);
+        assert_eq!(distinct(&all, 1, 4096, 32), [64, 128, 192, 256, 320, 384, 448, 512]);
         // Four captions together fall into narrower classes.
-        let four = distinct(&all, 4, 4096);
+        let four = distinct(&all, 4, 4096, 32);
         assert!(
             four.contains(&32) && four.contains(&512) && four.len() <= 16,
             "{four:?}"
         );
-        assert_eq!(distinct(&lengths("70,80,90").unwrap(), 1, 4096), [90]);
-        assert_eq!(distinct(&lengths("64,65").unwrap(), 1, 4096), [64, 65]);
+        assert_eq!(distinct(&lengths("70,80,90").unwrap(), 1, 4096, 32), [90]);
+        assert_eq!(distinct(&lengths("64,65").unwrap(), 1, 4096, 32), [64, 65]);
     }
 }

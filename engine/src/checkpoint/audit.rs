@@ -81,11 +81,12 @@ type Part = (String, Vec<String>);
 /// A part is a block, or what else its tensors' names begin with. Of input and output it is enough that there are some.
 pub fn missing_parts(checkpoint: &Checkpoint) -> Option<Vec<String>> {
     let family = checkpoint.family();
-    let (mut embedders, mut blocks): (Vec<Part>, Vec<Part>) = Default::default();
+    let [mut embedders, mut blocks, mut refiners]: [Vec<Part>; 3] = Default::default();
     for meta in family.outline(checkpoint) {
         let (list, depth) = match meta.group {
             Group::Embedder | Group::Other => (&mut embedders, 1),
-            Group::Refiner | Group::Block { .. } => (&mut blocks, 2),
+            Group::Block { .. } => (&mut blocks, 2),
+            Group::Refiner => (&mut refiners, 2),
             Group::Input | Group::Output => continue,
         };
         for tensor in meta.parts {
@@ -99,7 +100,7 @@ pub fn missing_parts(checkpoint: &Checkpoint) -> Option<Vec<String>> {
     // Those of most tensors tell people most.
     embedders.sort_by_key(|(_, tensors)| std::cmp::Reverse(tensors.len()));
     let mut missing = Vec::new();
-    for (part, tensors) in embedders.into_iter().chain(blocks) {
+    for (part, tensors) in embedders.into_iter().chain(blocks).chain(refiners) {
         let there = tensors.iter().filter(|name| checkpoint.shape(name).is_some()).count();
         match there {
             0 => missing.push(part),

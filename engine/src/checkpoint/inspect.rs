@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::audit::{Audit, WrongShape, is_delta, is_whole, missing_parts, read};
+use super::audit::{Audit, is_delta, is_whole, missing_parts, read};
 use super::estimate::{EstimateInput, MemoryEstimate};
 use super::finite::NotFinite;
 use super::parts::{open_text_encoder, open_vae};
@@ -100,14 +100,9 @@ pub struct Inspection {
     pub bytes: u64,
     /// The same by element type.
     pub dtypes: BTreeMap<String, TypeCount>,
-    /// Tensors that the model needs; for a delta the parts that it leaves to its base.
-    pub missing: Vec<String>,
-    /// Tensors of a wrong shape.
-    pub wrong: Vec<WrongShape>,
-    /// Tensors for which the model has no place.
-    pub unexpected: Vec<String>,
-    /// Tensors of the latent model that a pixel model was made from, which are left aside.
-    pub unused: Vec<String>,
+    /// How its tensors compare with those of the model; for a delta `missing` names the parts that it leaves to its base.
+    #[serde(flatten)]
+    pub audit: Audit,
     /// Tensors in the same files that are no part of the transformer.
     pub foreign: Vec<String>,
     /// The text encoder.
@@ -185,10 +180,7 @@ pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
         tensors: checkpoint.tensors().len(),
         bytes: bytes(&checkpoint),
         dtypes: dtypes(&checkpoint),
-        missing: audit.missing,
-        wrong: audit.wrong,
-        unexpected: audit.unexpected,
-        unused: audit.unused,
+        audit,
         foreign: checkpoint.foreign().to_vec(),
         text_encoder,
         tokenizer: paths.tokenizer.clone(),

@@ -16,7 +16,7 @@ use super::names;
 use super::shards;
 use super::stored::CheckpointTensor;
 use crate::error::{Error, Result};
-use crate::model::families::{before_telling_name, family_of};
+use crate::model::families::{before_telling_name, family_of, known};
 use crate::model::family::{Family, Meaning};
 use crate::printable::shown_name;
 
@@ -253,7 +253,7 @@ impl Checkpoint {
         };
         Err(Error::file(
             &self.path,
-            format!("no tensor is part of a Z-Image transformer; {found}"),
+            format!("no tensor is part of a {} transformer; {found}", known()),
         ))
     }
 

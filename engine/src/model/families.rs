@@ -18,6 +18,12 @@ const FAMILIES: &[&dyn Family] = &[
     &super::plain::PlainFamily,
 ];
 
+/// The families' names, for messages.
+pub fn known() -> String {
+    let names: Vec<&str> = FAMILIES.iter().map(|family| family.name()).collect();
+    names.join(" or ")
+}
+
 /// The family that most of these names are of.
 pub fn family_of<'a>(names: impl IntoIterator<Item = &'a str>) -> &'static dyn Family {
     let mut counts = vec![0_usize; FAMILIES.len()];
@@ -31,7 +37,7 @@ pub fn family_of<'a>(names: impl IntoIterator<Item = &'a str>) -> &'static dyn F
     FAMILIES[found]
 }
 
-/// The family of the longest part of a name that is telling, and what stands before it.
+/// What stands before that part of a name which can only be a tensor's of some family.
 pub fn before_telling_name(name: &str) -> Option<&str> {
     let starts = name.match_indices('.').map(|(at, _)| at + 1);
     let mut splits = starts.map(|at| name.split_at(at));
@@ -91,5 +97,33 @@ impl TransformerConfig {
                 format!("describes a {class}, expected a {}", known.join(" or ")),
             )
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn most_names_decide() {
+        let of = |names: &[&str]| family_of(names.iter().copied()).name();
+        assert_eq!(of(&["layers.0.ffn_norm1.weight", "x_pad_token"]), "Z-Image");
+        assert_eq!(
+            of(&["blocks.0.attn.qkv.weight", "pos_embed", "x_embedder.bias"]),
+            "plain"
+        );
+        assert_eq!(of(&[]), "Z-Image");
+        // Another model's names do not count, however many.
+        assert_eq!(of(&["layers.0.self_attn.q_proj.weight", "head.proj.bias"]), "plain");
+    }
+
+    #[test]
+    fn unknown_wrappers_are_told_from_names() {
+        for (name, before) in [
+            ("mine.ema.layers.0.attention.qkv.weight", Some("mine.ema.")),
+            ("text.layers.0.self_attn.q_proj.weight", None),
+        ] {
+            assert_eq!(before_telling_name(name), before);
+        }
     }
 }

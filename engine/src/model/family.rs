@@ -41,6 +41,9 @@ pub struct Ends {
 
 /// A family; see the module's head comment. Names are without what programs put before them.
 pub trait Family: fmt::Debug + Sync {
+    /// What people call it.
+    fn name(&self) -> &'static str;
+
     /// The class that a transformer's `config.json` names.
     fn class(&self) -> &'static str;
 

@@ -24,6 +24,11 @@ pub trait Spec: fmt::Debug + Send + Sync {
     /// Width of the caption features that it takes.
     fn caption_width(&self) -> usize;
 
+    /// Tokens of images and of captions are padded to multiples of this many.
+    fn token_multiple(&self) -> usize {
+        1
+    }
+
     /// Main blocks, of all kinds together.
     fn main_blocks(&self) -> usize;
 

@@ -6,7 +6,7 @@ use l2p_engine::checkpoint::Checkpoint;
 use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::Spec;
 use l2p_engine::model::config::{ModelKind, SchedulerConfig, TextConfig, VaeConfig};
-use l2p_engine::model::detailer::{DetailerLayout, HeadVariant};
+use l2p_engine::model::detailer::DetailerLayout;
 use l2p_engine::model::family::TransformerConfig;
 use l2p_engine::model::zimage::{DitConfig, HEAD_PREFIX, ZImage};
 use l2p_tests::{Outcome, Suite, fixtures};
@@ -66,7 +66,7 @@ fn sizes_follow_from_tensors() -> Outcome {
     let found = open(&model::save(&path, &model::packed(&model::pixel(Dtype::BF16)))?, None)?;
     assert_eq!(found.spec.sizes(), json!(expected));
     let head = found.spec.head().ok_or("no head")?;
-    assert_eq!(head.variant(), Some(HeadVariant::OneK));
+    assert_eq!(head.variant().map(|variant| variant.name), Some("1k"));
     assert_eq!(
         (head.widths(), head.bottleneck),
         (model::WIDTHS.to_vec(), model::BOTTLENECK)
@@ -112,7 +112,7 @@ fn tensors_are_those_of_the_reference() -> Outcome {
                 config,
             };
             if let Some(head) = &spec.head {
-                assert_eq!(settings["head"]["layout"], head.variant().ok_or("no variant")?.name());
+                assert_eq!(settings["head"]["layout"], head.variant().ok_or("no variant")?.name);
             }
             assert_eq!(spec.head.is_some(), spec.config.kind == ModelKind::Pixel);
             let expected = spec.tensors();
@@ -381,7 +381,7 @@ fn heads_are_those_published() -> Outcome {
             (widths, bottleneck),
             "patch {patch}, width {dim}"
         );
-        assert_eq!(head.variant().map(HeadVariant::patch), Some(patch));
+        assert_eq!(head.variant().map(|variant| variant.patch), Some(patch));
     }
     // The published 10K head, by hand.
     let tensors = DetailerLayout::for_patch(160, None, None, 3840)?.tensors(HEAD_PREFIX);

@@ -110,7 +110,7 @@ fn init_copies_the_trunk() -> Outcome {
         let head = found.spec.head().ok_or("no head")?;
         let geometry = found.spec.geometry();
         assert_eq!((geometry.patch, geometry.channels), (patch, 3));
-        assert_eq!(head.variant().map(|variant| variant.name()), Some(layout));
+        assert_eq!(head.variant().map(|variant| variant.name), Some(layout));
         assert_eq!(head.widths().iter().filter(|width| **width != 3).count(), stages);
         let (source, made) = (model::latent(Dtype::BF16), model::read(&path)?);
         let copied = made

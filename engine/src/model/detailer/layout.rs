@@ -14,10 +14,13 @@ use crate::ops::conv::Input;
 const IMAGE_CHANNELS: usize = 3;
 
 /// Encoder stages that a published head may have, from the image inwards, as they are named in checkpoints.
-const STAGES: [&str; 6] = ["0", "0b", "1", "2", "3", "4"];
+const STAGES: &[&str] = &["0", "0b", "1", "2", "3", "4"];
 
 /// Full-resolution stages before these, which keep the image's channels.
 const FULL_STAGES: [&str; 2] = ["_8k", "_10k_a"];
+
+/// The published widths of these stages; a head of fewer has the first or the last of them.
+const WIDTHS: &[usize] = &[16, 32, 64, 128, 256, 512];
 
 /// One stage's place and channels.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,18 +77,19 @@ impl DetailerLayout {
     /// # Errors
     /// When no head was published for the patch size, or the number of widths is wrong.
     pub fn for_patch(patch: usize, widths: Option<&[usize]>, bottleneck: Option<usize>, dim: usize) -> Result<Self> {
-        let variant = HeadVariant::for_patch(patch)
+        let variant = HeadVariant::ALL
+            .into_iter()
+            .find(|variant| variant.patch == patch)
             .ok_or_else(|| Error::invalid(format!("no head is known for patch {patch}; use 16, 64, 128 or 160")))?;
-        let (published, published_bottleneck) = variant.published_widths();
         // The published widths for the published trunk; a smaller trunk gets a head half as wide.
         let scale = if dim >= 3840 { 1 } else { 2 };
-        let default: Vec<usize> = published.iter().map(|width| width / scale).collect();
+        let default: Vec<usize> = variant.widths.iter().map(|width| width / scale).collect();
         let widths = widths.unwrap_or(&default);
-        let stages = variant.stages();
+        let stages = variant.stages;
         if widths.len() != stages.len() || widths.contains(&0) {
             return Err(Error::invalid(format!(
                 "head widths {widths:?} do not fit the {} head, which has {} stages, for example {default:?}",
-                variant.name(),
+                variant.name,
                 stages.len()
             )));
         }
@@ -97,11 +101,11 @@ impl DetailerLayout {
             return Err(Error::invalid(format!("head widths: {reason}")));
         }
         let innermost = widths[widths.len() - 1];
-        let ratio = published_bottleneck / published[published.len() - 1];
+        let ratio = HeadVariant::BOTTLENECK / variant.widths[variant.widths.len() - 1];
         let bottleneck = bottleneck.filter(|width| *width > 0).unwrap_or(ratio * innermost);
-        let names = variant.outer().into_iter().chain(stages.iter().copied());
+        let names = variant.outer.into_iter().chain(stages.iter().copied());
         let widths = variant
-            .outer()
+            .outer
             .map(|_| IMAGE_CHANNELS)
             .into_iter()
             .chain(widths.iter().copied());
@@ -187,7 +191,7 @@ impl DetailerLayout {
     /// The published head with the same stages, if there is one.
     pub fn variant(&self) -> Option<HeadVariant> {
         let names: Vec<&str> = self.stages.iter().map(|stage| stage.name.as_str()).collect();
-        let same = |variant: &HeadVariant| variant.outer().iter().chain(variant.stages()).eq(names.iter());
+        let same = |variant: &HeadVariant| variant.outer.iter().chain(variant.stages).eq(names.iter());
         HeadVariant::ALL.into_iter().find(same)
     }
 
@@ -256,7 +260,7 @@ impl Serialize for DetailerLayout {
             width: stage.skip,
         });
         let mut shown = serializer.serialize_struct("DetailerLayout", 5)?;
-        shown.serialize_field("variant", &self.variant())?;
+        shown.serialize_field("variant", &self.variant().map(|variant| variant.name))?;
         shown.serialize_field("outer", &self.stages.iter().find(is_outer).map(|stage| &stage.name))?;
         shown.serialize_field("stages", &inner.collect::<Vec<_>>())?;
         shown.serialize_field("bottleneck", &self.bottleneck)?;
@@ -265,82 +269,52 @@ impl Serialize for DetailerLayout {
     }
 }
 
-/// The published heads; smaller ones have the same stages with other widths.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum HeadVariant {
-    /// Patch 16.
-    #[serde(rename = "1k")]
-    OneK,
-    /// Patch 64.
-    #[serde(rename = "4k")]
-    FourK,
-    /// Patch 128.
-    #[serde(rename = "8k")]
-    EightK,
-    /// Patch 160.
-    #[serde(rename = "10k")]
-    TenK,
+/// A published head; smaller ones have the same stages with other widths.
+#[derive(Debug, PartialEq, Eq)]
+pub struct HeadVariant {
+    /// The patch size it was published for.
+    pub patch: usize,
+    /// The name used in reports.
+    pub name: &'static str,
+    /// Its full-resolution stage.
+    outer: Option<&'static str>,
+    /// Its other stages from the image inwards, and their widths.
+    stages: &'static [&'static str],
+    widths: &'static [usize],
 }
 
 impl HeadVariant {
+    /// Width of every bottleneck.
+    const BOTTLENECK: usize = 512;
+
     /// All of them.
     pub const ALL: [HeadVariant; 4] = [
-        HeadVariant::OneK,
-        HeadVariant::FourK,
-        HeadVariant::EightK,
-        HeadVariant::TenK,
+        Self::new(16, "1k", None, STAGES.split_at(2).1, WIDTHS.split_at(2).1),
+        Self::new(64, "4k", None, STAGES, WIDTHS),
+        Self::new(128, "8k", Some(FULL_STAGES[0]), STAGES, WIDTHS),
+        Self::new(
+            160,
+            "10k",
+            Some(FULL_STAGES[1]),
+            STAGES.split_at(5).0,
+            WIDTHS.split_at(5).0,
+        ),
     ];
 
-    /// The head published for a patch size.
-    pub fn for_patch(patch: usize) -> Option<Self> {
-        Self::ALL.into_iter().find(|variant| variant.patch() == patch)
-    }
-
-    /// The patch size it was published for.
-    pub fn patch(self) -> usize {
-        match self {
-            HeadVariant::OneK => 16,
-            HeadVariant::FourK => 64,
-            HeadVariant::EightK => 128,
-            HeadVariant::TenK => 160,
+    const fn new(
+        patch: usize,
+        name: &'static str,
+        outer: Option<&'static str>,
+        stages: &'static [&'static str],
+        widths: &'static [usize],
+    ) -> Self {
+        HeadVariant {
+            patch,
+            name,
+            outer,
+            stages,
+            widths,
         }
-    }
-
-    /// The name used in reports.
-    pub fn name(self) -> &'static str {
-        match self {
-            HeadVariant::OneK => "1k",
-            HeadVariant::FourK => "4k",
-            HeadVariant::EightK => "8k",
-            HeadVariant::TenK => "10k",
-        }
-    }
-
-    fn outer(self) -> Option<&'static str> {
-        match self {
-            HeadVariant::OneK | HeadVariant::FourK => None,
-            HeadVariant::EightK => Some("_8k"),
-            HeadVariant::TenK => Some("_10k_a"),
-        }
-    }
-
-    fn stages(self) -> &'static [&'static str] {
-        match self {
-            HeadVariant::OneK => &STAGES[2..],
-            HeadVariant::FourK | HeadVariant::EightK => &STAGES,
-            HeadVariant::TenK => &STAGES[..5],
-        }
-    }
-
-    /// The published widths of the stages, the outer one left out, and of the bottleneck.
-    pub fn published_widths(self) -> (Vec<usize>, usize) {
-        let innermost_first = [512, 256, 128, 64, 32, 16];
-        let widths = &innermost_first[if self == HeadVariant::TenK {
-            1..6
-        } else {
-            0..self.stages().len()
-        }];
-        (widths.iter().rev().copied().collect(), 512)
     }
 }
 

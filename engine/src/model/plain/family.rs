@@ -50,7 +50,7 @@ impl PlainFamily {
         Ok(PlainConfig {
             dim,
             heads,
-            blocks: (0..MOST_BLOCKS).take_while(is_there).count(),
+            blocks: (0..MOST_BLOCKS).rev().find(is_there).map_or(0, |last| last + 1),
             ffn: extent("blocks.0.mlp.fc2.weight", 1)?,
             caption_width: extent("caption_embed.weight", 1)?,
             positions: extent("pos_embed", 1)?,
@@ -66,6 +66,14 @@ impl PlainFamily {
 }
 
 impl Family for PlainFamily {
+    fn name(&self) -> &'static str {
+        "plain"
+    }
+
+    fn is_telling(&self, name: &str) -> bool {
+        name.starts_with("blocks.") && name.contains(".attn.")
+    }
+
     fn class(&self) -> &'static str {
         CLASS
     }

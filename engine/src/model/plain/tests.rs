@@ -165,11 +165,7 @@ fn wrong_tensors_are_named() {
     for (found, expected) in [
         (
             message(&without("blocks.1.mlp.fc1.weight")),
-            "is a delta, or damaged: it lacks",
-        ),
-        (
-            message(&without("blocks.1.mlp.fc2.weight")),
-            "`blocks.1.mlp.fc2.weight`",
+            "lacks 1 tensor of the model: `blocks.1.mlp.fc1.weight`",
         ),
         (
             message(&without("head.proj.bias")),
@@ -328,7 +324,13 @@ fn gradients_are_slopes() {
     let mut compared = 0;
     for (index, trained) in model.trained().into_iter().enumerate() {
         let slopes = trained.read(StatePart::Gradient).unwrap().unwrap();
-        let direction = numbers(500 + index as u64, slopes.len());
+        // Of length 1, part of it along the gradient, so that there is something to tell.
+        let unit = |values: &[f32]| {
+            let length = values.iter().map(|value| value * value).sum::<f32>().sqrt().max(1e-9);
+            values.iter().map(|value| value / length).collect::<Vec<f32>>()
+        };
+        let (along, across) = (unit(&slopes), unit(&numbers(500 + index as u64, slopes.len())));
+        let direction: Vec<f32> = along.iter().zip(across).map(|(a, b)| 0.7 * (a + b)).collect();
         let expected: f64 = slopes.iter().zip(&direction).map(|(a, b)| f64::from(a * b)).sum();
         let moved = |by: f32| {
             let mut params = params();
@@ -339,17 +341,17 @@ fn gradients_are_slopes() {
                 .for_each(|(value, to)| *value += by * to);
             loss(&params)
         };
-        let step = 4e-3;
+        let step = 1e-2;
         let slope = (moved(step) - moved(-step)) / f64::from(2.0 * step);
         let error = (slope - expected).abs();
         assert!(
-            error < 2e-2 * expected.abs() + 2e-4,
+            error < 2e-2 * expected.abs() + 1e-4,
             "{}: {slope}, expected {expected}",
             trained.name
         );
         compared += usize::from(expected.abs() > 1e-3);
     }
-    assert!(compared > 15, "only {compared} gradients are large enough to tell");
+    assert!(compared > 20, "only {compared} gradients are large enough to tell");
     // Running blocks again changes no bit.
     let mut again = trainable(&params(), &options("full", Recompute::All));
     with_batch(|batch| again.accumulate(batch, 1.0)).unwrap();
@@ -365,12 +367,12 @@ fn gradients_are_slopes() {
 fn steps_train_what_the_policy_says() {
     let mut model = trainable(&params(), &options("paper:1", Recompute::None));
     let mut losses = Vec::new();
-    for _ in 0..12 {
+    for _ in 0..30 {
         let loss = with_batch(|batch| model.accumulate(batch, 1.0)).unwrap();
         losses.push(loss.to_vec::<f32>().unwrap()[0]);
         model.step(3e-3).unwrap().read().unwrap();
     }
-    assert!(losses[11] < 0.9 * losses[0], "{losses:?}");
+    assert!(losses[29] < 0.9 * losses[0], "{losses:?}");
     let before = params();
     for (name, values) in model.parameter_values().unwrap() {
         let frozen = ["pos_embed", "caption_embed.", "time_embed."]

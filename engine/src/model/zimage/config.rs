@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::layers::ParamSource;
 use crate::limits::Width;
 use crate::model::config::ModelKind;
+use crate::model::denoiser::Geometry;
 use crate::model::limits::{DeviceLimits, heads, vectors};
 
 /// No model has as many blocks of one kind, or as large a patch; bounds the search for tensors by name.
@@ -171,6 +172,15 @@ pub struct DitConfig {
 }
 
 impl DitConfig {
+    /// What the model takes and gives.
+    pub(super) fn geometry(&self) -> Geometry {
+        Geometry {
+            kind: self.kind,
+            patch: self.patch,
+            channels: self.in_channels,
+        }
+    }
+
     /// The sizes that the tensors tell, with the published model's settings; for a size that none tells, what `unknown` gives for its
     /// name and its tensor.
     pub(super) fn surveyed(

@@ -28,6 +28,10 @@ const HEAD: &str = "local_decoder.";
 pub struct ZImageFamily;
 
 impl Family for ZImageFamily {
+    fn name(&self) -> &'static str {
+        "Z-Image"
+    }
+
     fn class(&self) -> &'static str {
         CLASS
     }

@@ -390,11 +390,7 @@ impl Denoiser for Dit {
     }
 
     fn geometry(&self) -> Geometry {
-        Geometry {
-            kind: self.config.kind,
-            patch: self.config.patch,
-            channels: self.config.in_channels,
-        }
+        self.config.geometry()
     }
 
     fn prepare(&self, captions: &[&Tensor], size: [usize; 2]) -> Result<Prepared> {

@@ -53,15 +53,15 @@ impl ZImage {
 
 impl Spec for ZImage {
     fn geometry(&self) -> Geometry {
-        Geometry {
-            kind: self.config.kind,
-            patch: self.config.patch,
-            channels: self.config.in_channels,
-        }
+        self.config.geometry()
     }
 
     fn caption_width(&self) -> usize {
         self.config.caption_width
+    }
+
+    fn token_multiple(&self) -> usize {
+        TOKEN_MULTIPLE
     }
 
     fn main_blocks(&self) -> usize {
