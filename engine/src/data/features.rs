@@ -145,6 +145,7 @@ fn remove_abandoned(folder: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Device;
 
     fn features() -> Features {
         Features::from_f32(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[1, 2, 3])

@@ -179,7 +179,8 @@ fn words(panic: &(dyn Any + Send)) -> String {
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
-    use std::sync::mpsc::{channel, sync_channel};
+    use std::sync::mpsc::{RecvTimeoutError, channel, sync_channel};
+    use std::time::Duration;
 
     use super::super::ticket::Event;
     use super::*;
@@ -227,16 +228,14 @@ mod tests {
     }
 
     /// A request that begins, says so, and goes on until the other end of the channel is dropped or it is cancelled.
-    fn hold(owner: &Owner<Notes>) -> (Ticket<()>, std::sync::mpsc::Sender<()>) {
+    fn hold(owner: &Owner<Notes>) -> (Ticket<()>, Sender<()>) {
         let (free, held) = channel::<()>();
         let (begun, begins) = sync_channel(0);
         let work = move |_: &mut Notes, asker: &Asker<()>| {
             let _ = begun.send(());
             loop {
                 asker.go_on()?;
-                if held.recv_timeout(std::time::Duration::from_millis(1))
-                    == Err(std::sync::mpsc::RecvTimeoutError::Disconnected)
-                {
+                if held.recv_timeout(Duration::from_millis(1)) == Err(RecvTimeoutError::Disconnected) {
                     return Ok(());
                 }
             }
@@ -345,8 +344,8 @@ mod tests {
         let theirs = dropped.clone();
         let make = move || {
             Ok(Notes {
+                numbers: Vec::new(),
                 dropped: theirs,
-                ..Notes::default()
             })
         };
         let owner = Owner::start("cpu", 100, make).unwrap();
