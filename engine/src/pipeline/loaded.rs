@@ -5,8 +5,8 @@ use super::files::ModelFiles;
 use crate::checkpoint::Checkpoint;
 use crate::device::MemoryTag;
 use crate::error::{Error, Result};
+use crate::model::Denoiser;
 use crate::model::vae::VaeDecoder;
-use crate::model::{Denoiser, Spec};
 use crate::ops::to_rgb8::to_rgb8;
 use crate::tensor::Tensor;
 
@@ -39,9 +39,7 @@ impl LoadedModel {
             None => None,
         };
         let transformer = files.transformer();
-        let denoiser = transformer
-            .spec
-            .load(&transformer.checkpoint, files.device(), loaded)?;
+        let denoiser = transformer.spec.load(&transformer.checkpoint, files.device(), loaded)?;
         let vae_checkpoint = files.vae_files().map(|(_, checkpoint)| checkpoint);
         let checkpoints = [&transformer.checkpoint].into_iter().chain(vae_checkpoint);
         Ok(LoadedModel {

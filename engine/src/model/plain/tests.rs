@@ -19,7 +19,9 @@ use crate::model::Spec;
 use crate::model::objective::Objective;
 use crate::pipeline::{Captions, Pipeline, Settings};
 use crate::tensor::Tensor;
-use crate::train::{Division, AdamWOptions, Batch, PlanInput, Recompute, StatePart, TrainOptions, TrainableModel, TrainingPlan};
+use crate::train::{
+    AdamWOptions, Batch, Division, PlanInput, Recompute, StatePart, TrainOptions, TrainableModel, TrainingPlan,
+};
 
 /// Height and width of its pictures.
 const SIZE: [usize; 2] = [4, 8];
