@@ -147,15 +147,25 @@ impl AdamW {
     /// # Errors
     /// When there is no such tensor.
     pub fn state(&self, array: StateArray, index: usize) -> Result<Option<Tensor>> {
-        let array = match array {
+        let place = self.places.get(index);
+        let &(start, count) = place.ok_or_else(|| Error::invalid(format!("adamw: there is no tensor {index}")))?;
+        let array = self.array(array);
+        array.map(|array| array.narrow(start, count)).transpose()
+    }
+
+    /// A whole state array, f32 and flat; `None` for one that is not kept.
+    pub(super) fn array(&self, array: StateArray) -> Option<&Tensor> {
+        match array {
             StateArray::Master => self.master.as_ref(),
             StateArray::FirstMoment => Some(&self.first_moment),
             StateArray::SecondMoment => Some(&self.second_moment),
             StateArray::Average => self.average.as_ref(),
-        };
-        let place = self.places.get(index);
-        let &(start, count) = place.ok_or_else(|| Error::invalid(format!("adamw: there is no tensor {index}")))?;
-        array.map(|array| array.narrow(start, count)).transpose()
+        }
+    }
+
+    /// Where each tensor begins in the arrays, and its elements.
+    pub(super) fn places(&self) -> &[(usize, usize)] {
+        &self.places
     }
 
     /// Overwrites part of a state array: the values of tensor `index` from its element `first` on.

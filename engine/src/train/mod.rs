@@ -5,15 +5,21 @@
 //! device. [`TrainingPlan`] tells what a run will hold and compute before anything is allocated.
 
 mod adamw;
+mod copying;
 mod plan;
 mod policy;
+mod read_ahead;
 pub mod run;
+mod snapshot;
+mod source;
 mod trainable;
 
 pub use adamw::{AdamW, StateArray};
 pub use plan::{Arithmetic, PlanInput, PlannedMemory, TrainingPlan};
 pub use policy::{DEFAULT_ENDS, Policy, Recompute};
-pub use trainable::{Batch, StatePart, StateTensor, StepNorm, TrainableModel, TrainedTensor};
+pub use snapshot::{Snapshot, SnapshotMemory};
+pub use source::{StatePart, StateSource, StateTensor, TrainedTensor};
+pub use trainable::{Batch, StepNorm, TrainableModel};
 
 /// The settings of AdamW but the learning rate, which may change from step to step.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]

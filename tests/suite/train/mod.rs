@@ -5,6 +5,7 @@ mod models;
 mod modules;
 mod plan;
 mod promises;
+mod snapshot;
 
 use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::config::DitConfig;
@@ -19,6 +20,7 @@ pub fn register(suite: &mut Suite) {
     models::register(suite);
     plan::register(suite);
     promises::register(suite);
+    snapshot::register(suite);
 }
 
 fn options(policy: &str, recompute: Recompute) -> TrainOptions {

@@ -16,17 +16,20 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use super::checksums::{Checked, Checksums};
 use super::guard::{Guard, StepOutcome};
-use crate::checkpoint::{Content, Fetch, Float, OutputFile, OutputTensor, SafetensorsFile};
+use crate::checkpoint::{
+    Content, Fetch, Float, OutputFile, OutputTensor, SafetensorsFile, StoredTensor, WriteObserver,
+};
 use crate::data::Position;
 use crate::error::{Error, Result};
 use crate::files::{self, sync_folder};
-use crate::train::{StatePart, TrainableModel};
+use crate::train::{StatePart, StateSource, TrainableModel};
 
 /// The folder of checkpoints in a run's folder.
 pub const CHECKPOINTS: &str = "checkpoints";
@@ -258,15 +261,32 @@ impl Checkpoint {
                     ),
                 ));
             }
-            let bytes = self.file.bytes(tensor)?;
-            let values: Vec<f32> = bytes.chunks_exact(4).map(|bytes| Float::F32.read(bytes)).collect();
-            if not_finite.is_none() && !values.iter().all(|value| value.is_finite()) {
+            let (values, finite) = f32_values(&self.file, tensor)?;
+            if !finite && not_finite.is_none() {
                 not_finite = Some(name.to_owned());
             }
             Ok(values)
         })?;
         Ok(not_finite)
     }
+}
+
+/// The values of an f32 tensor, read by all threads, and whether they are all finite.
+fn f32_values(file: &SafetensorsFile, tensor: &StoredTensor) -> Result<(Vec<f32>, bool)> {
+    /// Values that a thread reads at a time: 8 MiB.
+    const PIECE: usize = 2 << 20;
+    let mut values = vec![0f32; tensor.range.len() / Float::F32.size()];
+    let pieces = values.par_chunks_mut(PIECE).enumerate();
+    let finite = pieces.map(|(index, piece)| -> Result<bool> {
+        let start = tensor.range.start + index * PIECE * Float::F32.size();
+        file.read_at(start, bytemuck::cast_slice_mut(piece))?;
+        for value in piece.iter_mut() {
+            *value = f32::from_bits(u32::from_le(value.to_bits()));
+        }
+        Ok(piece.iter().all(|value| value.is_finite()))
+    });
+    let finite = finite.try_reduce(|| true, |one, other| Ok(one && other))?;
+    Ok((values, finite))
 }
 
 /// The checkpoints of the run in `run`, oldest first.
@@ -305,17 +325,21 @@ pub fn remove_leftovers(run: &Path) {
     }
 }
 
-/// Writes a checkpoint of `model` into the run's folder `run`. One of the same step is replaced. `complete` adds files of its
-/// own to the folder it is given, which is renamed afterwards.
+/// Adds files of its own to the folder of a checkpoint that is being written.
+pub type Complete<'a> = dyn Fn(&Path) -> Result<()> + 'a;
+
+/// Writes a checkpoint of what `source` holds into the run's folder `run`. One of the same step is replaced. `complete` adds files of
+/// its own to the folder it is given, which is renamed afterwards; `observer` watches each file's bytes.
 ///
 /// # Errors
-/// When the disk does not take it; then nothing has changed.
+/// When the disk does not take it, or the observer stops; then nothing has changed.
 pub fn save(
     run: &Path,
-    model: &TrainableModel,
+    source: &dyn StateSource,
     state: &RunState,
     options: SaveOptions,
-    complete: &dyn Fn(&Path) -> Result<()>,
+    complete: &Complete<'_>,
+    observer: &mut dyn WriteObserver,
 ) -> Result<Saved> {
     let folder = run.join(CHECKPOINTS);
     let failed = |error: std::io::Error| Error::io(&folder, error);
@@ -323,18 +347,18 @@ pub fn save(
     let temporary = hidden(&folder)?;
     let (mut sums, mut bytes) = (Checksums::default(), 0);
     let mut write = |name: &str, output: &OutputFile<'_>| -> Result<()> {
-        bytes += sums.write_file(&temporary.path().join(name), output, false, &mut ())?;
+        bytes += sums.write_file(&temporary.path().join(name), output, false, observer)?;
         Ok(())
     };
     let name = format!("{PREFIX}{:08}", state.step);
     let facts = [("l2p.step".to_owned(), state.step.to_string())];
     let parts = [(DELTA, StatePart::Weight), (EMA, StatePart::Ema)];
     for (file, part) in parts.into_iter().take(if options.average { 2 } else { 1 }) {
-        let output = trained(model, part, options.dtype, facts.clone().into());
+        let output = trained(source, part, options.dtype, facts.clone().into());
         write(file, &output).map_err(|error| at(&folder, &name, error))?;
     }
     let json = serde_json::to_string(state).map_err(|error| Error::invalid(error.to_string()))?;
-    write(STATE, &whole_state(model, json)).map_err(|error| at(&folder, &name, error))?;
+    write(STATE, &whole_state(source, json)).map_err(|error| at(&folder, &name, error))?;
     sums.write(temporary.path())
         .and_then(|()| complete(temporary.path()))
         .map_err(|error| at(&folder, &name, error))?;
@@ -350,6 +374,19 @@ pub fn save(
     sync_folder(&folder);
     drop(replaced);
     Ok(Saved { folder: target, bytes })
+}
+
+/// Bytes of the tensors that [`save`] writes.
+pub fn bytes_of(source: &dyn StateSource, options: SaveOptions) -> u64 {
+    let elements = |shape: &[usize]| shape.iter().product::<usize>() as u64;
+    let trained: u64 = source.trained().iter().map(|tensor| elements(&tensor.shape)).sum();
+    let state: u64 = source
+        .state_tensors()
+        .iter()
+        .map(|tensor| elements(&tensor.shape))
+        .sum();
+    let copies = if options.average { 2 } else { 1 };
+    trained * copies * options.dtype.size() as u64 + state * Float::F32.size() as u64
 }
 
 /// Deletes the checkpoints that are neither among the newest `last` nor at a multiple of `every` steps (0: no such), but never the
@@ -421,8 +458,8 @@ fn at(folder: &Path, name: &str, error: Error) -> Error {
 }
 
 /// The optimizer's state as a file, with the rest of the run's state in its metadata.
-fn whole_state(model: &TrainableModel, json: String) -> OutputFile<'_> {
-    let tensors = model.state_tensors().into_iter().map(|tensor| OutputTensor {
+fn whole_state(source: &dyn StateSource, json: String) -> OutputFile<'_> {
+    let tensors = source.state_tensors().into_iter().map(|tensor| OutputTensor {
         name: tensor.name.clone(),
         dtype: Dtype::F32,
         shape: tensor.shape.clone(),
@@ -433,12 +470,12 @@ fn whole_state(model: &TrainableModel, json: String) -> OutputFile<'_> {
 
 /// The trained tensors as a file; `part` is one that is kept of each.
 fn trained(
-    model: &TrainableModel,
+    source: &dyn StateSource,
     part: StatePart,
     dtype: Float,
     metadata: BTreeMap<String, String>,
 ) -> OutputFile<'_> {
-    let tensors = model.trained().into_iter().map(|tensor| OutputTensor {
+    let tensors = source.trained().into_iter().map(|tensor| OutputTensor {
         name: tensor.name.clone(),
         dtype: dtype.dtype(),
         shape: tensor.shape.clone(),

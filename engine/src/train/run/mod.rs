@@ -36,6 +36,7 @@ mod progress;
 mod report;
 mod resume;
 mod samples;
+mod saver;
 mod setup;
 mod speed;
 mod start;
@@ -55,6 +56,7 @@ pub use learning_rate::LearningRate;
 pub use package::{PackageOptions, Packaged, package};
 pub use report::write_report;
 pub use resume::Resume;
+pub use saver::{AddFiles, Finished, Keep, SaveJob, Saver};
 pub use trainer::{Summary, train};
 
 use self::log::Record;

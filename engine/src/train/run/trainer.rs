@@ -19,6 +19,7 @@ use super::learning_rate::LearningRate;
 use super::log::{Record, StartRecord};
 use super::progress::Progress;
 use super::resume::{Candidates, Resume, continued, find_candidates, still_due};
+use super::saver::Saver;
 use super::setup::Setup;
 use super::speed::Interval;
 use super::start::INIT;
@@ -76,6 +77,8 @@ struct Trainer<'a> {
     profile: Option<PartTimes>,
     /// Operations of the model for a micro-batch, by height, width and longest caption.
     operations: HashMap<([usize; 2], usize), f64>,
+    /// Writes checkpoints while training goes on.
+    saver: Saver,
     /// The step of the newest checkpoint.
     saved: Option<(u64, PathBuf)>,
     /// Whether a checkpoint was due when there was none to make, and why.
@@ -159,6 +162,7 @@ impl<'a> Trainer<'a> {
             journal: Journal::open(run, state.step)?,
             profile: config.profile.then(|| PartTimes::new(device)),
             operations: HashMap::new(),
+            saver: Saver::new(),
             saved: resumed
                 .as_ref()
                 .map(|resumed| (state.step, resumed.folder().to_owned())),
@@ -211,6 +215,7 @@ impl<'a> Trainer<'a> {
         let due = |step: u64, every: u64| every > 0 && step.is_multiple_of(every);
         self.state.due.validation |= self.state.step == 0;
         self.do_due()?;
+        self.prepare_to_save()?;
         self.interval = Interval::begin();
         while self.state.step < self.config.steps && !self.out_of_time() {
             if self.observer.stop_requested() {
@@ -223,6 +228,7 @@ impl<'a> Trainer<'a> {
             };
             self.profile = profile;
             outcome?;
+            self.note_saved()?;
             let step = self.state.step;
             let last = step == self.config.steps || self.out_of_time();
             if due(step, self.config.log_every) || last {
@@ -330,6 +336,18 @@ impl<'a> Trainer<'a> {
     fn finish(mut self, outcome: Result<()>) -> Result<Summary> {
         self.report_damages();
         let step = self.state.step;
+        // What is being written is written to its end, whatever happened.
+        let written = self.wait_for_save();
+        let outcome = match outcome {
+            Ok(()) | Err(Error::Interrupted) => written.and(outcome),
+            Err(error) => {
+                if let Err(lost) = written {
+                    let text = format!("no checkpoint: {lost}");
+                    self.record(Record::Notice { step, text });
+                }
+                Err(error)
+            }
+        };
         let outcome = match outcome {
             Ok(()) => self.save_at_end(),
             // What the last whole step left is on the device.

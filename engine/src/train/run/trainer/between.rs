@@ -77,8 +77,9 @@ impl Trainer<'_> {
             }
             Verdict::Stop { reason, exploded } => {
                 if exploded {
-                    self.refuse_diverged();
+                    self.refuse_diverged()?;
                 }
+                self.wait_for_save()?;
                 Err(Error::invalid(format!("{reason}; {}", self.way_back())))
             }
         }

@@ -1,25 +1,45 @@
 //! When a checkpoint is written, and when not.
 //!
 //! Nothing that is not finite becomes the newest checkpoint, and nothing is deleted while gradients or weights are not finite:
-//! a checkpoint that is due then is made as soon as a step is good again.
+//! a checkpoint that is due then is made as soon as a step is good again. A good one is copied and written while training goes on; it
+//! counts, and old ones are deleted, once it has its name.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Trainer;
 use crate::checkpoint::Float;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::profile;
-use crate::train::run::checkpoint::{self, CHECKPOINTS, RunState, SaveOptions, Saved};
+use crate::train::run::checkpoint::{self, CHECKPOINTS, RunState, SaveOptions};
 use crate::train::run::choices::SaveType;
 use crate::train::run::log::Record;
 use crate::train::run::manifest;
+use crate::train::run::saver::{Finished, Keep, SaveJob};
 use crate::train::run::setup::sample_settings;
+use crate::train::run::{Event, Observer};
+
+/// A wait for the checkpoint before that is told of.
+const LONG_WAIT: Duration = Duration::from_secs(1);
 
 impl Trainer<'_> {
+    /// Takes host memory for checkpoints, where one will be due before the last step.
+    pub(super) fn prepare_to_save(&mut self) -> Result<()> {
+        let every = self.config.save_every;
+        let next = self.state.step.checked_div(every).map(|saves| (saves + 1) * every);
+        if next.is_some_and(|next| next < self.config.steps) {
+            let bytes = self.model.snapshot_bytes() as u64;
+            self.saver.prepare(self.device, bytes, Device::Cpu.available_memory()?);
+            self.tell_of_memory();
+        }
+        Ok(())
+    }
+
     /// Saves a checkpoint that is due, if what was trained is good; otherwise it stays due. A disk that does not take it is
     /// reported, and the run goes on: the last checkpoint stays, and the next one may find room.
     pub(super) fn save_when_good(&mut self) -> Result<()> {
+        let started = Instant::now();
         let spike = self.state.guard.in_spike().then(|| "the loss is in a spike".to_owned());
         let reason = match spike {
             Some(reason) => Some(reason),
@@ -36,7 +56,52 @@ impl Trainer<'_> {
             return Ok(());
         }
         self.owed = None;
-        match self.save() {
+        self.wait_for_earlier()?;
+        let outcome = self.begin_to_save(started);
+        self.tolerate(outcome)
+    }
+
+    /// Notes what became of a checkpoint that was being written, once it is done.
+    pub(super) fn note_saved(&mut self) -> Result<()> {
+        match self.saver.poll()? {
+            None => Ok(()),
+            Some(finished) => {
+                let outcome = self.settle(finished);
+                self.tolerate(outcome)
+            }
+        }
+    }
+
+    /// Waits until nothing is being written any more.
+    pub(super) fn wait_for_save(&mut self) -> Result<()> {
+        match self.wait()? {
+            None => Ok(()),
+            Some(finished) => {
+                let outcome = self.settle(finished);
+                self.tolerate(outcome)
+            }
+        }
+    }
+
+    /// As [`Trainer::wait_for_save`], because the next one is due.
+    fn wait_for_earlier(&mut self) -> Result<()> {
+        let (earlier, asked) = (self.saver.in_flight(), Instant::now());
+        self.wait_for_save()?;
+        let waited = asked.elapsed();
+        if let Some(earlier) = earlier.filter(|_| waited > LONG_WAIT) {
+            let step = self.state.step;
+            let text = format!(
+                "training waited {:.1} s until the checkpoint of step {earlier} was on the disk: save_every is shorter than that takes",
+                waited.as_secs_f64()
+            );
+            self.record(Record::Notice { step, text });
+        }
+        Ok(())
+    }
+
+    /// A disk that does not take a checkpoint ends no run before its last step.
+    fn tolerate(&mut self, outcome: Result<()>) -> Result<()> {
+        match outcome {
             Err(error @ (Error::Io { .. } | Error::File { .. })) => {
                 let text = format!("no checkpoint: {error}");
                 let step = self.state.step;
@@ -109,48 +174,112 @@ impl Trainer<'_> {
         Ok(bad.map(|loss| format!("with the weights as they are the loss of a picture is {loss}")))
     }
 
-    /// Saves, unless that is done, and deletes old checkpoints.
+    /// Saves, unless that is done, and waits until it is; deletes old checkpoints.
     fn save(&mut self) -> Result<()> {
+        self.begin_to_save(Instant::now())?;
+        match self.wait()? {
+            None => Ok(()),
+            Some(finished) => self.settle(Finished {
+                stall_seconds: finished.seconds,
+                ..finished
+            }),
+        }
+    }
+
+    /// Begins to save what was due at `started`, unless that is done; nothing else is being written.
+    fn begin_to_save(&mut self, started: Instant) -> Result<()> {
         if self.is_saved() {
             return Ok(());
         }
         let _range = profile::range(c"save");
-        let (step, started) = (self.state.step, Instant::now());
-        let options = SaveOptions {
-            dtype: match self.config.save_dtype {
-                SaveType::Bf16 => Float::Bf16,
-                SaveType::F32 => Float::F32,
-            },
-            average: self.config.ema.is_some(),
-        };
         let kind = self.model.denoiser().geometry().kind;
         let settings = sample_settings(self.config, &self.setup.pipeline)?;
-        let complete = |folder: &Path| manifest::write(folder, self.run, self.setup.paths(), kind, &settings);
-        let state = RunState {
-            finite: Some(true),
-            ..self.state.clone()
+        let (run, paths) = (self.run.to_owned(), self.setup.paths().clone());
+        let complete = {
+            let run = run.clone();
+            move |folder: &Path| manifest::write(folder, &run, &paths, kind, &settings)
         };
-        let Saved { folder, bytes } = checkpoint::save(self.run, &self.model, &state, options, &complete)?;
-        self.saved = Some((step, folder.clone()));
-        let calm = self.state.guard.calm();
-        checkpoint::prune(self.run, self.config.keep_last, self.config.keep_every, calm)?;
-        let name = folder.strip_prefix(self.run).unwrap_or(&folder);
+        let job = SaveJob {
+            run,
+            state: RunState {
+                finite: Some(true),
+                ..self.state.clone()
+            },
+            options: SaveOptions {
+                dtype: match self.config.save_dtype {
+                    SaveType::Bf16 => Float::Bf16,
+                    SaveType::F32 => Float::F32,
+                },
+                average: self.config.ema.is_some(),
+            },
+            complete: Box::new(complete),
+            keep: Keep {
+                last: self.config.keep_last,
+                every: self.config.keep_every,
+                calm: self.state.guard.calm(),
+            },
+            observer: Box::new(()),
+        };
+        let begun = self.saver.begin(&mut self.model, job, started)?;
+        self.tell_of_memory();
+        begun.map_or(Ok(()), |finished| self.settle(finished))
+    }
+
+    /// What becomes of the checkpoint that is being written; shows how far that is.
+    fn wait(&mut self) -> Result<Option<Finished>> {
+        const MIB: u64 = 1 << 20;
+        let observer: &mut dyn Observer = &mut *self.observer;
+        self.saver.wait(&mut |done, total| {
+            observer.event(&Event::Progress {
+                what: "writing the checkpoint (MiB)",
+                done: done.div_ceil(MIB) as usize,
+                total: total.div_ceil(MIB) as usize,
+            });
+        })
+    }
+
+    /// Notes that a checkpoint is on the disk.
+    ///
+    /// # Errors
+    /// When it is not.
+    fn settle(&mut self, finished: Finished) -> Result<()> {
+        let step = finished.step;
+        let saved = finished.saved?;
+        let name = saved.folder.strip_prefix(self.run).unwrap_or(&saved.folder);
+        let folder = name.display().to_string();
+        self.saved = Some((step, saved.folder));
         self.record(Record::Checkpoint {
             step,
-            folder: name.display().to_string(),
-            bytes,
-            seconds: started.elapsed().as_secs_f64(),
+            folder,
+            bytes: saved.bytes,
+            seconds: finished.seconds,
+            stall_seconds: Some(finished.stall_seconds),
         });
+        if let Err(error) = finished.pruned {
+            let text = format!("old checkpoints stay: {error}");
+            self.record(Record::Notice { step, text });
+        }
         Ok(())
+    }
+
+    fn tell_of_memory(&mut self) {
+        if let Some(text) = self.saver.take_notice() {
+            let step = self.state.step;
+            self.record(Record::Notice { step, text });
+        }
     }
 
     /// Sets aside the checkpoints that were made after the last interval with a loss like those before, where there is an older
     /// one: their weights may have begun to diverge unseen.
-    pub(super) fn refuse_diverged(&mut self) {
+    ///
+    /// # Errors
+    /// When one that was being written failed for another reason than the disk.
+    pub(super) fn refuse_diverged(&mut self) -> Result<()> {
+        self.wait_for_save()?;
         let (step, calm) = (self.state.step, self.state.guard.calm());
         let all = checkpoint::list(self.run).unwrap_or_default();
         if !all.iter().any(|(step, _)| *step <= calm) {
-            return;
+            return Ok(());
         }
         for (_, folder) in all.iter().filter(|(step, _)| *step > calm) {
             let text = match checkpoint::refuse(folder) {
@@ -162,6 +291,7 @@ impl Trainer<'_> {
             };
             self.record(Record::Notice { step, text });
         }
+        Ok(())
     }
 
     /// From where the run can go on after a divergence.
