@@ -31,7 +31,7 @@ Examples:
   bench-train                                   pixel 1K, policy released, without recomputing and with all blocks recomputed
   bench-train --peer --record                   beside PyTorch; the rows go to bench/results/GPU/train.json
   bench-train --recompute frozen --policy paper
-  bench-train --recompute none --checkpoints /data what a checkpoint takes on the disk of /data (three times 36 GB, one at a time)
+  bench-train --recompute none --checkpoints /data what a checkpoint takes on the disk of /data (36 GB at a time)
   bench-train --tiny --device cpu
 
 A step is forward, backward and AdamW with f32 master weights, on one picture; random weights of the published size are made on the

@@ -46,13 +46,12 @@ impl CheckpointTimes {
         self.stall_seconds / (training + self.stall_seconds).max(f64::MIN_POSITIVE)
     }
 
-    /// Writes checkpoints into a folder of its own in `folder`, which is deleted afterwards.
+    /// Writes checkpoints into folders of their own in `folder`, each of which is deleted before the next.
     ///
     /// # Errors
     /// When the disk does not take them, or the host has too little memory.
     pub(super) fn measure(device: &Device, trained: &mut Trained, folder: &Path) -> anyhow::Result<Self> {
-        let run = tempfile::tempdir_in(folder).with_context(|| format!("cannot write to {}", folder.display()))?;
-        let run = run.path();
+        let run = || tempfile::tempdir_in(folder).with_context(|| format!("cannot write to {}", folder.display()));
         let mut saver = Saver::new();
         let (taken, bytes) = (Instant::now(), trained.model.snapshot_bytes() as u64);
         saver.prepare(device, bytes, Device::Cpu.available_memory()?);
@@ -73,12 +72,13 @@ impl CheckpointTimes {
             beside_step_ms: 0.0,
         };
         for _ in 0..SAVED {
+            let run = run()?;
             device.synchronize()?;
             let started = Instant::now();
             // As a run does before it saves.
             let not_finite = trained.model.first_not_finite()?;
             anyhow::ensure!(not_finite.is_none(), "{not_finite:?} is not finite");
-            let due = job(run, trained.model.steps());
+            let due = job(run.path(), trained.model.steps());
             let done = saver.begin(&mut trained.model, due, started)?;
             if let Some(reason) = saver.take_notice() {
                 anyhow::bail!("{reason}");
@@ -101,9 +101,9 @@ impl CheckpointTimes {
             times.beside_step_ms = times.beside_step_ms.max(mean(&beside));
         }
         drop(saver);
-        let started = Instant::now();
-        let SaveJob { state, options, .. } = job(run, trained.model.steps());
-        save(run, &trained.model, &state, options, &|_| Ok(()), &mut ())?;
+        let (run, started) = (run()?, Instant::now());
+        let SaveJob { state, options, .. } = job(run.path(), trained.model.steps());
+        save(run.path(), &trained.model, &state, options, &|_| Ok(()), &mut ())?;
         times.plain_seconds = started.elapsed().as_secs_f64();
         Ok(times)
     }

@@ -17,28 +17,34 @@ use l2p_engine::{Device, Error, Tensor};
 use l2p_tests::{Outcome, Suite, hash_uniform, random_bf16};
 use libtest_mimic::Failed;
 
+use super::interrupt::signal;
 use super::{checkpoints, command, curve, delta, train, world};
 use crate::models::{random_model, small_config};
 
 pub fn register(suite: &mut Suite) {
-    suite.cpu("runs::background::files_are_those_of_a_plain_save", same_files);
-    suite.cpu("runs::background::training_goes_on_during_a_slow_save", slow);
+    suite.cpu("runs::background::files_are_those_of_a_plain_save", || {
+        same_files(&Device::Cpu)
+    });
+    suite.cpu("runs::background::training_goes_on_during_a_slow_save", || {
+        slow(&Device::Cpu)
+    });
+    suite.cuda("runs::background::cuda_files_are_those_of_a_plain_save", same_files);
+    suite.cuda("runs::background::cuda_training_goes_on_during_a_slow_save", slow);
     suite.cpu("runs::background::errors_reach_the_run", errors);
     suite.cpu("runs::background::a_saver_that_goes_leaves_nothing_unfinished", dropped);
     suite.cpu("runs::background::the_log_tells_how_long_training_stood_still", told);
     if cfg!(unix) {
         suite.cpu("runs::background::kill_leaves_the_last_whole_checkpoint", kill);
         suite.cpu("runs::background::nobody_else_writes_meanwhile", locked);
+        suite.cpu("runs::background::a_signal_waits_for_what_is_being_written", signalled);
     }
 }
-
-const CPU: Device = Device::Cpu;
 
 fn config() -> DitConfig {
     small_config(ModelKind::Pixel, 384, 16)
 }
 
-fn model() -> l2p_engine::Result<TrainableModel> {
+fn model(device: &Device) -> l2p_engine::Result<TrainableModel> {
     let (config, params) = (config(), random_model(&config(), &[8, 16, 24, 32]));
     let options = TrainOptions {
         policy: "paper:1".parse().expect("a freeze policy"),
@@ -48,19 +54,19 @@ fn model() -> l2p_engine::Result<TrainableModel> {
         ema_decay: Some(0.9),
     };
     let spec = ZImage::read(&params, &config)?;
-    TrainableModel::load(&spec, &params, &CPU, &options, &mut |_, _| Ok(()))
+    TrainableModel::load(&spec, &params, device, &options, &mut |_, _| Ok(()))
 }
 
 /// A step on a batch of its own; the loss before it.
 fn step(model: &mut TrainableModel) -> l2p_engine::Result<f32> {
-    let (config, name) = (config(), model.steps());
+    let (config, name, device) = (config(), model.steps(), model.denoiser().device().clone());
     let shape = [1, 32, 32, config.in_channels];
     let tensor = |kind: &str, shape: &[usize]| {
-        Tensor::from_slice(
-            &CPU,
-            &random_bf16(&format!("{kind} {name}"), shape.iter().product()),
-            shape,
-        )
+        let values = random_bf16(&format!("{kind} {name}"), shape.iter().product());
+        match kind {
+            "caption" => Tensor::from_f32(&device, &values, shape),
+            _ => Tensor::from_slice(&device, &values, shape),
+        }
     };
     let batch = (
         tensor("image", &shape)?,
@@ -116,7 +122,7 @@ fn job(run: &Path, step: u64, observer: Box<dyn WriteObserver + Send>) -> SaveJo
 /// A saver with memory for this model.
 fn saver(model: &TrainableModel) -> Saver {
     let mut saver = Saver::new();
-    saver.prepare(&CPU, model.snapshot_bytes() as u64, u64::MAX);
+    saver.prepare(model.denoiser().device(), model.snapshot_bytes() as u64, u64::MAX);
     saver
 }
 
@@ -134,11 +140,11 @@ fn awaited(saver: &mut Saver) -> Result<Finished, Failed> {
     Ok(saver.wait(&mut |_, _| ())?.ok_or("nothing was being written")?)
 }
 
-fn same_files() -> Outcome {
+fn same_files(device: &Device) -> Outcome {
     let folder = tempfile::tempdir()?;
-    let [plain, background] = ["plain", "background"].map(|name| folder.path().join(name));
-    let mut model = model()?;
-    let mut saver = saver(&model);
+    let [plain, background, standing] = ["plain", "background", "standing"].map(|name| folder.path().join(name));
+    let mut model = model(device)?;
+    let (mut saver, mut without_memory) = (saver(&model), Saver::new());
     for number in 1..4 {
         step(&mut model)?;
         let expected = save(&plain, &model, &state(number), OPTIONS, &add_a_file, &mut ())?;
@@ -154,6 +160,11 @@ fn same_files() -> Outcome {
         let (expected, found) = (files(&expected.folder)?, files(&saved.folder)?);
         assert_eq!(found.len(), 5);
         assert!(found == expected, "the files of step {number} differ");
+        // Without memory it is written at once.
+        let begun = without_memory.begin(&mut model, job(&standing, number, Box::new(())), Instant::now())?;
+        let finished = begun.ok_or("it was not written at once")?;
+        assert_eq!(finished.stall_seconds, finished.seconds);
+        assert!(files(&finished.saved?.folder)? == expected);
     }
     // Old ones are deleted once the new one is there.
     assert_eq!(list(&background)?.len(), 2);
@@ -185,10 +196,10 @@ fn gate() -> (Box<Gate>, Sender<()>, Receiver<()>) {
     (Box::new(Gate { open, reached }), opener, arrival)
 }
 
-fn slow() -> Outcome {
+fn slow(device: &Device) -> Outcome {
     let folder = tempfile::tempdir()?;
     let [plain, run] = ["plain", "run"].map(|name| folder.path().join(name));
-    let (mut unsaved, mut model) = (model()?, model()?);
+    let (mut unsaved, mut model) = (model(device)?, model(device)?);
     let mut saver = saver(&model);
     let mut losses = [Vec::new(), Vec::new()];
     let mut both = |unsaved: &mut TrainableModel, model: &mut TrainableModel| -> l2p_engine::Result<()> {
@@ -249,7 +260,7 @@ impl WriteObserver for Full {
 
 fn errors() -> Outcome {
     let folder = tempfile::tempdir()?;
-    let mut model = model()?;
+    let mut model = model(&Device::Cpu)?;
     let mut saver = saver(&model);
     step(&mut model)?;
     saver.begin(&mut model, job(folder.path(), 1, Box::new(())), Instant::now())?;
@@ -277,7 +288,7 @@ fn errors() -> Outcome {
 
 fn dropped() -> Outcome {
     let folder = tempfile::tempdir()?;
-    let mut model = model()?;
+    let mut model = model(&Device::Cpu)?;
     let mut saver = saver(&model);
     let (slow, opener, arrival) = gate();
     saver.begin(&mut model, job(folder.path(), 1, slow), Instant::now())?;
@@ -388,7 +399,7 @@ fn locked() -> Outcome {
         .stderr(Stdio::null())
         .spawn()?;
     let started = Instant::now();
-    while !half_written(out)? && started.elapsed() < Duration::from_secs(60) {
+    while !(half_written(out)? && !list(out)?.is_empty()) && started.elapsed() < Duration::from_secs(60) {
         assert!(first.try_wait()?.is_none(), "the program ended by itself");
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -405,5 +416,44 @@ fn locked() -> Outcome {
     let (found, refused) = Checkpoint::newest(out)?;
     assert!(refused.is_empty(), "{refused:?}");
     assert!(found.is_some());
+    Ok(())
+}
+
+/// Asked to end while a checkpoint is written, a run ends with that one whole and with the last step saved.
+fn signalled() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let out = folder.path();
+    let many = [
+        "--policy",
+        "full",
+        "--steps",
+        "100000",
+        "--validate-every",
+        "0",
+        "--save-every",
+        "1",
+        "--log-every",
+        "1",
+    ];
+    for _ in 0..3 {
+        let mut child = command(world()?, out, &many)?
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let newest = || -> Result<Option<u64>, Failed> { Ok(list(out)?.last().map(|(step, _)| *step)) };
+        let (started, first) = (Instant::now(), newest()?);
+        while !(newest()? > first && half_written(out)?) && started.elapsed() < Duration::from_secs(60) {
+            assert!(child.try_wait()?.is_none(), "the program ended by itself");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        signal(&child, "TERM")?;
+        let output = child.wait_with_output()?;
+        let stderr = String::from_utf8(output.stderr)?;
+        assert_eq!(output.status.code(), Some(130), "{stderr}");
+        assert!(!half_written(out)?, "something half-written is left");
+        let newest = Checkpoint::newest(out)?.0.ok_or("there is no checkpoint")?;
+        assert!(newest.verify(&mut |_, _| Ok(()))?.is_empty());
+        assert_eq!(Some(newest.state.step), curve(out)?.last().map(|point| point.0));
+    }
     Ok(())
 }

@@ -192,6 +192,16 @@ impl Saver {
         matches!(&self.room, Room::Coming(thread, _) if !thread.is_finished())
     }
 
+    /// Calls off memory that is on its way: writing from the model is sooner done than waiting for it.
+    pub fn call_off(&mut self) {
+        if let Room::Coming(_, called_off) = &self.room {
+            called_off.store(true, Ordering::Relaxed);
+            // It may have come meanwhile; that it was called off is nothing to tell.
+            self.room = self.take_memory().map_or(Room::None, Room::There);
+            self.short = None;
+        }
+    }
+
     /// What is to be said of memory that is not to be had; once.
     pub fn take_notice(&mut self) -> Option<String> {
         self.short.take()
@@ -319,6 +329,7 @@ impl Drop for Saver {
         }
         if let Room::Coming(thread, called_off) = std::mem::replace(&mut self.room, Room::None) {
             called_off.store(true, Ordering::Relaxed);
+            // A panic while another one unwinds would end the process without a word on the first.
             let _ = thread.join();
         }
     }

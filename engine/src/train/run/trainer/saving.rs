@@ -176,6 +176,7 @@ impl Trainer<'_> {
 
     /// Saves, unless that is done, and waits until it is; deletes old checkpoints.
     fn save(&mut self) -> Result<()> {
+        self.saver.call_off();
         self.begin_to_save(Instant::now())?;
         match self.wait()? {
             None => Ok(()),
