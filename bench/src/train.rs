@@ -1,8 +1,10 @@
 //! `bench-train`: whole training steps, optimizer included.
 
+mod checkpoint;
 mod ranks;
 pub(crate) mod record;
 
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use anyhow::Context;
@@ -15,6 +17,7 @@ use l2p_engine::train::{
 use l2p_engine::{Device, Result, Tensor};
 use serde_json::{Map, Value, json};
 
+use self::checkpoint::CheckpointTimes;
 use self::record::{Measured, Record};
 use crate::arguments::Common;
 use crate::inputs::{random, random_f32};
@@ -29,6 +32,7 @@ Examples:
   bench-train                                   pixel 1K, policy released, without recomputing and with all blocks recomputed
   bench-train --peer --record                   beside PyTorch; the rows go to bench/results/GPU/train.json
   bench-train --recompute frozen --policy paper
+  bench-train --recompute none --checkpoints /data what a checkpoint takes on the disk of /data (36 GB at a time)
   bench-train --tiny --device cpu
   bench-train --ranks 2 --recompute none --peer --record    two GPUs: alone, dividing the optimizer, dividing nothing, and PyTorch's
                                                             DistributedDataParallel and ZeroRedundancyOptimizer
@@ -71,6 +75,9 @@ pub struct Arguments {
     /// A small model of the same structure
     #[arg(long)]
     tiny: bool,
+    /// Write checkpoints into this folder too, and measure for how long training stands still
+    #[arg(long, value_name = "DIR")]
+    checkpoints: Option<PathBuf>,
     /// Write the rows to bench/results/GPU/train.json too
     #[arg(long)]
     record: bool,
@@ -194,6 +201,8 @@ fn passed_on(arguments: &Arguments) -> Vec<String> {
     ];
     let how = common.peer_compile.to_possible_value();
     passed.extend(how.map(|how| format!("--peer-compile={}", how.get_name())));
+    let folder = arguments.checkpoints.as_ref();
+    passed.extend(folder.map(|folder| format!("--checkpoints={}", folder.display())));
     passed.extend(arguments.side.map(|side| format!("--side={side}")));
     passed.extend(common.once.as_ref().map(|name| format!("--once={name}")));
     let flags = [(common.peer, "--peer"), (arguments.tiny, "--tiny")];
@@ -224,7 +233,10 @@ fn run_one(recompute: Recompute, arguments: &Arguments) -> anyhow::Result<Option
         bench.finish()?;
         return Ok(None);
     }
-    let measured = measure(&device, &name, sizes, &plan, &mut trained, repeats)?;
+    let mut measured = measure(&device, &name, sizes, &plan, &mut trained, repeats)?;
+    if let Some(folder) = &arguments.checkpoints {
+        measured.checkpoints = Some(CheckpointTimes::measure(&device, &mut trained, folder)?);
+    }
     let record = Record::new(&bench, measured, peers);
     for peer in &record.measured[0].peers {
         bench.say(&peer_line(peer))?;
@@ -296,6 +308,7 @@ fn measure(
             Device::Cuda(device) => Some(device.driver_memory_in_use()?),
         },
         losses,
+        checkpoints: None,
         peers: Vec::new(),
     })
 }

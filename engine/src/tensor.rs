@@ -8,11 +8,12 @@ mod arguments;
 mod host;
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::bf16;
 
-use crate::device::{CpuBuffer, CudaBuffer, CudaDevice, Device};
+use crate::device::{CpuBuffer, CudaBuffer, CudaDevice, Device, HostCopies};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::shape::Shape;
@@ -378,6 +379,18 @@ impl Tensor {
                 buffer.copy_to_host(self.offset * self.dtype.size(), bytemuck::cast_slice_mut(&mut values))?;
                 Ok(values)
             }
+        }
+    }
+
+    /// Starts a copy of the elements into host memory, on a stream of its own, and returns where in `copies` it will lie. Until the
+    /// device's own stream waits for the copies, nobody may change or drop what shares this buffer.
+    ///
+    /// # Errors
+    /// When the tensor is on the CPU, `copies` has no room left, or the driver refuses.
+    pub fn copy_aside(&self, copies: &mut HostCopies) -> Result<Range<usize>> {
+        match &*self.storage {
+            Storage::Cuda(buffer) => copies.add(buffer, self.offset * self.dtype.size(), self.bytes()),
+            Storage::Cpu(_) => Err(Error::invalid("a tensor on the CPU is read where it is")),
         }
     }
 

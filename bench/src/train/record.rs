@@ -7,12 +7,19 @@ use l2p_engine::ceilings::{Ceilings, mfu};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::checkpoint::CheckpointTimes;
 use crate::environment::Environment;
 use crate::record::{PeerTime, Timing, milliseconds};
 use crate::runner::Bench;
 
 /// The most memory that a step of the released recipe may take at 1K, in bytes, by choice of recomputing.
 const LARGEST_PEAKS: [(&str, f64); 2] = [("train-none", 76e9), ("train-all", 54e9)];
+
+/// Seconds for which training may stand still for a checkpoint of the released recipe, and the share of a run in percent, with one
+/// every so many steps.
+const LONGEST_STALL: f64 = 1.5;
+const LARGEST_SHARE: f64 = 1.0;
+const SAVE_EVERY: u64 = 500;
 
 /// One choice of recomputing.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,6 +42,9 @@ pub(crate) struct Measured {
     pub driver_bytes: Option<u64>,
     /// Before each step.
     pub losses: Vec<f32>,
+    /// Of checkpoints, where that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoints: Option<CheckpointTimes>,
     pub peers: Vec<PeerTime>,
 }
 
@@ -82,6 +92,19 @@ impl Measured {
         rows.push(row("share of measured product rate", "%", share(ours), time.map(share)));
         rows.push(row("peak memory, tensors", "GB", gigabytes(self.peak_bytes), by_ledger).at_most(largest));
         rows.extend(by_driver);
+        rows.extend(self.checkpoints.iter().flat_map(|times| {
+            let row = |what: &str, unit: &str, ours: f64| row(&format!("checkpoint {what}"), unit, ours, None);
+            let targets = published.then_some((LONGEST_STALL, LARGEST_SHARE));
+            [
+                row("files", "GB", gigabytes(times.bytes)),
+                row("training stands still", "s", times.stall_seconds).at_most(targets.map(|(stall, _)| stall)),
+                row("share of a run", "%", 100.0 * times.share(SAVE_EVERY)).at_most(targets.map(|(_, share)| share)),
+                row("until it is on the disk", "s", times.seconds),
+                row("written from the model, standing still", "s", times.plain_seconds),
+                row("step while one is written", "ms", times.beside_step_ms),
+                row("longest step while memory is taken", "ms", times.memory_step_ms),
+            ]
+        }));
         rows
     }
 }
@@ -233,6 +256,7 @@ mod tests {
             planned_peak_bytes: 0,
             driver_bytes: None,
             losses: Vec::new(),
+            checkpoints: None,
             peers: Vec::new(),
         };
         let ceilings = Ceilings {

@@ -21,11 +21,17 @@ pub fn of(record: &Record, steps: u64) -> Option<String> {
             folder,
             bytes,
             seconds,
-        } => format!(
-            "step {step}  saved {folder}  {} in {}",
-            format_bytes(*bytes),
-            duration(*seconds)
-        ),
+            stall_seconds,
+        } => {
+            let stall = stall_seconds.map_or(String::new(), |stall| {
+                format!(", training stood still for {}", duration(stall))
+            });
+            format!(
+                "step {step}  saved {folder}  {} in {}{stall}",
+                format_bytes(*bytes),
+                duration(*seconds)
+            )
+        }
         Record::Notice { step, text } => format!("step {step}  note: {text}"),
         Record::Damaged { what, reason, .. } => format!("damaged, skipped: {what}: {reason}"),
         Record::Profile { parts, .. } => profile(parts),

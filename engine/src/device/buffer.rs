@@ -46,6 +46,12 @@ impl CudaBuffer {
         self.block.ptr()
     }
 
+    /// The address of byte `offset`, from which on `bytes` bytes are the block's.
+    pub(super) fn address_of(&self, offset: usize, bytes: usize) -> u64 {
+        assert!(offset + bytes <= self.bytes(), "a copy past the end of a buffer");
+        self.ptr() + offset as u64
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         self.block.bytes()
     }

@@ -58,6 +58,27 @@ impl SideStream {
         })
     }
 
+    /// As [`SideStream::mark`], for a point that a thread will wait for, asleep.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub(super) fn mark_to_wait_for(&self) -> Result<StreamMark> {
+        self.device.bind()?;
+        let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC;
+        Ok(StreamMark {
+            event: check("cuEventRecord", self.stream.record_event(Some(flags)))?,
+            device: self.device.clone(),
+        })
+    }
+
+    /// Waits for all that was submitted to this stream.
+    ///
+    /// # Errors
+    /// The first error of that work.
+    pub(super) fn synchronize(&self) -> Result<()> {
+        check("work on the GPU", self.stream.synchronize())
+    }
+
     /// The device.
     pub fn device(&self) -> &Arc<CudaDevice> {
         &self.device
@@ -82,6 +103,14 @@ impl StreamMark {
     /// When the driver refuses.
     pub fn hold_device(&self) -> Result<()> {
         check("cuStreamWaitEvent", self.device.stream().wait(&self.event))
+    }
+
+    /// Waits until all work before the point is done.
+    ///
+    /// # Errors
+    /// The first error of that work.
+    pub fn wait(&self) -> Result<()> {
+        check("work on the GPU", self.event.synchronize())
     }
 
     /// Whether all work before the point is done; does not wait.

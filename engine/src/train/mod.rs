@@ -5,17 +5,23 @@
 //! [`TrainableModel::step`]; none waits for the device. Several [`Ranks`] may share the work. [`TrainingPlan`] tells what a run will hold and compute before anything is allocated.
 
 mod adamw;
+mod copying;
 mod exchange;
 mod plan;
 mod policy;
+mod read_ahead;
 pub mod run;
+mod snapshot;
+mod source;
 mod trainable;
 
 pub use adamw::{AdamW, Place, StateArray};
 pub use exchange::{BUCKET_BYTES, Division, Ranks, Sharding};
 pub use plan::{Arithmetic, PlanInput, PlannedMemory, TrainingPlan};
 pub use policy::{DEFAULT_ENDS, Policy, Recompute};
-pub use trainable::{Batch, StatePart, StateSlice, StateTensor, StepNorm, TrainableModel, TrainedTensor};
+pub use snapshot::{Snapshot, SnapshotMemory};
+pub use source::{StatePart, StateSlice, StateSource, StateTensor, TrainedTensor};
+pub use trainable::{Batch, StepNorm, TrainableModel};
 
 /// The settings of AdamW but the learning rate, which may change from step to step.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]

@@ -3,8 +3,11 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use super::adamw::{AdamW, StateArray};
+use super::adamw::{AdamW, Place, StateArray};
+use super::copying::Copying;
 use super::exchange::{Exchange, Ranks, take_part};
+use super::read_ahead::read_ahead;
+use super::source::{STATE, StatePart, StateSlice, StateSource, StateTensor, TrainedTensor};
 use super::{Policy, Recompute, TrainOptions};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -17,8 +20,8 @@ use crate::ops::finite::count_not_finite;
 use crate::ops::flow_loss::{flow_loss, noisy_image};
 use crate::tensor::Tensor;
 
-/// Reads a named array of a checkpoint's state of the given shape.
-pub type ReadState<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>> + 'a;
+/// Reads a named array of a checkpoint's state of the given shape, on another thread than the one that takes it up.
+pub type ReadState<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>> + Send + 'a;
 
 /// One micro-batch.
 #[derive(Clone, Copy, Debug)]
@@ -81,32 +84,7 @@ impl StepNorm {
     }
 }
 
-/// What is kept of a trained tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StatePart {
-    /// The weight that the model computes with.
-    Weight,
-    /// The f32 weight that the optimizer changes; on the CPU the weight itself.
-    Master,
-    /// The running mean of the gradient.
-    FirstMoment,
-    /// The running mean of the gradient's square.
-    SecondMoment,
-    /// The running average of the weight.
-    Ema,
-    /// The gradient gathered since the last step.
-    Gradient,
-}
-
-/// The parts that [`TrainableModel::state_tensors`] gives, and what their names begin with.
-const STATE: [(StatePart, &str); 4] = [
-    (StatePart::Master, "master"),
-    (StatePart::FirstMoment, "first_moment"),
-    (StatePart::SecondMoment, "second_moment"),
-    (StatePart::Ema, "ema"),
-];
-
-/// The arrays that hold these parts.
+/// The arrays that hold the parts of the state, by [`STATE`].
 const STATE_ARRAYS: [StateArray; 4] = [
     StateArray::Master,
     StateArray::FirstMoment,
@@ -114,120 +92,67 @@ const STATE_ARRAYS: [StateArray; 4] = [
     StateArray::Average,
 ];
 
-/// Elements of one array of the optimizer's state that this rank keeps: `master.…` and so on of the first canonical name of a
-/// parameter, as it lies on the device.
-pub struct StateSlice<'a> {
-    /// The name in the state.
-    pub name: String,
-    /// Which of the parameter's elements.
-    pub elements: Range<usize>,
-    owner: &'a TrainableModel,
-    trained: usize,
-    part: StatePart,
-}
-
-impl StateSlice<'_> {
-    /// The values on the host. Waits for the device.
-    ///
-    /// # Errors
-    /// When the work so far failed.
-    pub fn read(&self) -> Result<Vec<f32>> {
-        let array = match self.part {
-            StatePart::FirstMoment => StateArray::FirstMoment,
-            StatePart::SecondMoment => StateArray::SecondMoment,
-            StatePart::Ema => StateArray::Average,
-            _ => StateArray::Master,
-        };
-        let kept = match self.owner.optimizer.state(array, self.trained)? {
-            Some(kept) => kept,
-            // On the CPU the weight is its own master.
-            None => {
-                let weight = self.owner.model.weights()[self.owner.trained[self.trained]].clone();
-                let flat = weight.reshape([weight.elements()])?;
-                flat.narrow(self.elements.start, self.elements.len())?
-            }
-        };
-        kept.to_vec_f32()
-    }
-}
-
-/// A trained tensor as it stands in checkpoints: stacked projections are taken apart.
-pub struct TrainedTensor<'a> {
-    /// The canonical name.
-    pub name: String,
-    /// The shape in checkpoints.
-    pub shape: Vec<usize>,
-    owner: &'a TrainableModel,
-    /// Its place in the list of trained parameters, and which part of that parameter it is.
-    trained: usize,
-    part: usize,
-}
-
-impl TrainedTensor<'_> {
-    /// The values on the host, in the checkpoint's order of axes; `None` for an average that is not kept. Waits for the
-    /// device.
-    ///
-    /// # Errors
-    /// When the work so far failed.
-    pub fn read(&self, part: StatePart) -> Result<Option<Vec<f32>>> {
-        let owner = self.owner;
-        let index = owner.trained[self.trained];
-        let weight = || owner.model.weights()[index].clone();
-        let whole = match part {
-            StatePart::Weight => Some(weight()),
-            StatePart::Gradient => owner.model.slots()[index].clone(),
-            StatePart::Master => owner
-                .optimizer
-                .state(StateArray::Master, self.trained)?
-                .or_else(|| Some(weight())),
-            StatePart::FirstMoment => owner.optimizer.state(StateArray::FirstMoment, self.trained)?,
-            StatePart::SecondMoment => owner.optimizer.state(StateArray::SecondMoment, self.trained)?,
-            StatePart::Ema => owner.optimizer.state(StateArray::Average, self.trained)?,
-        };
-        let Some(whole) = whole else { return Ok(None) };
-        let parameter = &owner.parameters[index];
-        let range = parameter.range(self.part);
-        let values = whole
-            .reshape([whole.elements()])?
-            .narrow(range.start, range.len())?
-            .to_vec_f32()?;
-        Ok(Some(parameter.to_published(self.part, values)))
-    }
-}
-
-/// One tensor of the optimizer's state: `master.…`, `first_moment.…`, `second_moment.…`, `ema.…` of a canonical name.
-pub struct StateTensor<'a> {
-    /// The name in the state.
-    pub name: String,
-    /// The shape.
-    pub shape: Vec<usize>,
-    tensor: TrainedTensor<'a>,
-    part: StatePart,
-}
-
-impl StateTensor<'_> {
-    /// The values on the host. Waits for the device.
-    ///
-    /// # Errors
-    /// When the work so far failed.
-    pub fn read(&self) -> Result<Vec<f32>> {
-        let values = self.tensor.read(self.part)?;
-        values.ok_or_else(|| Error::invalid(format!("`{}` is not kept", self.name)))
-    }
-}
-
 /// A model, the gradients of its trained tensors, and the optimizer's state.
 pub struct TrainableModel {
+    /// Before what is copied, which must not be given back meanwhile.
+    pub(super) copying: Copying,
     model: Box<dyn Trainable>,
     parameters: Vec<Meta>,
     /// The trained ones among the parameters.
     trained: Vec<usize>,
-    optimizer: AdamW,
+    pub(super) optimizer: AdamW,
     keeps_ema: bool,
     /// Where several ranks share the work.
     exchange: Option<Exchange>,
     /// Which of the trained ones each parameter is.
     number: Vec<Option<usize>>,
+}
+
+impl StateSource for TrainableModel {
+    fn metas(&self) -> Vec<&Meta> {
+        self.trained.iter().map(|&index| &self.parameters[index]).collect()
+    }
+
+    fn keeps_average(&self) -> bool {
+        self.keeps_ema
+    }
+
+    fn share(&self) -> Option<&[Place]> {
+        let exchange = self.exchange.as_ref().filter(|exchange| exchange.shards());
+        exchange.map(|_| self.optimizer.places())
+    }
+
+    fn values(&self, part: StatePart, trained: usize, elements: Range<usize>) -> Result<Option<Vec<f32>>> {
+        let index = self.trained[trained];
+        let weight = || self.model.weights()[index].clone();
+        let array = match part {
+            StatePart::Weight | StatePart::Gradient => None,
+            StatePart::Master => Some(StateArray::Master),
+            StatePart::FirstMoment => Some(StateArray::FirstMoment),
+            StatePart::SecondMoment => Some(StateArray::SecondMoment),
+            StatePart::Ema => Some(StateArray::Average),
+        };
+        let kept = array
+            .map(|array| self.optimizer.state(array, trained))
+            .transpose()?
+            .flatten();
+        let (whole, first) = match (kept, part) {
+            (Some(kept), _) => (
+                kept,
+                self.optimizer.place(trained).map_or(0, |place| place.elements.start),
+            ),
+            (None, StatePart::Weight | StatePart::Master) => (weight(), 0),
+            (None, StatePart::Gradient) => match self.model.slots()[index].clone() {
+                Some(gradient) => (gradient, 0),
+                None => return Ok(None),
+            },
+            (None, _) => return Ok(None),
+        };
+        let flat = whole.reshape([whole.elements()])?;
+        let start = elements.start.checked_sub(first);
+        let start = start.ok_or_else(|| Error::invalid("another rank keeps the start of this tensor"))?;
+        flat.narrow(start, elements.len())?.to_vec_f32().map(Some)
+    }
 }
 
 impl TrainableModel {
@@ -283,6 +208,7 @@ impl TrainableModel {
             }
         };
         Ok(TrainableModel {
+            copying: Copying::default(),
             keeps_ema: options.ema_decay.is_some(),
             model,
             parameters,
@@ -355,6 +281,7 @@ impl TrainableModel {
     /// # Errors
     /// When the learning rate is not a number, or the device refuses the work.
     pub fn step(&mut self, learning_rate: f32) -> Result<StepNorm> {
+        self.copying.hold_device()?;
         let (mut weights, mut slots) = pick(&mut *self.model);
         let values = match &mut self.exchange {
             None => self.optimizer.step(&mut weights, &mut slots, learning_rate)?,
@@ -376,18 +303,21 @@ impl TrainableModel {
 
     /// The trained tensors under their canonical names, in the model's order.
     pub fn trained(&self) -> Vec<TrainedTensor<'_>> {
-        let parameters = self.trained.iter().enumerate();
-        let tensors = parameters.flat_map(|(trained, &index)| {
-            let parts = self.parameters[index].parts.iter().enumerate();
-            parts.map(move |(part, published)| TrainedTensor {
-                name: published.name.clone(),
-                shape: published.shape.clone(),
-                owner: self,
-                trained,
-                part,
-            })
-        });
-        tensors.collect()
+        (self as &dyn StateSource).trained()
+    }
+
+    /// The trained weights as the model computes with them, in the model's order; none where the first rank saves them and this one keeps
+    /// masters of its own.
+    pub(super) fn saved_weights(&self) -> Vec<&Tensor> {
+        let first = self
+            .exchange
+            .as_ref()
+            .is_none_or(|exchange| exchange.world().is_first());
+        if !first && self.optimizer.array(StateArray::Master).is_some() {
+            return Vec::new();
+        }
+        let weights = self.model.weights();
+        self.trained.iter().map(|&index| weights[index]).collect()
     }
 
     /// The name of the first trained tensor whose f32 weight holds a number that is not finite. Waits for the device.
@@ -451,18 +381,7 @@ impl TrainableModel {
 
     /// All that [`TrainableModel::restore_state`] needs but the number of steps; gradients not yet used by a step are no part of it.
     pub fn state_tensors(&self) -> Vec<StateTensor<'_>> {
-        let kept = STATE
-            .into_iter()
-            .filter(|(part, _)| *part != StatePart::Ema || self.keeps_ema);
-        let tensors = kept.flat_map(|(part, prefix)| {
-            self.trained().into_iter().map(move |tensor| StateTensor {
-                name: format!("{prefix}.{}", tensor.name),
-                shape: tensor.shape.clone(),
-                tensor,
-                part,
-            })
-        });
-        tensors.collect()
+        (self as &dyn StateSource).state_tensors()
     }
 
     /// Puts back what [`TrainableModel::state_tensors`] gave: `read(name, shape)` gives the values of each, and `steps` is the
@@ -471,36 +390,48 @@ impl TrainableModel {
     /// # Errors
     /// Those of `read`, and when it gives another number of values.
     pub fn restore_state(&mut self, steps: u64, read: &mut ReadState<'_>) -> Result<()> {
-        for ((part, prefix), array) in STATE.into_iter().zip(STATE_ARRAYS) {
-            if part == StatePart::Ema && !self.keeps_ema {
-                continue;
+        self.copying.hold_device()?;
+        let kept = STATE
+            .into_iter()
+            .zip(STATE_ARRAYS)
+            .filter(|((part, _), _)| *part != StatePart::Ema || self.keeps_ema);
+        let metas: Vec<Meta> = self.metas().into_iter().cloned().collect();
+        // An array of the state, a trained parameter, and a part of that.
+        let jobs = kept.flat_map(|((_, prefix), array)| {
+            let tensors = metas.iter().enumerate();
+            tensors
+                .flat_map(move |(trained, meta)| (0..meta.parts.len()).map(move |part| (prefix, array, trained, part)))
+        });
+        // Every rank needs all weights, and of the rest what it keeps.
+        let needed = |(_, array, trained, _): &(&str, StateArray, usize, usize)| {
+            *array == StateArray::Master || self.optimizer.place(*trained).is_some()
+        };
+        let jobs: Vec<_> = jobs.filter(needed).collect();
+        let mut values_of = |&(prefix, _, trained, part): &(&str, StateArray, usize, usize)| {
+            let published = &metas[trained].parts[part];
+            let name = format!("{prefix}.{}", published.name);
+            let values = read(&name, &published.shape)?;
+            match values.len() == published.elements() {
+                true => Ok(metas[trained].to_engine(part, values)),
+                false => Err(Error::invalid(format!(
+                    "`{name}` has {} values, expected {:?}",
+                    values.len(),
+                    published.shape
+                ))),
             }
-            for trained in 0..self.trained.len() {
-                let index = self.trained[trained];
-                // Every rank needs all weights, and of the rest what it keeps.
-                if array != StateArray::Master && self.optimizer.place(trained).is_none() {
-                    continue;
+        };
+        read_ahead(
+            jobs,
+            &mut values_of,
+            &mut |(_, array, trained, part), values: Vec<f32>| {
+                let first = metas[trained].range(part).start;
+                self.optimizer.set_state(array, trained, first, &values)?;
+                match array {
+                    StateArray::Master => self.set_weight(self.trained[trained], first, &values),
+                    _ => Ok(()),
                 }
-                for part in 0..self.parameters[index].parts.len() {
-                    let published = &self.parameters[index].parts[part];
-                    let name = format!("{prefix}.{}", published.name);
-                    let values = read(&name, &published.shape)?;
-                    if values.len() != published.elements() {
-                        return Err(Error::invalid(format!(
-                            "`{name}` has {} values, expected {:?}",
-                            values.len(),
-                            published.shape
-                        )));
-                    }
-                    let values = self.parameters[index].to_engine(part, values);
-                    let first = self.parameters[index].range(part).start;
-                    self.optimizer.set_state(array, trained, first, &values)?;
-                    if array == StateArray::Master {
-                        self.set_weight(index, first, &values)?;
-                    }
-                }
-            }
-        }
+            },
+        )?;
         self.optimizer.set_steps(steps);
         self.model.rearrange()
     }
@@ -519,20 +450,7 @@ impl TrainableModel {
 
     /// What this rank keeps of the optimizer's state, where ranks divide it among them; `None` where it is whole.
     pub fn state_slices(&self) -> Option<Vec<StateSlice<'_>>> {
-        self.exchange.as_ref().filter(|exchange| exchange.shards())?;
-        let kept = STATE
-            .into_iter()
-            .filter(|(part, _)| *part != StatePart::Ema || self.keeps_ema);
-        let slices = kept.flat_map(|(part, prefix)| {
-            self.optimizer.places().iter().map(move |place| StateSlice {
-                name: format!("{prefix}.{}", self.parameters[self.trained[place.tensor]].name()),
-                elements: place.elements.clone(),
-                owner: self,
-                trained: place.tensor,
-                part,
-            })
-        });
-        Some(slices.collect())
+        (self as &dyn StateSource).state_slices()
     }
 
     /// Puts back what [`TrainableModel::state_slices`] gave on all ranks of a run: `read(name, elements)` gives these elements. Any number

@@ -32,7 +32,7 @@ fn start(out: &Path, arguments: &[&str]) -> Result<Child, Failed> {
     Ok(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?)
 }
 
-fn signal(child: &Child, name: &str) -> Outcome {
+pub(super) fn signal(child: &Child, name: &str) -> Outcome {
     let status = std::process::Command::new("sh")
         .args(["-c", &format!("kill -{name} {}", child.id())])
         .status()?;

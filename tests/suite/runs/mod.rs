@@ -1,5 +1,6 @@
 //! `l2p-train` as a user runs it: mostly a tiny pixel model on a handful of pictures, with the demo's text encoder.
 
+mod background;
 mod damage;
 mod demo;
 mod disk;
@@ -32,6 +33,7 @@ use tempfile::TempDir;
 use crate::models::{random_model, small_config};
 
 pub fn register(suite: &mut Suite) {
+    background::register(suite);
     damage::register(suite);
     demo::register(suite);
     disk::register(suite);

@@ -6,6 +6,7 @@ mod modules;
 mod plan;
 mod promises;
 mod ranks;
+mod snapshot;
 
 use l2p_engine::layers::MemoryParams;
 use l2p_engine::model::zimage::DitConfig;
@@ -21,6 +22,7 @@ pub fn register(suite: &mut Suite) {
     plan::register(suite);
     promises::register(suite);
     ranks::register(suite);
+    snapshot::register(suite);
 }
 
 fn options(policy: &str, recompute: Recompute) -> TrainOptions {

@@ -17,20 +17,21 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use super::checksums::{Checked, Checksums};
 use super::guard::{Guard, StepOutcome};
-use super::ranks::{first_decides, on_first};
 use super::slices::{self, Parts};
-use crate::checkpoint::{Content, Fetch, Float, OutputFile, OutputTensor, SafetensorsFile};
+use crate::checkpoint::{
+    Content, Fetch, Float, OutputFile, OutputTensor, SafetensorsFile, StoredTensor, WriteObserver,
+};
 use crate::data::Position;
-use crate::dist::World;
 use crate::error::{Error, Result};
 use crate::files::{self, sync_folder};
-use crate::train::{StatePart, TrainableModel};
+use crate::train::{StatePart, StateSource, TrainableModel};
 
 /// The folder of checkpoints in a run's folder.
 pub const CHECKPOINTS: &str = "checkpoints";
@@ -145,7 +146,7 @@ pub struct SaveOptions {
 }
 
 /// A checkpoint that was written.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Saved {
     /// Its folder.
     pub folder: PathBuf,
@@ -279,9 +280,8 @@ impl Checkpoint {
                     ),
                 ));
             }
-            let bytes = self.file.bytes(tensor)?;
-            let values: Vec<f32> = bytes.chunks_exact(4).map(|bytes| Float::F32.read(bytes)).collect();
-            if not_finite.is_none() && !values.iter().all(|value| value.is_finite()) {
+            let (values, finite) = f32_values(&self.file, tensor)?;
+            if !finite && not_finite.is_none() {
                 not_finite = Some(name.to_owned());
             }
             Ok(values)
@@ -314,6 +314,24 @@ impl Checkpoint {
         })?;
         Ok(not_finite)
     }
+}
+
+/// The values of an f32 tensor, read by all threads, and whether they are all finite.
+fn f32_values(file: &SafetensorsFile, tensor: &StoredTensor) -> Result<(Vec<f32>, bool)> {
+    /// Values that a thread reads at a time: 8 MiB.
+    const PIECE: usize = 2 << 20;
+    let mut values = vec![0f32; tensor.range.len() / Float::F32.size()];
+    let pieces = values.par_chunks_mut(PIECE).enumerate();
+    let finite = pieces.map(|(index, piece)| -> Result<bool> {
+        let start = tensor.range.start + index * PIECE * Float::F32.size();
+        file.read_at(start, bytemuck::cast_slice_mut(piece))?;
+        for value in piece.iter_mut() {
+            *value = f32::from_bits(u32::from_le(value.to_bits()));
+        }
+        Ok(piece.iter().all(|value| value.is_finite()))
+    });
+    let finite = finite.try_reduce(|| true, |one, other| Ok(one && other))?;
+    Ok((values, finite))
 }
 
 /// The checkpoints of the run in `run`, oldest first.
@@ -352,97 +370,135 @@ pub fn remove_leftovers(run: &Path) {
     }
 }
 
-/// Writes a checkpoint of `model` into the run's folder `run`, on all ranks together. One of the same step is replaced. `complete` adds
-/// files of its own to the folder it is given, which is renamed afterwards.
-///
-/// # Errors
-/// When a disk does not take it; then nothing has changed. The same on all ranks.
-pub fn save(
-    run: &Path,
-    model: &TrainableModel,
-    state: &RunState,
-    options: SaveOptions,
-    world: &World,
-    complete: &dyn Fn(&Path) -> Result<()>,
-) -> Result<Saved> {
-    let folder = run.join(CHECKPOINTS);
-    let failed = |error: std::io::Error| Error::io(&folder, error);
-    let begin = || {
-        fs::create_dir_all(&folder).map_err(failed)?;
-        hidden(&folder)
-    };
-    let temporary = on_first(world, "checkpoint", begin)?;
-    let place = temporary.as_ref().map(|temporary| temporary.path().to_owned());
-    let place: PathBuf = world.decide("folder", || Ok(place.unwrap_or_default()))?;
-    let name = format!("{PREFIX}{:08}", state.step);
-    let averages = match options.average {
-        true => model.gather_averages()?,
-        false => None,
-    };
-    let own = write_part(&place, model, state, options, averages.as_ref(), world);
-    let own = world.together("checkpoint", own.map_err(|error| at(&folder, &name, error)))?;
-    let all: Vec<Checksums> = world.share("checksums", own)?;
-    let saved = first_decides(world, "checkpoint", || {
-        let mut sums = Checksums::default();
-        sums.files.extend(all.into_iter().flat_map(|sums| sums.files));
-        let bytes = sums.files.values().map(|sum| sum.bytes).sum();
-        sums.write(&place)
-            .and_then(|()| complete(&place))
-            .map_err(|error| at(&folder, &name, error))?;
-        sync_folder(&place);
-        let target = folder.join(&name);
-        let replaced = match target.exists() {
-            true => Some(set_aside(&folder, &target)?),
-            false => None,
-        };
-        fs::rename(&place, &target).map_err(failed)?;
-        sync_folder(&folder);
-        drop(replaced);
-        Ok((target, bytes))
-    })?;
-    // It has another name now, so there is nothing left to delete.
-    let _ = temporary.map(TempDir::keep);
-    let (folder, bytes) = saved;
-    Ok(Saved { folder, bytes })
+/// Adds files of its own to the folder of a checkpoint that is being written.
+pub type Complete<'a> = dyn Fn(&Path) -> Result<()> + 'a;
+
+/// What a rank writes of a checkpoint.
+#[derive(Clone, Debug, Default)]
+pub struct Share {
+    /// The rank, and how many there are; 0 of 0 for one that is alone.
+    pub rank: usize,
+    /// See `rank`.
+    pub ranks: usize,
+    /// The averages of all trained tensors by name, on the first of ranks that divide them.
+    pub averages: Option<HashMap<String, Vec<f32>>>,
 }
 
-/// Writes what this rank has to write of a checkpoint into `place`.
-fn write_part(
-    place: &Path,
-    model: &TrainableModel,
+/// A new folder in which a checkpoint of the run in `run` is made; deleted when dropped.
+///
+/// # Errors
+/// When the disk does not take it.
+pub fn begin(run: &Path) -> Result<TempDir> {
+    let folder = run.join(CHECKPOINTS);
+    fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
+    hidden(&folder)
+}
+
+/// Writes a rank's share of a checkpoint of what `source` holds into `place`; `observer` watches each file's bytes.
+///
+/// # Errors
+/// When the disk does not take it, or the observer stops.
+pub fn write_share(
+    (run, place): (&Path, &Path),
+    source: &dyn StateSource,
     state: &RunState,
     options: SaveOptions,
-    averages: Option<&HashMap<String, Vec<f32>>>,
-    world: &World,
+    share: &Share,
+    observer: &mut dyn WriteObserver,
 ) -> Result<Checksums> {
     let mut sums = Checksums::default();
     let mut write = |name: &str, output: &OutputFile<'_>| -> Result<()> {
-        sums.write_file(&place.join(name), output, false, &mut ())?;
-        Ok(())
+        let written = sums.write_file(&place.join(name), output, false, observer);
+        written
+            .map(drop)
+            .map_err(|error| at(&run.join(CHECKPOINTS), &name_of(state.step), error))
     };
-    let part = slices::own_part(model, world.rank(), world.size())?;
-    if !world.is_first() {
+    let part = slices::own_part(source, share.rank, share.ranks)?;
+    if share.rank > 0 {
         if let Some(part) = part {
-            write(&slices::file_name(world.rank(), world.size()), &part)?;
+            write(&slices::file_name(share.rank, share.ranks), &part)?;
         }
         return Ok(sums);
     }
     let facts = BTreeMap::from([("l2p.step".to_owned(), state.step.to_string())]);
     write(
         DELTA,
-        &trained(model, StatePart::Weight, options.dtype, None, facts.clone()),
+        &trained(source, StatePart::Weight, options.dtype, None, facts.clone()),
     )?;
     if options.average {
-        write(EMA, &trained(model, StatePart::Ema, options.dtype, averages, facts))?;
+        let averages = share.averages.as_ref();
+        write(EMA, &trained(source, StatePart::Ema, options.dtype, averages, facts))?;
     }
     let json = serde_json::to_string(state).map_err(|error| Error::invalid(error.to_string()))?;
-    let mut whole = match part {
+    let mut file = match part {
         Some(part) => part,
-        None => whole_state(model),
+        None => whole_state(source),
     };
-    whole.set_metadata(METADATA, &json);
-    write(STATE, &whole)?;
+    file.set_metadata(METADATA, &json);
+    write(STATE, &file)?;
     Ok(sums)
+}
+
+/// Makes a checkpoint of step `step` of what all ranks have written into `place`, whose sums are `sums`. One of the same step is replaced.
+/// `complete` adds files of its own to the folder it is given, which is renamed afterwards.
+///
+/// # Errors
+/// When the disk does not take it; then nothing has changed.
+pub fn complete(run: &Path, place: TempDir, step: u64, sums: &Checksums, complete: &Complete<'_>) -> Result<Saved> {
+    let folder = run.join(CHECKPOINTS);
+    let name = name_of(step);
+    sums.write(place.path())
+        .and_then(|()| complete(place.path()))
+        .map_err(|error| at(&folder, &name, error))?;
+    sync_folder(place.path());
+    let target = folder.join(&name);
+    let replaced = match target.exists() {
+        true => Some(set_aside(&folder, &target)?),
+        false => None,
+    };
+    fs::rename(place.path(), &target).map_err(|error| Error::io(&folder, error))?;
+    // It has another name now, so there is nothing left to delete.
+    let _ = place.keep();
+    sync_folder(&folder);
+    drop(replaced);
+    Ok(Saved {
+        folder: target,
+        bytes: sums.files.values().map(|sum| sum.bytes).sum(),
+    })
+}
+
+/// Writes a checkpoint of what `source`, which no other ranks complete, holds into the run's folder `run`; see [`complete`].
+///
+/// # Errors
+/// When the disk does not take it, or the observer stops; then nothing has changed.
+pub fn save(
+    run: &Path,
+    source: &dyn StateSource,
+    state: &RunState,
+    options: SaveOptions,
+    add: &Complete<'_>,
+    observer: &mut dyn WriteObserver,
+) -> Result<Saved> {
+    let place = begin(run)?;
+    let sums = write_share((run, place.path()), source, state, options, &Share::default(), observer)?;
+    complete(run, place, state.step, &sums, add)
+}
+
+fn name_of(step: u64) -> String {
+    format!("{PREFIX}{step:08}")
+}
+
+/// Bytes of the tensors that [`save`] writes.
+pub fn bytes_of(source: &dyn StateSource, options: SaveOptions) -> u64 {
+    let elements = |shape: &[usize]| shape.iter().product::<usize>() as u64;
+    let trained: u64 = source.trained().iter().map(|tensor| elements(&tensor.shape)).sum();
+    let state: u64 = source
+        .state_tensors()
+        .iter()
+        .map(|tensor| elements(&tensor.shape))
+        .sum();
+    let copies = if options.average { 2 } else { 1 };
+    trained * copies * options.dtype.size() as u64 + state * Float::F32.size() as u64
 }
 
 /// Deletes the checkpoints that are neither among the newest `last` nor at a multiple of `every` steps (0: no such), but never the
@@ -514,8 +570,8 @@ fn at(folder: &Path, name: &str, error: Error) -> Error {
 }
 
 /// The optimizer's state as a file.
-fn whole_state(model: &TrainableModel) -> OutputFile<'_> {
-    let tensors = model.state_tensors().into_iter().map(|tensor| OutputTensor {
+fn whole_state(source: &dyn StateSource) -> OutputFile<'_> {
+    let tensors = source.state_tensors().into_iter().map(|tensor| OutputTensor {
         name: tensor.name.clone(),
         dtype: Dtype::F32,
         shape: tensor.shape.clone(),
@@ -526,13 +582,13 @@ fn whole_state(model: &TrainableModel) -> OutputFile<'_> {
 
 /// The trained tensors as a file; `part` is one that is kept of each, and `gathered` has what other ranks keep of it.
 fn trained<'a>(
-    model: &'a TrainableModel,
+    source: &'a dyn StateSource,
     part: StatePart,
     dtype: Float,
     gathered: Option<&'a HashMap<String, Vec<f32>>>,
     metadata: BTreeMap<String, String>,
 ) -> OutputFile<'a> {
-    let tensors = model.trained().into_iter().map(|tensor| OutputTensor {
+    let tensors = source.trained().into_iter().map(|tensor| OutputTensor {
         name: tensor.name.clone(),
         dtype: dtype.dtype(),
         shape: tensor.shape.clone(),

@@ -22,6 +22,16 @@ pub(super) struct SheetRecord {
     pub count: usize,
 }
 
+/// A checkpoint that was made.
+pub(super) struct SavedRecord {
+    /// Bytes written.
+    pub bytes: u64,
+    /// Until it was on the disk.
+    pub seconds: f64,
+    /// For how long training stood still.
+    pub stall_seconds: f64,
+}
+
 /// What a log says, sorted.
 #[derive(Default)]
 pub(super) struct History {
@@ -30,6 +40,8 @@ pub(super) struct History {
     /// Step and loss.
     pub validation: Vec<(u64, f64)>,
     pub samples: Vec<SheetRecord>,
+    /// What was saved.
+    pub checkpoints: Vec<SavedRecord>,
     /// Step and text.
     pub notices: Vec<(u64, String)>,
     /// Where the time of the last part's steps went, if that was asked for.
@@ -65,7 +77,16 @@ impl History {
                 Record::Notice { step, text } => history.notices.push((step, text)),
                 Record::Damaged { step, what, reason } => history.notices.push((step, format!("{what}: {reason}"))),
                 Record::End { step, outcome } => history.end = Some((step, outcome)),
-                Record::Checkpoint { .. } => {}
+                Record::Checkpoint {
+                    bytes,
+                    seconds,
+                    stall_seconds,
+                    ..
+                } => history.checkpoints.push(SavedRecord {
+                    bytes,
+                    seconds,
+                    stall_seconds: stall_seconds.unwrap_or(seconds),
+                }),
             }
         }
         Ok(history)

@@ -54,8 +54,11 @@ pub enum Record {
         folder: String,
         /// Bytes written.
         bytes: u64,
-        /// What it took.
+        /// From when it was due until it was on the disk and old ones were deleted.
         seconds: f64,
+        /// For how long of that training stood still; not told by earlier versions, in which it stood still throughout.
+        #[serde(default)]
+        stall_seconds: Option<f64>,
     },
     /// Something that the user may not expect.
     Notice {
@@ -316,6 +319,31 @@ mod tests {
             .map(|record| String::from_utf8(line(record)).unwrap())
             .collect();
         assert!(text.starts_with(&again.concat()), "numbers change when they are read");
+    }
+
+    /// Earlier versions did not say how long training stood still.
+    #[test]
+    fn checkpoints_of_earlier_logs_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let old = "{\"kind\":\"checkpoint\",\"step\":4,\"folder\":\"checkpoints/step-00000004\",\"bytes\":9,\"seconds\":2.5}\n";
+        let new = Record::Checkpoint {
+            step: 8,
+            folder: "checkpoints/step-00000008".into(),
+            bytes: 9,
+            seconds: 2.5,
+            stall_seconds: Some(0.25),
+        };
+        let text = [old.as_bytes(), &line(&new)].concat();
+        std::fs::write(folder.path().join(LOG), text).unwrap();
+        let records = read(folder.path()).unwrap();
+        let Record::Checkpoint {
+            step, stall_seconds, ..
+        } = records[0]
+        else {
+            panic!("{records:?}");
+        };
+        assert_eq!((step, stall_seconds), (4, None));
+        assert_eq!(records[1], new);
     }
 
     #[cfg(target_os = "linux")]

@@ -37,6 +37,7 @@ mod ranks;
 mod report;
 mod resume;
 mod samples;
+mod saver;
 mod setup;
 mod slices;
 mod speed;
@@ -46,6 +47,7 @@ mod validation;
 
 use std::path::PathBuf;
 
+pub use checksums::{Checksums, Sum};
 pub use choices::{Init, Noise, SaveType, ScheduleKind};
 pub use compare::{Comparison, XAxis, compare, sample_rows};
 pub use config::{KEYS, TrainConfig, nearest_key};
@@ -57,6 +59,7 @@ pub use learning_rate::LearningRate;
 pub use package::{PackageOptions, Packaged, package};
 pub use report::write_report;
 pub use resume::Resume;
+pub use saver::{AddFiles, Finished, Keep, SaveJob, Saver, Written};
 pub use trainer::{Summary, train};
 
 use self::log::Record;

@@ -92,11 +92,28 @@ fn summary(history: &History) -> String {
     if let Some((step, loss)) = history.validation.last() {
         rows.push(("validation loss", format!("{loss:.4} at step {step}")));
     }
+    rows.extend(checkpoints(history).map(|text| ("checkpoints", text)));
     rows.push(("parts", history.starts.len().to_string()));
     if let Some((_, outcome)) = &history.end {
         rows.push(("ended", outcome.clone()));
     }
     html::table(rows.into_iter().map(|(name, value)| [name.to_owned(), value]))
+}
+
+/// What checkpoints took; `None` where none was made.
+fn checkpoints(history: &History) -> Option<String> {
+    let (all, count) = (&history.checkpoints, history.checkpoints.len());
+    let largest = all.iter().map(|saved| saved.bytes).max()?;
+    let seconds: f64 = all.iter().map(|saved| saved.seconds).sum();
+    let stall: f64 = all.iter().map(|saved| saved.stall_seconds).sum();
+    let trained = history.intervals.last().map_or(0.0, |last| last.elapsed_seconds);
+    Some(format!(
+        "{count} of up to {}; each on the disk after {}, training stood still for {} ({:.2} % of the time)",
+        format_bytes(largest),
+        duration(seconds / count as f64),
+        duration(stall / count as f64),
+        stall / (trained + stall).max(f64::MIN_POSITIVE) * 100.0
+    ))
 }
 
 fn charts(history: &History) -> Vec<String> {

@@ -16,7 +16,7 @@ use crate::checkpoint::{Content, Fetch, Float, OutputFile, OutputTensor, Safeten
 use crate::error::{Error, Result};
 use crate::files;
 use crate::limits::Ranks;
-use crate::train::TrainableModel;
+use crate::train::StateSource;
 
 /// The key of [`Header`] in the metadata.
 const METADATA: &str = "l2p.slice";
@@ -42,8 +42,8 @@ pub(super) fn file_name(rank: usize, ranks: usize) -> String {
 ///
 /// # Errors
 /// When it cannot be described.
-pub(super) fn own_part(model: &TrainableModel, rank: usize, ranks: usize) -> Result<Option<OutputFile<'_>>> {
-    let Some(slices) = model.state_slices() else {
+pub(super) fn own_part(source: &dyn StateSource, rank: usize, ranks: usize) -> Result<Option<OutputFile<'_>>> {
+    let Some(slices) = source.state_slices() else {
         return Ok(None);
     };
     let header = Header {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
+use tempfile::TempDir;
 
 use super::checkpoint::{Due, RunState};
 use super::config::TrainConfig;
@@ -20,6 +21,7 @@ use super::log::{Record, StartRecord};
 use super::progress::Progress;
 use super::ranks::{RankObserver, first_then_others, on_first};
 use super::resume::{Candidates, Resume, continued, find_candidates, still_due};
+use super::saver::Saver;
 use super::setup::Setup;
 use super::speed::Interval;
 use super::start::INIT;
@@ -80,6 +82,10 @@ struct Trainer<'a> {
     profile: Option<PartTimes>,
     /// Operations of the model for a micro-batch, by height, width and longest caption.
     operations: HashMap<([usize; 2], usize), f64>,
+    /// Writes checkpoints while training goes on.
+    saver: Saver,
+    /// Where ranks write their shares of one, on the first.
+    place: Option<TempDir>,
     /// The step of the newest checkpoint.
     saved: Option<(u64, PathBuf)>,
     /// Whether a checkpoint was due when there was none to make, and why.
@@ -204,6 +210,8 @@ impl<'a> Trainer<'a> {
             journal: on_first(world, "log", || Journal::open(run, state.step))?,
             profile: config.profile.then(|| PartTimes::new(device)),
             operations: HashMap::new(),
+            saver: Saver::new(),
+            place: None,
             saved: resumed
                 .as_ref()
                 .map(|resumed| (state.step, resumed.folder().to_owned())),
@@ -257,6 +265,7 @@ impl<'a> Trainer<'a> {
         let due = |step: u64, every: u64| every > 0 && step.is_multiple_of(every);
         self.state.due.validation |= self.state.step == 0;
         self.do_due()?;
+        self.prepare_to_save()?;
         self.interval = Interval::begin();
         let mut out_of_time = self.out_of_time()?;
         while self.state.step < self.config.steps && !out_of_time {
@@ -267,6 +276,7 @@ impl<'a> Trainer<'a> {
             };
             self.profile = profile;
             outcome?;
+            self.note_saved()?;
             let step = self.state.step;
             out_of_time = self.out_of_time()?;
             let last = step == self.config.steps || out_of_time;
@@ -392,11 +402,25 @@ impl<'a> Trainer<'a> {
 
     /// Saves what should be saved, writes the report, and says how the run ended.
     fn finish(mut self, outcome: Result<()>) -> Result<Summary> {
-        // A rank that failed alone, or whom others have left, takes part in nothing more.
-        if matches!(outcome, Ok(()) | Err(Error::Interrupted)) || self.world().is_solo() {
+        // A rank that failed alone, or whom others have left, takes part in nothing more; what others have written of a checkpoint
+        // comes to nothing then.
+        let together = matches!(outcome, Ok(()) | Err(Error::Interrupted)) || self.world().is_solo();
+        if together {
             self.report_damages()?;
         }
         let step = self.state.step;
+        // What is being written is written to its end, whatever happened.
+        let written = if together { self.wait_for_save() } else { Ok(()) };
+        let outcome = match outcome {
+            Ok(()) | Err(Error::Interrupted) => written.and(outcome),
+            Err(error) => {
+                if let Err(lost) = written {
+                    let text = format!("no checkpoint: {lost}");
+                    self.record(Record::Notice { step, text });
+                }
+                Err(error)
+            }
+        };
         let outcome = match outcome {
             Ok(()) => self.save_at_end(),
             // What the last whole step left is on the device.

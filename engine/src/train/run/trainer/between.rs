@@ -77,12 +77,11 @@ impl Trainer<'_> {
                 Ok(())
             }
             Verdict::Stop { reason, exploded } => {
-                let way_back = on_first(self.world(), "divergence", || {
-                    if exploded {
-                        self.refuse_diverged();
-                    }
-                    Ok(self.way_back())
-                })?;
+                if exploded {
+                    self.refuse_diverged()?;
+                }
+                self.wait_for_save()?;
+                let way_back = on_first(self.world(), "divergence", || Ok(self.way_back()))?;
                 Err(Error::invalid(format!("{reason}; {}", way_back.unwrap_or_default())))
             }
         }
