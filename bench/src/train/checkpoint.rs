@@ -94,10 +94,9 @@ impl CheckpointTimes {
                     None => beside.push(steps_ms(device, trained, 1)?),
                 }
             };
-            times.bytes = finished.saved?.bytes;
-            finished.pruned?;
             times.seconds = times.seconds.max(finished.seconds);
             times.stall_seconds = times.stall_seconds.max(finished.stall_seconds);
+            times.bytes = finished.into_saved()?.bytes;
             times.beside_step_ms = times.beside_step_ms.max(mean(&beside));
         }
         drop(saver);
@@ -135,6 +134,7 @@ fn job(run: &Path, step: u64) -> SaveJob {
             average: false,
         },
         complete: Box::new(|_| Ok(())),
+        share: None,
         keep: Keep {
             last: 1,
             every: 0,

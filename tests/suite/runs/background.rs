@@ -7,8 +7,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use l2p_engine::checkpoint::{Float, WriteObserver};
-use l2p_engine::model::config::{DitConfig, ModelKind};
-use l2p_engine::model::zimage::ZImage;
+use l2p_engine::model::config::ModelKind;
+use l2p_engine::model::zimage::{DitConfig, ZImage};
 use l2p_engine::train::run::checkpoint::{Checkpoint, RunState, SaveOptions, list, save};
 use l2p_engine::train::run::log::{Record, read};
 use l2p_engine::train::run::{Finished, Keep, SaveJob, Saver};
@@ -110,6 +110,7 @@ fn job(run: &Path, step: u64, observer: Box<dyn WriteObserver + Send>) -> SaveJo
         state: state(step),
         options: OPTIONS,
         complete: Box::new(add_a_file),
+        share: None,
         keep: Keep {
             last: 2,
             every: 0,
@@ -151,10 +152,10 @@ fn same_files(device: &Device) -> Outcome {
         let begun = saver.begin(&mut model, job(&background, number, Box::new(())), Instant::now())?;
         assert!(begun.is_none(), "it was not written in the background");
         let finished = awaited(&mut saver)?;
-        let saved = finished.saved?;
-        finished.pruned?;
+        let step = finished.step;
+        let saved = finished.into_saved()?;
         assert_eq!(
-            (finished.step, saved.bytes, saved.folder.file_name()),
+            (step, saved.bytes, saved.folder.file_name()),
             (number, expected.bytes, expected.folder.file_name())
         );
         let (expected, found) = (files(&expected.folder)?, files(&saved.folder)?);
@@ -164,7 +165,7 @@ fn same_files(device: &Device) -> Outcome {
         let begun = without_memory.begin(&mut model, job(&standing, number, Box::new(())), Instant::now())?;
         let finished = begun.ok_or("it was not written at once")?;
         assert_eq!(finished.stall_seconds, finished.seconds);
-        assert!(files(&finished.saved?.folder)? == expected);
+        assert!(files(&finished.into_saved()?.folder)? == expected);
     }
     // Old ones are deleted once the new one is there.
     assert_eq!(list(&background)?.len(), 2);
@@ -227,7 +228,7 @@ fn slow(device: &Device) -> Outcome {
     drop(opener);
     let finished = awaited(&mut saver)?;
     assert!(finished.stall_seconds < finished.seconds);
-    let found = files(&finished.saved?.folder)?;
+    let found = files(&finished.into_saved()?.folder)?;
     assert!(found == files(&expected.folder)?, "it is not of the step that it says");
     both(&mut unsaved, &mut model)?;
     assert_eq!(losses[0], losses[1]);
@@ -264,14 +265,14 @@ fn errors() -> Outcome {
     let mut saver = saver(&model);
     step(&mut model)?;
     saver.begin(&mut model, job(folder.path(), 1, Box::new(())), Instant::now())?;
-    awaited(&mut saver)?.saved?;
+    awaited(&mut saver)?.into_saved()?;
     let before = files(&folder.path().join("checkpoints/step-00000001"))?;
     step(&mut model)?;
     let all: u64 = before.values().map(|bytes| bytes.len() as u64).sum();
     // In the first file, and in the last.
     for room in [1000, all - 10_000] {
         saver.begin(&mut model, job(folder.path(), 2, Box::new(Full(room))), Instant::now())?;
-        let error = awaited(&mut saver)?.saved.err().ok_or("a full disk took it")?;
+        let error = awaited(&mut saver)?.into_saved().err().ok_or("a full disk took it")?;
         assert!(
             matches!(&error, Error::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull),
             "{error}"
@@ -281,7 +282,7 @@ fn errors() -> Outcome {
     }
     // The same memory serves the next one.
     saver.begin(&mut model, job(folder.path(), 2, Box::new(())), Instant::now())?;
-    awaited(&mut saver)?.saved?;
+    awaited(&mut saver)?.into_saved()?;
     assert_eq!(checkpoints(folder.path())?, ["step-00000001", "step-00000002"]);
     Ok(())
 }

@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use l2p_engine::model::config::{DitConfig, ModelKind};
+use l2p_engine::model::config::ModelKind;
+use l2p_engine::model::zimage::DitConfig;
 use l2p_engine::train::{Recompute, SnapshotMemory, StatePart, StateSource, TrainOptions, TrainableModel};
 use l2p_engine::{DType, Device, Result, Tensor};
 use l2p_tests::{Outcome, Suite};

@@ -137,6 +137,19 @@ pub struct Finished {
     pub stall_seconds: f64,
 }
 
+impl Finished {
+    /// Where the checkpoint is that no other ranks complete, old ones deleted.
+    ///
+    /// # Errors
+    /// Why it is not there, or old ones could not be deleted.
+    pub fn into_saved(self) -> Result<Saved> {
+        match self.written {
+            Written::Whole { saved, pruned } => pruned.and(saved),
+            Written::Share(_) => Err(Error::invalid("a rank's share is no checkpoint")),
+        }
+    }
+}
+
 /// Memory for snapshots.
 enum Room {
     /// None was asked for, or it is not to be had.
