@@ -263,7 +263,7 @@ fn others_bytes(device: &Device) -> l2p_engine::Result<u64> {
 }
 
 /// The folder of the scripts: `L2P_PEERS`, that of a bundle, or that of the source tree.
-fn folder() -> anyhow::Result<PathBuf> {
+pub(crate) fn folder() -> anyhow::Result<PathBuf> {
     let bundled = || Some(std::env::current_exe().ok()?.parent()?.parent()?.join("peers"));
     let given = std::env::var_os("L2P_PEERS").map(PathBuf::from);
     let places: Vec<PathBuf> = match given {

@@ -325,12 +325,7 @@ fn peers(arguments: &Arguments, side: usize, world: &World) -> anyhow::Result<Op
 fn run_peers(arguments: &Arguments, side: usize, world: &World) -> anyhow::Result<PeerRecord> {
     let folder = tempfile::tempdir()?;
     let out = folder.path().join("peers.json");
-    let script = Path::new("bench/peers").join(PEER);
-    ensure!(
-        script.is_file(),
-        "{} is not here: run this in the repository's root",
-        script.display()
-    );
+    let script = crate::peer::folder()?.join(PEER);
     let mut command = Command::new("python3");
     command
         .args(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"])

@@ -319,47 +319,75 @@ impl Dit {
         if let Some(dx) = dx {
             if reach.captions {
                 let dx = narrow_tokens(&dx, layout.image_tokens, layout.caption_tokens)?;
-                let sequence = layout.caption_sequence();
-                let blocks = &self.parts.context_refiner;
-                let mut block = |index: usize, slots: Vec<&mut Slot>| finished(order.context_refiner[index], slots);
-                let sinks = Sinks {
-                    gradients: &mut gradients.context_refiner,
-                    dc: None,
-                    finished: &mut block,
-                };
-                let dx = backward_blocks(blocks, None, dx, &sequence, context_refiner, sinks)?;
-                if let (Some(dx), Some(captions)) = (dx, captions) {
-                    self.caption_backward(dx, captions, &layout, gradients)?;
-                    let [pad, norm, projection] = order.caption;
-                    finished(pad, slots_mut(&mut gradients.caption_pad))?;
-                    finished(norm, slots_mut(&mut gradients.caption_norm))?;
-                    finished(projection, slots_mut(&mut gradients.caption))?;
-                }
+                let kept = (context_refiner, captions);
+                self.captions_backward(dx, kept, &layout, gradients, order, finished)?;
             }
             if reach.images {
                 let dx = narrow_tokens(&dx, 0, layout.image_tokens)?;
-                let sequence = layout.image_sequence();
-                let blocks = &self.parts.noise_refiner;
-                let first = Some(condition(0));
-                let mut block = |index: usize, slots: Vec<&mut Slot>| finished(order.noise_refiner[index], slots);
-                let sinks = Sinks {
-                    gradients: &mut gradients.noise_refiner,
-                    dc: dc.as_mut(),
-                    finished: &mut block,
-                };
-                let dx = backward_blocks(blocks, first, dx, &sequence, noise_refiner, sinks)?;
-                if let Some(dx) = dx {
-                    self.image_backward(&dx, &image, &layout, gradients)?;
-                    let [pad, projection] = order.image;
-                    finished(pad, slots_mut(&mut gradients.image_pad))?;
-                    finished(projection, slots_mut(&mut gradients.patch))?;
-                }
+                let first = condition(0);
+                let kept = (noise_refiner, image, first);
+                self.images_backward(dx, kept, &layout, dc.as_mut(), gradients, (order, finished))?;
             }
         }
         if let Some(dc) = dc {
             let own = &mut gradients.time;
             self.parts.time.backward(&dc, [&sinusoids, &hidden], own)?;
             finished(order.time, slots_mut(own))?;
+        }
+        Ok(())
+    }
+
+    /// Sends the gradient of the refined captions back to their embedder.
+    fn captions_backward(
+        &self,
+        dx: Tensor,
+        (kept, captions): (Vec<Option<SavedBlock>>, Option<(Tensor, Tensor)>),
+        layout: &Layout,
+        gradients: &mut Parts<Gradients>,
+        order: &Order,
+        finished: &mut Finished<'_>,
+    ) -> Result<()> {
+        let mut block = |index: usize, slots: Vec<&mut Slot>| finished(order.context_refiner[index], slots);
+        let sinks = Sinks {
+            gradients: &mut gradients.context_refiner,
+            dc: None,
+            finished: &mut block,
+        };
+        let sequence = layout.caption_sequence();
+        let dx = backward_blocks(&self.parts.context_refiner, None, dx, &sequence, kept, sinks)?;
+        if let (Some(dx), Some(captions)) = (dx, captions) {
+            self.caption_backward(dx, captions, layout, gradients)?;
+            let [pad, norm, projection] = order.caption;
+            finished(pad, slots_mut(&mut gradients.caption_pad))?;
+            finished(norm, slots_mut(&mut gradients.caption_norm))?;
+            finished(projection, slots_mut(&mut gradients.caption))?;
+        }
+        Ok(())
+    }
+
+    /// Sends the gradient of the refined image tokens back to their embedder.
+    fn images_backward(
+        &self,
+        dx: Tensor,
+        (kept, image, first): (Vec<Option<SavedBlock>>, Tensor, Condition<'_>),
+        layout: &Layout,
+        dc: Option<&mut Tensor>,
+        gradients: &mut Parts<Gradients>,
+        (order, finished): (&Order, &mut Finished<'_>),
+    ) -> Result<()> {
+        let mut block = |index: usize, slots: Vec<&mut Slot>| finished(order.noise_refiner[index], slots);
+        let sinks = Sinks {
+            gradients: &mut gradients.noise_refiner,
+            dc,
+            finished: &mut block,
+        };
+        let sequence = layout.image_sequence();
+        let dx = backward_blocks(&self.parts.noise_refiner, Some(first), dx, &sequence, kept, sinks)?;
+        if let Some(dx) = dx {
+            self.image_backward(&dx, &image, layout, gradients)?;
+            let [pad, projection] = order.image;
+            finished(pad, slots_mut(&mut gradients.image_pad))?;
+            finished(projection, slots_mut(&mut gradients.patch))?;
         }
         Ok(())
     }

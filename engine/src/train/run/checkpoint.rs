@@ -24,7 +24,7 @@ use tempfile::TempDir;
 
 use super::checksums::{Checked, Checksums};
 use super::guard::{Guard, StepOutcome};
-use super::slices::{self, Parts};
+use super::slices::{self, Parts, STATE};
 use crate::checkpoint::{
     Content, Fetch, Float, OutputFile, OutputTensor, SafetensorsFile, StoredTensor, WriteObserver,
 };
@@ -40,8 +40,6 @@ pub const CHECKPOINTS: &str = "checkpoints";
 pub const DELTA: &str = "delta.safetensors";
 /// Their averages.
 pub const EMA: &str = "ema.safetensors";
-/// The optimizer's state.
-pub(super) const STATE: &str = "state.safetensors";
 
 /// The key of [`RunState`] in the state's metadata.
 const METADATA: &str = "l2p.run";

@@ -11,6 +11,7 @@ use super::learning_rate::LearningRate;
 use super::log::{self, Record};
 use super::progress::Progress;
 use super::ranks::{first_decides, on_first};
+use super::slices::STATE;
 use crate::data::Position;
 use crate::dist::World;
 use crate::error::{Error, Result};
@@ -88,12 +89,12 @@ pub(super) fn find_candidates(run: &Path, resume: &Resume) -> Result<Candidates>
 
 /// What is wrong with a folder that was named as a checkpoint.
 fn unlike_a_checkpoint(folder: &Path, error: Error) -> Error {
-    match folder.is_dir() && !folder.join(checkpoint::STATE).exists() {
+    match folder.is_dir() && !folder.join(STATE).exists() {
         true => Error::file(
             folder,
             format!(
                 "is neither a checkpoint (it has no {}) nor the folder of a run (it has no {CHECKPOINTS})",
-                checkpoint::STATE
+                STATE
             ),
         ),
         false => error,

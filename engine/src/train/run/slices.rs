@@ -11,12 +11,14 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
-use super::checkpoint::STATE;
 use crate::checkpoint::{Content, Fetch, Float, OutputFile, OutputTensor, SafetensorsFile};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::limits::Ranks;
 use crate::train::StateSource;
+
+/// The optimizer's state in a checkpoint's folder, or the first rank's part of it.
+pub(super) const STATE: &str = "state.safetensors";
 
 /// The key of [`Header`] in the metadata.
 const METADATA: &str = "l2p.slice";

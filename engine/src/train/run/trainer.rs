@@ -191,20 +191,8 @@ impl<'a> Trainer<'a> {
         }
         state.ranks = world.size();
         tell_large_steps(config, world.size(), setup, &mut progress);
-        let options = LoaderOptions {
-            workers: setup.workers,
-            memory: PREFETCH,
-            batch: config.batch,
-            seed: config.seed,
-            caption_dropout: config.caption_dropout,
-            source: setup.source.clone(),
-            turn: Turn {
-                rank: world.rank(),
-                ranks: world.size(),
-            },
-        };
         let mut trainer = Trainer {
-            loader: Loader::start(setup.set.clone(), options, state.position),
+            loader: Loader::start(setup.set.clone(), loading(config, setup, world), state.position),
             rate: LearningRate::new(config),
             feeder,
             journal: on_first(world, "log", || Journal::open(run, state.step))?,
@@ -450,6 +438,22 @@ impl<'a> Trainer<'a> {
             report: report?,
             base: self.setup.paths().path.clone(),
         })
+    }
+}
+
+/// How this rank loads its batches.
+fn loading(config: &TrainConfig, setup: &Setup, world: &World) -> LoaderOptions {
+    LoaderOptions {
+        workers: setup.workers,
+        memory: PREFETCH,
+        batch: config.batch,
+        seed: config.seed,
+        caption_dropout: config.caption_dropout,
+        source: setup.source.clone(),
+        turn: Turn {
+            rank: world.rank(),
+            ranks: world.size(),
+        },
     }
 }
 
