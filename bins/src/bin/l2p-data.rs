@@ -3,9 +3,8 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use l2p_bins::data::{Arguments, data};
+use l2p_bins::data::{Arguments, main as make};
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    l2p_bins::run(|| data(arguments))
+    make(&Arguments::parse())
 }

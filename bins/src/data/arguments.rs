@@ -8,6 +8,8 @@ use l2p_engine::checkpoint::PathOverrides;
 use l2p_engine::flow::noise_source::NoiseSource;
 use l2p_engine::limits::{Batch, Pictures, Side, Steps};
 
+use crate::launch::{RANKS_HELP, RankFlags};
+
 /// Makes data sets for training.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "l2p-data", version)]
@@ -32,15 +34,16 @@ A run that was interrupted goes on where it stopped when the same command is giv
 same folder grows. Pictures that are damaged or gone by then are drawn again. One run at a time writes into a folder.";
 
 const EXAMPLES: &str = "\
-Example:
+Examples:
   l2p-data synthesize --model models/demo/source --prompts prompts.jsonl --count 2 --out synthetic
+  l2p-data synthesize --model z-image --prompts prompts.jsonl --out synthetic --gpus 8    GPUs draw in turn
   l2p-train --config models/demo/train.toml --data synthetic --cache synthetic/cache --out runs/first
 
 A line of --prompts is a JSON object: {\"prompt\": \"...\", \"seed\": 1}, the seed optional; other keys are ignored.";
 
 /// Drawing a data set.
 #[derive(Args, Clone, Debug)]
-#[command(long_about = LONG_ABOUT, after_help = EXAMPLES)]
+#[command(long_about = LONG_ABOUT, after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{RANKS_HELP}"))]
 pub struct Synthesize {
     /// The model that draws: a diffusers folder, a folder with l2p.json, a transformer's folder, or a safetensors file
     #[arg(long, value_name = "DIR|FILE")]
@@ -105,6 +108,9 @@ pub struct Synthesize {
     /// Print the result as one JSON object
     #[arg(long)]
     pub json: bool,
+    /// How many ranks, and how long they wait.
+    #[command(flatten)]
+    pub ranks: RankFlags,
 }
 
 /// A format of pictures.

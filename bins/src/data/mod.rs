@@ -2,11 +2,15 @@
 
 mod arguments;
 
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use l2p_engine::checkpoint::ModelPaths;
 use l2p_engine::data::{SynthesisJob, SynthesisOptions, SynthesisReport, synthesize};
+use l2p_engine::dist::{Launch, World};
 use l2p_engine::limits::{Entries, Side, Steps};
 use l2p_engine::pipeline::{Asked, Batching, Pipeline, Settings};
 use l2p_engine::{Device, Error};
@@ -18,29 +22,60 @@ use arguments::{Command, Synthesize};
 use crate::progress::PhaseBar;
 use crate::prompts;
 
-/// Does what the arguments ask for.
+/// Does what the arguments ask for, and returns the exit code. Errors are printed.
+pub fn main(arguments: &Arguments) -> ExitCode {
+    match &arguments.command {
+        Command::Synthesize(arguments) => arguments.ranks.run(|launch| synthesize_among(arguments, launch)),
+    }
+}
+
+/// Does what the arguments ask for, in this process alone.
 ///
 /// # Errors
 /// Whatever the user needs to know, as one sentence.
 pub fn data(arguments: Arguments) -> anyhow::Result<()> {
     match arguments.command {
-        Command::Synthesize(arguments) => synthesize_set(&arguments),
+        Command::Synthesize(arguments) => synthesize_among(&arguments, None),
     }
 }
 
-fn synthesize_set(arguments: &Synthesize) -> anyhow::Result<()> {
+fn synthesize_among(arguments: &Synthesize, launch: Option<Launch>) -> anyhow::Result<()> {
+    let (device, world) = match launch {
+        Some(launch) => {
+            let device = launch.open_device(arguments.device)?;
+            let world = World::join(launch, &device, &arguments.ranks.options())?;
+            (device, world)
+        }
+        None => (Device::open(arguments.device)?, World::solo()),
+    };
+    let outcome = synthesize_set(arguments, device, &world);
+    match &outcome {
+        Ok(()) => world.leave()?,
+        Err(error) if matches!(error.downcast_ref(), Some(Error::Interrupted)) => world.leave()?,
+        Err(error) => world.give_up(&format!("{error:#}")),
+    }
+    outcome
+}
+
+fn synthesize_set(arguments: &Synthesize, device: Device, world: &World) -> anyhow::Result<()> {
+    let say = |text: fmt::Arguments<'_>| {
+        if world.is_first() {
+            crate::say(text);
+        }
+    };
     let jobs = jobs(arguments)?;
     let paths = ModelPaths::resolve(&arguments.model, &arguments.path_overrides())?;
-    let device = Device::open(arguments.device)?;
     let mut pipeline = Pipeline::open(paths, device, false)?;
     let settings = settings(arguments, &pipeline)?;
     for note in pipeline.notes()? {
-        crate::say(format_args!("note: {note}"));
+        say(format_args!("note: {note}"));
     }
     let batch = match arguments.batch {
         Some(batch) => batch.get().min(jobs.len()),
         None => pipeline.batch_size(&settings, jobs.len(), Batching::BULK)?,
     };
+    // All draw the same batches.
+    let batch = world.decide("batch", || Ok(batch))?;
     pipeline.expect_room(&settings, batch)?;
     pipeline.keep_steps(usize::from(jobs.len() > batch));
     let options = SynthesisOptions {
@@ -50,18 +85,31 @@ fn synthesize_set(arguments: &Synthesize) -> anyhow::Result<()> {
         extension: arguments.extension().into(),
         cache: arguments.cache.clone().unwrap_or_else(|| arguments.out.join("cache")),
     };
-    crate::say(format_args!(
-        "{} pictures of {}x{} on {}, {batch} at once: {} steps, shift {}, cfg {}",
+    let mut prompts = std::hash::DefaultHasher::new();
+    jobs.hash(&mut prompts);
+    let asked = format!(
+        "{settings:?}\n{}\n{}\nprompts {:x}",
+        arguments.rng,
+        arguments.extension(),
+        prompts.finish()
+    );
+    world.agree("settings", asked.as_bytes())?;
+    say(format_args!(
+        "{} pictures of {}x{} on {}{}, {batch} at once: {} steps, shift {}, cfg {}",
         jobs.len(),
         settings.width,
         settings.height,
+        match world.size() {
+            1 => String::new(),
+            ranks => format!("{ranks} ranks, the first on "),
+        },
         pipeline.device(),
         settings.steps,
         settings.shift,
         settings.cfg
     ));
     if let Some(word) = prompts::word_on_guidance(settings.cfg) {
-        crate::say(format_args!("note: {word}"));
+        say(format_args!("note: {word}"));
     }
     let started = Instant::now();
     let mut display = PhaseBar::new();
@@ -70,8 +118,11 @@ fn synthesize_set(arguments: &Synthesize) -> anyhow::Result<()> {
         &arguments.out,
         &jobs,
         &options,
+        world,
         &mut |what, done, total| {
-            display.show(what, done as u64, total as u64);
+            if world.is_first() {
+                display.show(what, done as u64, total as u64);
+            }
             match crate::stop_requested() {
                 true => Err(Error::Interrupted),
                 false => Ok(()),
@@ -81,12 +132,15 @@ fn synthesize_set(arguments: &Synthesize) -> anyhow::Result<()> {
     display.clear();
     let report = report?;
     if !report.held {
-        crate::say(format_args!(
+        say(format_args!(
             "note: the file system of {} knows no locks: see to it that no other run writes into it",
             arguments.out.display()
         ));
     }
-    tell(arguments, &report, started.elapsed())
+    match world.is_first() {
+        true => tell(arguments, &report, started.elapsed()),
+        false => Ok(()),
+    }
 }
 
 fn tell(arguments: &Synthesize, report: &SynthesisReport, taken: Duration) -> anyhow::Result<()> {

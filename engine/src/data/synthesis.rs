@@ -5,13 +5,14 @@
 //! picture is on the disk, so that a run that was interrupted, however it ended, goes on after the last line; pictures that are
 //! damaged or gone by then are drawn again. The folder is held meanwhile: a second run in it is refused.
 //!
-//! While the device draws a batch, the pictures of the one before are encoded by all processors.
+//! While the device draws a batch, the pictures of the one before are encoded by all processors. Several ranks draw batches in turn; the
+//! first one keeps the metadata.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,7 @@ use serde_json::{Value, json};
 
 use super::captions::encode_captions;
 use super::features::{FeatureStore, hex};
+use crate::dist::World;
 use crate::error::{Error, Result};
 use crate::files::{self, FolderLock};
 use crate::flow::noise_source::NoiseSource;
@@ -41,7 +43,7 @@ const CHUNK: usize = 256;
 const EMPTY: &str = "";
 
 /// A picture to be drawn.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SynthesisJob {
     /// What it shows.
     pub prompt: String,
@@ -98,79 +100,138 @@ impl Line {
     }
 }
 
-/// Draws the pictures of `jobs` that `folder` does not hold yet. `progress(what, done, total)` is called between parts of the
-/// work; an error from it ends the work, and what was drawn so far stays.
+/// Draws the pictures of `jobs` that `folder` does not hold yet, as one of the ranks of `world`, which all see the same folder.
+/// `progress(what, done, total)` is called between parts of the work; an error from it ends the work, and what was drawn so far stays.
 ///
 /// # Errors
 /// When another run holds the folder, or it holds pictures of other jobs or settings; when a prompt cannot be encoded, a picture
 /// holds numbers that are not finite, the device has no room, the disk does not take a picture, or `progress` says so. A batch
-/// with a fault leaves nothing behind.
+/// with a fault leaves nothing behind. On all ranks, when it happens on one.
 pub fn synthesize(
     pipeline: &mut Pipeline,
     folder: &Path,
     jobs: &[SynthesisJob],
     options: &SynthesisOptions,
+    world: &World,
     progress: &mut dyn FnMut(&'static str, usize, usize) -> Result<()>,
 ) -> Result<SynthesisReport> {
-    fs::create_dir_all(folder).map_err(|error| Error::io(folder, error))?;
-    let lock = FolderLock::acquire(folder, "l2p-data")?;
-    clear_up(folder);
-    expect_settings(folder, pipeline, options)?;
-    let lines = lines_so_far(folder, jobs, &options.extension)?;
-    let damaged = damaged_pictures(folder, &jobs[..lines], options, progress)?;
+    let mut progress = |what: &'static str, done: usize, total: usize| {
+        world.work();
+        progress(what, done, total)
+    };
+    let lock = world.on_first("folder", || {
+        fs::create_dir_all(folder).map_err(|error| Error::io(folder, error))?;
+        FolderLock::acquire(folder, "l2p-data")
+    })?;
+    let (lines, damaged) = world.first_decides("pictures that are there", || {
+        clear_up(folder);
+        expect_settings(folder, pipeline, options)?;
+        let lines = lines_so_far(folder, jobs, &options.extension)?;
+        let damaged = damaged_pictures(folder, &jobs[..lines], options, &mut progress)?;
+        Ok((lines, damaged))
+    })?;
     let mut report = SynthesisReport {
         found: lines - damaged.len(),
         redrawn: damaged.len(),
-        held: lock.is_held(),
+        held: lock.as_ref().is_none_or(FolderLock::is_held),
         ..SynthesisReport::default()
     };
     let missing: Vec<usize> = damaged.into_iter().chain(lines..jobs.len()).collect();
     if missing.is_empty() {
         return Ok(report);
     }
-    let store = encode(pipeline, jobs, &missing, options, &mut report, progress)?;
-    pipeline.load(&mut |done, total| progress("loading the model", done, total))?;
-    let writer = Writer {
+    let store = world.first_then_others("prompts", || {
+        encode(pipeline, jobs, &missing, options, &mut report, &mut progress)
+    })?;
+    let loaded = pipeline.load(&mut |done, total| progress("loading the model", done, total));
+    world.together("model", loaded)?;
+    let pictures = Pictures {
         folder,
         jobs,
-        lines,
         settings: options.settings,
         extension: &options.extension,
     };
+    let mut metadata = match world.is_first() {
+        true => Some(Metadata::open(&pictures, lines, &missing)?),
+        false => None,
+    };
     let (drawn, batches) = sync_channel::<(Vec<usize>, Vec<Vec<u8>>)>(1);
+    let (told, written) = channel::<Vec<usize>>();
     let outcome = std::thread::scope(|scope| {
-        let writing = scope.spawn(|| writer.write_all(batches));
+        let writing = scope.spawn(|| pictures.write_all(batches, told));
+        let mut turn = Turn {
+            world,
+            written: &written,
+            metadata: metadata.as_mut(),
+        };
         let drawing = || -> Result<()> {
             // Moved in, so that the writer learns of the end.
             let drawn = drawn;
+            let own = missing.len().div_ceil(world.size());
             let mut step = Steps {
                 done: 0,
-                total: missing.len() * options.settings.steps,
-                progress: &mut *progress,
+                total: own * options.settings.steps,
+                progress: &mut progress,
             };
-            for numbers in missing.chunks(options.batch.max(1)) {
-                step.tell(0)?;
-                let part: Vec<&SynthesisJob> = numbers.iter().map(|&number| &jobs[number]).collect();
-                let pictures = draw(pipeline, &store, &part, options, &mut |steps| {
-                    step.tell(steps * part.len())
-                })?;
-                step.done += options.settings.steps * part.len();
-                if drawn.send((numbers.to_vec(), pictures)).is_err() {
-                    // The writer has ended with an error, which is the one to tell.
-                    break;
-                }
+            let batches: Vec<&[usize]> = missing.chunks(options.batch.max(1)).collect();
+            for round in batches.chunks(world.size()) {
+                let mut draw_own = || -> Result<()> {
+                    step.tell(0)?;
+                    let Some(numbers) = round.get(world.rank()) else {
+                        return Ok(());
+                    };
+                    let part: Vec<&SynthesisJob> = numbers.iter().map(|&number| &jobs[number]).collect();
+                    let pictures = draw(pipeline, &store, &part, options, &mut |steps| {
+                        step.tell(steps * part.len())
+                    })?;
+                    step.done += options.settings.steps * part.len();
+                    match drawn.send((numbers.to_vec(), pictures)) {
+                        Ok(()) => Ok(()),
+                        // The writer has ended with an error, which is the one to tell.
+                        Err(_) => Err(Error::invalid("pictures cannot be written")),
+                    }
+                };
+                world.together("drawing", draw_own())?;
+                turn.note()?;
             }
-            step.tell(0)
+            step.tell(step.total - step.done)
         };
         let drawing = drawing();
         let written = writing.join();
         let written =
             written.unwrap_or_else(|_| Err(Error::invalid("the thread that writes pictures stopped unexpectedly")));
         // A disk that is full explains more than what followed from it.
-        written.and_then(|count| drawing.map(|()| count))
+        let outcome = written.and(drawing);
+        if matches!(outcome, Err(Error::PeerLost { .. })) {
+            return outcome;
+        }
+        // What was written before a fault is there.
+        let outcome = world.together("pictures", outcome);
+        turn.note().and(outcome)
     });
-    report.drawn = outcome?;
+    outcome?;
+    report.drawn = missing.len();
     Ok(report)
+}
+
+/// Where ranks tell each other what is on the disk.
+struct Turn<'a, 'b> {
+    world: &'a World,
+    written: &'a Receiver<Vec<usize>>,
+    /// On the first rank.
+    metadata: Option<&'a mut Metadata<'b>>,
+}
+
+impl Turn<'_, '_> {
+    /// Adds to the metadata what all ranks have written since the last time.
+    fn note(&mut self) -> Result<()> {
+        let own: Vec<usize> = self.written.try_iter().flatten().collect();
+        let all = self.world.share("written pictures", own)?;
+        match &mut self.metadata {
+            Some(metadata) => metadata.add(all.into_iter().flatten()),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Deletes what a run that was killed had begun to write, in the folder and in those of its pictures.
@@ -368,45 +429,37 @@ fn draw(
     pipeline.pictures(&drawn)
 }
 
-/// Writes pictures and their lines.
-struct Writer<'a> {
+/// Where pictures go.
+struct Pictures<'a> {
     folder: &'a Path,
     jobs: &'a [SynthesisJob],
-    /// Jobs that have a line.
-    lines: usize,
     settings: Settings,
     extension: &'a str,
 }
 
-impl Writer<'_> {
-    /// Writes batches until there are no more; each comes with the numbers of its jobs. Returns the number of pictures.
-    fn write_all(&self, batches: Receiver<(Vec<usize>, Vec<Vec<u8>>)>) -> Result<usize> {
-        let path = self.folder.join(METADATA);
-        let failed = |error| Error::io(&path, error);
-        let mut metadata = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .map_err(failed)?;
-        files::sync_folder(self.folder);
-        let mut count = 0;
+impl Pictures<'_> {
+    /// Writes batches until there are no more; each comes with the numbers of its jobs, which are told once they are on the disk.
+    fn write_all(&self, batches: Receiver<(Vec<usize>, Vec<Vec<u8>>)>, told: Sender<Vec<usize>>) -> Result<()> {
         for (numbers, pictures) in batches {
-            count += numbers.len();
             let numbered: Vec<(usize, Vec<u8>)> = numbers.into_iter().zip(pictures).collect();
-            let lines = numbered
+            let paths = numbered
                 .into_par_iter()
                 .map(|(number, pixels)| Ok((number, self.write(number, pixels)?)));
-            let lines: Vec<(usize, Line)> = lines.collect::<Result<_>>()?;
-            self.sync_folders(&lines);
-            self.add_lines(&mut metadata, lines)?;
+            let paths: Vec<(usize, PathBuf)> = paths.collect::<Result<_>>()?;
+            self.sync_folders(&paths);
+            // Nobody listens any more once another rank is lost.
+            let _ = told.send(paths.into_iter().map(|(number, _)| number).collect());
         }
-        Ok(count)
+        Ok(())
     }
 
-    /// Writes one picture, and returns its line.
-    fn write(&self, number: usize, pixels: Vec<u8>) -> Result<Line> {
-        let line = Line::of(number, &self.jobs[number], self.extension);
-        let path = self.folder.join(&line.file_name);
+    fn line(&self, number: usize) -> Line {
+        Line::of(number, &self.jobs[number], self.extension)
+    }
+
+    /// Writes one picture, and returns where.
+    fn write(&self, number: usize, pixels: Vec<u8>) -> Result<PathBuf> {
+        let path = self.folder.join(self.line(number).file_name);
         let folder = files::folder_of(&path);
         fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
         let image = RgbImage::new(self.settings.width, self.settings.height, pixels)?;
@@ -415,26 +468,65 @@ impl Writer<'_> {
             ..WriteOptions::default()
         };
         write_image(&path, &image, &options)?;
-        Ok(line)
+        Ok(path)
     }
 
     /// Brings the names of these pictures onto the disk.
-    fn sync_folders(&self, lines: &[(usize, Line)]) {
-        let paths = lines.iter().map(|(_, line)| self.folder.join(&line.file_name));
-        let folders: BTreeSet<PathBuf> = paths.map(|path| files::folder_of(&path)).collect();
+    fn sync_folders(&self, paths: &[(usize, PathBuf)]) {
+        let folders: BTreeSet<PathBuf> = paths.iter().map(|(_, path)| files::folder_of(path)).collect();
         folders.iter().for_each(|folder| files::sync_folder(folder));
         // A folder of a thousand may be new.
         files::sync_folder(self.folder);
     }
+}
 
-    /// Adds the lines that are not there yet, and brings them onto the disk.
-    fn add_lines(&self, metadata: &mut File, lines: Vec<(usize, Line)>) -> Result<()> {
+/// The lines of pictures that are on the disk.
+struct Metadata<'a> {
+    pictures: &'a Pictures<'a>,
+    file: File,
+    /// Pictures that had a line before.
+    lines: usize,
+    /// The pictures to come, in the order of their lines, and how many of them are noted.
+    missing: &'a [usize],
+    noted: usize,
+    /// On the disk, but one before them is not yet.
+    waiting: BTreeSet<usize>,
+}
+
+impl<'a> Metadata<'a> {
+    fn open(pictures: &'a Pictures<'a>, lines: usize, missing: &'a [usize]) -> Result<Self> {
+        let path = pictures.folder.join(METADATA);
+        let file = OpenOptions::new().create(true).append(true).open(&path);
+        let file = file.map_err(|error| Error::io(&path, error))?;
+        files::sync_folder(pictures.folder);
+        Ok(Metadata {
+            pictures,
+            file,
+            lines,
+            missing,
+            noted: 0,
+            waiting: BTreeSet::new(),
+        })
+    }
+
+    /// Adds lines of pictures that are on the disk now, as soon as all before them have theirs, and brings them onto the disk.
+    fn add(&mut self, numbers: impl Iterator<Item = usize>) -> Result<()> {
+        self.waiting.extend(numbers);
         let mut text = Vec::new();
-        for (_, line) in lines.iter().filter(|(number, _)| *number >= self.lines) {
-            serde_json::to_writer(&mut text, line).map_err(|error| Error::invalid(error.to_string()))?;
-            text.push(b'\n');
+        while let Some(number) = self
+            .missing
+            .get(self.noted)
+            .filter(|number| self.waiting.remove(number))
+        {
+            self.noted += 1;
+            // One that is drawn again has its line.
+            if *number >= self.lines {
+                let line = self.pictures.line(*number);
+                serde_json::to_writer(&mut text, &line).map_err(|error| Error::invalid(error.to_string()))?;
+                text.push(b'\n');
+            }
         }
-        let written = metadata.write_all(&text).and_then(|()| metadata.sync_data());
-        written.map_err(|error| Error::io(self.folder.join(METADATA), error))
+        let written = self.file.write_all(&text).and_then(|()| self.file.sync_data());
+        written.map_err(|error| Error::io(self.pictures.folder.join(METADATA), error))
     }
 }

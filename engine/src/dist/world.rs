@@ -213,6 +213,46 @@ impl World {
         }
     }
 
+    /// Does `work` on the first rank, then, once it is done there, on all others: what it leaves in files they find.
+    ///
+    /// # Errors
+    /// On all ranks, when it fails on one.
+    pub fn first_then_others<T>(&self, what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        if self.is_first() {
+            let done = self.together(what, work())?;
+            self.together(what, Ok(()))?;
+            return Ok(done);
+        }
+        self.together(what, Ok(()))?;
+        self.together(what, work())
+    }
+
+    /// Does `work` on the first rank alone, while the others wait; `None` on these.
+    ///
+    /// # Errors
+    /// On all ranks, when it fails.
+    pub fn on_first<T>(&self, what: &str, work: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
+        let outcome = match self.is_first() {
+            true => work().map(Some),
+            false => Ok(None),
+        };
+        self.together(what, outcome)
+    }
+
+    /// As [`World::on_first`], and all know what comes of it. Unlike in [`World::decide`] a failure is no end of the run.
+    ///
+    /// # Errors
+    /// On all ranks, when it fails.
+    pub fn first_decides<T: Serialize + DeserializeOwned>(
+        &self,
+        what: &str,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let own = self.on_first(what, work)?;
+        let own = self.decide(what, || Ok(own))?;
+        own.ok_or_else(|| Error::invalid(format!("the first rank has decided nothing about the {what}")))
+    }
+
     /// Says that this rank works on something that others may wait for, which is no reason yet to count it as lost.
     pub fn work(&self) {
         if let Some(control) = &self.control {

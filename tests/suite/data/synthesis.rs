@@ -14,6 +14,7 @@ use libtest_mimic::Failed;
 pub fn register(suite: &mut Suite) {
     suite.cpu("data::synthesis::sets_are_drawn_continued_and_grown", on_the_cpu);
     suite.cuda("data::synthesis::many_at_once_on_cuda", on_cuda);
+    suite.cpu("data::synthesis::ranks_draw_what_one_draws", ranks);
     suite.cpu("data::synthesis::other_jobs_are_refused", refused);
     suite.cpu("data::synthesis::one_run_at_a_time", one_at_a_time);
     suite.cpu("data::synthesis::what_is_there_is_verified", verified);
@@ -329,6 +330,55 @@ fn out_of_range() -> Outcome {
 }
 
 /// In batches on a GPU, whose pictures differ from those drawn alone by no more than rounding.
+/// Two ranks draw the set of one, bit for bit, also after one of them was killed on the way.
+fn ranks() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let arguments = |out| ["--count", "3", "--seed", "9", "--batch", "1", "--out", out];
+    synthesize(folder.path(), "cpu", &arguments("one"))?.success()?;
+    let at = |name: &str| folder.path().join(name);
+    let together = |out, ranks| [&arguments(out)[..], &["--ranks", ranks]].concat();
+    let finished = synthesize(folder.path(), "cpu", &together("two", "2"))?.success()?;
+    assert!(finished.stdout.contains("9 pictures drawn"), "{}", finished.stdout);
+    let mut child = command(
+        folder.path(),
+        "cpu",
+        &[&together("killed", "2")[..], &["--max-restarts", "1"]].concat(),
+    )?
+    .stdout(Stdio::null())
+    .stderr(Stdio::piped())
+    .spawn()?;
+    let started = Instant::now();
+    while lines(&at("killed")).map_or(0, |lines| lines.lines().count()) < 2
+        && started.elapsed() < Duration::from_secs(60)
+    {
+        std::thread::sleep(Duration::from_millis(2));
+        assert!(child.try_wait()?.is_none(), "the program ended by itself");
+    }
+    if cfg!(target_os = "linux") {
+        let ranks = crate::runs::ranks::children(child.id())?;
+        crate::runs::ranks::kill(ranks[1], "KILL")?;
+    }
+    let output = child.wait_with_output()?;
+    let stderr = String::from_utf8(output.stderr)?;
+    assert!(output.status.success(), "{stderr}");
+    assert_eq!(
+        stderr.contains("note: rank 1 was ended by signal 9; starting all ranks again"),
+        cfg!(target_os = "linux"),
+        "{stderr}"
+    );
+    for other in ["two", "killed"] {
+        assert_eq!(lines(&at(other))?, lines(&at("one"))?);
+        for number in 0..9 {
+            let name = format!("000/{number:06}.png");
+            assert!(
+                std::fs::read(at(other).join(&name))? == std::fs::read(at("one").join(&name))?,
+                "{other} {name}"
+            );
+        }
+    }
+    Ok(())
+}
+
 fn on_cuda(_: &Device) -> Outcome {
     let folder = tempfile::tempdir()?;
     synthesize(folder.path(), "cuda", &["--count", "30", "--out", "many"])?.success()?;

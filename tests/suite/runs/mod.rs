@@ -10,7 +10,7 @@ mod interrupt;
 mod latent;
 mod outputs;
 mod printing;
-mod ranks;
+pub mod ranks;
 mod resume;
 mod tools;
 mod words;

@@ -191,7 +191,7 @@ fn damage() -> Outcome {
 }
 
 /// The ranks of a launcher, by rank.
-fn children(launcher: u32) -> Result<Vec<u32>, Failed> {
+pub fn children(launcher: u32) -> Result<Vec<u32>, Failed> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
         let entry = entry?;
@@ -221,7 +221,7 @@ fn children(launcher: u32) -> Result<Vec<u32>, Failed> {
     Ok(found.into_iter().map(|(_, pid)| pid).collect())
 }
 
-fn kill(pid: u32, signal: &str) -> Outcome {
+pub fn kill(pid: u32, signal: &str) -> Outcome {
     let status = std::process::Command::new("sh")
         .args(["-c", &format!("kill -{signal} {pid}")])
         .status()?;

@@ -6,14 +6,11 @@
 
 use std::rc::Rc;
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-
 use super::guard::StepOutcome;
 use super::{Event, Observer};
 use crate::data::{Damage, DamageLog};
 use crate::dist::World;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// The observer of a rank: what it is told counts as work that other ranks wait for, and only the first rank's is passed on.
 pub(super) struct RankObserver<'a> {
@@ -40,46 +37,6 @@ impl Observer for RankObserver<'_> {
         self.world.work();
         self.observer.stop_requested()
     }
-}
-
-/// Does `work` on the first rank, then, once it is done there, on all others: what it leaves in files they find.
-///
-/// # Errors
-/// On all ranks, when it fails on one.
-pub(super) fn first_then_others<T>(world: &World, what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    if world.is_first() {
-        let done = world.together(what, work())?;
-        world.together(what, Ok(()))?;
-        return Ok(done);
-    }
-    world.together(what, Ok(()))?;
-    world.together(what, work())
-}
-
-/// Does `work` on the first rank alone, while the others wait; `None` on these.
-///
-/// # Errors
-/// On all ranks, when it fails.
-pub(super) fn on_first<T>(world: &World, what: &str, work: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
-    let outcome = match world.is_first() {
-        true => work().map(Some),
-        false => Ok(None),
-    };
-    world.together(what, outcome)
-}
-
-/// As [`on_first`], and all know what comes of it.
-///
-/// # Errors
-/// On all ranks, when it fails.
-pub(super) fn first_decides<T: Serialize + DeserializeOwned>(
-    world: &World,
-    what: &str,
-    work: impl FnOnce() -> Result<T>,
-) -> Result<T> {
-    let own = on_first(world, what, work)?;
-    let own = world.decide(what, || Ok(own))?;
-    own.ok_or_else(|| Error::invalid(format!("the first rank has decided nothing about the {what}")))
 }
 
 /// The outcomes of steps, of those that each rank has found of its own micro-batches: a step's losses in the order of its micro-batches,

@@ -10,7 +10,6 @@ use super::config::TrainConfig;
 use super::learning_rate::LearningRate;
 use super::log::{self, Record};
 use super::progress::Progress;
-use super::ranks::{first_decides, on_first};
 use super::slices::STATE;
 use crate::data::Position;
 use crate::dist::World;
@@ -162,7 +161,7 @@ impl Candidates {
         for checkpoint in std::mem::take(&mut self.checkpoints) {
             let reason = match damage(&checkpoint, model, probe, world, progress)? {
                 None => {
-                    on_first(world, "refused checkpoints", || {
+                    world.on_first("refused checkpoints", || {
                         self.set_aside(&checkpoint, progress);
                         Ok(())
                     })?;
@@ -200,7 +199,7 @@ fn damage(
     world: &World,
     progress: &mut Progress<'_>,
 ) -> Result<Option<String>> {
-    let reason = first_decides(world, "checksums", || unsound(checkpoint, progress))?;
+    let reason = world.first_decides("checksums", || unsound(checkpoint, progress))?;
     if reason.is_some() {
         return Ok(reason);
     }

@@ -19,7 +19,7 @@ use super::journal::Journal;
 use super::learning_rate::LearningRate;
 use super::log::{Record, StartRecord};
 use super::progress::Progress;
-use super::ranks::{RankObserver, first_then_others, on_first};
+use super::ranks::RankObserver;
 use super::resume::{Candidates, Resume, continued, find_candidates, still_due};
 use super::saver::Saver;
 use super::setup::Setup;
@@ -133,7 +133,7 @@ fn train_among(
     let _range = profile::range(c"run");
     let world = &*ranks.world;
     let mut progress = Progress { observer };
-    let lock = on_first(world, "lock of the folder", || {
+    let lock = world.on_first("lock of the folder", || {
         config.expect_named(true)?;
         std::fs::create_dir_all(run).map_err(|error| Error::io(run, error))?;
         let lock = FolderLock::acquire(run, "l2p-train")?;
@@ -142,11 +142,11 @@ fn train_among(
         remove_leftovers(&run.join(SAMPLES), None);
         Ok(lock)
     })?;
-    if lock.is_some_and(|lock| !lock.is_held()) {
+    if lock.as_ref().is_some_and(|lock| !lock.is_held()) {
         progress.notice("this file system knows no locks: see to it that no other run writes to the same folder");
     }
     let candidates = world.together("checkpoints", find_candidates(run, resume))?;
-    let setup = first_then_others(world, "preparation", || {
+    let setup = world.first_then_others("preparation", || {
         Setup::new(config, run, device, ranks.division(), &mut progress)
     })?;
     let mut trainer = Trainer::new(config, run, device, ranks, &setup, candidates, progress.observer)?;
@@ -195,7 +195,7 @@ impl<'a> Trainer<'a> {
             loader: Loader::start(setup.set.clone(), loading(config, setup, world), state.position),
             rate: LearningRate::new(config),
             feeder,
-            journal: on_first(world, "log", || Journal::open(run, state.step))?,
+            journal: world.on_first("log", || Journal::open(run, state.step))?,
             profile: config.profile.then(|| PartTimes::new(device)),
             operations: HashMap::new(),
             saver: Saver::new(),

@@ -12,7 +12,7 @@ use crate::train::run::guard::{StepOutcome, Verdict};
 use crate::train::run::history::SAMPLES;
 use crate::train::run::log::{Record, TrainRecord};
 use crate::train::run::progress::Progress;
-use crate::train::run::ranks::{on_first, share_damages, share_outcomes};
+use crate::train::run::ranks::{share_damages, share_outcomes};
 use crate::train::run::samples::Sheet;
 use crate::train::run::speed::Interval;
 
@@ -81,7 +81,7 @@ impl Trainer<'_> {
                     self.refuse_diverged()?;
                 }
                 self.wait_for_save()?;
-                let way_back = on_first(self.world(), "divergence", || Ok(self.way_back()))?;
+                let way_back = self.world().on_first("divergence", || Ok(self.way_back()))?;
                 Err(Error::invalid(format!("{reason}; {}", way_back.unwrap_or_default())))
             }
         }
@@ -157,7 +157,7 @@ impl Trainer<'_> {
         };
         let _range = profile::range(c"samples");
         let world = self.world();
-        on_first(world, "samples", || self.draw_sheet(sheet)).map(drop)
+        world.on_first("samples", || self.draw_sheet(sheet)).map(drop)
     }
 
     fn draw_sheet(&mut self, sheet: &Sheet) -> Result<()> {

@@ -17,7 +17,6 @@ use crate::train::run::checksums::Checksums;
 use crate::train::run::choices::SaveType;
 use crate::train::run::log::Record;
 use crate::train::run::manifest;
-use crate::train::run::ranks::{first_decides, on_first};
 use crate::train::run::saver::{Finished, Keep, SaveJob, Written};
 use crate::train::run::setup::sample_settings;
 use crate::train::run::{Event, Observer};
@@ -254,7 +253,7 @@ impl Trainer<'_> {
         if world.is_solo() {
             return Ok(None);
         }
-        self.place = on_first(world, "checkpoint", || checkpoint::begin(self.run))?;
+        self.place = world.on_first("checkpoint", || checkpoint::begin(self.run))?;
         let place = self.place.as_ref().map(|place| place.path().to_owned());
         let place = world.decide("folder", || Ok(place.unwrap_or_default()))?;
         let averages = match options.average {
@@ -282,7 +281,7 @@ impl Trainer<'_> {
         let settings = sample_settings(self.config, &self.setup.pipeline)?;
         let Keep { last, every, calm } = self.keep();
         let add = |folder: &Path| manifest::write(folder, self.run, self.setup.paths(), kind, &settings);
-        let (saved, pruned) = first_decides(world, "checkpoint", || {
+        let (saved, pruned) = world.first_decides("checkpoint", || {
             let place = place.ok_or_else(|| Error::invalid("there is no folder for the checkpoint"))?;
             let saved = checkpoint::complete(self.run, place, step, &sums, &add)?;
             let pruned = checkpoint::prune(self.run, last, every, calm).map_err(|error| error.to_string());
