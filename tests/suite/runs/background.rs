@@ -400,7 +400,7 @@ fn locked() -> Outcome {
         .stderr(Stdio::null())
         .spawn()?;
     let started = Instant::now();
-    while !(half_written(out)? && !list(out)?.is_empty()) && started.elapsed() < Duration::from_secs(60) {
+    while (list(out)?.is_empty() || !half_written(out)?) && started.elapsed() < Duration::from_secs(60) {
         assert!(first.try_wait()?.is_none(), "the program ended by itself");
         std::thread::sleep(Duration::from_millis(1));
     }
