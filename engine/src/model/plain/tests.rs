@@ -23,6 +23,9 @@ use crate::train::{
     AdamWOptions, Batch, Division, PlanInput, Recompute, StatePart, TrainOptions, TrainableModel, TrainingPlan,
 };
 
+/// What a file is to hold.
+type Tensors = Vec<(String, Values)>;
+
 /// Height and width of its pictures.
 const SIZE: [usize; 2] = [4, 8];
 
@@ -79,7 +82,7 @@ fn captions(lengths: &[usize]) -> Vec<Tensor> {
 }
 
 /// Writes the tensors under names that begin with `prefix`, those that `change` leaves.
-fn write(path: &Path, prefix: &str, change: &dyn Fn(&mut Vec<(String, Values)>)) {
+fn write(path: &Path, prefix: &str, change: &dyn Fn(&mut Tensors)) {
     let tensors = params()
         .0
         .into_iter()
@@ -157,13 +160,12 @@ fn files_are_found_to_be_its_own() {
 #[test]
 fn wrong_tensors_are_named() {
     let folder = tempfile::tempdir().unwrap();
-    let message = |change: &dyn Fn(&mut Vec<(String, Values)>)| {
+    let message = |change: &dyn Fn(&mut Tensors)| {
         let path = folder.path().join("changed.safetensors");
         write(&path, "", change);
         open(&path).unwrap_err().to_string()
     };
-    let without =
-        |name: &'static str| move |tensors: &mut Vec<(String, Values)>| tensors.retain(|tensor| tensor.0 != name);
+    let without = |name: &'static str| move |tensors: &mut Tensors| tensors.retain(|tensor| tensor.0 != name);
     for (found, expected) in [
         (
             message(&without("blocks.1.mlp.fc1.weight")),

@@ -92,7 +92,7 @@ impl TrainedPlain {
                 None => block.forward(&x, table, first, keys)?.1,
             };
             let mut d_scales = vectors(VECTORS)?;
-            dx = block.backward(&dx, &x, inside, (table, first), keys, own, &mut d_scales)?;
+            dx = block.backward([&dx, &x], inside, (table, first), keys, own, &mut d_scales)?;
             modulation_backward(&block.modulation, &d_scales, c, &mut own.modulation, &mut dc)?;
         }
 
@@ -129,25 +129,37 @@ fn modulation_backward(
 
 impl Block {
     /// The gradient of the input `x` for that of the result; those of the scales overwrite `d_scales` `[batch, 2, dim]`.
-    #[rustfmt::skip]
     fn backward(
         &self,
-        dy: &Tensor,
-        x: &Tensor,
+        [dy, x]: [&Tensor; 2],
         inside: Inside,
         (table, first): (&Tensor, usize),
         keys: Option<&Tensor>,
         gradients: &mut Block<Gradients>,
         d_scales: &mut Tensor,
     ) -> Result<Tensor> {
-        let Inside { qkv, attended, lse, middle, gate_and_up } = inside;
+        let Inside {
+            qkv,
+            attended,
+            lse,
+            middle,
+            gate_and_up,
+        } = inside;
         let (d_gate_and_up, hidden) = swiglu_backward(&self.w2.backward_input(dy)?, gate_and_up, true)?;
         gradients.w2.add(dy, &hidden.expect("it was asked for"))?;
-        gradients.w13.add(&d_gate_and_up, &Self::normalised(&middle, table, first + 1)?)?;
+        gradients
+            .w13
+            .add(&d_gate_and_up, &Self::normalised(&middle, table, first + 1)?)?;
         let d_normalised = self.w13.backward_input(&d_gate_and_up)?;
         let mut through_norm = |dy: &Tensor, x: &Tensor, index: usize| {
             let place = VectorGradient { table: d_scales, index };
-            layer_norm_modulate_backward(dy, x, Some(Modulation::new(table, first + index)?), EPSILON, Some(place))
+            layer_norm_modulate_backward(
+                dy,
+                x,
+                Some(Modulation::new(table, first + index)?),
+                EPSILON,
+                Some(place),
+            )
         };
         let d_middle = add(dy, &through_norm(&d_normalised, &middle, 1)?)?;
         gradients.out.add(&d_middle, &attended)?;
