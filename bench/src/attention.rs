@@ -119,7 +119,7 @@ fn run_length(bench: &mut Bench, spec: &Attention, tokens: usize, kernels: &[Ker
         return Ok(());
     }
     let flops = 4.0 * (tokens as f64).powi(2) * (spec.heads * spec.head_dim) as f64;
-    bench.expect_feasible(
+    bench.ensure_feasible(
         &format!("attention over {tokens} tokens"),
         flops,
         "give fewer with --tokens and --heads",

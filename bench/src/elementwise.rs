@@ -338,7 +338,7 @@ fn run_op(bench: &mut Bench, op: &Op) -> anyhow::Result<()> {
         true => 2.0 * bytes as f64 * op.inputs[1].shape[0] as f64,
         false => bytes as f64,
     };
-    bench.expect_feasible(
+    bench.ensure_feasible(
         op.name,
         flops,
         "give fewer --tokens, --heads and --ffn, and a smaller --image",

@@ -131,7 +131,7 @@ fn run_product(bench: &mut Bench, product: &Product) -> anyhow::Result<()> {
     if !bench.may_want(&case_name) {
         return Ok(());
     }
-    bench.expect_feasible(
+    bench.ensure_feasible(
         &case_name,
         2.0 * m as f64 * n as f64 * k as f64,
         "give a smaller --shape NAME=MxNxK",

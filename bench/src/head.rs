@@ -102,7 +102,7 @@ fn run_head(bench: &mut Bench, head: Head, arguments: &Arguments) -> anyhow::Res
     let cells = side / patch;
     // Per pixel of the bottleneck, about 300 MFLOP in the published heads.
     let flops = if tiny { 0.0 } else { 3e8 * (cells * cells) as f64 };
-    bench.expect_feasible(&name, flops, "give --tiny, or a smaller --side")?;
+    bench.ensure_feasible(&name, flops, "give --tiny, or a smaller --side")?;
 
     let (device, seed) = (bench.device.clone(), bench.common.seed);
     let params = RandomParams::new(seed, layout.tensors(HEAD_PREFIX));

@@ -144,7 +144,7 @@ impl Bench {
     ///
     /// # Errors
     /// Saying how to ask for less.
-    pub fn expect_feasible(&self, name: &str, flops: f64, way_out: &str) -> anyhow::Result<()> {
+    pub fn ensure_feasible(&self, name: &str, flops: f64, way_out: &str) -> anyhow::Result<()> {
         if self.device == Device::Cpu && flops > MOST_CPU_FLOPS {
             bail!(
                 "{name} takes {:.1} TFLOP, which is for a GPU (none is in use: see `l2p-sample devices`); {way_out}",

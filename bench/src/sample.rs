@@ -218,7 +218,7 @@ fn run_size(size: Size, arguments: &Arguments) -> anyhow::Result<()> {
             2.0 * parameters * tokens as f64
         }
     };
-    bench.expect_feasible(
+    bench.ensure_feasible(
         &name,
         rough,
         "give --tiny, a small --model with a small --side, or a GPU",

@@ -115,7 +115,7 @@ fn run_model(name: ModelName, arguments: &Arguments) -> anyhow::Result<()> {
     );
     let mut bench = Bench::start("step", &arguments.common, "step.py")?;
     let name = name.to_string();
-    bench.expect_feasible(&name, rough_flops(&model), "give --tiny, or a GPU")?;
+    bench.ensure_feasible(&name, rough_flops(&model), "give --tiny, or a GPU")?;
     run_step(&mut bench, &name, &model, arguments)?;
     bench.finish()
 }

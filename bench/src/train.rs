@@ -216,7 +216,7 @@ fn run_one(recompute: Recompute, arguments: &Arguments) -> anyhow::Result<Option
     let mut bench = Bench::start("train", &arguments.common, "train.py")?;
     let case = arguments.case(&model, recompute);
     let plan = case.plan(&bench.device, &Ranks::solo())?;
-    bench.expect_feasible(&name, plan.operations(), "give --tiny, or a GPU")?;
+    bench.ensure_feasible(&name, plan.operations(), "give --tiny, or a GPU")?;
     let sizes = json!({
         "model": "pixel-1k", "side": model.side, "caption": arguments.caption, "policy": arguments.policy.to_string(),
         "recompute": recompute.to_string(), "tiny": arguments.tiny, "learning_rate": LEARNING_RATE,

@@ -82,7 +82,7 @@ impl RankFlags {
             let launch = Launch::from_environment()?;
             match (launch, self.ranks) {
                 (Some(launch), ranks) => {
-                    expect_ranks(&launch, ranks)?;
+                    ensure_ranks(&launch, ranks)?;
                     work(Some(launch))
                 }
                 (None, Some(ranks)) if ranks.get() > 1 => {
@@ -100,7 +100,7 @@ impl RankFlags {
 }
 
 /// Where another launcher started this rank, `--ranks` may only repeat what that one says.
-fn expect_ranks(launch: &Launch, ranks: Option<Ranks>) -> anyhow::Result<()> {
+fn ensure_ranks(launch: &Launch, ranks: Option<Ranks>) -> anyhow::Result<()> {
     let (Some(asked), Some(started)) = (ranks, launch.local_world) else {
         return Ok(());
     };

@@ -305,7 +305,7 @@ impl Tensor {
     /// # Errors
     /// When the tensor is on a GPU or holds another type.
     pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
-        self.expect_dtype("host access", "tensor", T::DTYPE)?;
+        self.ensure_dtype("host access", "tensor", T::DTYPE)?;
         match &*self.storage {
             Storage::Cpu(buffer) => {
                 let elements: &[T] = bytemuck::cast_slice(buffer.bytes());
@@ -320,7 +320,7 @@ impl Tensor {
     /// # Errors
     /// When the tensor is on a GPU, holds another type, or shares its buffer with another tensor.
     pub fn as_mut_slice<T: Element>(&mut self) -> Result<&mut [T]> {
-        self.expect_dtype("host access", "tensor", T::DTYPE)?;
+        self.ensure_dtype("host access", "tensor", T::DTYPE)?;
         let (offset, count) = (self.offset, self.elements());
         match Arc::get_mut(&mut self.storage).ok_or_else(shared_buffer)? {
             Storage::Cpu(buffer) => {
@@ -374,7 +374,7 @@ impl Tensor {
         match &*self.storage {
             Storage::Cpu(_) => Ok(self.as_slice::<T>()?.to_vec()),
             Storage::Cuda(buffer) => {
-                self.expect_dtype("copy to host", "tensor", T::DTYPE)?;
+                self.ensure_dtype("copy to host", "tensor", T::DTYPE)?;
                 let mut values = vec![T::zeroed(); self.elements()];
                 buffer.copy_to_host(self.offset * self.dtype.size(), bytemuck::cast_slice_mut(&mut values))?;
                 Ok(values)
@@ -414,8 +414,8 @@ impl Tensor {
     /// # Errors
     /// When they reach past the end or are of another type, or the buffer is shared.
     pub fn copy_elements_from_slice<T: Element>(&mut self, first: usize, values: &[T]) -> Result<()> {
-        self.expect_dtype("copy from host", "tensor", T::DTYPE)?;
-        self.expect_elements("copy from host", first, values.len())?;
+        self.ensure_dtype("copy from host", "tensor", T::DTYPE)?;
+        self.ensure_elements("copy from host", first, values.len())?;
         let offset = (self.offset + first) * self.dtype.size();
         match Arc::get_mut(&mut self.storage).ok_or_else(shared_buffer)? {
             Storage::Cpu(buffer) => {
@@ -432,7 +432,7 @@ impl Tensor {
     /// # Errors
     /// When shape, type or device differ, or the buffer is shared.
     pub fn copy_from(&mut self, source: &Tensor) -> Result<()> {
-        source.expect_shape("copy", "source", self.shape)?;
+        source.ensure_shape("copy", "source", self.shape)?;
         self.copy_elements_from(0, source)
     }
 
@@ -441,9 +441,9 @@ impl Tensor {
     /// # Errors
     /// When they reach past the end, type or device differ, or the buffer is shared.
     pub fn copy_elements_from(&mut self, first: usize, source: &Tensor) -> Result<()> {
-        source.expect_dtype("copy", "source", self.dtype)?;
-        source.expect_device("copy", "source", &self.device())?;
-        self.expect_elements("copy", first, source.elements())?;
+        source.ensure_dtype("copy", "source", self.dtype)?;
+        source.ensure_device("copy", "source", &self.device())?;
+        self.ensure_elements("copy", first, source.elements())?;
         let size = self.dtype.size();
         let (from, to) = (source.offset * size, (self.offset + first) * size);
         let bytes = source.bytes();
@@ -460,7 +460,7 @@ impl Tensor {
         }
     }
 
-    fn expect_elements(&self, op: &'static str, first: usize, count: usize) -> Result<()> {
+    fn ensure_elements(&self, op: &'static str, first: usize, count: usize) -> Result<()> {
         match first.checked_add(count) {
             Some(end) if end <= self.elements() => Ok(()),
             _ => Err(Error::Shape {
@@ -490,7 +490,7 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::DType`] naming `op` and `name`.
-    pub fn expect_dtype(&self, op: &'static str, name: &str, expected: DType) -> Result<()> {
+    pub fn ensure_dtype(&self, op: &'static str, name: &str, expected: DType) -> Result<()> {
         if self.dtype == expected {
             return Ok(());
         }
@@ -506,7 +506,7 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::Shape`] naming `op` and `name`.
-    pub fn expect_shape(&self, op: &'static str, name: &str, expected: impl Into<Shape>) -> Result<()> {
+    pub fn ensure_shape(&self, op: &'static str, name: &str, expected: impl Into<Shape>) -> Result<()> {
         let expected = expected.into();
         if self.shape == expected {
             return Ok(());
@@ -523,7 +523,7 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::Shape`] naming `op` and `name`; `expected` says in words what the dimensions are.
-    pub fn expect_rank(&self, op: &'static str, name: &str, rank: usize, expected: &str) -> Result<()> {
+    pub fn ensure_rank(&self, op: &'static str, name: &str, rank: usize, expected: &str) -> Result<()> {
         if self.shape.len() == rank {
             return Ok(());
         }
@@ -539,7 +539,7 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::Placement`] naming `op` and `name`.
-    pub fn expect_device(&self, op: &'static str, name: &str, device: &Device) -> Result<()> {
+    pub fn ensure_device(&self, op: &'static str, name: &str, device: &Device) -> Result<()> {
         let found = self.device();
         if found == *device {
             return Ok(());

@@ -7,7 +7,7 @@ use std::path::Path;
 use image::codecs::jpeg::JpegEncoder;
 use image::{DynamicImage, ImageEncoder};
 use l2p_engine::image_io::{
-    Filter, RgbImage, Settings, WriteOptions, centre_crop, expect_writable, fit_to_multiple, fitted_size, read_image,
+    Filter, RgbImage, Settings, WriteOptions, centre_crop, ensure_writable, fit_to_multiple, fitted_size, read_image,
     read_settings, resize, write_image,
 };
 use l2p_tests::{Outcome, Suite, hash_uniform};
@@ -197,7 +197,7 @@ fn unwritable_files_are_named() -> Outcome {
     let dir = tempfile::tempdir()?;
     let expect = |name: &str, width: usize, reason: &str| {
         let path = dir.path().join(name);
-        let message = expect_writable(&path, width, 8).unwrap_err().to_string();
+        let message = ensure_writable(&path, width, 8).unwrap_err().to_string();
         assert!(
             message.starts_with(&path.display().to_string()) && message.contains(reason),
             "{message}"
@@ -216,7 +216,7 @@ fn unwritable_files_are_named() -> Outcome {
     std::fs::create_dir(dir.path().join("folder.png"))?;
     expect("folder.png", 8, "is a folder");
     std::fs::remove_dir(dir.path().join("folder.png"))?;
-    expect_writable(&dir.path().join("a.png"), 20_000, 8)?;
+    ensure_writable(&dir.path().join("a.png"), 20_000, 8)?;
     assert_eq!(
         std::fs::read_dir(dir.path())?.count(),
         0,

@@ -147,7 +147,7 @@ fn run_layer(bench: &mut Bench, layer: Layer, sizes: &Sizes) -> anyhow::Result<(
     }
     let (m, n, k) = (sizes.tokens, layer.outputs(sizes), sizes.heads * HEAD_DIM);
     let flops = 2.0 * m as f64 * n as f64 * k as f64;
-    bench.expect_feasible(name, flops, "give a smaller --shape NAME=MxNxK")?;
+    bench.ensure_feasible(name, flops, "give a smaller --shape NAME=MxNxK")?;
     let (device, seed) = (bench.device.clone(), bench.common.seed);
     let sets = bench.sets((m * k + n * k + m * n) * device.compute_dtype().size());
     let inputs = (0..sets as u64)

@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use l2p_bins::{ByteSize, WriteProgress, print, report, run};
 use l2p_engine::checkpoint::{
     self, ExportOptions, Float, InitOptions, Layout, ModelPaths, PathOverrides, Prefix, Transformer, WriteObserver,
-    Written, expect_found_again, is_whole, write_file, write_folder,
+    Written, ensure_found_again, is_whole, write_file, write_folder,
 };
 use l2p_engine::device::format_bytes;
 use l2p_engine::limits::Width;
@@ -345,7 +345,7 @@ impl WriteObserver for Checked<'_> {
     }
 
     fn written(&mut self, path: &Path) -> l2p_engine::Result<()> {
-        expect_found_again(path, self.expected)
+        ensure_found_again(path, self.expected)
     }
 }
 

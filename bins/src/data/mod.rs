@@ -76,7 +76,7 @@ fn synthesize_set(arguments: &Synthesize, device: Device, world: &World) -> anyh
     };
     // All draw the same batches.
     let batch = world.decide("batch", || Ok(batch))?;
-    pipeline.expect_room(&settings, batch)?;
+    pipeline.ensure_room(&settings, batch)?;
     pipeline.keep_steps(usize::from(jobs.len() > batch));
     let options = SynthesisOptions {
         settings,

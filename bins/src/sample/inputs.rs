@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use l2p_engine::checkpoint::{Values, expect_writable, read_chosen_values, write_values};
+use l2p_engine::checkpoint::{Values, ensure_writable, read_chosen_values, write_values};
 use l2p_engine::limits::CaptionTokens;
 use l2p_engine::pipeline::{ModelFiles, Settings};
 use l2p_engine::serve::{self, Caption};
@@ -117,7 +117,7 @@ impl RawImages {
     /// # Errors
     /// When no file can be written there.
     pub fn new(path: &Path) -> Result<Self> {
-        expect_writable(path)?;
+        ensure_writable(path)?;
         Ok(RawImages {
             path: path.into(),
             images: Values::default(),

@@ -267,7 +267,7 @@ fn first_free(folder: &Path, number_in: impl Fn(&str) -> Option<&str>) -> anyhow
 }
 
 /// Checks before the work begins that every picture can be written, and makes the folders they go to.
-pub fn expect_writable(jobs: &[Job], settings: &Settings) -> anyhow::Result<()> {
+pub fn ensure_writable(jobs: &[Job], settings: &Settings) -> anyhow::Result<()> {
     let mut names = BTreeSet::new();
     for job in jobs {
         ImageFormat::of(&job.out)?;
@@ -284,7 +284,7 @@ pub fn expect_writable(jobs: &[Job], settings: &Settings) -> anyhow::Result<()> 
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
     }
     jobs.iter()
-        .try_for_each(|job| image_io::expect_writable(&job.out, settings.width, settings.height))
+        .try_for_each(|job| image_io::ensure_writable(&job.out, settings.width, settings.height))
         .map_err(Into::into)
 }
 

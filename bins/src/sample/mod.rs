@@ -63,7 +63,7 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
         Some(batch) => batch.min(jobs.len()),
         None => files.batch_size(&settings, jobs.len(), Batching::PROMPT)?,
     };
-    files.expect_room(&settings, batch)?;
+    files.ensure_room(&settings, batch)?;
     let noise = arguments
         .noise
         .as_deref()
@@ -76,9 +76,9 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
         .map(|path| inputs::read_embeds(path, &files, jobs.len(), guided))
         .transpose()?;
     if embeds.is_none() {
-        files.expect_text_encoder()?;
+        files.ensure_text_encoder()?;
     }
-    jobs::expect_writable(&jobs, &settings)?;
+    jobs::ensure_writable(&jobs, &settings)?;
     let raw = arguments.save_raw.as_deref().map(RawImages::new).transpose()?;
     announce(&jobs, &files, &settings);
 

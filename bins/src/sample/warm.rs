@@ -192,7 +192,7 @@ fn works(options: &Warm, files: &ModelFiles) -> anyhow::Result<Vec<Work>> {
             ..defaults
         });
         for batch in options.batch.iter().map(|batch| batch.get()) {
-            files.expect_room(&settings, batch)?;
+            files.ensure_room(&settings, batch)?;
             works.push(Work {
                 lengths: distinct(
                     &options.tokens,
@@ -211,7 +211,7 @@ fn works(options: &Warm, files: &ModelFiles) -> anyhow::Result<Vec<Work>> {
 /// A caption of each length. With a text encoder, prompts about as long are encoded too, which meets the encoder's products; what
 /// captions say does not matter.
 fn captions(worker: &Worker, lengths: &BTreeSet<usize>) -> anyhow::Result<Vec<Caption>> {
-    if worker.files().expect_text_encoder().is_ok() {
+    if worker.files().ensure_text_encoder().is_ok() {
         let spinner = super::spinner("encoding prompts of all lengths");
         // What stands around a prompt's words.
         let around = encode(worker, &[1])?.saturating_sub(1);

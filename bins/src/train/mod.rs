@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 
 use anyhow::Context;
-use l2p_engine::checkpoint::expect_free;
+use l2p_engine::checkpoint::ensure_free;
 use l2p_engine::dist::{Launch, World};
 use l2p_engine::image_io::{WriteOptions, write_image};
 use l2p_engine::train::run::{
@@ -244,7 +244,7 @@ fn compare_runs(
 ) -> anyhow::Result<()> {
     let files = Comparison::files(&targets.out)?;
     for path in files.iter().chain(&targets.samples) {
-        expect_free(path, targets.force)?;
+        ensure_free(path, targets.force)?;
     }
     let comparison = compare(runs, over)?;
     if let Some(path) = &targets.samples {

@@ -144,7 +144,7 @@ impl Transformer {
     /// Naming the file and the tensors at fault; a delta's message says that it needs a base, a quantised model's how it is
     /// quantised.
     pub fn new(checkpoint: Checkpoint, file: Option<&TransformerConfig>) -> Result<Self> {
-        checkpoint.expect_plain_weights()?;
+        checkpoint.ensure_plain_weights()?;
         if let Some(missing) = missing_parts(&checkpoint).filter(|missing| !missing.is_empty()) {
             return Err(Error::file(
                 checkpoint.path(),
@@ -159,7 +159,7 @@ impl Transformer {
             error => error,
         })?;
         let transformer = Transformer { checkpoint, spec };
-        transformer.expect_whole()?;
+        transformer.ensure_whole()?;
         Ok(transformer)
     }
 
@@ -176,7 +176,7 @@ impl Transformer {
         checkpoint
     }
 
-    fn expect_whole(&self) -> Result<()> {
+    fn ensure_whole(&self) -> Result<()> {
         let audit = self.audit();
         let refuse = |reason: String| Err(Error::file(self.checkpoint.path(), reason));
         if let Some(WrongShape { name, found, expected }) = audit.wrong.first() {

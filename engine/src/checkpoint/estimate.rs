@@ -9,7 +9,7 @@
 
 use serde::Serialize;
 
-use crate::layers::{Group, Meta};
+use crate::layers::{Group, NamedParameter};
 use crate::model::Spec;
 use crate::model::config::{ModelKind, VaeConfig};
 use crate::model::denoiser::TrainingChoice;
@@ -166,7 +166,7 @@ impl EstimateInput<'_> {
     }
 }
 
-fn elements(meta: &Meta) -> f64 {
+fn elements(meta: &NamedParameter) -> f64 {
     let parts = meta
         .parts
         .iter()
@@ -175,7 +175,7 @@ fn elements(meta: &Meta) -> f64 {
 }
 
 /// Whether the released recipe trains a parameter.
-fn is_trained(meta: &Meta) -> bool {
+fn is_trained(meta: &NamedParameter) -> bool {
     match meta.group {
         Group::Block { index, of } => index < TRAINED_ENDS || index + TRAINED_ENDS >= of,
         _ => true,

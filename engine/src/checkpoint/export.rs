@@ -37,7 +37,7 @@ impl Default for ExportOptions {
 ///
 /// # Errors
 /// Naming a tensor that it does not find, or what keeps it from reading what is there.
-pub fn expect_found_again(path: &Path, expected: &BTreeMap<String, Vec<usize>>) -> Result<()> {
+pub fn ensure_found_again(path: &Path, expected: &BTreeMap<String, Vec<usize>>) -> Result<()> {
     let found = Checkpoint::open_transformer(path)?.shapes();
     let lost = expected.iter().find(|(name, shape)| found.get(*name) != Some(*shape));
     let more = found.keys().find(|name| !expected.contains_key(*name));

@@ -93,7 +93,7 @@ pub(super) fn read(file: &File, file_bytes: u64) -> Result<Header, Fault> {
     let header = parse(&text, data_start)?;
     drop(text);
     let file_bytes = usize::try_from(file_bytes).map_err(|_| "is larger than this system can address".to_owned())?;
-    expect_cover(&header.tensors, data_start, file_bytes)?;
+    ensure_cover(&header.tensors, data_start, file_bytes)?;
     Ok(header)
 }
 
@@ -322,7 +322,7 @@ impl<'de> Deserialize<'de> for Extents {
 }
 
 /// Checks that the tensors together cover the data exactly.
-fn expect_cover(tensors: &BTreeMap<String, StoredTensor>, data_start: usize, file_bytes: usize) -> Result<(), String> {
+fn ensure_cover(tensors: &BTreeMap<String, StoredTensor>, data_start: usize, file_bytes: usize) -> Result<(), String> {
     let data_bytes = file_bytes - data_start;
     let mut by_offset: Vec<_> = tensors.iter().collect();
     by_offset.sort_by_key(|(_, tensor)| (tensor.range.start, tensor.range.end));

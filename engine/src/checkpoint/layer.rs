@@ -15,7 +15,7 @@ impl Checkpoint {
     /// # Errors
     /// When the base is itself a delta, or a tensor of the delta's trunk is not in the base with the same shape.
     pub fn over(mut self, mut base: Checkpoint) -> Result<Self> {
-        base.expect_plain_weights()?;
+        base.ensure_plain_weights()?;
         if !is_whole(&base) {
             let reason = "is a delta, or damaged; the base must be a whole model";
             return Err(Error::file(base.path(), reason));
@@ -25,7 +25,7 @@ impl Checkpoint {
         let ends = family.ends().concat();
         for (name, tensor) in self.tensors() {
             if !ends.iter().any(|end| name.starts_with(end)) {
-                expect_counterpart(name, tensor, &base)?;
+                ensure_counterpart(name, tensor, &base)?;
             }
         }
         let left_behind = family.left_behind(&self, &base);
@@ -35,7 +35,7 @@ impl Checkpoint {
     }
 }
 
-fn expect_counterpart(name: &str, tensor: &CheckpointTensor, base: &Checkpoint) -> Result<()> {
+fn ensure_counterpart(name: &str, tensor: &CheckpointTensor, base: &Checkpoint) -> Result<()> {
     let shown = shown_name(name);
     let reason = match base.shape(name) {
         Some(shape) if shape == tensor.shape() => return Ok(()),

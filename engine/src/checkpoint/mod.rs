@@ -31,7 +31,7 @@ mod write;
 pub use audit::{Audit, Transformer, WrongShape, is_delta, is_whole, missing_parts};
 pub use elements::Float;
 pub use estimate::{EstimateInput, MemoryEstimate, SamplingMemory, TrainingMemory};
-pub use export::{ExportOptions, expect_found_again, export};
+pub use export::{ExportOptions, ensure_found_again, export};
 pub use file::SafetensorsFile;
 pub use finite::NotFinite;
 pub use header::StoredTensor;
@@ -46,6 +46,6 @@ pub use set::{Checkpoint, Layout};
 pub use stored::CheckpointTensor;
 pub use values::{Values, read_chosen_values, read_values, write_values};
 pub use write::{
-    Content, Fetch, OutputFile, OutputTensor, WriteObserver, Written, expect_free, expect_writable, write_file,
+    Content, Fetch, OutputFile, OutputTensor, WriteObserver, Written, ensure_free, ensure_writable, write_file,
     write_folder,
 };

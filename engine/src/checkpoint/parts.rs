@@ -44,7 +44,7 @@ pub fn open_text_encoder(path: &Path) -> Result<(TextConfig, Checkpoint)> {
     let checkpoint = Checkpoint::open_text_encoder(path)?;
     let is_stated = stated.is_some();
     let config = stated.unwrap_or_else(TextConfig::published);
-    expect_agreement(
+    ensure_agreement(
         &checkpoint,
         "text encoder",
         is_stated,
@@ -63,7 +63,7 @@ pub fn open_vae(path: &Path) -> Result<(VaeConfig, Checkpoint)> {
     let checkpoint = Checkpoint::open_vae(path)?;
     let is_stated = stated.is_some();
     let config = stated.unwrap_or_else(VaeConfig::published);
-    expect_agreement(
+    ensure_agreement(
         &checkpoint,
         "VAE",
         is_stated,
@@ -76,14 +76,14 @@ pub fn open_vae(path: &Path) -> Result<(VaeConfig, Checkpoint)> {
 /// A size by its name in the `config.json`: as that says it, and as the tensors have it, where they tell.
 type Size = (&'static str, usize, Option<usize>);
 
-fn expect_agreement(
+fn ensure_agreement(
     checkpoint: &Checkpoint,
     part: &str,
     is_stated: bool,
     sizes: &[Size],
     is_known: &dyn Fn(&str) -> bool,
 ) -> Result<()> {
-    checkpoint.expect_plain_weights()?;
+    checkpoint.ensure_plain_weights()?;
     let refuse = |reason: String| Err(Error::file(checkpoint.path(), reason));
     for (entry, said, found) in sizes {
         match found {

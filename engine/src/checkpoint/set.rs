@@ -80,7 +80,7 @@ impl Checkpoint {
     /// When a file is missing, damaged or a LoRA, or shards do not belong together.
     pub fn open_text_encoder(path: &Path) -> Result<Self> {
         let mut checkpoint = Self::renamed(path, &|name, tensor| (names::text_encoder(name), tensor))?;
-        checkpoint.expect_weights(None)?;
+        checkpoint.ensure_weights(None)?;
         Ok(checkpoint)
     }
 
@@ -102,7 +102,7 @@ impl Checkpoint {
             };
             (canonical, tensor)
         })?;
-        checkpoint.expect_weights(None)?;
+        checkpoint.ensure_weights(None)?;
         Ok(checkpoint)
     }
 
@@ -170,8 +170,8 @@ impl Checkpoint {
                 checkpoint.prefixes.insert(prefix.into());
             }
         }
-        checkpoint.expect_weights(marker.as_deref())?;
-        checkpoint.expect_transformer()?;
+        checkpoint.ensure_weights(marker.as_deref())?;
+        checkpoint.ensure_transformer()?;
         Ok(checkpoint)
     }
 
@@ -221,7 +221,7 @@ impl Checkpoint {
     }
 
     /// Refuses changes to a model, and notes how its weights are quantised; `marker` is a tensor that shows it.
-    fn expect_weights(&mut self, marker: Option<&str>) -> Result<()> {
+    fn ensure_weights(&mut self, marker: Option<&str>) -> Result<()> {
         let own = self.tensors.values().map(|tensor| tensor.stored_name());
         let others = self.foreign.iter().map(String::as_str);
         let others = others.filter(|_| self.tensors.is_empty());
@@ -235,7 +235,7 @@ impl Checkpoint {
     }
 
     /// Something must be part of a transformer.
-    fn expect_transformer(&self) -> Result<()> {
+    fn ensure_transformer(&self) -> Result<()> {
         if !self.tensors.is_empty() {
             return Ok(());
         }
@@ -261,7 +261,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// When they are quantised.
-    pub fn expect_plain_weights(&self) -> Result<()> {
+    pub fn ensure_plain_weights(&self) -> Result<()> {
         match self.quantisation() {
             Some(reason) => Err(Error::file(&self.path, reason)),
             None => Ok(()),

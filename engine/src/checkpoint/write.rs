@@ -13,7 +13,7 @@ use std::rc::Rc;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
-pub use self::place::{Written, expect_free, expect_writable, write_file, write_folder};
+pub use self::place::{Written, ensure_free, ensure_writable, write_file, write_folder};
 
 use super::elements::{Float, convert, encode, first_overflow};
 use super::random::UniformInit;
@@ -125,7 +125,7 @@ impl OutputTensor<'_> {
                 for source in sources {
                     let from = source.float()?;
                     source.for_each_piece(CHUNK_BYTES, &mut |piece| {
-                        self.expect_to_fit(piece, from, *to, source)?;
+                        self.ensure_to_fit(piece, from, *to, source)?;
                         buffer.resize(piece.len() / from.size() * to.size(), 0);
                         convert(piece, from, &mut buffer, *to);
                         put(&buffer)
@@ -169,7 +169,7 @@ impl OutputTensor<'_> {
         Ok(())
     }
 
-    fn expect_to_fit(&self, piece: &[u8], from: Float, to: Float, source: &CheckpointTensor) -> Result<()> {
+    fn ensure_to_fit(&self, piece: &[u8], from: Float, to: Float, source: &CheckpointTensor) -> Result<()> {
         match first_overflow(piece, from, to) {
             None => Ok(()),
             Some(value) => Err(Error::file(

@@ -125,7 +125,7 @@ pub fn synthesize(
     })?;
     let (lines, damaged) = world.first_decides("pictures that are there", || {
         clear_up(folder);
-        expect_settings(folder, pipeline, options)?;
+        ensure_settings(folder, pipeline, options)?;
         let lines = lines_so_far(folder, jobs, &options.extension)?;
         let damaged = damaged_pictures(folder, &jobs[..lines], options, &mut progress)?;
         Ok((lines, damaged))
@@ -262,7 +262,7 @@ impl Steps<'_> {
 }
 
 /// Refuses a folder whose pictures were drawn otherwise, and notes in a new one how they are.
-fn expect_settings(folder: &Path, pipeline: &Pipeline, options: &SynthesisOptions) -> Result<()> {
+fn ensure_settings(folder: &Path, pipeline: &Pipeline, options: &SynthesisOptions) -> Result<()> {
     let path = folder.join(SETTINGS);
     let drawn_with = json!({
         "format": 1,

@@ -146,7 +146,7 @@ impl Args {
     /// Compares the arguments with a kernel's parameters; see [`Kernel::check`](super::Kernel::check). A parameter begins where the
     /// one before it ends, but for what its alignment takes. Of a map that is not known: the parameters' own start, from which
     /// offsets count, is less aligned than a map is.
-    pub(super) fn expect_parameters(&self, kernel: &str, parameters: &[Parameter]) -> Result<()> {
+    pub(super) fn ensure_parameters(&self, kernel: &str, parameters: &[Parameter]) -> Result<()> {
         let mut end = 0;
         for (index, kind) in self.slots.iter().map(Slot::kind).enumerate() {
             let difference = match parameters.get(index) {
@@ -241,25 +241,25 @@ mod tests {
     #[test]
     fn arguments_that_are_the_kernels_pass() {
         let (args, image) = five();
-        args.expect_parameters("k", &image).unwrap();
-        Args::new().expect_parameters("k", &[]).unwrap();
+        args.ensure_parameters("k", &image).unwrap();
+        Args::new().ensure_parameters("k", &[]).unwrap();
     }
 
     /// Offsets as the assembler gives them on Hopper, where parameters start 112 bytes before a multiple of 128.
     #[test]
     fn maps_stand_at_multiples_of_their_size_wherever_parameters_start() {
         let two = Args::of(&[Kind::Map, Kind::Map, Kind::Address, Kind::Int]);
-        two.expect_parameters("k", &parameters(&[(112, 128), (240, 128), (368, 8), (376, 4)]))
+        two.ensure_parameters("k", &parameters(&[(112, 128), (240, 128), (368, 8), (376, 4)]))
             .unwrap();
         let behind = Args::of(&[Kind::Address, Kind::Map, Kind::Float]);
         behind
-            .expect_parameters("k", &parameters(&[(0, 8), (112, 128), (240, 4)]))
+            .ensure_parameters("k", &parameters(&[(0, 8), (112, 128), (240, 4)]))
             .unwrap();
         behind
-            .expect_parameters("k", &parameters(&[(0, 8), (128, 128), (256, 4)]))
+            .ensure_parameters("k", &parameters(&[(0, 8), (128, 128), (256, 4)]))
             .unwrap();
         let message = behind
-            .expect_parameters("k", &parameters(&[(0, 8), (240, 128), (368, 4)]))
+            .ensure_parameters("k", &parameters(&[(0, 8), (240, 128), (368, 4)]))
             .unwrap_err();
         assert_eq!(
             message.to_string(),
@@ -270,7 +270,7 @@ mod tests {
     #[test]
     fn what_differs_is_named() {
         let (args, image) = five();
-        let message = |image: &[Parameter]| args.expect_parameters("k", image).unwrap_err().to_string();
+        let message = |image: &[Parameter]| args.ensure_parameters("k", image).unwrap_err().to_string();
         assert_eq!(
             message(&parameters(&[(0, 8), (8, 4), (16, 8), (24, 4), (32, 8)])),
             "kernel k: argument 3, an int, has 4 bytes, but the image's parameter has 8, from offset 16 on"

@@ -67,7 +67,7 @@ impl CudaBuffer {
             return Ok(());
         }
         let (device, address) = (self.device(), self.ptr() + offset as u64);
-        device.expect_not_recording("a copy from the host")?;
+        device.ensure_not_recording("a copy from the host")?;
         let stream = device.stream().cu_stream();
         // SAFETY: the range lies in the block (checked above); the driver has copied a pageable source when it returns.
         let copy = || unsafe { result::memcpy_htod_async(address, source, stream) };
@@ -97,7 +97,7 @@ impl CudaBuffer {
             return Ok(());
         }
         let (device, address) = (self.device(), self.ptr() + offset as u64);
-        device.expect_not_recording("a copy to the host")?;
+        device.ensure_not_recording("a copy to the host")?;
         let stream = device.stream().cu_stream();
         // SAFETY: the range lies in the block (checked above), and the stream is waited for before `target` is used.
         let copy = || unsafe { result::memcpy_dtoh_async(target, address, stream) };
@@ -108,7 +108,7 @@ impl CudaBuffer {
     /// Fills the block through the pinned staging buffers, so that reading a file and copying overlap.
     pub(crate) fn upload(&mut self, fill: &mut dyn FnMut(usize, &mut [u8]) -> Result<()>) -> Result<()> {
         let (device, address, bytes) = (self.device().clone(), self.ptr(), self.bytes());
-        device.expect_not_recording("an upload")?;
+        device.ensure_not_recording("an upload")?;
         device.with_staging(|staging| staging.upload(&device, address, bytes, fill))
     }
 }

@@ -274,7 +274,7 @@ impl Gpu {
     ///
     /// # Errors
     /// While this thread records work.
-    pub(super) fn expect_not_recording(&self, what: &str) -> Result<()> {
+    pub(super) fn ensure_not_recording(&self, what: &str) -> Result<()> {
         let recording = self.is_recording.load(Ordering::SeqCst);
         match recording && self.recording().as_ref().is_some_and(Recorded::is_mine) {
             true => Err(Error::invalid(format!("{what} cannot be recorded"))),

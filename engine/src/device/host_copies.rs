@@ -94,7 +94,7 @@ impl HostCopies {
             )));
         }
         let device = self.stream.device().clone();
-        device.expect_not_recording("a copy to the host")?;
+        device.ensure_not_recording("a copy to the host")?;
         let address = source.address_of(offset, bytes);
         let mut done = 0;
         while done < bytes {

@@ -98,7 +98,7 @@ impl Kernel {
         if layout != Args::NO_LAYOUT && layout == self.checked.load(Ordering::Relaxed) {
             return Ok(());
         }
-        args.expect_parameters(&self.name.to_string_lossy(), parameters)?;
+        args.ensure_parameters(&self.name.to_string_lossy(), parameters)?;
         self.checked.store(layout, Ordering::Relaxed);
         Ok(())
     }

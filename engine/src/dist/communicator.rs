@@ -57,8 +57,8 @@ pub trait Communicator: Send {
     /// As for [`Communicator::all_to_all`].
     fn reduce_scatter(&self, parts: &Tensor) -> Result<PendingSum> {
         const OP: &str = "reduce_scatter";
-        parts.expect_rank(OP, "parts", 2, "[ranks, elements]")?;
-        expect_float(OP, "parts", parts)?;
+        parts.ensure_rank(OP, "parts", 2, "[ranks, elements]")?;
+        ensure_float(OP, "parts", parts)?;
         let receive = Tensor::empty(&parts.device(), parts.shape(), parts.dtype())?;
         self.all_to_all(parts, receive).map(PendingSum)
     }
@@ -69,7 +69,7 @@ pub trait Communicator: Send {
     /// # Errors
     /// As for [`Communicator::all_to_all`].
     fn all_reduce(&self, x: &Tensor, factor: f32) -> Result<Tensor> {
-        expect_float("all_reduce", "x", x)?;
+        ensure_float("all_reduce", "x", x)?;
         let (world, elements) = (self.world(), x.elements());
         let slice = elements.div_ceil(world);
         // What is behind the end is summed and dropped.
@@ -85,7 +85,7 @@ pub trait Communicator: Send {
     }
 }
 
-fn expect_float(op: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
+fn ensure_float(op: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
     match tensor.dtype() {
         DType::F32 | DType::Bf16 => Ok(()),
         other => Err(Error::invalid(format!("{op}: {name} is {other}, expected f32 or bf16"))),
@@ -93,7 +93,7 @@ fn expect_float(op: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
 }
 
 /// Checks the arguments of [`Communicator::all_to_all`].
-pub(super) fn expect_all_to_all(world: usize, parts: &Tensor, receive: &Tensor) -> Result<()> {
+pub(super) fn ensure_all_to_all(world: usize, parts: &Tensor, receive: &Tensor) -> Result<()> {
     const OP: &str = "all_to_all";
     let rows = parts.shape().first().copied();
     if rows != Some(world) {
@@ -104,13 +104,13 @@ pub(super) fn expect_all_to_all(world: usize, parts: &Tensor, receive: &Tensor) 
             found: parts.shape(),
         });
     }
-    receive.expect_shape(OP, "receive", parts.shape())?;
-    receive.expect_dtype(OP, "receive", parts.dtype())?;
-    receive.expect_device(OP, "receive", &parts.device())
+    receive.ensure_shape(OP, "receive", parts.shape())?;
+    receive.ensure_dtype(OP, "receive", parts.dtype())?;
+    receive.ensure_device(OP, "receive", &parts.device())
 }
 
 /// Checks the arguments of [`Communicator::all_gather`].
-pub(super) fn expect_all_gather(world: usize, part: &Tensor, receive: &Tensor) -> Result<()> {
+pub(super) fn ensure_all_gather(world: usize, part: &Tensor, receive: &Tensor) -> Result<()> {
     const OP: &str = "all_gather";
     let shape = receive.shape();
     let fits = shape.first() == Some(&world) && Shape::new(&shape[1..]) == part.shape();
@@ -122,12 +122,12 @@ pub(super) fn expect_all_gather(world: usize, part: &Tensor, receive: &Tensor) -
             found: shape,
         });
     }
-    receive.expect_dtype(OP, "receive", part.dtype())?;
-    receive.expect_device(OP, "receive", &part.device())
+    receive.ensure_dtype(OP, "receive", part.dtype())?;
+    receive.ensure_device(OP, "receive", &part.device())
 }
 
 /// Checks the arguments of [`Communicator::broadcast`].
-pub(super) fn expect_broadcast(world: usize, root: usize) -> Result<()> {
+pub(super) fn ensure_broadcast(world: usize, root: usize) -> Result<()> {
     match root < world {
         true => Ok(()),
         false => Err(Error::invalid(format!(

@@ -1,6 +1,6 @@
 //! A world of one: every operation is a copy.
 
-use super::communicator::{Communicator, Pending, expect_all_gather, expect_all_to_all, expect_broadcast};
+use super::communicator::{Communicator, Pending, ensure_all_gather, ensure_all_to_all, ensure_broadcast};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -17,19 +17,19 @@ impl Communicator for Solo {
     }
 
     fn all_to_all(&self, parts: &Tensor, mut receive: Tensor) -> Result<Pending> {
-        expect_all_to_all(1, parts, &receive)?;
+        ensure_all_to_all(1, parts, &receive)?;
         receive.copy_from(parts)?;
         Ok(Pending::done(receive))
     }
 
     fn all_gather(&self, part: &Tensor, mut receive: Tensor) -> Result<Pending> {
-        expect_all_gather(1, part, &receive)?;
+        ensure_all_gather(1, part, &receive)?;
         receive.copy_elements_from(0, part)?;
         Ok(Pending::done(receive))
     }
 
     fn broadcast(&self, tensor: Tensor, root: usize) -> Result<Pending> {
-        expect_broadcast(1, root)?;
+        ensure_broadcast(1, root)?;
         Ok(Pending::done(tensor))
     }
 

@@ -85,7 +85,7 @@ impl World {
         };
         let control = Control::join(&mut launch, member, options)?;
         let peers: Vec<Peer> = control.shared().members.iter().map(peer).collect();
-        expect_devices(&peers)?;
+        ensure_devices(&peers)?;
         let connect = || -> Result<Box<dyn Communicator>> {
             Ok(match (device, &door) {
                 (Device::Cuda(device), _) => Box::new(nccl::Nccl::connect(device, &control)?),
@@ -331,7 +331,7 @@ fn peer(member: &Member) -> Peer {
 }
 
 /// Checks that all ranks compute on the same kind of device, and no two on the same GPU.
-fn expect_devices(peers: &[Peer]) -> Result<()> {
+fn ensure_devices(peers: &[Peer]) -> Result<()> {
     let on_cpu = |peer: &Peer| peer.device == "cpu";
     let kind = |peer: &Peer| if on_cpu(peer) { "the CPU" } else { "a GPU" };
     for (rank, peer) in peers.iter().enumerate() {

@@ -15,7 +15,7 @@ mod write;
 pub use read::{Colours, Header, read_cover, read_header, read_image};
 pub use resize::{Filter, centre_crop, cover, fit_to_multiple, fitted_size, resize};
 pub use settings::{Settings, read_settings};
-pub use write::{ImageFormat, WriteOptions, encode_image, expect_writable, write_image};
+pub use write::{ImageFormat, WriteOptions, encode_image, ensure_writable, write_image};
 
 use crate::error::{Error, Result};
 

@@ -98,7 +98,7 @@ impl Default for WriteOptions<'_> {
 ///
 /// # Errors
 /// When the extension names no format, the format has no room for the size, or the folder does not take a file.
-pub fn expect_writable(path: &Path, width: usize, height: usize) -> Result<()> {
+pub fn ensure_writable(path: &Path, width: usize, height: usize) -> Result<()> {
     let format = ImageFormat::of(path)?;
     format
         .check(width, height)
@@ -128,10 +128,10 @@ pub fn encode_image(image: &RgbImage, format: ImageFormat, options: &WriteOption
 /// there is a whole picture or, on an error, whatever was there before.
 ///
 /// # Errors
-/// Those of [`expect_writable`], and when the disk is full, or there is a file that is not to be replaced (an [`Error::Io`] of
+/// Those of [`ensure_writable`], and when the disk is full, or there is a file that is not to be replaced (an [`Error::Io`] of
 /// kind `AlreadyExists`).
 pub fn write_image(path: &Path, image: &RgbImage, options: &WriteOptions<'_>) -> Result<()> {
-    expect_writable(path, image.width, image.height)?;
+    ensure_writable(path, image.width, image.height)?;
     let bytes = encode_image(image, ImageFormat::of(path)?, options)?;
     let file = new_beside(path)?;
     file.as_file()

@@ -2,7 +2,9 @@
 
 use std::ops::{Deref, DerefMut};
 
-use super::{Described, Gradients, Group, Kind, Loaded, Meta, Module, Place, PlaceMut, Slot, Transform, WeightAndBias};
+use super::{
+    Described, Gradients, Group, Kind, Loaded, Module, NamedParameter, Place, PlaceMut, Slot, Transform, WeightAndBias,
+};
 use crate::error::Result;
 use crate::ops::conv::{Conv, ConvGrads, Input};
 use crate::tensor::Tensor;
@@ -49,9 +51,9 @@ impl DerefMut for ConvLayer {
 #[derive(Clone, Debug)]
 pub struct ConvMeta {
     /// `[outputs, inputs, kernel, kernel]` in checkpoints.
-    pub weight: Meta,
+    pub weight: NamedParameter,
     /// `[outputs]`
-    pub bias: Meta,
+    pub bias: NamedParameter,
     /// Height and width of the kernel.
     pub kernel: usize,
     /// Channels of its one or two sources.
@@ -60,12 +62,12 @@ pub struct ConvMeta {
     pub arranged: Option<Input>,
 }
 
-impl WeightAndBias<Meta> for ConvMeta {
-    fn parts(&self) -> [&Meta; 2] {
+impl WeightAndBias<NamedParameter> for ConvMeta {
+    fn parts(&self) -> [&NamedParameter; 2] {
         [&self.weight, &self.bias]
     }
 
-    fn parts_mut(&mut self) -> [&mut Meta; 2] {
+    fn parts_mut(&mut self) -> [&mut NamedParameter; 2] {
         [&mut self.weight, &mut self.bias]
     }
 }
@@ -82,8 +84,8 @@ impl ConvLayer<Described> {
     ) -> Self {
         let inputs = channels.iter().sum();
         ConvLayer(ConvMeta {
-            weight: Meta::one(group, format!("{name}.weight"), &[outputs, inputs, kernel, kernel]),
-            bias: Meta::one(group, format!("{name}.bias"), &[outputs]),
+            weight: NamedParameter::one(group, format!("{name}.weight"), &[outputs, inputs, kernel, kernel]),
+            bias: NamedParameter::one(group, format!("{name}.bias"), &[outputs]),
             kernel,
             channels: channels.to_vec(),
             arranged,

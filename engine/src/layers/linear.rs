@@ -1,6 +1,6 @@
 //! Linear layers: `y = x · weightᵀ + bias`, and everything else that their weights take part in.
 
-use super::{Described, Gradients, Group, Kind, Loaded, Meta, Module, Place, PlaceMut, Slot, Transform};
+use super::{Described, Gradients, Group, Kind, Loaded, Module, NamedParameter, Place, PlaceMut, Slot, Transform};
 use crate::error::Result;
 use crate::ops::linear::{
     InputActivation, LinearGradients, linear, linear_backward_input, linear_backward_weight, linear_vectors,
@@ -68,7 +68,7 @@ impl Linear<Described> {
             .map(|(name, rows)| (format!("{name}.weight"), [*rows, inputs]))
             .collect();
         Linear {
-            weight: Meta::stacked(group, shapes.iter().map(|(name, shape)| (name.clone(), &shape[..]))),
+            weight: NamedParameter::stacked(group, shapes.iter().map(|(name, shape)| (name.clone(), &shape[..]))),
             bias: None,
         }
     }
@@ -85,7 +85,7 @@ impl Linear<Described> {
             })
             .collect();
         let parts = parts.iter().map(|(name, shape)| (name.clone(), &shape[..]));
-        self.bias = Some(Meta::stacked(self.weight.group, parts));
+        self.bias = Some(NamedParameter::stacked(self.weight.group, parts));
         self
     }
 }

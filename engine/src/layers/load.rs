@@ -1,6 +1,6 @@
 //! Reading a described module.
 
-use super::{ConvMeta, Described, Loaded, Meta, Module, ParamSource, Transform, Weight, metas};
+use super::{ConvMeta, Described, Loaded, Module, NamedParameter, ParamSource, Transform, Weight, metas};
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
 use crate::ops::conv::Conv;
@@ -39,10 +39,10 @@ impl<'a> Loader<'a> {
         module.transform(&mut loader)
     }
 
-    fn read(&mut self, meta: &Meta) -> Result<Tensor> {
+    fn read(&mut self, meta: &NamedParameter) -> Result<Tensor> {
         let tensor = match &meta.parts[..] {
             [one] if one.shape.len() == 4 => {
-                self.expect_conv_shape(&one.name, &one.shape)?;
+                self.ensure_conv_shape(&one.name, &one.shape)?;
                 self.params.load_conv(self.device, &one.name)?
             }
             [one] => self
@@ -60,7 +60,7 @@ impl<'a> Loader<'a> {
     }
 
     /// [`ParamSource::load_conv`] takes whatever shape it finds.
-    fn expect_conv_shape(&self, name: &str, expected: &[usize]) -> Result<()> {
+    fn ensure_conv_shape(&self, name: &str, expected: &[usize]) -> Result<()> {
         match self.params.shape(name) {
             Some(found) if found == expected => Ok(()),
             Some(found) => Err(Error::invalid(format!(
@@ -72,11 +72,11 @@ impl<'a> Loader<'a> {
 }
 
 impl Transform<Described, Loaded> for Loader<'_> {
-    fn matrix(&mut self, meta: &Meta) -> Result<Weight> {
+    fn matrix(&mut self, meta: &NamedParameter) -> Result<Weight> {
         self.read(meta).map(Weight::Dense)
     }
 
-    fn dense(&mut self, meta: &Meta) -> Result<Tensor> {
+    fn dense(&mut self, meta: &NamedParameter) -> Result<Tensor> {
         self.read(meta)
     }
 

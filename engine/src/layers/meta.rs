@@ -43,7 +43,7 @@ pub enum Group {
 /// A parameter of the engine: a tensor of a checkpoint, or several stacked along dimension 0. The weights of a convolution, four
 /// extents in a checkpoint, have their taps before their input channels here; see `ParamSource::load_conv`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Meta {
+pub struct NamedParameter {
     /// What it is made of, in order.
     pub parts: Vec<Published>,
     /// Where it belongs.
@@ -52,7 +52,7 @@ pub struct Meta {
     pub flat: bool,
 }
 
-impl Meta {
+impl NamedParameter {
     /// One tensor of a checkpoint.
     pub fn one(group: Group, name: impl Into<String>, shape: &[usize]) -> Self {
         Self::stacked(group, [(name.into(), shape)])
@@ -64,7 +64,7 @@ impl Meta {
             name,
             shape: shape.to_vec(),
         });
-        Meta {
+        NamedParameter {
             parts: parts.collect(),
             group,
             flat: false,
@@ -147,7 +147,7 @@ mod tests {
 
     #[test]
     fn convolutions_go_there_and_back() {
-        let meta = Meta::one(Group::Output, "conv.weight", &[2, 3, 2, 2]);
+        let meta = NamedParameter::one(Group::Output, "conv.weight", &[2, 3, 2, 2]);
         let stored: Vec<f32> = (0..24).map(|value| value as f32).collect();
         let engine = meta.to_engine(0, stored.clone());
         // Output 0, tap 0, inputs 0 to 2; then tap 1.
@@ -159,7 +159,7 @@ mod tests {
     #[test]
     fn stacks_are_trained_as_one() {
         let group = Group::Block { index: 0, of: 1 };
-        let stack = Meta::stacked(
+        let stack = NamedParameter::stacked(
             group,
             [("layers.0.a".into(), &[2, 3][..]), ("layers.0.b".into(), &[2, 3])],
         );

@@ -16,7 +16,7 @@ mod source;
 pub use conv::{ConvLayer, ConvMeta, ConvSlots};
 pub use linear::{Linear, Weight};
 pub use load::Loader;
-pub use meta::{Group, Meta, Published};
+pub use meta::{Group, NamedParameter, Published};
 pub use norm::{Bare, GroupNorm, Norm};
 pub use source::{MemoryParams, ParamSource};
 
@@ -46,8 +46,8 @@ pub trait WeightAndBias<P> {
 pub enum Described {}
 
 impl Kind for Described {
-    type Matrix = Meta;
-    type Dense = Meta;
+    type Matrix = NamedParameter;
+    type Dense = NamedParameter;
     type Conv = ConvMeta;
 }
 
@@ -248,7 +248,7 @@ impl<M: Module> Module for Box<M> {
 }
 
 /// The descriptions of a module's parameters, in the order of its list.
-pub fn metas<M: Module<Kind = Described>>(module: &M) -> Vec<&Meta> {
+pub fn metas<M: Module<Kind = Described>>(module: &M) -> Vec<&NamedParameter> {
     let mut all = Vec::new();
     module.visit(&mut |place| match place {
         Place::Matrix(meta) | Place::Dense(meta) => all.push(meta),
@@ -309,12 +309,12 @@ pub fn any_trained<M: Module<Kind = Trained>>(module: &M) -> bool {
 /// Asks of every parameter whether it is trained.
 pub struct Choose<F>(pub F);
 
-impl<F: FnMut(&Meta) -> Result<bool>> Transform<Described, Trained> for Choose<F> {
-    fn matrix(&mut self, meta: &Meta) -> Result<bool> {
+impl<F: FnMut(&NamedParameter) -> Result<bool>> Transform<Described, Trained> for Choose<F> {
+    fn matrix(&mut self, meta: &NamedParameter) -> Result<bool> {
         self.0(meta)
     }
 
-    fn dense(&mut self, meta: &Meta) -> Result<bool> {
+    fn dense(&mut self, meta: &NamedParameter) -> Result<bool> {
         self.0(meta)
     }
 

@@ -1,6 +1,6 @@
 //! Parameters of normalisations, and those that are no layer.
 
-use super::{Described, Group, Kind, Loaded, Meta, Module, Place, PlaceMut, Transform};
+use super::{Described, Group, Kind, Loaded, Module, NamedParameter, Place, PlaceMut, Transform};
 use crate::error::Result;
 use crate::ops::group_norm;
 use crate::tensor::Tensor;
@@ -31,12 +31,12 @@ pub type Norm<K = Loaded> = Bare<K>;
 impl Bare<Described> {
     /// The parameter `{name}` of this shape.
     pub fn new(group: Group, name: impl Into<String>, shape: &[usize]) -> Self {
-        Bare(Meta::one(group, name, shape))
+        Bare(NamedParameter::one(group, name, shape))
     }
 
     /// The token `{name}`, stored as `[1, dim]`, a vector `[dim]` in the engine.
     pub fn token(group: Group, name: &str, dim: usize) -> Self {
-        let mut meta = Meta::one(group, name, &[1, dim]);
+        let mut meta = NamedParameter::one(group, name, &[1, dim]);
         meta.flat = true;
         Bare(meta)
     }
@@ -87,8 +87,8 @@ impl GroupNorm<Described> {
     /// The normalisation `{name}.weight`, `{name}.bias`.
     pub fn new(group: Group, name: &str, channels: usize, groups: usize, epsilon: f32) -> Self {
         GroupNorm {
-            weight: Meta::one(group, format!("{name}.weight"), &[channels]),
-            bias: Meta::one(group, format!("{name}.bias"), &[channels]),
+            weight: NamedParameter::one(group, format!("{name}.weight"), &[channels]),
+            bias: NamedParameter::one(group, format!("{name}.bias"), &[channels]),
             groups,
             epsilon,
         }

@@ -84,7 +84,7 @@ impl Described {
     }
 
     /// Refuses what is quantised.
-    pub(super) fn expect_plain(&self, config: &Path) -> Result<()> {
+    pub(super) fn ensure_plain(&self, config: &Path) -> Result<()> {
         match self.quantization_config {
             Some(_) => Err(Error::file(config, QUANTISED)),
             None => Ok(()),

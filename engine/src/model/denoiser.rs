@@ -5,7 +5,7 @@ use std::any::Any;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::layers::{Meta, Slot};
+use crate::layers::{NamedParameter, Slot};
 use crate::model::config::ModelKind;
 use crate::model::objective::{FlowMatching, Objective};
 use crate::ops::conv::Canvas;
@@ -248,7 +248,7 @@ pub trait Trainable: Send + Sync {
 /// What is trained, and how gradients are made.
 pub struct TrainingChoice<'a> {
     /// Whether a parameter is trained.
-    pub trains: &'a dyn Fn(&Meta) -> Result<bool>,
+    pub trains: &'a dyn Fn(&NamedParameter) -> Result<bool>,
     /// Whether a block keeps its input alone and is run again in the backward pass, given whether it is trained.
     pub recomputes: &'a dyn Fn(bool) -> bool,
     /// Whether the output part keeps what its activations read.

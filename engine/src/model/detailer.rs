@@ -69,7 +69,7 @@ impl Detailer {
     /// Those of [`DetailerLayout::read`], and when the device's kernels cannot take its widths or it has no room.
     pub fn load(params: &dyn ParamSource, device: &Device, prefix: &str) -> Result<Self> {
         let layout = DetailerLayout::read(params, prefix)?;
-        layout.expect_runs_on(device)?;
+        layout.ensure_runs_on(device)?;
         let mut head = Loader::load(&layout.describe(prefix), params, device, &mut |_, _| Ok(()))?;
         head.arrange(device)?;
         Ok(head)
@@ -146,7 +146,7 @@ impl Detailer {
 
     /// All but the outermost stage's decoder.
     fn below_picture(&self, x: &Tensor, c: &Tensor) -> Result<BelowPicture> {
-        self.expect_image(x)?;
+        self.ensure_image(x)?;
         let mut skips = Vec::with_capacity(self.stages.len());
         let mut map = x.clone();
         for (index, stage) in self.stages.iter().enumerate() {
@@ -190,8 +190,8 @@ impl Detailer {
         }
     }
 
-    fn expect_image(&self, x: &Tensor) -> Result<()> {
-        x.expect_rank("detailer", "x", 4, "[batch, height, width, 3]")?;
+    fn ensure_image(&self, x: &Tensor) -> Result<()> {
+        x.ensure_rank("detailer", "x", 4, "[batch, height, width, 3]")?;
         let reduction = self.layout.reduction();
         if x.dim(1).is_multiple_of(reduction) && x.dim(2).is_multiple_of(reduction) {
             return Ok(());

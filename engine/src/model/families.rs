@@ -56,7 +56,7 @@ pub fn read_spec<'a>(
 ) -> Result<Arc<dyn Spec>> {
     let family = family_of(names);
     if let Some(file) = file {
-        file.expect_class(&[family])?;
+        file.ensure_class(&[family])?;
     }
     family.read(params, file)
 }
@@ -80,14 +80,14 @@ impl TransformerConfig {
             class: described.class_name.clone(),
             trunk_only: false,
         };
-        let family = file.expect_class(FAMILIES)?;
-        described.expect_plain(path)?;
-        family.expect_config(path)?;
+        let family = file.ensure_class(FAMILIES)?;
+        described.ensure_plain(path)?;
+        family.ensure_config(path)?;
         Ok(file)
     }
 
     /// The one of these families that the file describes; the first where it names no class.
-    fn expect_class(&self, families: &[&'static dyn Family]) -> Result<&'static dyn Family> {
+    fn ensure_class(&self, families: &[&'static dyn Family]) -> Result<&'static dyn Family> {
         let is_described = |family: &&&dyn Family| self.class.as_deref().is_none_or(|class| class == family.class());
         families.iter().find(is_described).copied().ok_or_else(|| {
             let known: Vec<&str> = families.iter().map(|family| family.class()).collect();

@@ -10,7 +10,7 @@ use super::config::ModelKind;
 use super::detailer::DetailerLayout;
 use super::spec::Spec;
 use crate::error::Result;
-use crate::layers::{Meta, ParamSource};
+use crate::layers::{NamedParameter, ParamSource};
 
 /// What a tensor's name without wrappers stands for.
 #[derive(Debug, PartialEq, Eq)]
@@ -85,7 +85,7 @@ pub trait Family: fmt::Debug + Sync {
 
     /// Every parameter of the model that the tensors are a part of, as far as they tell; what depends on a size that they do not tell has
     /// its name alone right.
-    fn outline(&self, params: &dyn ParamSource) -> Vec<Meta>;
+    fn outline(&self, params: &dyn ParamSource) -> Vec<NamedParameter>;
 
     /// Whether a tensor of `base` is left behind when `own` tensors are laid over it: it belongs to an input or output that the result
     /// does not have.
@@ -97,7 +97,7 @@ pub trait Family: fmt::Debug + Sync {
     ///
     /// # Errors
     /// Naming the file and the entry.
-    fn expect_config(&self, path: &Path) -> Result<()>;
+    fn ensure_config(&self, path: &Path) -> Result<()>;
 
     /// Reads the sizes off the tensors and the settings from `file`, and compares both.
     ///

@@ -23,7 +23,7 @@ pub trait DeviceLimits {
     ///
     /// # Errors
     /// Naming the size at fault and the way out.
-    fn expect_runs_on(&self, device: &Device) -> Result<()> {
+    fn ensure_runs_on(&self, device: &Device) -> Result<()> {
         match (device, self.cuda_obstacle()) {
             (Device::Cuda(_), Some(obstacle)) => Err(Error::invalid(format!(
                 "the {} cannot run on CUDA: {obstacle}; use --device cpu",

@@ -10,7 +10,7 @@ use super::detailer::DetailerLayout;
 use super::work::Work;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::layers::{Meta, ParamSource};
+use crate::layers::{NamedParameter, ParamSource};
 
 /// Told how many parameters are read, and how many there are; an error ends the loading.
 pub type Loading<'a> = dyn FnMut(usize, usize) -> Result<()> + 'a;
@@ -36,7 +36,7 @@ pub trait Spec: fmt::Debug + Send + Sync {
     fn head(&self) -> Option<&DetailerLayout>;
 
     /// Every parameter, in the model's order.
-    fn metas(&self) -> Vec<Meta>;
+    fn metas(&self) -> Vec<NamedParameter>;
 
     /// Name and shape of every tensor of its checkpoints, in the model's order.
     fn tensors(&self) -> Vec<(String, Vec<usize>)> {
@@ -86,7 +86,7 @@ pub trait Spec: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// Naming the size at fault and the way out.
-    fn expect_runs_on(&self, device: &Device) -> Result<()>;
+    fn ensure_runs_on(&self, device: &Device) -> Result<()>;
 
     /// Reads the model for sampling.
     ///

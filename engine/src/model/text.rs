@@ -124,7 +124,7 @@ impl TextEncoder {
     /// # Errors
     /// When a tensor is missing, has another shape, the device's kernels cannot take its sizes, or it has no room.
     pub fn load(params: &dyn ParamSource, device: &Device, config: &TextConfig) -> Result<Self> {
-        config.expect_runs_on(device)?;
+        config.ensure_runs_on(device)?;
         let prefix = match params.shape(&format!("model.{EMBEDDINGS}")) {
             Some(_) => "model.",
             None => "",

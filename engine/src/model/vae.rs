@@ -192,7 +192,7 @@ impl VaeDecoder {
     /// its sizes, or it has no room.
     pub fn load(params: &dyn ParamSource, device: &Device, config: &VaeConfig) -> Result<Self> {
         config.check().map_err(Error::invalid)?;
-        config.expect_runs_on(device)?;
+        config.ensure_runs_on(device)?;
         let mut vae = Loader::load(&VaeDecoder::describe(config), params, device, &mut |_, _| Ok(()))?;
         vae.mid.fill_up(device)?;
         Ok(vae)
@@ -211,7 +211,7 @@ impl VaeDecoder {
     pub fn decode(&self, latent: &Tensor) -> Result<Tensor> {
         let _range = profile::range(c"vae decode");
         let config = &self.config;
-        latent.expect_rank("vae", "latent", 4, "[batch, rows, columns, channels]")?;
+        latent.ensure_rank("vae", "latent", 4, "[batch, rows, columns, channels]")?;
         let mut x = denormalize_latent(latent, config.scaling_factor, config.shift_factor)?;
         x = conv2d(&x, None, &self.input, Activation::None, None)?;
         x = self.mid.forward(x)?;

@@ -11,7 +11,7 @@
 use rayon::prelude::*;
 
 use super::rms_norm::inverse_rms;
-use super::{TokenSizes, expect_parameter, grid, threads_per_row};
+use super::{TokenSizes, ensure_parameter, grid, threads_per_row};
 use crate::device::{Args, CudaDevice};
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -22,7 +22,7 @@ use crate::tensor::Tensor;
 /// When shapes, types or devices do not fit.
 pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     const OP: &str = "add";
-    let sizes = expect_summands(OP, x, y)?;
+    let sizes = ensure_summands(OP, x, y)?;
     let mut sum = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
     let _op = crate::profile::op(OP, x, 0, 3 * x.bytes());
     match x.cuda() {
@@ -38,8 +38,8 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 /// When shapes, types or devices do not fit.
 pub fn add_rms_norm(x: &Tensor, y: &Tensor, weight: &Tensor, epsilon: f32) -> Result<(Tensor, Tensor)> {
     const OP: &str = "add_rms_norm";
-    let sizes = expect_summands(OP, x, y)?;
-    expect_parameter(OP, "weight", weight, &[sizes.dim], x)?;
+    let sizes = ensure_summands(OP, x, y)?;
+    ensure_parameter(OP, "weight", weight, &[sizes.dim], x)?;
     let mut sum = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
     let mut normalised = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
     let _op = crate::profile::op(OP, x, 0, 4 * x.bytes());
@@ -60,11 +60,11 @@ pub fn add_rms_norm(x: &Tensor, y: &Tensor, weight: &Tensor, epsilon: f32) -> Re
     Ok((sum, normalised))
 }
 
-fn expect_summands(op: &'static str, x: &Tensor, y: &Tensor) -> Result<TokenSizes> {
+fn ensure_summands(op: &'static str, x: &Tensor, y: &Tensor) -> Result<TokenSizes> {
     let sizes = TokenSizes::of(op, "x", x)?;
-    y.expect_shape(op, "y", x.shape())?;
-    y.expect_dtype(op, "y", x.dtype())?;
-    y.expect_device(op, "y", &x.device())?;
+    y.ensure_shape(op, "y", x.shape())?;
+    y.ensure_dtype(op, "y", x.dtype())?;
+    y.ensure_device(op, "y", &x.device())?;
     Ok(sizes)
 }
 
@@ -109,7 +109,7 @@ fn cuda_add_rms_norm(
     sum: &mut Tensor,
     next: Option<Normalised<'_>>,
 ) -> Result<()> {
-    sizes.expect_vectors(op)?;
+    sizes.ensure_vectors(op)?;
     let kernel = device.kernel("add_rms_norm", "add_rms_norm")?;
     let threads = threads_per_row(op, sizes.dim, kernel.info().tile[0])?;
     let (weight, epsilon, normalised) = match next {

@@ -29,8 +29,8 @@ pub use backward::{
 };
 
 use self::hopper::{Arranged, map_of};
-use super::expect_parameter;
-use super::guidance::{expect_factors, guided_euler_step};
+use super::ensure_parameter;
+use super::guidance::{ensure_factors, guided_euler_step};
 use super::resize::NearestAxis;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -85,11 +85,11 @@ impl Canvas<'_> {
     }
 
     pub(super) fn expect(&self, op: &'static str, shape: [usize; 4], input: &Tensor) -> Result<()> {
-        self.picture.expect_shape(op, "picture", shape)?;
-        self.picture.expect_dtype(op, "picture", DType::F32)?;
-        self.picture.expect_device(op, "picture", &input.device())?;
+        self.picture.ensure_shape(op, "picture", shape)?;
+        self.picture.ensure_dtype(op, "picture", DType::F32)?;
+        self.picture.ensure_device(op, "picture", &input.device())?;
         if let Some(factors) = self.factors {
-            expect_factors(op, factors, input)?;
+            ensure_factors(op, factors, input)?;
         }
         Ok(())
     }
@@ -114,10 +114,10 @@ impl Conv {
                 )));
             }
         };
-        weight.expect_rank(OP, "weight", 2, "[outputs, taps * inputs]")?;
+        weight.ensure_rank(OP, "weight", 2, "[outputs, taps * inputs]")?;
         let inputs = channels[0] + channels[1];
-        weight.expect_shape(OP, "weight", [weight.dim(0), kernel * kernel * inputs])?;
-        bias.expect_shape(OP, "bias", [weight.dim(0)])?;
+        weight.ensure_shape(OP, "weight", [weight.dim(0), kernel * kernel * inputs])?;
+        bias.ensure_shape(OP, "bias", [weight.dim(0)])?;
         Ok(Conv {
             weight,
             bias,
@@ -223,7 +223,7 @@ pub fn conv3x3_silu_pool(x: &Tensor, conv: &Conv) -> Result<(Tensor, Tensor)> {
         pool: true,
         ..Call::new("conv3x3_silu_pool", x, conv)
     };
-    call.expect_3x3()?;
+    call.ensure_3x3()?;
     let (full, pooled) = call.run()?;
     let pooled = pooled.ok_or_else(|| Error::invalid("conv3x3_silu_pool: no maxima were made"))?;
     Ok((full, pooled))
@@ -239,7 +239,7 @@ pub fn conv3x3_silu_pooled(x: &Tensor, conv: &Conv) -> Result<Tensor> {
         pool: true,
         ..Call::new("conv3x3_silu_pooled", x, conv)
     };
-    call.expect_3x3()?;
+    call.ensure_3x3()?;
     match call.launch_pooled()? {
         Some(pooled) => Ok(pooled),
         None => Ok(conv3x3_silu_pool(x, conv)?.1),
@@ -255,7 +255,7 @@ pub fn upsample_conv3x3(x: &Tensor, conv: &Conv) -> Result<Tensor> {
         upsample: true,
         ..Call::new("upsample_conv3x3", x, conv)
     };
-    call.expect_3x3()?;
+    call.ensure_3x3()?;
     Ok(call.run()?.0)
 }
 
@@ -288,9 +288,9 @@ pub fn conv3x3_silu_picture(
         activation: Activation::Silu,
         ..Call::new(OP, x, conv)
     };
-    call.expect_3x3()?;
+    call.ensure_3x3()?;
     let sizes = call.sizes()?;
-    picture.expect_picture(OP, conv.outputs())?;
+    picture.ensure_picture(OP, conv.outputs())?;
     canvas.expect(OP, [sizes.batch, sizes.height, sizes.width, PICTURE_CHANNELS], x)?;
     if call.suits_picture(picture) {
         let _op = call.told(sizes, canvas.bytes());
@@ -316,7 +316,7 @@ pub(super) const PICTURE_CHANNELS: usize = 3;
 
 impl Conv {
     /// Checks that this is a 1×1 convolution of `inputs` channels to three colours.
-    pub(super) fn expect_picture(&self, op: &'static str, inputs: usize) -> Result<()> {
+    pub(super) fn ensure_picture(&self, op: &'static str, inputs: usize) -> Result<()> {
         if self.kernel == 1 && self.channels == [inputs, 0] && self.outputs() == PICTURE_CHANNELS {
             return Ok(());
         }
@@ -369,7 +369,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    fn expect_3x3(&self) -> Result<()> {
+    fn ensure_3x3(&self) -> Result<()> {
         match self.conv.kernel {
             3 => Ok(()),
             kernel => Err(Error::invalid(format!(
@@ -382,15 +382,15 @@ impl<'a> Call<'a> {
     /// Checks everything but what only the CUDA kernels ask for.
     fn sizes(&self) -> Result<Sizes> {
         let (op, x, conv) = (self.op, self.x, self.conv);
-        self.expect_source("x", x, conv.channels[0])?;
+        self.ensure_source("x", x, conv.channels[0])?;
         let factor = if self.upsample { 2 } else { 1 };
         let (height, width) = (factor * x.dim(1), factor * x.dim(2));
         let mut second_axes = [NearestAxis::new(x.dim(1), height), NearestAxis::new(x.dim(2), width)];
         match self.second {
             Some(second) => {
-                self.expect_source("second", second, conv.channels[1])?;
-                second.expect_shape(op, "second", [x.dim(0), second.dim(1), second.dim(2), second.dim(3)])?;
-                second.expect_device(op, "second", &x.device())?;
+                self.ensure_source("second", second, conv.channels[1])?;
+                second.ensure_shape(op, "second", [x.dim(0), second.dim(1), second.dim(2), second.dim(3)])?;
+                second.ensure_device(op, "second", &x.device())?;
                 if [second.dim(1), second.dim(2)].contains(&0) {
                     return Err(Error::invalid(format!("{op}: second is an empty image")));
                 }
@@ -408,12 +408,12 @@ impl<'a> Call<'a> {
             None => {}
         }
         let outputs = conv.outputs();
-        expect_parameter(op, "weight", &conv.weight, &conv.weight.shape(), x)?;
-        expect_parameter(op, "bias", &conv.bias, &[outputs], x)?;
+        ensure_parameter(op, "weight", &conv.weight, &conv.weight.shape(), x)?;
+        ensure_parameter(op, "bias", &conv.bias, &[outputs], x)?;
         if let Some(residual) = self.residual {
-            residual.expect_shape(op, "residual", [x.dim(0), height, width, outputs])?;
-            residual.expect_dtype(op, "residual", x.device().compute_dtype())?;
-            residual.expect_device(op, "residual", &x.device())?;
+            residual.ensure_shape(op, "residual", [x.dim(0), height, width, outputs])?;
+            residual.ensure_dtype(op, "residual", x.device().compute_dtype())?;
+            residual.ensure_device(op, "residual", &x.device())?;
         }
         Ok(Sizes {
             batch: x.dim(0),
@@ -424,13 +424,13 @@ impl<'a> Call<'a> {
         })
     }
 
-    fn expect_source(&self, name: &str, source: &Tensor, channels: usize) -> Result<()> {
-        source.expect_rank(self.op, name, 4, "[batch, height, width, channels]")?;
-        source.expect_shape(self.op, name, [source.dim(0), source.dim(1), source.dim(2), channels])?;
+    fn ensure_source(&self, name: &str, source: &Tensor, channels: usize) -> Result<()> {
+        source.ensure_rank(self.op, name, 4, "[batch, height, width, channels]")?;
+        source.ensure_shape(self.op, name, [source.dim(0), source.dim(1), source.dim(2), channels])?;
         let may_be_f32 = channels <= MAX_IMAGE_CHANNELS && source.dtype() == DType::F32;
         match may_be_f32 {
             true => Ok(()),
-            false => source.expect_dtype(self.op, name, self.x.device().compute_dtype()),
+            false => source.ensure_dtype(self.op, name, self.x.device().compute_dtype()),
         }
     }
 

@@ -58,7 +58,7 @@ impl DetailStage<'_> {
     /// # Errors
     /// When the sizes do not suit, or the device has no room.
     pub fn arrange(&self) -> Result<DetailWeights> {
-        self.expect_suits()?;
+        self.ensure_suits()?;
         let arranged = match self.encoder.weight().cuda() {
             None => None,
             Some(device) => Some(self.arrange_on(device)?),
@@ -82,7 +82,7 @@ impl DetailStage<'_> {
         Ok(arranged)
     }
 
-    fn expect_suits(&self) -> Result<()> {
+    fn ensure_suits(&self) -> Result<()> {
         if self.suits() {
             return Ok(());
         }
@@ -104,8 +104,8 @@ pub fn detail_stage(
     image: &Tensor,
     canvas: Canvas<'_>,
 ) -> Result<()> {
-    stage.expect_suits()?;
-    image.expect_rank(OP, "image", 4, "[batch, height, width, 3]")?;
+    stage.ensure_suits()?;
+    image.ensure_rank(OP, "image", 4, "[batch, height, width, 3]")?;
     let [batch, height, width] = [image.dim(0), image.dim(1), image.dim(2)];
     if !height.is_multiple_of(2) || !width.is_multiple_of(2) {
         return Err(Error::invalid(format!(
@@ -113,12 +113,12 @@ pub fn detail_stage(
         )));
     }
     let compute = image.device().compute_dtype();
-    image.expect_shape(OP, "image", [batch, height, width, PICTURE_CHANNELS])?;
-    image.expect_dtype(OP, "image", compute)?;
-    map.expect_shape(OP, "map", [batch, height / 2, width / 2, CHANNELS])?;
-    map.expect_dtype(OP, "map", compute)?;
-    map.expect_device(OP, "map", &image.device())?;
-    stage.encoder.weight().expect_device(OP, "weight", &image.device())?;
+    image.ensure_shape(OP, "image", [batch, height, width, PICTURE_CHANNELS])?;
+    image.ensure_dtype(OP, "image", compute)?;
+    map.ensure_shape(OP, "map", [batch, height / 2, width / 2, CHANNELS])?;
+    map.ensure_dtype(OP, "map", compute)?;
+    map.ensure_device(OP, "map", &image.device())?;
+    stage.encoder.weight().ensure_device(OP, "weight", &image.device())?;
     canvas.expect(OP, [batch, height, width, PICTURE_CHANNELS], image)?;
     let pixels = batch * height * width;
     // Per pixel: encoder, four pixels of the map, decoder, and the colours.

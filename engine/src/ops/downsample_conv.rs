@@ -12,7 +12,7 @@
 use rayon::prelude::*;
 
 use super::linear::linear;
-use super::{expect_parameter, grid};
+use super::{ensure_parameter, grid};
 use crate::device::{Args, CudaDevice};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -29,18 +29,18 @@ const VECTOR: usize = 8;
 /// When shapes, types or devices do not fit, or the device has no room.
 pub fn downsample_conv3x3(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     const OP: &str = "downsample_conv3x3";
-    x.expect_rank(OP, "x", 4, "[batch, height, width, channels]")?;
-    x.expect_dtype(OP, "x", x.device().compute_dtype())?;
+    x.ensure_rank(OP, "x", 4, "[batch, height, width, channels]")?;
+    x.ensure_dtype(OP, "x", x.device().compute_dtype())?;
     let [batch, height, width, channels] = [x.dim(0), x.dim(1), x.dim(2), x.dim(3)];
     if height < 2 || width < 2 {
         return Err(Error::invalid(format!(
             "{OP}: an image of {width}x{height} cannot be halved"
         )));
     }
-    weight.expect_rank(OP, "weight", 2, "[outputs, 9 * inputs]")?;
+    weight.ensure_rank(OP, "weight", 2, "[outputs, 9 * inputs]")?;
     let outputs = weight.dim(0);
-    expect_parameter(OP, "weight", weight, &[outputs, KERNEL * KERNEL * channels], x)?;
-    expect_parameter(OP, "bias", bias, &[outputs], x)?;
+    ensure_parameter(OP, "weight", weight, &[outputs, KERNEL * KERNEL * channels], x)?;
+    ensure_parameter(OP, "bias", bias, &[outputs], x)?;
     let (rows, columns) = (height / 2, width / 2);
     let mut gathered = Tensor::empty_compute(&x.device(), [batch, rows * columns, KERNEL * KERNEL * channels])?;
     match x.cuda() {

@@ -20,11 +20,11 @@ use crate::tensor::Tensor;
 /// When shapes, types or devices do not fit; on the CPU, when an id lies outside the table.
 pub fn embedding(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
     const OP: &str = "embedding";
-    table.expect_rank(OP, "table", 2, "[rows, dim]")?;
-    table.expect_dtype(OP, "table", table.device().compute_dtype())?;
-    ids.expect_rank(OP, "ids", 2, "[batch, tokens]")?;
-    ids.expect_dtype(OP, "ids", DType::I32)?;
-    ids.expect_device(OP, "ids", &table.device())?;
+    table.ensure_rank(OP, "table", 2, "[rows, dim]")?;
+    table.ensure_dtype(OP, "table", table.device().compute_dtype())?;
+    ids.ensure_rank(OP, "ids", 2, "[batch, tokens]")?;
+    ids.ensure_dtype(OP, "ids", DType::I32)?;
+    ids.ensure_device(OP, "ids", &table.device())?;
     let sizes = TokenSizes {
         batch: ids.dim(0),
         tokens: ids.dim(1),
@@ -66,7 +66,7 @@ fn cuda_embedding(
     sizes: TokenSizes,
     output: &mut Tensor,
 ) -> Result<()> {
-    sizes.expect_vectors(op)?;
+    sizes.ensure_vectors(op)?;
     let kernel = device.kernel("embedding", op)?;
     let args = Args::new()
         .input(table)?

@@ -1,7 +1,7 @@
 //! Whether a tensor's values are finite: neither NaN nor an infinity.
 //!
 //! [`count_not_finite`] counts those that are not, of a tensor of f32 or bf16, and leaves the number on the device, so that many
-//! tensors are counted before any number is waited for; [`expect_finite`] reads one. Features of captions and weights are looked at so;
+//! tensors are counted before any number is waited for; [`ensure_finite`] reads one. Features of captions and weights are looked at so;
 //! of a finished picture [`to_rgb8`](super::to_rgb8) counts by the way.
 
 use half::bf16;
@@ -53,7 +53,7 @@ pub fn count_not_finite(x: &Tensor) -> Result<Tensor> {
 ///
 /// # Errors
 /// [`Error::NotFinite`] with `what` and the number of such values; those of [`count_not_finite`].
-pub fn expect_finite(what: &str, x: &Tensor) -> Result<()> {
+pub fn ensure_finite(what: &str, x: &Tensor) -> Result<()> {
     match count_not_finite(x)?.to_vec::<i32>()?[0] {
         0 => Ok(()),
         count => Err(Error::not_finite(format!(

@@ -23,10 +23,10 @@ use crate::tensor::Tensor;
 /// When shapes, types or devices do not fit.
 pub fn noisy_image(image: &Tensor, noise: &Tensor, mixes: &Tensor) -> Result<Tensor> {
     const OP: &str = "noisy_image";
-    image.expect_dtype(OP, "image", DType::F32)?;
-    expect_like(OP, "noise", noise, image)?;
+    image.ensure_dtype(OP, "image", DType::F32)?;
+    ensure_like(OP, "noise", noise, image)?;
     let batch = image.shape().first().copied().unwrap_or(0);
-    expect_shares(OP, "mixes", mixes, image)?;
+    ensure_shares(OP, "mixes", mixes, image)?;
     let mut noisy = Tensor::empty_compute(&image.device(), image.shape())?;
     let item_elements = image.elements() / batch.max(1);
     if item_elements == 0 {
@@ -72,10 +72,10 @@ pub fn flow_loss(
     weight: Option<f32>,
 ) -> Result<(Tensor, Option<Tensor>)> {
     const OP: &str = "flow_loss";
-    prediction.expect_dtype(OP, "prediction", DType::F32)?;
-    expect_like(OP, "image", image, prediction)?;
-    expect_like(OP, "noise", noise, prediction)?;
-    expect_shares(OP, "targets", targets, prediction)?;
+    prediction.ensure_dtype(OP, "prediction", DType::F32)?;
+    ensure_like(OP, "image", image, prediction)?;
+    ensure_like(OP, "noise", noise, prediction)?;
+    ensure_shares(OP, "targets", targets, prediction)?;
     let elements = prediction.elements();
     if elements == 0 || prediction.shape().is_empty() {
         return Err(crate::Error::invalid(format!("{OP}: the mean of no elements")));
@@ -152,14 +152,14 @@ fn cuda_flow_loss(
 }
 
 /// Checks two numbers for each item of `like`.
-fn expect_shares(op: &'static str, name: &str, shares: &Tensor, like: &Tensor) -> Result<()> {
-    shares.expect_shape(op, name, [like.shape().first().copied().unwrap_or(0), 2])?;
-    shares.expect_dtype(op, name, DType::F32)?;
-    shares.expect_device(op, name, &like.device())
+fn ensure_shares(op: &'static str, name: &str, shares: &Tensor, like: &Tensor) -> Result<()> {
+    shares.ensure_shape(op, name, [like.shape().first().copied().unwrap_or(0), 2])?;
+    shares.ensure_dtype(op, name, DType::F32)?;
+    shares.ensure_device(op, name, &like.device())
 }
 
-fn expect_like(op: &'static str, name: &str, tensor: &Tensor, like: &Tensor) -> Result<()> {
-    tensor.expect_shape(op, name, like.shape())?;
-    tensor.expect_dtype(op, name, DType::F32)?;
-    tensor.expect_device(op, name, &like.device())
+fn ensure_like(op: &'static str, name: &str, tensor: &Tensor, like: &Tensor) -> Result<()> {
+    tensor.ensure_shape(op, name, like.shape())?;
+    tensor.ensure_dtype(op, name, DType::F32)?;
+    tensor.ensure_device(op, name, &like.device())
 }

@@ -23,8 +23,8 @@ const CHUNK: usize = 1 << 14;
 /// When `x` holds something else than bytes of an image.
 pub fn from_rgb8(x: &Tensor) -> Result<Tensor> {
     const OP: &str = "from_rgb8";
-    x.expect_rank(OP, "x", 4, "[batch, height, width, 3]")?;
-    x.expect_dtype(OP, "x", DType::U8)?;
+    x.ensure_rank(OP, "x", 4, "[batch, height, width, 3]")?;
+    x.ensure_dtype(OP, "x", DType::U8)?;
     let mut y = Tensor::empty(&x.device(), x.shape(), DType::F32)?;
     let Some(device) = x.cuda() else {
         let sources = x.as_slice::<u8>()?.par_chunks(CHUNK);

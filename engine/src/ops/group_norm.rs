@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::conv::Activation;
 use super::elementwise::silu_scalar;
-use super::{expect_parameter, grid};
+use super::{ensure_parameter, grid};
 use crate::device::{Args, CudaDevice};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -89,8 +89,8 @@ pub fn group_norm_in_place(x: &mut Tensor, norm: &GroupNorm, activation: Activat
 
 fn expect(x: &Tensor, norm: &GroupNorm) -> Result<Sizes> {
     const OP: &str = "group_norm";
-    x.expect_rank(OP, "x", 4, "[batch, height, width, channels]")?;
-    x.expect_dtype(OP, "x", x.device().compute_dtype())?;
+    x.ensure_rank(OP, "x", 4, "[batch, height, width, channels]")?;
+    x.ensure_dtype(OP, "x", x.device().compute_dtype())?;
     let sizes = Sizes {
         batch: x.dim(0),
         pixels: x.dim(1) * x.dim(2),
@@ -103,8 +103,8 @@ fn expect(x: &Tensor, norm: &GroupNorm) -> Result<Sizes> {
             sizes.channels, norm.groups
         )));
     }
-    expect_parameter(OP, "weight", &norm.weight, &[sizes.channels], x)?;
-    expect_parameter(OP, "bias", &norm.bias, &[sizes.channels], x)?;
+    ensure_parameter(OP, "weight", &norm.weight, &[sizes.channels], x)?;
+    ensure_parameter(OP, "bias", &norm.bias, &[sizes.channels], x)?;
     Ok(sizes)
 }
 

@@ -35,14 +35,14 @@ pub fn guided_euler_step(
     factors: &Tensor,
 ) -> Result<()> {
     const OP: &str = "guided_euler_step";
-    x.expect_dtype(OP, "x", DType::F32)?;
+    x.ensure_dtype(OP, "x", DType::F32)?;
     let negative = guidance.map(|guidance| ("negative", guidance.negative));
     for (name, tensor) in [("velocity", velocity)].into_iter().chain(negative) {
-        tensor.expect_dtype(OP, name, DType::F32)?;
-        tensor.expect_device(OP, name, &x.device())?;
-        tensor.expect_shape(OP, name, x.shape())?;
+        tensor.ensure_dtype(OP, name, DType::F32)?;
+        tensor.ensure_device(OP, name, &x.device())?;
+        tensor.ensure_shape(OP, name, x.shape())?;
     }
-    expect_factors(OP, factors, x)?;
+    ensure_factors(OP, factors, x)?;
     let _op = crate::profile::op(OP, x, 0, (3 + usize::from(guidance.is_some())) * x.bytes());
     match x.cuda().cloned() {
         None => cpu_step(x, velocity, guidance, factors),
@@ -51,10 +51,10 @@ pub fn guided_euler_step(
 }
 
 /// Checks the factors of a step: f32 `[2]`, beside `input`.
-pub(super) fn expect_factors(op: &'static str, factors: &Tensor, input: &Tensor) -> Result<()> {
-    factors.expect_shape(op, "factors", [2])?;
-    factors.expect_dtype(op, "factors", DType::F32)?;
-    factors.expect_device(op, "factors", &input.device())
+pub(super) fn ensure_factors(op: &'static str, factors: &Tensor, input: &Tensor) -> Result<()> {
+    factors.ensure_shape(op, "factors", [2])?;
+    factors.ensure_dtype(op, "factors", DType::F32)?;
+    factors.ensure_device(op, "factors", &input.device())
 }
 
 fn cpu_step(x: &mut Tensor, velocity: &Tensor, guidance: Option<Guidance<'_>>, factors: &Tensor) -> Result<()> {

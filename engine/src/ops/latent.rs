@@ -17,7 +17,7 @@ use crate::tensor::Tensor;
 /// When the latent is not f32, or the device has no room.
 pub fn denormalize_latent(latent: &Tensor, scaling_factor: f32, shift_factor: f32) -> Result<Tensor> {
     const OP: &str = "denormalize_latent";
-    latent.expect_dtype(OP, "latent", DType::F32)?;
+    latent.ensure_dtype(OP, "latent", DType::F32)?;
     let mut y = Tensor::empty_compute(&latent.device(), latent.shape())?;
     let _op = crate::profile::op(OP, latent, 0, latent.bytes() + y.bytes());
     let Some(device) = latent.cuda() else {

@@ -9,7 +9,7 @@
 
 use rayon::prelude::*;
 
-use super::modulation::expect_gradient_table;
+use super::modulation::ensure_gradient_table;
 use super::rms_norm::{NormGradients, finish_sums};
 use super::sum_rows::cpu_row_sums;
 use super::{Modulation, TokenSizes, VectorGradient, grid, threads_per_row};
@@ -50,14 +50,14 @@ pub fn layer_norm_modulate_backward(
 ) -> Result<Tensor> {
     const OP: &str = "layer_norm_modulate_backward";
     let sizes = TokenSizes::of(OP, "x", x)?;
-    dy.expect_shape(OP, "dy", x.shape())?;
-    dy.expect_dtype(OP, "dy", x.dtype())?;
-    dy.expect_device(OP, "dy", &x.device())?;
+    dy.ensure_shape(OP, "dy", x.shape())?;
+    dy.ensure_dtype(OP, "dy", x.dtype())?;
+    dy.ensure_device(OP, "dy", &x.device())?;
     if let Some(scale) = &scale {
         scale.expect(OP, "scale", sizes.batch, sizes.dim, x)?;
     }
     if let Some(gradient) = &scale_gradient {
-        expect_gradient_table(OP, gradient.table, &[gradient.index], [sizes.batch, sizes.dim], x)?;
+        ensure_gradient_table(OP, gradient.table, &[gradient.index], [sizes.batch, sizes.dim], x)?;
         if scale.is_none_or(|scale| scale.items() != sizes.batch) {
             return Err(Error::invalid(format!(
                 "{OP}: there is no scale per item to differentiate"
@@ -152,7 +152,7 @@ fn cuda_backward(
 ) -> Result<()> {
     /// Blocks per multiprocessor.
     const BLOCKS: usize = 2;
-    sizes.expect_vectors(op)?;
+    sizes.ensure_vectors(op)?;
     let kernel = device.kernel("layer_norm", op)?;
     let threads = threads_per_row(op, sizes.dim, kernel.info().tile[0])?;
     if threads > kernel.info().threads {
@@ -225,7 +225,7 @@ fn cuda_layer_norm(
     sizes: TokenSizes,
     output: &mut Tensor,
 ) -> Result<()> {
-    sizes.expect_vectors(op)?;
+    sizes.ensure_vectors(op)?;
     let kernel = device.kernel("layer_norm", op)?;
     let threads = threads_per_row(op, sizes.dim, kernel.info().tile[0])?;
     let args = Args::new()

@@ -11,7 +11,7 @@ mod backward;
 
 use gemm::Parallelism;
 
-use super::{expect_parameter, grid};
+use super::{ensure_parameter, grid};
 use crate::device::{Args, Matmul, MatmulOperands};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -26,8 +26,8 @@ pub use backward::{LinearGradients, linear_backward_input, linear_backward_weigh
 /// When shapes, types or devices do not fit.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     const OP: &str = "linear";
-    let (rows, inputs, outputs) = expect_linear(OP, x, weight, bias)?;
-    x.expect_dtype(OP, "x", x.device().compute_dtype())?;
+    let (rows, inputs, outputs) = ensure_linear(OP, x, weight, bias)?;
+    x.ensure_dtype(OP, "x", x.device().compute_dtype())?;
     let mut y = Tensor::empty(&x.device(), with_last(x.shape(), outputs), x.dtype())?;
     let _op = crate::profile::op(
         OP,
@@ -82,9 +82,9 @@ pub fn linear_vectors(
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
     const OP: &str = "linear_vectors";
-    x.expect_rank(OP, "x", 2, "[vectors, in]")?;
-    x.expect_dtype(OP, "x", DType::F32)?;
-    let (vectors, inputs, outputs) = expect_linear(OP, x, weight, bias)?;
+    x.ensure_rank(OP, "x", 2, "[vectors, in]")?;
+    x.ensure_dtype(OP, "x", DType::F32)?;
+    let (vectors, inputs, outputs) = ensure_linear(OP, x, weight, bias)?;
     let mut y = Tensor::empty(&x.device(), [vectors, outputs], DType::F32)?;
     let _op = crate::profile::op(OP, x, 2 * vectors * inputs * outputs, weight.bytes() + y.bytes());
     let Some(device) = x.cuda() else {
@@ -117,15 +117,15 @@ pub fn linear_vectors(
 }
 
 /// Checks a layer's parameters; returns rows, inputs and outputs.
-fn expect_linear(
+fn ensure_linear(
     op: &'static str,
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
 ) -> Result<(usize, usize, usize)> {
-    weight.expect_rank(op, "weight", 2, "[out, in]")?;
+    weight.ensure_rank(op, "weight", 2, "[out, in]")?;
     let (outputs, inputs) = (weight.dim(0), weight.dim(1));
-    expect_parameter(op, "weight", weight, &[outputs, inputs], x)?;
+    ensure_parameter(op, "weight", weight, &[outputs, inputs], x)?;
     if x.shape().last() != inputs {
         return Err(Error::Shape {
             op,
@@ -135,7 +135,7 @@ fn expect_linear(
         });
     }
     if let Some(bias) = bias {
-        expect_parameter(op, "bias", bias, &[outputs], x)?;
+        ensure_parameter(op, "bias", bias, &[outputs], x)?;
     }
     Ok((x.shape().rows(), inputs, outputs))
 }

@@ -20,7 +20,7 @@ pub fn linear_swiglu(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     const OP: &str = "linear_swiglu";
     /// Outputs that a kernel's tile is made of.
     const GROUP: usize = 32;
-    weight.expect_rank(OP, "weight", 2, "[2·hidden, dim]")?;
+    weight.ensure_rank(OP, "weight", 2, "[2·hidden, dim]")?;
     let (hidden, depth) = (weight.dim(0) / 2, weight.dim(1));
     if !weight.dim(0).is_multiple_of(2) {
         return Err(Error::Shape {
@@ -33,9 +33,9 @@ pub fn linear_swiglu(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let rows = x.shape().rows();
     match linear_hopper::device_for(x, rows, depth) {
         Some(device) if hidden.is_multiple_of(GROUP) && x.shape().last() == depth => {
-            weight.expect_dtype(OP, "weight", x.device().compute_dtype())?;
-            weight.expect_device(OP, "weight", &x.device())?;
-            x.expect_dtype(OP, "x", x.device().compute_dtype())?;
+            weight.ensure_dtype(OP, "weight", x.device().compute_dtype())?;
+            weight.ensure_device(OP, "weight", &x.device())?;
+            x.ensure_dtype(OP, "x", x.device().compute_dtype())?;
             launch(OP, device, x, weight)
         }
         _ => swiglu(&linear(x, weight, None)?),

@@ -53,8 +53,8 @@ pub(crate) struct TokenSizes {
 impl TokenSizes {
     /// Reads the sizes of `x` and checks that it is in the device's compute type.
     pub fn of(op: &'static str, name: &str, x: &Tensor) -> Result<Self> {
-        x.expect_rank(op, name, 3, "[batch, tokens, dim]")?;
-        x.expect_dtype(op, name, x.device().compute_dtype())?;
+        x.ensure_rank(op, name, 3, "[batch, tokens, dim]")?;
+        x.ensure_dtype(op, name, x.device().compute_dtype())?;
         Ok(TokenSizes {
             batch: x.dim(0),
             tokens: x.dim(1),
@@ -67,7 +67,7 @@ impl TokenSizes {
     }
 
     /// CUDA kernels move eight elements at a time.
-    pub fn expect_vectors(&self, op: &'static str) -> Result<()> {
+    pub fn ensure_vectors(&self, op: &'static str) -> Result<()> {
         if self.dim.is_multiple_of(8) {
             return Ok(());
         }
@@ -79,16 +79,16 @@ impl TokenSizes {
 }
 
 /// Checks a parameter: shape, the device's compute type, and the device of the operation's input.
-pub(crate) fn expect_parameter(
+pub(crate) fn ensure_parameter(
     op: &'static str,
     name: &str,
     parameter: &Tensor,
     shape: &[usize],
     input: &Tensor,
 ) -> Result<()> {
-    parameter.expect_shape(op, name, shape)?;
-    parameter.expect_dtype(op, name, input.device().compute_dtype())?;
-    parameter.expect_device(op, name, &input.device())
+    parameter.ensure_shape(op, name, shape)?;
+    parameter.ensure_dtype(op, name, input.device().compute_dtype())?;
+    parameter.ensure_device(op, name, &input.device())
 }
 
 /// A size as a grid extent.

@@ -18,8 +18,8 @@ impl<'a> Modulation<'a> {
     /// # Errors
     /// When the table has another rank or type, or no such vector.
     pub fn new(table: &'a Tensor, index: usize) -> Result<Self> {
-        table.expect_rank("modulation", "table", 3, "[batch, vectors, dim]")?;
-        table.expect_dtype("modulation", "table", DType::F32)?;
+        table.ensure_rank("modulation", "table", 3, "[batch, vectors, dim]")?;
+        table.ensure_dtype("modulation", "table", DType::F32)?;
         if index >= table.dim(1) {
             return Err(Error::invalid(format!(
                 "modulation: there is no vector {index} in a table of {}",
@@ -32,8 +32,8 @@ impl<'a> Modulation<'a> {
     /// Checks that there is a vector of `dim` elements for each of `batch` items, on the device of `input`.
     pub(crate) fn expect(&self, op: &'static str, name: &str, batch: usize, dim: usize, input: &Tensor) -> Result<()> {
         let items = if self.table.dim(0) == 1 { 1 } else { batch };
-        self.table.expect_shape(op, name, [items, self.table.dim(1), dim])?;
-        self.table.expect_device(op, name, &input.device())
+        self.table.ensure_shape(op, name, [items, self.table.dim(1), dim])?;
+        self.table.ensure_device(op, name, &input.device())
     }
 
     /// The address of the first item's vector in GPU memory.
@@ -86,17 +86,17 @@ pub struct VectorGradient<'a> {
 }
 
 /// Checks a table of gradients for vectors `indices` of a modulation that has one vector of `dim` elements per item.
-pub(crate) fn expect_gradient_table(
+pub(crate) fn ensure_gradient_table(
     op: &'static str,
     table: &Tensor,
     indices: &[usize],
     [batch, dim]: [usize; 2],
     input: &Tensor,
 ) -> Result<()> {
-    table.expect_rank(op, "vector gradients", 3, "[batch, vectors, dim]")?;
-    table.expect_shape(op, "vector gradients", [batch, table.dim(1), dim])?;
-    table.expect_dtype(op, "vector gradients", DType::F32)?;
-    table.expect_device(op, "vector gradients", &input.device())?;
+    table.ensure_rank(op, "vector gradients", 3, "[batch, vectors, dim]")?;
+    table.ensure_shape(op, "vector gradients", [batch, table.dim(1), dim])?;
+    table.ensure_dtype(op, "vector gradients", DType::F32)?;
+    table.ensure_device(op, "vector gradients", &input.device())?;
     match indices.iter().find(|&&index| index >= table.dim(1)) {
         None => Ok(()),
         Some(index) => Err(Error::invalid(format!(

@@ -9,7 +9,7 @@
 
 use super::linear::{LinearGradients, Matrix, cpu_matmul, linear_backward_weight};
 use super::unpatchify::patchify;
-use super::{expect_parameter, grid, linear_hopper};
+use super::{ensure_parameter, grid, linear_hopper};
 use crate::device::{Args, CudaDevice, TensorMap, TensorMapSpec};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -67,9 +67,9 @@ impl Sizes {
 /// When height or width are no multiples of `patch`, or shapes, types or devices do not fit.
 pub fn patch_embed(image: &Tensor, patch: usize, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     const OP: &str = "patch_embed";
-    image.expect_rank(OP, "image", 4, "[batch, height, width, channels]")?;
-    image.expect_dtype(OP, "image", image.device().compute_dtype())?;
-    weight.expect_rank(OP, "weight", 2, "[dim, patch·patch·channels]")?;
+    image.ensure_rank(OP, "image", 4, "[batch, height, width, channels]")?;
+    image.ensure_dtype(OP, "image", image.device().compute_dtype())?;
+    weight.ensure_rank(OP, "weight", 2, "[dim, patch·patch·channels]")?;
     let sizes = Sizes {
         batch: image.dim(0),
         height: image.dim(1),
@@ -84,8 +84,8 @@ pub fn patch_embed(image: &Tensor, patch: usize, weight: &Tensor, bias: &Tensor)
             sizes.height, sizes.width
         )));
     }
-    expect_parameter(OP, "weight", weight, &[sizes.dim, sizes.inputs()], image)?;
-    expect_parameter(OP, "bias", bias, &[sizes.dim], image)?;
+    ensure_parameter(OP, "weight", weight, &[sizes.dim, sizes.inputs()], image)?;
+    ensure_parameter(OP, "bias", bias, &[sizes.dim], image)?;
     let (rows, columns) = sizes.patches();
     let shape = [sizes.batch, rows * columns, sizes.dim];
     let mut output = Tensor::empty(&image.device(), shape, image.dtype())?;
@@ -111,7 +111,7 @@ pub fn patch_embed_backward(dy: &Tensor, image: &Tensor, patch: usize, gradients
     if gradients.weight.is_none() && gradients.bias.is_none() {
         return Ok(());
     }
-    dy.expect_rank("patch_embed_backward", "dy", 3, "[batch, tokens, dim]")?;
+    dy.ensure_rank("patch_embed_backward", "dy", 3, "[batch, tokens, dim]")?;
     let patches = patchify(image, patch, dy.dim(1), 1.0)?;
     linear_backward_weight(dy, &patches, gradients)
 }

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 
 use super::rms_norm::inverse_rms;
 use super::sum_rows::{cpu_add, cpu_row_sums, cuda_add_partial_sums};
-use super::{TokenSizes, expect_parameter, grid};
+use super::{TokenSizes, ensure_parameter, grid};
 use crate::device::{Args, CudaDevice, Kernel};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -70,9 +70,9 @@ pub struct QkNormRope<'a> {
 
 impl QkNormRope<'_> {
     /// Checks what goes with a `qkv` of `[batch, tokens, width]`.
-    fn expect_qkv(&self, op: &'static str, qkv: &Tensor, table: &Tensor) -> Result<()> {
+    fn ensure_qkv(&self, op: &'static str, qkv: &Tensor, table: &Tensor) -> Result<()> {
         let sizes = TokenSizes::of(op, "qkv", qkv)?;
-        qkv.expect_shape(op, "qkv", [sizes.batch, sizes.tokens, self.width()])?;
+        qkv.ensure_shape(op, "qkv", [sizes.batch, sizes.tokens, self.width()])?;
         self.expect(op, sizes.batch, sizes.tokens, table, qkv)
     }
 
@@ -96,13 +96,13 @@ impl QkNormRope<'_> {
                 self.head_dim
             )));
         }
-        expect_parameter(op, "q_weight", self.q_weight, &[self.head_dim], input)?;
-        expect_parameter(op, "k_weight", self.k_weight, &[self.head_dim], input)?;
-        table.expect_rank(op, "table", 4, "[batch or 1, tokens, head_dim / 2, 2]")?;
+        ensure_parameter(op, "q_weight", self.q_weight, &[self.head_dim], input)?;
+        ensure_parameter(op, "k_weight", self.k_weight, &[self.head_dim], input)?;
+        table.ensure_rank(op, "table", 4, "[batch or 1, tokens, head_dim / 2, 2]")?;
         let table_batch = if table.dim(0) == 1 { 1 } else { batch };
-        table.expect_shape(op, "table", [table_batch, tokens, self.head_dim / 2, 2])?;
-        table.expect_dtype(op, "table", DType::F32)?;
-        table.expect_device(op, "table", &input.device())
+        table.ensure_shape(op, "table", [table_batch, tokens, self.head_dim / 2, 2])?;
+        table.ensure_dtype(op, "table", DType::F32)?;
+        table.ensure_device(op, "table", &input.device())
     }
 }
 
@@ -112,7 +112,7 @@ impl QkNormRope<'_> {
 /// When shapes, types or devices do not fit, or `qkv` shares its buffer.
 pub fn qk_norm_rope(qkv: &mut Tensor, spec: &QkNormRope<'_>, table: &Tensor) -> Result<()> {
     const OP: &str = "qk_norm_rope";
-    spec.expect_qkv(OP, qkv, table)?;
+    spec.ensure_qkv(OP, qkv, table)?;
     let rotated = qkv.shape().rows() * (spec.heads + spec.kv_heads) * spec.head_dim * qkv.dtype().size();
     let _op = crate::profile::op(OP, qkv, 0, 2 * rotated + table.bytes());
     match qkv.cuda().cloned() {
@@ -130,7 +130,7 @@ pub fn qk_norm_rope(qkv: &mut Tensor, spec: &QkNormRope<'_>, table: &Tensor) -> 
 /// As for [`qk_norm_rope`].
 pub fn qk_norm_rope_from(qkv: &Tensor, spec: &QkNormRope<'_>, table: &Tensor) -> Result<Tensor> {
     const OP: &str = "qk_norm_rope";
-    spec.expect_qkv(OP, qkv, table)?;
+    spec.ensure_qkv(OP, qkv, table)?;
     let mut result = Tensor::empty(&qkv.device(), qkv.shape(), qkv.dtype())?;
     match qkv.cuda() {
         None => {
@@ -166,12 +166,12 @@ pub fn qk_norm_rope_backward(
     gradients: QkNormGradients<'_>,
 ) -> Result<()> {
     const OP: &str = "qk_norm_rope_backward";
-    spec.expect_qkv(OP, qkv, table)?;
-    gradient.expect_shape(OP, "gradient", qkv.shape())?;
-    gradient.expect_dtype(OP, "gradient", qkv.dtype())?;
-    gradient.expect_device(OP, "gradient", &qkv.device())?;
+    spec.ensure_qkv(OP, qkv, table)?;
+    gradient.ensure_shape(OP, "gradient", qkv.shape())?;
+    gradient.ensure_dtype(OP, "gradient", qkv.dtype())?;
+    gradient.ensure_device(OP, "gradient", &qkv.device())?;
     for weight in [&gradients.q, &gradients.k].into_iter().flatten() {
-        expect_parameter(OP, "weight gradient", weight, &[spec.head_dim], qkv)?;
+        ensure_parameter(OP, "weight gradient", weight, &[spec.head_dim], qkv)?;
     }
     match qkv.cuda() {
         None => cpu_backward(gradient, qkv, spec, table, gradients),

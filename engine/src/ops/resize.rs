@@ -47,9 +47,9 @@ impl NearestAxis {
 /// When `x` is no image or an extent is 0.
 pub fn resize_nearest(x: &Tensor, height: usize, width: usize) -> Result<Tensor> {
     const OP: &str = "resize_nearest";
-    x.expect_rank(OP, "x", 4, "[batch, height, width, channels]")?;
+    x.ensure_rank(OP, "x", 4, "[batch, height, width, channels]")?;
     if !matches!(x.dtype(), DType::F32 | DType::Bf16) {
-        x.expect_dtype(OP, "x", x.device().compute_dtype())?;
+        x.ensure_dtype(OP, "x", x.device().compute_dtype())?;
     }
     if [x.dim(1), x.dim(2), height, width].contains(&0) {
         return Err(Error::invalid(format!(

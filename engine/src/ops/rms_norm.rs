@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::{Modulation, TokenSizes, expect_parameter, grid};
+use super::{Modulation, TokenSizes, ensure_parameter, grid};
 use crate::device::{Args, CudaDevice, Kernel};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -53,7 +53,7 @@ pub struct RmsNorm<'a> {
 
 impl RmsNorm<'_> {
     fn expect(&self, op: &'static str, x: &Tensor, sizes: TokenSizes) -> Result<()> {
-        expect_parameter(op, "weight", self.weight, &[sizes.dim], x)?;
+        ensure_parameter(op, "weight", self.weight, &[sizes.dim], x)?;
         match &self.scale {
             Some(scale) => scale.expect(op, "scale", sizes.batch, sizes.dim, x),
             None => Ok(()),
@@ -116,10 +116,10 @@ pub fn gated_residual_rms_norm(
 ) -> Result<(Tensor, Option<Tensor>)> {
     const OP: &str = "gated_residual_rms_norm";
     let sizes = TokenSizes::of(OP, "x", x)?;
-    y.expect_shape(OP, "y", x.shape())?;
-    y.expect_dtype(OP, "y", x.dtype())?;
-    y.expect_device(OP, "y", &x.device())?;
-    expect_parameter(OP, "weight", residual.weight, &[sizes.dim], x)?;
+    y.ensure_shape(OP, "y", x.shape())?;
+    y.ensure_dtype(OP, "y", x.dtype())?;
+    y.ensure_device(OP, "y", &x.device())?;
+    ensure_parameter(OP, "weight", residual.weight, &[sizes.dim], x)?;
     if let Some(gate) = &residual.gate {
         gate.expect(OP, "gate", sizes.batch, sizes.dim, x)?;
     }
@@ -291,7 +291,7 @@ impl RowLaunch {
         kernels: &[&'static str],
         sizes: TokenSizes,
     ) -> Result<Self> {
-        sizes.expect_vectors(op)?;
+        sizes.ensure_vectors(op)?;
         let vectors = sizes.dim / VECTOR;
         let threads = |per_thread: usize| vectors.div_ceil(per_thread).next_multiple_of(WARP);
         // Few threads with many vectors leave more loads in flight; idle lanes are worse than that is good.

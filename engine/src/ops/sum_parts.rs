@@ -25,7 +25,7 @@ const CHUNK: usize = 4096;
 /// # Errors
 /// When shapes, types or devices do not fit, there is no part, or `target` shares its buffer.
 pub fn sum_parts(parts: &Tensor, factor: f32, target: &mut Tensor, first: usize) -> Result<()> {
-    parts.expect_rank(OP, "parts", 2, "[ranks, elements]")?;
+    parts.ensure_rank(OP, "parts", 2, "[ranks, elements]")?;
     if !matches!(parts.dtype(), DType::F32 | DType::Bf16) {
         return Err(Error::invalid(format!(
             "{OP}: the parts are {}, expected f32 or bf16",
@@ -35,8 +35,8 @@ pub fn sum_parts(parts: &Tensor, factor: f32, target: &mut Tensor, first: usize)
     if parts.dim(0) == 0 {
         return Err(Error::invalid(format!("{OP}: there is no part")));
     }
-    target.expect_dtype(OP, "target", DType::F32)?;
-    target.expect_device(OP, "target", &parts.device())?;
+    target.ensure_dtype(OP, "target", DType::F32)?;
+    target.ensure_device(OP, "target", &parts.device())?;
     let elements = parts.dim(1);
     match first.checked_add(elements) {
         Some(end) if end <= target.elements() => {}

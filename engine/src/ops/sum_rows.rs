@@ -8,7 +8,7 @@
 
 use rayon::prelude::*;
 
-use super::{TokenSizes, expect_parameter, grid};
+use super::{TokenSizes, ensure_parameter, grid};
 use crate::device::{Args, CudaDevice};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -33,15 +33,15 @@ pub fn add_row_sum(x: &Tensor, target: &mut Tensor) -> Result<()> {
 /// When shapes, types or devices do not fit, or `target` shares its buffer.
 pub fn add_pad_row_sum(x: &Tensor, lengths: &Tensor, target: &mut Tensor) -> Result<()> {
     const OP: &str = "add_pad_row_sum";
-    lengths.expect_shape(OP, "lengths", [x.shape().first().copied().unwrap_or(0)])?;
-    lengths.expect_dtype(OP, "lengths", DType::I32)?;
-    lengths.expect_device(OP, "lengths", &x.device())?;
+    lengths.ensure_shape(OP, "lengths", [x.shape().first().copied().unwrap_or(0)])?;
+    lengths.ensure_dtype(OP, "lengths", DType::I32)?;
+    lengths.ensure_device(OP, "lengths", &x.device())?;
     sum(OP, x, Some(lengths), target)
 }
 
 fn sum(op: &'static str, x: &Tensor, lengths: Option<&Tensor>, target: &mut Tensor) -> Result<()> {
     let sizes = TokenSizes::of(op, "x", x)?;
-    expect_parameter(op, "target", target, &[sizes.dim], x)?;
+    ensure_parameter(op, "target", target, &[sizes.dim], x)?;
     if let Some(device) = x.cuda() {
         return cuda_sum(op, device, x, lengths, sizes, target);
     }
@@ -98,7 +98,7 @@ fn cuda_sum(
 ) -> Result<()> {
     /// Groups of rows per multiprocessor.
     const GROUPS: usize = 4;
-    sizes.expect_vectors(op)?;
+    sizes.ensure_vectors(op)?;
     if sizes.rows() * sizes.dim == 0 {
         return Ok(());
     }
@@ -131,9 +131,9 @@ pub(crate) fn cuda_add_partial_sums(
     partial: &Tensor,
     target: &mut Tensor,
 ) -> Result<()> {
-    partial.expect_shape(op, "partial sums", [partial.dim(0), target.elements()])?;
-    partial.expect_dtype(op, "partial sums", DType::F32)?;
-    target.expect_dtype(op, "target", DType::Bf16)?;
+    partial.ensure_shape(op, "partial sums", [partial.dim(0), target.elements()])?;
+    partial.ensure_dtype(op, "partial sums", DType::F32)?;
+    target.ensure_dtype(op, "target", DType::Bf16)?;
     let kernel = device.kernel("sum_rows", "add_partial_sums")?;
     let blocks = grid(op, partial.dim(1).div_ceil(kernel.info().tile[0] as usize))?;
     let args = Args::new()

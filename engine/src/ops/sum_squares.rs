@@ -23,7 +23,7 @@ const CHUNK: usize = 4096;
 /// # Errors
 /// When `x` is of another type, or the device has no room.
 pub fn sum_squares(x: &Tensor) -> Result<Tensor> {
-    x.expect_dtype(OP, "x", DType::F32)?;
+    x.ensure_dtype(OP, "x", DType::F32)?;
     let _op = crate::profile::op(OP, x, 2 * x.elements(), x.bytes());
     match x.cuda() {
         Some(device) => cuda(device, x),

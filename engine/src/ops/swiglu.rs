@@ -22,7 +22,7 @@ use crate::tensor::Tensor;
 /// When the innermost extent is odd, the type is not the device's compute type, or the CUDA kernel cannot take the width.
 pub fn swiglu(x: &Tensor) -> Result<Tensor> {
     const OP: &str = "swiglu";
-    x.expect_dtype(OP, "x", x.device().compute_dtype())?;
+    x.ensure_dtype(OP, "x", x.device().compute_dtype())?;
     let (shape, hidden) = output_shape(OP, x)?;
     let mut y = Tensor::empty(&x.device(), shape, x.dtype())?;
     let _op = crate::profile::op(OP, x, 0, x.bytes() + y.bytes());
@@ -40,11 +40,11 @@ pub fn swiglu(x: &Tensor) -> Result<Tensor> {
 /// As for [`swiglu`], or when `dy` does not fit.
 pub fn swiglu_backward(dy: &Tensor, x: Tensor, again: bool) -> Result<(Tensor, Option<Tensor>)> {
     const OP: &str = "swiglu_backward";
-    x.expect_dtype(OP, "x", x.device().compute_dtype())?;
+    x.ensure_dtype(OP, "x", x.device().compute_dtype())?;
     let (shape, hidden) = output_shape(OP, &x)?;
-    dy.expect_shape(OP, "dy", shape)?;
-    dy.expect_dtype(OP, "dy", x.dtype())?;
-    dy.expect_device(OP, "dy", &x.device())?;
+    dy.ensure_shape(OP, "dy", shape)?;
+    dy.ensure_dtype(OP, "dy", x.dtype())?;
+    dy.ensure_device(OP, "dy", &x.device())?;
     let mut y = again
         .then(|| Tensor::empty(&x.device(), shape, x.dtype()))
         .transpose()?;

@@ -59,9 +59,9 @@ impl Rgb8 {
 /// When `x` is no f32 image of three channels.
 pub fn to_rgb8(x: &Tensor) -> Result<Rgb8> {
     const OP: &str = "to_rgb8";
-    x.expect_rank(OP, "x", 4, "[batch, height, width, 3]")?;
-    x.expect_shape(OP, "x", [x.dim(0), x.dim(1), x.dim(2), CHANNELS])?;
-    x.expect_dtype(OP, "x", DType::F32)?;
+    x.ensure_rank(OP, "x", 4, "[batch, height, width, 3]")?;
+    x.ensure_shape(OP, "x", [x.dim(0), x.dim(1), x.dim(2), CHANNELS])?;
+    x.ensure_dtype(OP, "x", DType::F32)?;
     let (items, values) = (x.dim(0), x.dim(1) * x.dim(2) * CHANNELS);
     let mut bytes = Tensor::empty(&x.device(), x.shape(), DType::U8)?;
     let mut not_finite = Tensor::zeros(&x.device(), [items], DType::I32)?;

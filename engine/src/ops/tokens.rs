@@ -12,7 +12,7 @@
 
 use rayon::prelude::*;
 
-use super::{TokenSizes, expect_parameter, grid};
+use super::{TokenSizes, ensure_parameter, grid};
 use crate::device::{Args, CudaDevice};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -39,16 +39,16 @@ pub fn concat_all(parts: &[&Tensor]) -> Result<Tensor> {
     let first = parts
         .first()
         .ok_or_else(|| Error::invalid(format!("{OP}: nothing to put together")))?;
-    first.expect_rank(OP, "part 0", 3, "[batch, tokens, dim]")?;
+    first.ensure_rank(OP, "part 0", 3, "[batch, tokens, dim]")?;
     let [batch, dim] = [first.dim(0), first.dim(2)];
     let mut spans = Vec::with_capacity(parts.len());
     let mut tokens = 0;
     for (index, part) in parts.iter().enumerate() {
         let name = format!("part {index}");
-        part.expect_rank(OP, &name, 3, "[batch, tokens, dim]")?;
-        part.expect_shape(OP, &name, [batch, part.dim(1), dim])?;
-        part.expect_dtype(OP, &name, first.dtype())?;
-        part.expect_device(OP, &name, &first.device())?;
+        part.ensure_rank(OP, &name, 3, "[batch, tokens, dim]")?;
+        part.ensure_shape(OP, &name, [batch, part.dim(1), dim])?;
+        part.ensure_dtype(OP, &name, first.dtype())?;
+        part.ensure_device(OP, &name, &first.device())?;
         spans.push(Span::of_tokens(Some(part), 0, tokens, part.dim(1)));
         tokens += part.dim(1);
     }
@@ -76,7 +76,7 @@ pub fn narrow_tokens(x: &Tensor, start: usize, count: usize) -> Result<Tensor> {
     }
     if x.cuda().is_some() {
         // Also of a view: the kernels that read it need rows that start at multiples of 16 bytes.
-        sizes.expect_vectors(OP)?;
+        sizes.ensure_vectors(OP)?;
     }
     if sizes.batch == 1 {
         let rows = x.reshape([sizes.tokens, sizes.dim])?.narrow(start, count)?;
@@ -130,8 +130,8 @@ pub fn stack_tokens(parts: &[&Tensor], to_length: usize) -> Result<Tensor> {
     for (index, part) in parts.iter().enumerate() {
         let name = format!("part {index}");
         let tokens = TokenSizes::of(OP, &name, part)?.tokens.min(to_length);
-        part.expect_shape(OP, &name, [1, tokens, dim])?;
-        part.expect_device(OP, &name, &first.device())?;
+        part.ensure_shape(OP, &name, [1, tokens, dim])?;
+        part.ensure_device(OP, &name, &first.device())?;
         spans.push(Span::of_tokens(Some(part), 0, index * to_length, tokens));
         if tokens < to_length {
             spans.push(Span::of_tokens(None, 0, index * to_length + tokens, to_length - tokens));
@@ -151,10 +151,10 @@ pub fn stack_tokens(parts: &[&Tensor], to_length: usize) -> Result<Tensor> {
 pub fn fill_pad_tokens(x: &mut Tensor, lengths: &Tensor, pad: &Tensor) -> Result<()> {
     const OP: &str = "fill_pad_tokens";
     let sizes = TokenSizes::of(OP, "x", x)?;
-    lengths.expect_shape(OP, "lengths", [sizes.batch])?;
-    lengths.expect_dtype(OP, "lengths", DType::I32)?;
-    lengths.expect_device(OP, "lengths", &x.device())?;
-    expect_parameter(OP, "pad", pad, &[sizes.dim], x)?;
+    lengths.ensure_shape(OP, "lengths", [sizes.batch])?;
+    lengths.ensure_dtype(OP, "lengths", DType::I32)?;
+    lengths.ensure_device(OP, "lengths", &x.device())?;
+    ensure_parameter(OP, "pad", pad, &[sizes.dim], x)?;
     let _op = crate::profile::op(OP, x, 0, pad.bytes());
     match x.cuda().cloned() {
         None => cpu_fill_pad(x, lengths, pad, sizes),
@@ -236,7 +236,7 @@ fn cuda_copy_span(
     sizes: TokenSizes,
     target: &mut Tensor,
 ) -> Result<()> {
-    sizes.expect_vectors(op)?;
+    sizes.ensure_vectors(op)?;
     let kernel = device.kernel("tokens", "copy_span")?;
     let token_bytes = (sizes.dim * target.dtype().size()) as u64;
     let token_vectors = token_bytes / VECTOR_BYTES;
@@ -269,7 +269,7 @@ fn cuda_fill_pad(
     pad: &Tensor,
     sizes: TokenSizes,
 ) -> Result<()> {
-    sizes.expect_vectors(op)?;
+    sizes.ensure_vectors(op)?;
     let kernel = device.kernel("tokens", op)?;
     let rows = grid(op, sizes.rows())?;
     let blocks = rows.div_ceil(kernel.info().tile[0]);

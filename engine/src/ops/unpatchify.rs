@@ -78,9 +78,9 @@ pub fn unpatchify(
 /// When height or width are no multiples of `patch`, `tokens` is less than there are patches, or the type does not fit.
 pub fn patchify(image: &Tensor, patch: usize, tokens: usize, factor: f32) -> Result<Tensor> {
     const OP: &str = "patchify";
-    image.expect_rank(OP, "image", 4, "[batch, height, width, channels]")?;
+    image.ensure_rank(OP, "image", 4, "[batch, height, width, channels]")?;
     if image.dtype() != DType::F32 {
-        image.expect_dtype(OP, "image", image.device().compute_dtype())?;
+        image.ensure_dtype(OP, "image", image.device().compute_dtype())?;
     }
     let (height, width, channels) = (image.dim(1), image.dim(2), image.dim(3));
     if patch == 0 || !height.is_multiple_of(patch) || !width.is_multiple_of(patch) {

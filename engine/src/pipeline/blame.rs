@@ -35,7 +35,7 @@ pub(super) fn of_file(checkpoint: &Checkpoint, error: Error) -> Error {
 ///
 /// # Errors
 /// When they are not, or the copy from the device fails.
-pub(super) fn expect_finite_features(features: &Tensor, encoder: &Checkpoint) -> Result<()> {
+pub(super) fn ensure_finite_features(features: &Tensor, encoder: &Checkpoint) -> Result<()> {
     let values = features.to_vec_f32()?;
     match values.iter().filter(|value| !value.is_finite()).count() {
         0 => Ok(()),

@@ -31,11 +31,11 @@ impl ModelFiles {
     /// When a part is missing, damaged, does not fit the others, or has sizes that the device's kernels cannot take.
     pub fn open(paths: ModelPaths, device: Device) -> Result<Self> {
         let transformer = paths.open_transformer()?;
-        transformer.spec.expect_runs_on(&device)?;
+        transformer.spec.ensure_runs_on(&device)?;
         let vae = match transformer.spec.geometry().kind {
             ModelKind::Latent => {
                 let (config, checkpoint) = open_vae(paths.vae()?)?;
-                config.expect_runs_on(&device)?;
+                config.ensure_runs_on(&device)?;
                 Some((config, checkpoint))
             }
             ModelKind::Pixel => None,
@@ -94,7 +94,7 @@ impl ModelFiles {
     ///
     /// # Errors
     /// As [`ModelFiles::prompt_files`].
-    pub fn expect_text_encoder(&self) -> Result<()> {
+    pub fn ensure_text_encoder(&self) -> Result<()> {
         self.prompt_files().map(|_| ())
     }
 
@@ -257,7 +257,7 @@ impl ModelFiles {
     ///
     /// # Errors
     /// Naming the value at fault, or the estimate and what there is.
-    pub fn expect_room(&self, settings: &Settings, batch: usize) -> Result<()> {
+    pub fn ensure_room(&self, settings: &Settings, batch: usize) -> Result<()> {
         settings.check()?;
         self.ensure_memory(settings, batch, self.estimate(settings, batch))
     }

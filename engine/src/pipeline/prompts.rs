@@ -2,7 +2,7 @@
 
 use sha2::{Digest, Sha256};
 
-use super::blame::{expect_finite_features, of_file};
+use super::blame::{ensure_finite_features, of_file};
 use crate::checkpoint::{Checkpoint, ModelPaths, open_text_encoder};
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
@@ -53,7 +53,7 @@ impl<'a> PromptFiles<'a> {
                 format!("makes features of width {}, the transformer takes {width}", config.dim),
             ));
         }
-        config.expect_runs_on(device)?;
+        config.ensure_runs_on(device)?;
         Ok(PromptFiles {
             paths,
             config,
@@ -105,7 +105,7 @@ impl PromptEncoder {
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
         let tokens = self.tokenizer.encode(prompt)?;
         let features = self.encoder.encode(&tokens.ids)?;
-        expect_finite_features(&features, &self.checkpoint)?;
+        ensure_finite_features(&features, &self.checkpoint)?;
         Ok(Encoded {
             features,
             dropped_tokens: tokens.dropped,

@@ -153,7 +153,7 @@ impl Request {
         files.ensure_drawable(&self.settings)?;
         self.captions().try_for_each(|caption| caption.check(files))?;
         if self.captions().any(|caption| caption.text().is_some()) {
-            files.expect_text_encoder()?;
+            files.ensure_text_encoder()?;
         }
         if let Some(noise) = &self.noise {
             let [height, width, channels] = files.canvas(&self.settings);

@@ -80,8 +80,8 @@ impl<'a> Outline<'a> {
     /// # Errors
     /// What of the file cannot be used, whatever the text.
     pub(super) fn check(&self) -> Result<Growth, String> {
-        self.expect_fixed_tokens()?;
-        self.expect_prefixed_merges()?;
+        self.ensure_fixed_tokens()?;
+        self.ensure_prefixed_merges()?;
         let part = |name: &str, raw: Option<&RawValue>| match raw.map(RawValue::get) {
             None => Ok(Value::Null),
             Some(text) if text.len() > TOKENIZER_STEPS => Err(format!(
@@ -91,7 +91,7 @@ impl<'a> Outline<'a> {
             Some(text) => serde_json::from_str(text).map_err(|error| format!("has no sound {name}: {error}")),
         };
         part("decoder", self.decoder)?;
-        expect_template(&part("post_processor", self.post_processor)?)?;
+        ensure_template(&part("post_processor", self.post_processor)?)?;
         let growth = Growth::of_steps(
             &part("normalizer", self.normalizer)?,
             &part("pre_tokenizer", self.pre_tokenizer)?,
@@ -114,7 +114,7 @@ impl<'a> Outline<'a> {
         Ok(growth)
     }
 
-    fn expect_fixed_tokens(&self) -> Result<(), String> {
+    fn ensure_fixed_tokens(&self) -> Result<(), String> {
         match self.model.dropout.filter(|dropout| *dropout != 0.0) {
             Some(dropout) => Err(format!(
                 "says dropout = {dropout}, which draws tokens at random, so that a seed would not give the same picture again: \
@@ -125,7 +125,7 @@ impl<'a> Outline<'a> {
     }
 
     /// The library cuts the prefix off without looking.
-    fn expect_prefixed_merges(&self) -> Result<(), String> {
+    fn ensure_prefixed_merges(&self) -> Result<(), String> {
         let prefix = self.model.continuing_subword_prefix.as_deref().unwrap_or_default();
         let (Some(merges), false) = (self.model.merges, prefix.is_empty()) else {
             return Ok(());
@@ -146,7 +146,7 @@ impl<'a> Outline<'a> {
     ///
     /// # Errors
     /// Naming the first token with another one.
-    pub(super) fn expect_listed_ids(&self, tokenizer: &Tokenizer) -> Result<(), String> {
+    pub(super) fn ensure_listed_ids(&self, tokenizer: &Tokenizer) -> Result<(), String> {
         for Added { id, content } in &self.added_tokens {
             if let Some(found) = tokenizer.token_to_id(content).filter(|found| found != id) {
                 return Err(format!(
@@ -160,13 +160,13 @@ impl<'a> Outline<'a> {
 }
 
 /// Checks what a post-processor adds to a text.
-fn expect_template(entry: &Value) -> Result<(), String> {
+fn ensure_template(entry: &Value) -> Result<(), String> {
     if entry["type"] == "Sequence" {
         return entry["processors"]
             .as_array()
             .into_iter()
             .flatten()
-            .try_for_each(expect_template);
+            .try_for_each(ensure_template);
     }
     if entry["type"] != "TemplateProcessing" {
         return Ok(());
@@ -191,14 +191,14 @@ fn expect_template(entry: &Value) -> Result<(), String> {
     if texts > 1 {
         return Err("has a template with the text in it more than once".into());
     }
-    expect_few_added(added)
+    ensure_few_added(added)
 }
 
 /// Refuses tokenizers that add more tokens to a text than there is room for.
 ///
 /// # Errors
 /// With the number.
-pub(super) fn expect_few_added(added: usize) -> Result<(), String> {
+pub(super) fn ensure_few_added(added: usize) -> Result<(), String> {
     match added > TOKENIZER_ADDED {
         true => Err(format!(
             "adds {added} tokens to every text, more than the {TOKENIZER_ADDED} that it may add"

@@ -11,7 +11,7 @@ use tokenizers::{PostProcessor, Tokenizer, TruncationDirection};
 use super::ChatTemplate;
 use super::contained::{Failure, contained};
 use super::growth::Growth;
-use super::outline::{Outline, expect_few_added};
+use super::outline::{Outline, ensure_few_added};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::limits::{Budget, LONGEST_NORMALIZED, LONGEST_PROMPT, PROMPT_SECONDS, TOKENIZER_SECONDS};
@@ -67,7 +67,7 @@ impl PromptTokenizer {
         let path = dir.join(CONFIG);
         let config: Value = serde_json::from_str(&read(&path, Budget::TOKENIZER)?)
             .map_err(|error| Error::file(&path, format!("not valid JSON: {error}")))?;
-        expect_same_tokens(&tokenizer, &config).map_err(|reason| Error::file(&path, reason))?;
+        ensure_same_tokens(&tokenizer, &config).map_err(|reason| Error::file(&path, reason))?;
         let (template_file, source) = read_template(dir, &config)?;
         let template = ChatTemplate::compile(&source, special_tokens(&config))
             .map_err(|reason| Error::file(&template_file, format!("the chat template cannot be used: {reason}")))?;
@@ -179,8 +179,8 @@ fn load(text: String) -> std::result::Result<(Tokenizer, Growth), String> {
         // The file may ask for both; what is cut is decided here, and nothing is padded.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|error| error.to_string())?;
-        outline.expect_listed_ids(&tokenizer)?;
-        expect_few_added(added_tokens(&tokenizer))?;
+        outline.ensure_listed_ids(&tokenizer)?;
+        ensure_few_added(added_tokens(&tokenizer))?;
         Ok((tokenizer, growth))
     });
     let (tokenizer, growth) = match loaded {
@@ -266,7 +266,7 @@ fn cut_side(config: &Value) -> TruncationDirection {
 }
 
 /// Both files list the added tokens. Files of two models side by side would give wrong ids without a word.
-fn expect_same_tokens(tokenizer: &Tokenizer, config: &Value) -> std::result::Result<(), String> {
+fn ensure_same_tokens(tokenizer: &Tokenizer, config: &Value) -> std::result::Result<(), String> {
     let listed = config["added_tokens_decoder"].as_object().into_iter().flatten();
     for (id, token) in listed {
         let text = token["content"].as_str().unwrap_or_default();

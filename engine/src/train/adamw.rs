@@ -127,7 +127,7 @@ impl AdamW {
         gradients: &mut [&mut Tensor],
         options: &super::TrainOptions,
     ) -> Result<Self> {
-        expect_pairs(device, weights, gradients)?;
+        ensure_pairs(device, weights, gradients)?;
         let mut places = Vec::with_capacity(weights.len());
         let mut end = 0;
         for (tensor, weight) in weights.iter().enumerate() {
@@ -270,7 +270,7 @@ impl AdamW {
     /// # Errors
     /// When the learning rate is not a number, the tensors are others than the state was made for, or the device refuses the work.
     pub fn step(&mut self, weights: &mut [&mut Tensor], gradients: &mut [&mut Tensor], rate: f32) -> Result<Tensor> {
-        expect_pairs(&self.first_moment.device(), weights, gradients)?;
+        ensure_pairs(&self.first_moment.device(), weights, gradients)?;
         self.step_from(weights, Source::Slots(gradients), None, rate)
     }
 
@@ -287,13 +287,13 @@ impl AdamW {
         squares: &Tensor,
         rate: f32,
     ) -> Result<Tensor> {
-        sums.expect_shape("adamw", "sums", self.first_moment.shape())?;
-        squares.expect_rank("adamw", "squares", 1, "[ranks]")?;
+        sums.ensure_shape("adamw", "sums", self.first_moment.shape())?;
+        squares.ensure_rank("adamw", "squares", 1, "[ranks]")?;
         for tensor in [sums, squares] {
-            tensor.expect_dtype("adamw", "sums or squares", DType::F32)?;
-            tensor.expect_device("adamw", "sums or squares", &self.first_moment.device())?;
+            tensor.ensure_dtype("adamw", "sums or squares", DType::F32)?;
+            tensor.ensure_device("adamw", "sums or squares", &self.first_moment.device())?;
         }
-        expect_weights(&self.first_moment.device(), weights)?;
+        ensure_weights(&self.first_moment.device(), weights)?;
         self.step_from(weights, Source::Sums(sums), Some(squares), rate)
     }
 
@@ -569,7 +569,7 @@ impl Table {
 }
 
 /// Checks that every weight has a gradient of its shape, both in the compute type of `device` and on it.
-fn expect_pairs(device: &Device, weights: &[&mut Tensor], gradients: &[&mut Tensor]) -> Result<()> {
+fn ensure_pairs(device: &Device, weights: &[&mut Tensor], gradients: &[&mut Tensor]) -> Result<()> {
     if weights.len() != gradients.len() {
         return Err(Error::invalid(format!(
             "adamw: {} weights have {} gradients",
@@ -578,17 +578,17 @@ fn expect_pairs(device: &Device, weights: &[&mut Tensor], gradients: &[&mut Tens
         )));
     }
     for (weight, gradient) in weights.iter().zip(gradients) {
-        gradient.expect_shape("adamw", "gradient", weight.shape())?;
+        gradient.ensure_shape("adamw", "gradient", weight.shape())?;
     }
-    expect_weights(device, weights)?;
-    expect_weights(device, gradients)
+    ensure_weights(device, weights)?;
+    ensure_weights(device, gradients)
 }
 
 /// Checks that weights or gradients are in the compute type of `device` and on it.
-fn expect_weights(device: &Device, tensors: &[&mut Tensor]) -> Result<()> {
+fn ensure_weights(device: &Device, tensors: &[&mut Tensor]) -> Result<()> {
     for tensor in tensors {
-        tensor.expect_dtype("adamw", "weight or gradient", device.compute_dtype())?;
-        tensor.expect_device("adamw", "weight or gradient", device)?;
+        tensor.ensure_dtype("adamw", "weight or gradient", device.compute_dtype())?;
+        tensor.ensure_device("adamw", "weight or gradient", device)?;
     }
     Ok(())
 }

@@ -19,7 +19,7 @@ use serde::Serialize;
 use super::trainable::choose;
 use super::{Division, Recompute, TrainOptions};
 use crate::error::Result;
-use crate::layers::Meta;
+use crate::layers::NamedParameter;
 use crate::model::Spec;
 use crate::model::detailer::DetailerLayout;
 use crate::model::memory::{Pass, bytes};
@@ -126,7 +126,8 @@ impl TrainingPlan {
         let PlanInput { spec, options, .. } = *input;
         let metas = spec.metas();
         let changing = choose(&metas, &options.policy)?.into_iter().map(|index| &metas[index]);
-        let elements = |metas: &mut dyn Iterator<Item = &Meta>| metas.map(|meta| meta.elements() as u64).sum::<u64>();
+        let elements =
+            |metas: &mut dyn Iterator<Item = &NamedParameter>| metas.map(|meta| meta.elements() as u64).sum::<u64>();
         let (all, trained_parameters) = (elements(&mut metas.iter()), elements(&mut changing.clone()));
         let work = options.with_choice(|choice| spec.work(choice, input.size, input.caption_tokens))?;
         let largest = changing.clone().map(|meta| meta.elements() as u64).max().unwrap_or(0);

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::layers::{Group, Meta};
+use crate::layers::{Group, NamedParameter};
 
 /// Main blocks that the published recipe trains at either end.
 pub const DEFAULT_ENDS: usize = 5;
@@ -39,7 +39,7 @@ impl Policy {
     ///
     /// # Errors
     /// When patterns fit some of the tensors that it is made of and others not.
-    pub fn trains(&self, meta: &Meta) -> Result<bool> {
+    pub fn trains(&self, meta: &NamedParameter) -> Result<bool> {
         let at_an_end = |ends: usize| match meta.group {
             Group::Block { index, of } => index < ends || index + ends >= of,
             _ => false,
@@ -191,7 +191,7 @@ mod tests {
     use super::*;
 
     fn trained(policy: &str, name: &str, group: Group) -> bool {
-        let meta = Meta::one(group, name, &[8]);
+        let meta = NamedParameter::one(group, name, &[8]);
         policy.parse::<Policy>().unwrap().trains(&meta).unwrap()
     }
 

@@ -15,7 +15,7 @@ use super::trainable::TrainableModel;
 use crate::device::{Device, HostCopies};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::layers::Meta;
+use crate::layers::NamedParameter;
 use crate::tensor::Tensor;
 
 /// The arrays that are copied, those of them that are kept.
@@ -149,7 +149,7 @@ impl Layout {
 
 /// What a [`TrainableModel`] was; see the module's head comment.
 pub struct Snapshot {
-    metas: Vec<Meta>,
+    metas: Vec<NamedParameter>,
     steps: u64,
     keeps_average: bool,
     layout: Layout,
@@ -182,7 +182,7 @@ impl Snapshot {
 }
 
 impl StateSource for Snapshot {
-    fn metas(&self) -> Vec<&Meta> {
+    fn metas(&self) -> Vec<&NamedParameter> {
         self.metas.iter().collect()
     }
 

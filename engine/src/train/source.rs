@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::adamw::Place;
 use crate::error::{Error, Result};
-use crate::layers::Meta;
+use crate::layers::NamedParameter;
 
 /// What is kept of a trained tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +35,7 @@ pub(super) const STATE: [(StatePart, &str); 4] = [
 /// Where the values of trained tensors are read from.
 pub trait StateSource {
     /// The trained parameters, in the model's order.
-    fn metas(&self) -> Vec<&Meta>;
+    fn metas(&self) -> Vec<&NamedParameter>;
 
     /// Whether averages are kept.
     fn keeps_average(&self) -> bool;
@@ -136,7 +136,7 @@ pub struct TrainedTensor<'a> {
     /// The shape in checkpoints.
     pub shape: Vec<usize>,
     source: &'a dyn StateSource,
-    meta: &'a Meta,
+    meta: &'a NamedParameter,
     /// Its place in the list of trained parameters, and which part of that parameter it is.
     trained: usize,
     part: usize,

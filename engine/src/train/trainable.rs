@@ -11,7 +11,7 @@ use super::source::{STATE, StatePart, StateSlice, StateSource, StateTensor, Trai
 use super::{Policy, Recompute, TrainOptions};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::layers::{Meta, ParamSource, Slot};
+use crate::layers::{NamedParameter, ParamSource, Slot};
 use crate::model::denoiser::{Noisy, TrainingChoice};
 use crate::model::objective::Objective;
 use crate::model::{Denoiser, Spec, Trainable};
@@ -97,7 +97,7 @@ pub struct TrainableModel {
     /// Before what is copied, which must not be given back meanwhile.
     pub(super) copying: Copying,
     model: Box<dyn Trainable>,
-    parameters: Vec<Meta>,
+    parameters: Vec<NamedParameter>,
     /// The trained ones among the parameters.
     trained: Vec<usize>,
     pub(super) optimizer: AdamW,
@@ -109,7 +109,7 @@ pub struct TrainableModel {
 }
 
 impl StateSource for TrainableModel {
-    fn metas(&self) -> Vec<&Meta> {
+    fn metas(&self) -> Vec<&NamedParameter> {
         self.trained.iter().map(|&index| &self.parameters[index]).collect()
     }
 
@@ -395,7 +395,7 @@ impl TrainableModel {
             .into_iter()
             .zip(STATE_ARRAYS)
             .filter(|((part, _), _)| *part != StatePart::Ema || self.keeps_ema);
-        let metas: Vec<Meta> = self.metas().into_iter().cloned().collect();
+        let metas: Vec<NamedParameter> = self.metas().into_iter().cloned().collect();
         // An array of the state, a trained parameter, and a part of that.
         let jobs = kept.flat_map(|((_, prefix), array)| {
             let tensors = metas.iter().enumerate();
@@ -536,7 +536,7 @@ impl TrainableModel {
 ///
 /// # Errors
 /// When it trains none, only a part of some, or a pattern fits no tensor.
-pub(super) fn choose(parameters: &[Meta], policy: &Policy) -> Result<Vec<usize>> {
+pub(super) fn choose(parameters: &[NamedParameter], policy: &Policy) -> Result<Vec<usize>> {
     let names: Vec<&str> = parameters
         .iter()
         .flat_map(|meta| meta.parts.iter().map(|part| part.name.as_str()))

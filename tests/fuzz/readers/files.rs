@@ -109,7 +109,7 @@ pub fn training_configuration(case: &mut Case) -> Ended {
     ended(config.and_then(|config| {
         let _ = config.pictures_per_step();
         let _ = config.train_options();
-        config.expect_named(true)
+        config.ensure_named(true)
     }))
 }
 

@@ -116,6 +116,6 @@ fn obstacles_are_named() -> Outcome {
         "a block width of 1024 is more than the attention takes, 512",
     );
     // The CPU takes everything.
-    trunk.expect_runs_on(&Device::Cpu)?;
+    trunk.ensure_runs_on(&Device::Cpu)?;
     Ok(())
 }

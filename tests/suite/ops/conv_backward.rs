@@ -126,7 +126,7 @@ fn check_parameters(case: &Case<'_>, layer: &Layer) -> Outcome {
     case.check("grad.conv.bias", layer.bias.as_slice()?)
 }
 
-fn expect_some(gradient: Option<Tensor>) -> std::result::Result<Tensor, String> {
+fn ensure_some(gradient: Option<Tensor>) -> std::result::Result<Tensor, String> {
     gradient.ok_or_else(|| "a gradient that was wanted is missing".to_string())
 }
 
@@ -148,7 +148,7 @@ fn cpu_equals_torch() -> Outcome {
                 true => conv2d_f32_backward(&dy, &x, &conv, 1.0, true, layer.grads())?,
                 false => conv2d_backward(&dy, ConvSaved::of(&x), &conv, activation, [true, false], layer.grads())?.x,
             };
-            case.check("grad.x", expect_some(dx)?.as_slice()?)?;
+            case.check("grad.x", ensure_some(dx)?.as_slice()?)?;
             check_parameters(&case, &layer)?;
         }
     }
@@ -167,7 +167,7 @@ fn cpu_pool_equals_torch() -> Outcome {
             &fixture_input(&case, "grad.pooled")?,
         ];
         let dx = conv3x3_silu_pool_backward(upstream, &full, ConvSaved::of(&x), &conv, true, layer.grads())?;
-        case.check("grad.x", expect_some(dx)?.as_slice()?)?;
+        case.check("grad.x", ensure_some(dx)?.as_slice()?)?;
         check_parameters(&case, &layer)?;
     }
     Ok(())
@@ -180,7 +180,7 @@ fn cpu_upsample_equals_torch() -> Outcome {
         let mut layer = fixture_layer(&case, &[x.dim(3)])?;
         let conv = layer.conv.clone();
         let dx = upsample_conv3x3_backward(&dy, &x, &conv, true, layer.grads())?;
-        case.check("grad.x", expect_some(dx)?.as_slice()?)?;
+        case.check("grad.x", ensure_some(dx)?.as_slice()?)?;
         check_parameters(&case, &layer)?;
     }
     Ok(())
@@ -199,8 +199,8 @@ fn cpu_two_sources_equal_torch() -> Outcome {
         let dy = fixture_input(&case, "grad.y")?;
         let SourceGrads { x, second } =
             conv2d_backward(&dy, saved, &conv, Activation::Silu, [true, true], layer.grads())?;
-        case.check("grad.a", expect_some(x)?.as_slice()?)?;
-        case.check("grad.b", expect_some(second)?.as_slice()?)?;
+        case.check("grad.a", ensure_some(x)?.as_slice()?)?;
+        case.check("grad.b", ensure_some(second)?.as_slice()?)?;
         check_parameters(&case, &layer)?;
     }
     Ok(())
@@ -227,7 +227,7 @@ fn only_what_is_asked_for() -> Outcome {
     let all = run([true, true], layer.grads())?;
     let frozen = run([true, false], None)?;
     assert!(frozen.second.is_none());
-    assert!(expect_some(frozen.x)?.as_slice::<f32>()? == expect_some(all.x)?.as_slice::<f32>()?);
+    assert!(ensure_some(frozen.x)?.as_slice::<f32>()? == ensure_some(all.x)?.as_slice::<f32>()?);
     let mut trained = Layer::new(&device, 3, &[8, 3], 6)?;
     let none = run([false, false], trained.grads())?;
     assert!(none.x.is_none() && none.second.is_none());

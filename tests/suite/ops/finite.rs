@@ -1,5 +1,5 @@
 use half::bf16;
-use l2p_engine::ops::finite::{count_not_finite, expect_finite};
+use l2p_engine::ops::finite::{count_not_finite, ensure_finite};
 use l2p_engine::{DType, Device, Error, Tensor};
 use l2p_tests::{Outcome, Suite, random};
 
@@ -53,14 +53,14 @@ fn counts(device: &Device) -> Outcome {
 
 fn what_is_not_finite_is_named() -> Outcome {
     let x = Tensor::from_slice(&Device::Cpu, &[0.0, f32::NAN, 1.0, f32::INFINITY], [2, 2])?;
-    let error = expect_finite("the caption's features", &x).unwrap_err();
+    let error = ensure_finite("the caption's features", &x).unwrap_err();
     assert!(matches!(error, Error::NotFinite { .. }));
     assert_eq!(
         error.to_string(),
         "the caption's features (2 of 4 values): not finite (NaN or infinity)"
     );
-    expect_finite("its first value", &x.reshape([4])?.narrow(0, 1)?)?;
-    expect_finite("nothing", &Tensor::zeros(&Device::Cpu, [0], DType::F32)?)?;
+    ensure_finite("its first value", &x.reshape([4])?.narrow(0, 1)?)?;
+    ensure_finite("nothing", &Tensor::zeros(&Device::Cpu, [0], DType::F32)?)?;
     Ok(())
 }
 

@@ -65,11 +65,11 @@ fn examples() -> Outcome {
     for path in paths {
         // Copied along with the tests only where the whole tree is.
         if root.join(path).exists() {
-            TrainConfig::read(Some(&root.join(path)), &[])?.expect_named(false)?;
+            TrainConfig::read(Some(&root.join(path)), &[])?.ensure_named(false)?;
         }
     }
     let demo = TrainConfig::read(Some(&models_folder().join("demo/train.toml")), &[])?;
-    demo.expect_named(true)?;
+    demo.ensure_named(true)?;
     assert_eq!(demo.policy.to_string(), "paper:2");
     Ok(())
 }

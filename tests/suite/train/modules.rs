@@ -1,6 +1,8 @@
 //! Blocks and Detailer Heads.
 
-use l2p_engine::layers::{self, Gradients, Loaded, Loader, MakeSlots, MemoryParams, Meta, Module, Slot, metas, slots};
+use l2p_engine::layers::{
+    self, Gradients, Loaded, Loader, MakeSlots, MemoryParams, Module, NamedParameter, Slot, metas, slots,
+};
 use l2p_engine::model::config::ModelKind;
 use l2p_engine::model::detailer::Detailer;
 use l2p_engine::model::rope::{Position, RopeAxes};
@@ -26,7 +28,7 @@ const BF16_GRADIENT_TOLERANCE: Tolerance = Tolerance::of_gradients(2e-2);
 /// Places for the gradients of those of a loaded module's parameters whose first tensor's name `trained` says so.
 fn places<M: Module<Kind = Loaded>>(
     module: &M,
-    metas: &[&Meta],
+    metas: &[&NamedParameter],
     trained: impl Fn(&str) -> bool,
 ) -> Result<M::As<Gradients>> {
     let chosen = metas.iter().map(|meta| trained(meta.name()));
@@ -34,7 +36,7 @@ fn places<M: Module<Kind = Loaded>>(
 }
 
 /// Gradients by published name.
-fn named(metas: &[&Meta], slots: &[&Slot]) -> Result<Vec<(String, Vec<f32>)>> {
+fn named(metas: &[&NamedParameter], slots: &[&Slot]) -> Result<Vec<(String, Vec<f32>)>> {
     let mut all = Vec::new();
     for (meta, slot) in metas.iter().zip(slots) {
         let Some(slot) = slot else { continue };

@@ -36,7 +36,7 @@ pub fn write_file(
     replace: bool,
     observer: &mut dyn WriteObserver,
 ) -> Result<Written> {
-    expect_free(path, replace)?;
+    ensure_free(path, replace)?;
     let failed = |error| Error::io(path, error);
     let (folder, prefix) = beside(path);
     let mut builder = Builder::new();
@@ -77,7 +77,7 @@ pub fn write_folder(
     observer: &mut dyn WriteObserver,
 ) -> Result<Written> {
     const STEM: &str = "diffusion_pytorch_model";
-    expect_replaceable_folder(path, replace)?;
+    ensure_replaceable_folder(path, replace)?;
     let failed = |error| Error::io(path, error);
     let (parent, prefix) = beside(path);
     let mut builder = Builder::new();
@@ -220,7 +220,7 @@ fn not_created(path: &Path, error: &std::io::Error) -> Error {
 ///
 /// # Errors
 /// When it is there and may not be replaced, or is no plain file.
-pub fn expect_free(path: &Path, replace: bool) -> Result<()> {
+pub fn ensure_free(path: &Path, replace: bool) -> Result<()> {
     match path.symlink_metadata() {
         Err(_) => Ok(()),
         Ok(found) if found.is_dir() => Err(Error::file(path, "is a folder, expected the name of a file to write")),
@@ -236,8 +236,8 @@ pub fn expect_free(path: &Path, replace: bool) -> Result<()> {
 ///
 /// # Errors
 /// When it is no plain file, or its folder does not take a file.
-pub fn expect_writable(path: &Path) -> Result<()> {
-    expect_free(path, true)?;
+pub fn ensure_writable(path: &Path) -> Result<()> {
+    ensure_free(path, true)?;
     let (folder, prefix) = beside(path);
     Builder::new()
         .prefix(&prefix)
@@ -247,7 +247,7 @@ pub fn expect_writable(path: &Path) -> Result<()> {
         .map_err(|error| not_created(path, &error))
 }
 
-fn expect_replaceable_folder(path: &Path, replace: bool) -> Result<()> {
+fn ensure_replaceable_folder(path: &Path, replace: bool) -> Result<()> {
     let Ok(found) = path.symlink_metadata() else {
         return Ok(());
     };

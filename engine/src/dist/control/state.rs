@@ -194,7 +194,7 @@ impl Shared {
             what: what.to_owned(),
             payload,
         };
-        entry.expect_short()?;
+        entry.ensure_short()?;
         let _ticket = self.enter(&entry.name())?;
         let number = {
             let mut state = self.lock();

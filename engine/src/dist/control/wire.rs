@@ -119,7 +119,7 @@ impl Entry {
     }
 
     /// Fails when neither this nor an answer that repeats it fits into a frame. Asked before anybody hears of it.
-    pub fn expect_short(&self) -> Result<()> {
+    pub fn ensure_short(&self) -> Result<()> {
         // For the other fields, each of a few bytes.
         const OTHERS: usize = 64;
         let bytes = self.payload.len() + self.what.len() + OTHERS;

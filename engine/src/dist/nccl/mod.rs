@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use library::{BYTES, Comm, Config, ID_BYTES, IN_PROGRESS, Library, SUCCESS, UniqueId, Windows, library};
 
-use super::communicator::{Communicator, Pending, Running, expect_all_gather, expect_all_to_all, expect_broadcast};
+use super::communicator::{Communicator, Pending, Running, ensure_all_gather, ensure_all_to_all, ensure_broadcast};
 use super::control::{Control, Shared, Ticket};
 use crate::device::{CudaDevice, Device, SideStream, StreamMark, keep_out_of_recordings};
 use crate::dtype::DType;
@@ -283,8 +283,8 @@ impl Nccl {
         Tensor::of_library(device, shape, dtype, (address, bytes), Box::new(window))
     }
 
-    fn expect_here(&self, op: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
-        tensor.expect_device(op, name, &Device::Cuda(self.stream.device().clone()))
+    fn ensure_here(&self, op: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
+        tensor.ensure_device(op, name, &Device::Cuda(self.stream.device().clone()))
     }
 }
 
@@ -318,8 +318,8 @@ impl Communicator for Nccl {
 
     fn all_to_all(&self, parts: &Tensor, mut receive: Tensor) -> Result<Pending> {
         const OP: &str = "all_to_all";
-        expect_all_to_all(self.world, parts, &receive)?;
-        self.expect_here(OP, "parts", parts)?;
+        ensure_all_to_all(self.world, parts, &receive)?;
+        self.ensure_here(OP, "parts", parts)?;
         let row = parts.bytes() / self.world;
         let (from, to) = (parts.device_ptr()?, receive.device_ptr_mut()?);
         let world = self.world;
@@ -357,8 +357,8 @@ impl Communicator for Nccl {
 
     fn all_gather(&self, part: &Tensor, mut receive: Tensor) -> Result<Pending> {
         const OP: &str = "all_gather";
-        expect_all_gather(self.world, part, &receive)?;
-        self.expect_here(OP, "part", part)?;
+        ensure_all_gather(self.world, part, &receive)?;
+        self.ensure_here(OP, "part", part)?;
         let bytes = part.bytes();
         let (from, to) = (part.device_ptr()?, receive.device_ptr_mut()?);
         self.submit(OP, receive, Some(part.clone()), |library, comm, stream| match bytes {
@@ -371,8 +371,8 @@ impl Communicator for Nccl {
 
     fn broadcast(&self, mut tensor: Tensor, root: usize) -> Result<Pending> {
         const OP: &str = "broadcast";
-        expect_broadcast(self.world, root)?;
-        self.expect_here(OP, "tensor", &tensor)?;
+        ensure_broadcast(self.world, root)?;
+        self.ensure_here(OP, "tensor", &tensor)?;
         let bytes = tensor.bytes();
         let place = tensor.device_ptr_mut()?;
         self.submit(OP, tensor, None, |library, comm, stream| match bytes {

@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 pub(super) use door::Door;
 use lane::{Header, Lane, Outgoing, bytes, bytes_mut};
 
-use super::communicator::{Communicator, Pending, Running, expect_all_gather, expect_all_to_all, expect_broadcast};
+use super::communicator::{Communicator, Pending, Running, ensure_all_gather, ensure_all_to_all, ensure_broadcast};
 use super::control::{Control, Shared, Ticket};
 use crate::device::Device;
 use crate::dtype::DType;
@@ -113,7 +113,7 @@ impl Communicator for Tcp {
     }
 
     fn all_to_all(&self, parts: &Tensor, receive: Tensor) -> Result<Pending> {
-        expect_all_to_all(self.world, parts, &receive)?;
+        ensure_all_to_all(self.world, parts, &receive)?;
         let receive = owned("all_to_all", receive)?;
         let row = parts.bytes() / self.world;
         let rows: Vec<Option<Range<usize>>> = (0..self.world).map(|rank| Some(rank * row..(rank + 1) * row)).collect();
@@ -129,7 +129,7 @@ impl Communicator for Tcp {
     }
 
     fn all_gather(&self, part: &Tensor, receive: Tensor) -> Result<Pending> {
-        expect_all_gather(self.world, part, &receive)?;
+        ensure_all_gather(self.world, part, &receive)?;
         let receive = owned("all_gather", receive)?;
         let row = part.bytes();
         self.start(
@@ -144,7 +144,7 @@ impl Communicator for Tcp {
     }
 
     fn broadcast(&self, tensor: Tensor, root: usize) -> Result<Pending> {
-        expect_broadcast(self.world, root)?;
+        ensure_broadcast(self.world, root)?;
         let tensor = owned("broadcast", tensor)?;
         let all = 0..tensor.bytes();
         let to_others = |rank| (self.rank == root && rank != root).then(|| all.clone());
@@ -171,7 +171,7 @@ impl Communicator for Tcp {
 
 /// The tensor, if it can be written; checked when an operation is started, not when it runs.
 fn owned(op: &'static str, mut tensor: Tensor) -> Result<Tensor> {
-    tensor.expect_device(op, "receive", &Device::Cpu)?;
+    tensor.ensure_device(op, "receive", &Device::Cpu)?;
     bytes_mut(&mut tensor)?;
     Ok(tensor)
 }

@@ -16,7 +16,7 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 use super::colour::{Numbers, Profile};
 use super::room::zeros;
 use super::rows::{Layout, Part};
-use super::{Stored, expect_few_pixels, part_of};
+use super::{Stored, ensure_few_pixels, part_of};
 use crate::limits::PICTURE_METADATA;
 
 /// A byte that begins a marker, and the second bytes of those that matter here.
@@ -32,7 +32,7 @@ const BLOCK: u64 = 8;
 /// What the segments before the pixels say.
 pub(super) fn header(mut source: impl BufRead + Seek) -> Result<Stored, String> {
     let frame = Frame::read(&mut source)?;
-    expect_few_pixels(frame.width.into(), frame.height.into())?;
+    ensure_few_pixels(frame.width.into(), frame.height.into())?;
     source.rewind().map_err(|error| error.to_string())?;
     let mut decoder = JpegDecoder::new_with_options(source, options());
     decoder.decode_headers().map_err(fail)?;

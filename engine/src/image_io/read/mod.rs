@@ -129,7 +129,7 @@ fn stored(path: &Path) -> Result<(Stored, u64)> {
         }
         let mut source = BufReader::new(file);
         let stored = format_of(&mut source)?.header(source)?;
-        stored.expect_room(length)?;
+        stored.ensure_room(length)?;
         Ok(stored)
     };
     let stored = guarded(header).map_err(|reason| Error::file(path, reason))?;
@@ -244,7 +244,7 @@ impl Stored {
     }
 
     /// Refuses a picture that would take more memory than there is for all.
-    fn expect_room(&self, file: u64) -> std::result::Result<(), String> {
+    fn ensure_room(&self, file: u64) -> std::result::Result<(), String> {
         let (width, height) = (self.width, self.height);
         let whole = Part {
             left: 0,
@@ -264,7 +264,7 @@ impl Stored {
 }
 
 /// Refuses a picture with no pixels or too many.
-fn expect_few_pixels(width: u32, height: u32) -> std::result::Result<(), String> {
+fn ensure_few_pixels(width: u32, height: u32) -> std::result::Result<(), String> {
     match u64::from(width) * u64::from(height) {
         0 => Err(format!("cannot be decoded: its header says {width}x{height} pixels")),
         pixels if pixels > PICTURE_PIXELS => Err(format!(

@@ -8,7 +8,7 @@ use png::{Decoder, DecodingError, Limits, Reader, Transformations};
 use super::colour::{Numbers, Profile};
 use super::room::zeros;
 use super::rows::{Layout, Part, Rows};
-use super::{Stored, expect_few_pixels};
+use super::{Stored, ensure_few_pixels};
 use crate::limits::PICTURE_METADATA;
 
 /// What the chunks before the pixels say.
@@ -44,7 +44,7 @@ fn open<R: BufRead + Seek>(source: R) -> Result<Reader<R>, String> {
     decoder.set_transformations(Transformations::EXPAND);
     let info = decoder.read_header_info().map_err(fail)?;
     // Before the buffers for rows are made.
-    expect_few_pixels(info.width, info.height)?;
+    ensure_few_pixels(info.width, info.height)?;
     let row = u64::from(info.width) * MOST_BYTES;
     decoder.set_limits(limits(row));
     decoder.read_info().map_err(fail)

@@ -8,7 +8,7 @@ use image_webp::{DecodingError, WebPDecoder};
 use super::colour::{Numbers, Profile};
 use super::room::zeros;
 use super::rows::{Layout, Part};
-use super::{Stored, expect_few_pixels, part_of};
+use super::{Stored, ensure_few_pixels, part_of};
 use crate::limits::PICTURE_METADATA;
 
 /// What the chunks before the pixels say.
@@ -17,14 +17,14 @@ pub(super) fn header(mut source: impl BufRead + Seek) -> Result<Stored, String> 
     source.rewind().map_err(|error| error.to_string())?;
     let mut decoder = open(source)?;
     let (width, height) = decoder.dimensions();
-    expect_few_pixels(width, height)?;
+    ensure_few_pixels(width, height)?;
     if (frame.width, frame.height) != (width, height) && !decoder.is_animated() {
         return Err(format!(
             "cannot be decoded: its header says {width}x{height} pixels, its picture {}x{}",
             frame.width, frame.height
         ));
     }
-    expect_few_pixels(frame.width, frame.height)?;
+    ensure_few_pixels(frame.width, frame.height)?;
     let opacity = decoder.has_alpha();
     let layout = Layout {
         channels: 3 + usize::from(opacity),

@@ -119,7 +119,7 @@ impl TextConfig {
                 ));
             }
         }
-        described.expect_plain(&path)?;
+        described.ensure_plain(&path)?;
         let entries: Qwen3Entries = read_json(&path)?;
         entries.check().map_err(|reason| Error::file(&path, reason))?;
         Ok(Some(entries.config()))

@@ -142,7 +142,7 @@ impl VaeConfig {
                 return Err(Error::file(path, format!("describes a {other}, expected an {CLASS}")));
             }
         }
-        described.expect_plain(&path)?;
+        described.ensure_plain(&path)?;
         let config = VaeConfig::from(read_json::<Entries>(&path)?);
         config.check().map_err(|reason| Error::file(&path, reason))?;
         Ok(Some(config))

@@ -46,7 +46,7 @@ impl Detailer {
     /// As for [`Detailer::forward`].
     pub fn forward_saving(&self, x: &Tensor, c: Tensor, keep_sums: bool) -> Result<(Tensor, SavedDetailer)> {
         let _range = profile::range(c"detailer");
-        self.expect_image(x)?;
+        self.ensure_image(x)?;
         let _tag = MemoryTag::Saved.scope();
         let mut encoders: Vec<SavedEncoder> = Vec::with_capacity(self.stages.len());
         for stage in &self.stages {

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::{CLASS, Plain, PlainConfig};
 use crate::error::{Error, Result};
-use crate::layers::{Meta, ParamSource};
+use crate::layers::{NamedParameter, ParamSource};
 use crate::limits::Heads;
 use crate::model::config::{ModelKind, read_json};
 use crate::model::family::{Ends, Family, TransformerConfig};
@@ -95,12 +95,12 @@ impl Family for PlainFamily {
         }
     }
 
-    fn outline(&self, params: &dyn ParamSource) -> Vec<Meta> {
+    fn outline(&self, params: &dyn ParamSource) -> Vec<NamedParameter> {
         let config = Self::config(params, 1, &|_| Ok(1));
         config.map_or_else(|_| Vec::new(), |config| Plain(config).metas())
     }
 
-    fn expect_config(&self, path: &Path) -> Result<()> {
+    fn ensure_config(&self, path: &Path) -> Result<()> {
         read_json::<Entries>(path).map(|_| ())
     }
 

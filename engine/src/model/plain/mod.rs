@@ -165,7 +165,7 @@ impl PlainDit {
     fn embed(&self, image: &Tensor, ready: &Ready) -> Result<Tensor> {
         let (batch, dim) = (ready.lengths.len(), self.config.dim);
         let [height, width] = ready.size;
-        image.expect_shape("plain", "image", [batch, height, width, self.config.channels])?;
+        image.ensure_shape("plain", "image", [batch, height, width, self.config.channels])?;
         let bias = self.parts.patch.bias.as_ref();
         let bias = bias.ok_or_else(|| Error::invalid("the input projection has no bias"))?;
         let tokens = patch_embed(image, self.config.patch, self.parts.patch.dense_weight(), bias)?;

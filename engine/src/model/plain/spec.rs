@@ -7,7 +7,7 @@ use super::trained::TrainedPlain;
 use super::{Block, CLASS, PlainDit};
 use crate::device::Device;
 use crate::error::Result;
-use crate::layers::{Choose, Meta, Module, ParamSource, metas};
+use crate::layers::{Choose, Module, NamedParameter, ParamSource, metas};
 use crate::model::denoiser::{Denoiser, Geometry, Trainable, TrainingChoice};
 use crate::model::detailer::DetailerLayout;
 use crate::model::spec::{Loading, Spec};
@@ -30,7 +30,7 @@ impl Spec for Plain {
         None
     }
 
-    fn metas(&self) -> Vec<Meta> {
+    fn metas(&self) -> Vec<NamedParameter> {
         metas(&self.describe()).into_iter().cloned().collect()
     }
 
@@ -46,7 +46,7 @@ impl Spec for Plain {
         json!({ "_class_name": CLASS, "heads": self.0.heads })
     }
 
-    fn expect_runs_on(&self, _device: &Device) -> Result<()> {
+    fn ensure_runs_on(&self, _device: &Device) -> Result<()> {
         Ok(())
     }
 
@@ -69,7 +69,7 @@ impl Spec for Plain {
         let image = self.0.tokens(size)? as f64;
         let chosen = self
             .describe()
-            .transform(&mut Choose(|meta: &Meta| (choice.trains)(meta)))?;
+            .transform(&mut Choose(|meta: &NamedParameter| (choice.trains)(meta)))?;
         let rows = |rows, layer, extents| RowsWork {
             rows,
             product: ProductWork::of(layer, extents, false),

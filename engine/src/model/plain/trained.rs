@@ -5,8 +5,8 @@ use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::layers::{
-    Choose, Gradients, Linear, MakeSlots, Meta, Module, ParamSource, Slot, slots, slots_mut, tensors, tensors_mut,
-    trained,
+    Choose, Gradients, Linear, MakeSlots, Module, NamedParameter, ParamSource, Slot, slots, slots_mut, tensors,
+    tensors_mut, trained,
 };
 use crate::model::denoiser::{Denoiser, Finished, LossGradient, Noisy, Trainable, TrainingChoice};
 use crate::ops::add_rms_norm::add;
@@ -39,7 +39,7 @@ impl TrainedPlain {
     ) -> Result<Self> {
         let chosen = spec
             .describe()
-            .transform(&mut Choose(|meta: &Meta| (choice.trains)(meta)))?;
+            .transform(&mut Choose(|meta: &NamedParameter| (choice.trains)(meta)))?;
         let dit = PlainDit::load(spec, params, device, loaded)?;
         Ok(TrainedPlain {
             gradients: dit.parts.transform(&mut MakeSlots(trained(&chosen).into_iter()))?,

@@ -74,7 +74,7 @@ impl VaeEncoder {
     /// its sizes, or it has no room.
     pub fn load(params: &dyn ParamSource, device: &Device, config: &VaeConfig) -> Result<Self> {
         config.check().map_err(Error::invalid)?;
-        config.expect_runs_on(device)?;
+        config.ensure_runs_on(device)?;
         if params.shape("quant_conv.weight").is_some() {
             return Err(Error::invalid(
                 "the VAE has a convolution after its encoder (quant_conv), which is not supported",
@@ -92,7 +92,7 @@ impl VaeEncoder {
     /// When shapes do not fit or the device has no room.
     pub fn encode(&self, image: &Tensor) -> Result<Tensor> {
         let _range = profile::range(c"vae encode");
-        image.expect_rank("vae", "image", 4, "[batch, height, width, channels]")?;
+        image.ensure_rank("vae", "image", 4, "[batch, height, width, channels]")?;
         let factor = self.config.downsampling();
         if [image.dim(1), image.dim(2)]
             .iter()

@@ -26,7 +26,7 @@ use crate::tensor::Tensor;
 
 /// Which parts the backward pass reaches.
 #[derive(Clone, Debug)]
-pub(super) struct Reach {
+pub(super) struct GradPlan {
     /// The timestep embedder is trained, so that every block's modulation counts.
     condition: bool,
     /// For each stack, what its blocks keep.
@@ -44,7 +44,7 @@ pub(super) struct Reach {
     pub output: bool,
 }
 
-impl Reach {
+impl GradPlan {
     /// For the parameters that are trained; `recomputed` says of a block whether it is to keep its input alone, given whether it is
     /// trained.
     pub fn new(trained: &Parts<Trained>, recomputed: &dyn Fn(bool) -> bool) -> Self {
@@ -74,7 +74,7 @@ impl Reach {
         };
         let below = images || captions;
         let (layers, features) = stack(&trained.layers, below || condition);
-        Reach {
+        GradPlan {
             condition,
             features: if layers.is_empty() { below } else { features },
             output: any_trained(&trained.output),
@@ -182,12 +182,12 @@ impl Dit {
         image: &Tensor,
         captions: &[&Tensor],
         times: &[f32],
-        reach: &Reach,
+        reach: &GradPlan,
         keep_sums: bool,
         tables: &mut RopeTables,
     ) -> Result<(Tensor, SavedDit)> {
         let _range = profile::range(c"forward");
-        image.expect_rank("dit", "image", 4, "[batch, height, width, channels]")?;
+        image.ensure_rank("dit", "image", 4, "[batch, height, width, channels]")?;
         let batch = image.dim(0);
         if captions.len() != batch || times.len() != batch {
             return Err(Error::invalid(format!(
@@ -268,7 +268,7 @@ impl Dit {
         dv: &Tensor,
         kept: SavedDit,
         gradients: &mut Parts<Gradients>,
-        (reach, order): (&Reach, &Order),
+        (reach, order): (&GradPlan, &Order),
         finished: &mut Finished<'_>,
     ) -> Result<()> {
         let _range = profile::range(c"backward");

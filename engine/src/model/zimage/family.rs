@@ -8,7 +8,7 @@ use super::config::{DitConfig, DitSurvey};
 use super::config_file::{CLASS, ConfigFile};
 use super::{HEAD_PREFIX, Parts, ZImage, names};
 use crate::error::{Error, Result};
-use crate::layers::{Meta, ParamSource, metas};
+use crate::layers::{NamedParameter, ParamSource, metas};
 use crate::model::config::ModelKind;
 use crate::model::detailer::DetailerLayout;
 use crate::model::family::{Ends, Family, Meaning, TransformerConfig};
@@ -70,7 +70,7 @@ impl Family for ZImageFamily {
         }
     }
 
-    fn outline(&self, params: &dyn ParamSource) -> Vec<Meta> {
+    fn outline(&self, params: &dyn ParamSource) -> Vec<NamedParameter> {
         let survey = DitSurvey::of(params);
         let blocks = |found: &BTreeSet<usize>| found.last().map_or(1, |last| last + 1);
         let refiners = [blocks(&survey.noise_refiners), blocks(&survey.context_refiners)];
@@ -106,7 +106,7 @@ impl Family for ZImageFamily {
         })
     }
 
-    fn expect_config(&self, path: &Path) -> Result<()> {
+    fn ensure_config(&self, path: &Path) -> Result<()> {
         ConfigFile::read(path).map(|_| ())
     }
 

@@ -114,7 +114,7 @@ impl Layout {
     ///
     /// # Errors
     /// Naming the item.
-    pub fn expect_lengths(&self, captions: &[&Tensor]) -> Result<()> {
+    pub fn ensure_lengths(&self, captions: &[&Tensor]) -> Result<()> {
         let found: Vec<usize> = captions.iter().map(|caption| caption.dim(1)).collect();
         match found == self.lengths {
             true => Ok(()),

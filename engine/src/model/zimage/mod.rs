@@ -213,7 +213,7 @@ impl Dit {
         device: &Device,
         loaded: &mut dyn FnMut(usize, usize) -> Result<()>,
     ) -> Result<Self> {
-        spec.expect_runs_on(device)?;
+        spec.ensure_runs_on(device)?;
         let mut parts = Loader::load(&spec.describe()?, params, device, loaded)?;
         if let Output::Pixel(head) = &mut parts.output {
             head.arrange(device)?;
@@ -243,8 +243,8 @@ impl Dit {
 
     fn layout(&self, captions: &[&Tensor], size: [usize; 2], tables: &mut RopeTables) -> Result<Layout> {
         for caption in captions {
-            caption.expect_rank("dit", "caption", 3, "[1, tokens, width]")?;
-            caption.expect_shape("dit", "caption", [1, caption.dim(1), self.config.caption_width])?;
+            caption.ensure_rank("dit", "caption", 3, "[1, tokens, width]")?;
+            caption.ensure_shape("dit", "caption", [1, caption.dim(1), self.config.caption_width])?;
         }
         let lengths: Vec<usize> = captions.iter().map(|caption| caption.dim(1)).collect();
         Layout::new(&self.config, &self.device, &lengths, size, tables)
@@ -374,7 +374,7 @@ impl Dit {
     fn embed_image(&self, image: &Tensor, layout: &Layout) -> Result<Tensor> {
         let _range = profile::range(c"patch_embed");
         let [height, width] = layout.grid.map(|extent| extent * self.config.patch);
-        image.expect_shape("dit", "image", [layout.batch(), height, width, self.config.in_channels])?;
+        image.ensure_shape("dit", "image", [layout.batch(), height, width, self.config.in_channels])?;
         let mut embedded = self.parts.patch_embed(image, self.config.patch)?;
         if let Some(lengths) = &layout.image_lengths {
             embedded = pad_tokens(&embedded, layout.image_tokens)?;
@@ -401,7 +401,7 @@ impl Denoiser for Dit {
     fn prepare_into(&self, captions: &[&Tensor], prepared: &mut Prepared) -> Result<()> {
         let _range = profile::range(c"prepare");
         let ready: &mut Ready = prepared.inner_mut()?;
-        ready.layout.expect_lengths(captions)?;
+        ready.layout.ensure_lengths(captions)?;
         let features = self.normalise_captions(captions, &ready.layout)?.1;
         let embedded = self.embed_captions(&features, &ready.layout)?;
         let refined = self.refine_captions(embedded, &ready.layout, None)?;

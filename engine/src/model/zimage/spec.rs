@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use super::backward::Reach;
+use super::backward::GradPlan;
 use super::family::{FINAL_LAYER, INPUT};
 use super::sizes::ZImage;
 use super::trained::TrainedDit;
 use super::{Block, Dit, TOKEN_MULTIPLE};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::layers::{Choose, Meta, Module, ParamSource, Trained, metas};
+use crate::layers::{Choose, Module, NamedParameter, ParamSource, Trained, metas};
 use crate::model::config::ModelKind;
 use crate::model::denoiser::{Denoiser, Geometry, Trainable, TrainingChoice};
 use crate::model::detailer::DetailerLayout;
@@ -72,7 +72,7 @@ impl Spec for ZImage {
         self.head.as_ref()
     }
 
-    fn metas(&self) -> Vec<Meta> {
+    fn metas(&self) -> Vec<NamedParameter> {
         let described = self.describe();
         described.map_or_else(|_| Vec::new(), |parts| metas(&parts).into_iter().cloned().collect())
     }
@@ -126,9 +126,9 @@ impl Spec for ZImage {
         }))
     }
 
-    fn expect_runs_on(&self, device: &Device) -> Result<()> {
-        self.config.expect_runs_on(device)?;
-        self.head.as_ref().map_or(Ok(()), |head| head.expect_runs_on(device))
+    fn ensure_runs_on(&self, device: &Device) -> Result<()> {
+        self.config.ensure_runs_on(device)?;
+        self.head.as_ref().map_or(Ok(()), |head| head.ensure_runs_on(device))
     }
 
     fn load(&self, params: &dyn ParamSource, device: &Device, loaded: &mut Loading<'_>) -> Result<Box<dyn Denoiser>> {
@@ -160,8 +160,8 @@ impl Spec for ZImage {
         }
         let trained = self
             .describe()?
-            .transform(&mut Choose(|meta: &Meta| (choice.trains)(meta)))?;
-        let reach = Reach::new(&trained, choice.recomputes);
+            .transform(&mut Choose(|meta: &NamedParameter| (choice.trains)(meta)))?;
+        let reach = GradPlan::new(&trained, choice.recomputes);
         let padded = |tokens: f64| (tokens / TOKEN_MULTIPLE as f64).ceil() * TOKEN_MULTIPLE as f64;
         let image = (height / patch) as f64 * (width / patch) as f64;
         let padded_image = padded(image);

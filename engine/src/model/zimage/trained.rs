@@ -2,13 +2,14 @@
 
 use std::sync::Mutex;
 
-use super::backward::{Order, Reach};
+use super::backward::{GradPlan, Order};
 use super::layout::RopeTables;
 use super::{Dit, Parts, ZImage};
 use crate::device::{Device, MemoryTag};
 use crate::error::Result;
 use crate::layers::{
-    Choose, Gradients, MakeSlots, Meta, Module, ParamSource, Slot, slots, slots_mut, tensors, tensors_mut, trained,
+    Choose, Gradients, MakeSlots, Module, NamedParameter, ParamSource, Slot, slots, slots_mut, tensors, tensors_mut,
+    trained,
 };
 use crate::lock::lock;
 use crate::model::denoiser::{Denoiser, Finished, LossGradient, Noisy, Trainable, TrainingChoice};
@@ -21,7 +22,7 @@ const ROPE_TABLE_BYTES: usize = 256 << 20;
 pub(super) struct TrainedDit {
     dit: Dit,
     gradients: Parts<Gradients>,
-    reach: Reach,
+    reach: GradPlan,
     order: Order,
     keep_sums: bool,
     tables: Mutex<RopeTables>,
@@ -41,14 +42,14 @@ impl TrainedDit {
     ) -> Result<Self> {
         let chosen = spec
             .describe()?
-            .transform(&mut Choose(|meta: &Meta| (choice.trains)(meta)))?;
+            .transform(&mut Choose(|meta: &NamedParameter| (choice.trains)(meta)))?;
         let dit = Dit::load(spec, params, device, loaded)?;
         let _tag = MemoryTag::Gradients.scope();
         let gradients = dit.parts.transform(&mut MakeSlots(trained(&chosen).into_iter()))?;
         Ok(TrainedDit {
             order: Order::new(&gradients),
             gradients,
-            reach: Reach::new(&chosen, choice.recomputes),
+            reach: GradPlan::new(&chosen, choice.recomputes),
             keep_sums: choice.keep_sums,
             tables: Mutex::new(RopeTables::new(&spec.config, device, ROPE_TABLE_BYTES)),
             dit,

@@ -116,11 +116,11 @@ impl<'a> Problem<'a> {
             )));
         }
         let sizes = TokenSizes::of(OP, "qkv", qkv)?;
-        qkv.expect_shape(OP, "qkv", [sizes.batch, sizes.tokens, spec.packed_width()])?;
+        qkv.ensure_shape(OP, "qkv", [sizes.batch, sizes.tokens, spec.packed_width()])?;
         if let Some(lengths) = key_lengths {
-            lengths.expect_shape(OP, "key lengths", [sizes.batch])?;
-            lengths.expect_dtype(OP, "key lengths", DType::I32)?;
-            lengths.expect_device(OP, "key lengths", &qkv.device())?;
+            lengths.ensure_shape(OP, "key lengths", [sizes.batch])?;
+            lengths.ensure_dtype(OP, "key lengths", DType::I32)?;
+            lengths.ensure_device(OP, "key lengths", &qkv.device())?;
         }
         Ok(Problem {
             qkv,

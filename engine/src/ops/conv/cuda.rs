@@ -32,7 +32,7 @@ impl Call<'_> {
                 self.op
             )));
         };
-        let with_image = self.expect_kernel_sources()?;
+        let with_image = self.ensure_kernel_sources()?;
         if self.residual.is_some() && !sizes.outputs.is_multiple_of(8) {
             return Err(Error::invalid(format!(
                 "{}: the CUDA kernels add a residual of a multiple of 8 channels, not of {}",
@@ -151,7 +151,7 @@ impl Call<'_> {
     }
 
     /// Checks what the kernels ask of the sources' channels; returns whether the last source is an image.
-    pub(super) fn expect_kernel_sources(&self) -> Result<bool> {
+    pub(super) fn ensure_kernel_sources(&self) -> Result<bool> {
         let last = self.second.unwrap_or(self.x);
         let whole_vectors = |source: &Tensor| source.dim(3).is_multiple_of(8);
         let with_image = last.dim(3) <= MAX_IMAGE_CHANNELS && self.conv.kernel == 3 && !self.upsample;

@@ -1,12 +1,12 @@
 //! Gradients of linear layers; the formulas are in the parent's head comment.
 
-use super::{InputActivation, Matrix, cpu_matmul, expect_linear, with_last};
+use super::{InputActivation, Matrix, cpu_matmul, ensure_linear, with_last};
 use crate::device::{Args, CudaDevice, Matmul, MatmulOperands};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::elementwise::{silu, silu_slope};
 use crate::ops::sum_rows::add_row_sum;
-use crate::ops::{expect_parameter, grid};
+use crate::ops::{ensure_parameter, grid};
 use crate::tensor::Tensor;
 
 /// Where the gradients of a layer's parameters go, in the device's compute type, added to; `None` for frozen ones.
@@ -21,10 +21,10 @@ pub struct LinearGradients<'a> {
 impl LinearGradients<'_> {
     fn expect(&self, op: &'static str, outputs: usize, inputs: usize, x: &Tensor) -> Result<()> {
         if let Some(weight) = &self.weight {
-            expect_parameter(op, "weight gradient", weight, &[outputs, inputs], x)?;
+            ensure_parameter(op, "weight gradient", weight, &[outputs, inputs], x)?;
         }
         match &self.bias {
-            Some(bias) => expect_parameter(op, "bias gradient", bias, &[outputs], x),
+            Some(bias) => ensure_parameter(op, "bias gradient", bias, &[outputs], x),
             None => Ok(()),
         }
     }
@@ -36,10 +36,10 @@ impl LinearGradients<'_> {
 /// When shapes, types or devices do not fit.
 pub fn linear_backward_input(dy: &Tensor, weight: &Tensor) -> Result<Tensor> {
     const OP: &str = "linear_backward_input";
-    dy.expect_dtype(OP, "dy", dy.device().compute_dtype())?;
-    weight.expect_rank(OP, "weight", 2, "[out, in]")?;
+    dy.ensure_dtype(OP, "dy", dy.device().compute_dtype())?;
+    weight.ensure_rank(OP, "weight", 2, "[out, in]")?;
     let (outputs, inputs) = (weight.dim(0), weight.dim(1));
-    expect_parameter(OP, "weight", weight, &[outputs, inputs], dy)?;
+    ensure_parameter(OP, "weight", weight, &[outputs, inputs], dy)?;
     if dy.shape().last() != outputs {
         return Err(Error::Shape {
             op: OP,
@@ -85,10 +85,10 @@ pub fn linear_backward_weight(dy: &Tensor, x: &Tensor, gradients: LinearGradient
     const OP: &str = "linear_backward_weight";
     let (outputs, inputs, rows) = (dy.shape().last(), x.shape().last(), x.shape().rows());
     for (name, tensor) in [("dy", dy), ("x", x)] {
-        tensor.expect_dtype(OP, name, x.device().compute_dtype())?;
+        tensor.ensure_dtype(OP, name, x.device().compute_dtype())?;
     }
-    dy.expect_shape(OP, "dy", with_last(x.shape(), outputs))?;
-    dy.expect_device(OP, "dy", &x.device())?;
+    dy.ensure_shape(OP, "dy", with_last(x.shape(), outputs))?;
+    dy.ensure_device(OP, "dy", &x.device())?;
     gradients.expect(OP, outputs, inputs, x)?;
     if let Some(bias) = gradients.bias {
         add_row_sum(dy, bias)?;
@@ -145,15 +145,15 @@ pub fn linear_vectors_backward(
     dx: Option<&mut Tensor>,
 ) -> Result<()> {
     const OP: &str = "linear_vectors_backward";
-    x.expect_rank(OP, "x", 2, "[vectors, in]")?;
-    let (vectors, inputs, outputs) = expect_linear(OP, x, weight, None)?;
+    x.ensure_rank(OP, "x", 2, "[vectors, in]")?;
+    let (vectors, inputs, outputs) = ensure_linear(OP, x, weight, None)?;
     for (name, tensor, width) in [("x", x, inputs), ("dy", dy, outputs)]
         .into_iter()
         .chain(dx.as_deref().map(|dx| ("dx", dx, inputs)))
     {
-        tensor.expect_shape(OP, name, [vectors, width])?;
-        tensor.expect_dtype(OP, name, DType::F32)?;
-        tensor.expect_device(OP, name, &x.device())?;
+        tensor.ensure_shape(OP, name, [vectors, width])?;
+        tensor.ensure_dtype(OP, name, DType::F32)?;
+        tensor.ensure_device(OP, name, &x.device())?;
     }
     gradients.expect(OP, outputs, inputs, x)?;
     match x.cuda() {

@@ -17,8 +17,8 @@ const OP: &str = "resize_nearest_backward";
 /// # Errors
 /// When `dy` is no image or an extent is 0.
 pub fn resize_nearest_backward(dy: &Tensor, height: usize, width: usize) -> Result<Tensor> {
-    dy.expect_rank(OP, "dy", 4, "[batch, height, width, channels]")?;
-    dy.expect_dtype(OP, "dy", dy.device().compute_dtype())?;
+    dy.ensure_rank(OP, "dy", 4, "[batch, height, width, channels]")?;
+    dy.ensure_dtype(OP, "dy", dy.device().compute_dtype())?;
     if [dy.dim(1), dy.dim(2), height, width].contains(&0) {
         return Err(Error::invalid(format!(
             "{OP}: there is no resize of {height}x{width} to {}x{}",

@@ -6,7 +6,7 @@ use super::{GatedResidual, RmsNorm, RowLaunch, inverse_rms};
 use crate::device::{Args, CudaDevice};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::modulation::{VectorGradient, expect_gradient_table};
+use crate::ops::modulation::{VectorGradient, ensure_gradient_table};
 use crate::ops::sum_rows::{cpu_add, cpu_row_sums, cuda_add_partial_sums};
 use crate::ops::{Modulation, TokenSizes, grid};
 use crate::tensor::Tensor;
@@ -86,23 +86,23 @@ impl<'a> Branch<'a> {
         self.vectors.map_or(0, Modulation::stride)
     }
 
-    fn expect_parameters(&self, x: &Tensor, sizes: TokenSizes) -> Result<()> {
-        crate::ops::expect_parameter(self.op, "weight", self.weight, &[sizes.dim], x)?;
+    fn ensure_parameters(&self, x: &Tensor, sizes: TokenSizes) -> Result<()> {
+        crate::ops::ensure_parameter(self.op, "weight", self.weight, &[sizes.dim], x)?;
         match self.vectors {
             Some(vectors) => vectors.expect(self.op, "vectors", sizes.batch, sizes.dim, x),
             None => Ok(()),
         }
     }
 
-    fn expect_weight_gradient(&self, gradient: Option<&Tensor>, sizes: TokenSizes, x: &Tensor) -> Result<()> {
+    fn ensure_weight_gradient(&self, gradient: Option<&Tensor>, sizes: TokenSizes, x: &Tensor) -> Result<()> {
         match gradient {
-            Some(gradient) => crate::ops::expect_parameter(self.op, "weight gradient", gradient, &[sizes.dim], x),
+            Some(gradient) => crate::ops::ensure_parameter(self.op, "weight gradient", gradient, &[sizes.dim], x),
             None => Ok(()),
         }
     }
 
     /// Gradients of vectors are per item, so there must be vectors, one per item.
-    fn expect_vectors(&self, sizes: TokenSizes) -> Result<()> {
+    fn ensure_vectors(&self, sizes: TokenSizes) -> Result<()> {
         match self.vectors {
             Some(vectors) if vectors.items() == sizes.batch => Ok(()),
             Some(vectors) => Err(Error::invalid(format!(
@@ -126,15 +126,15 @@ impl<'a> Branch<'a> {
         gradients: NormGradients<'_>,
     ) -> Result<Tensor> {
         let sizes = TokenSizes::of(self.op, "x", x)?;
-        expect_like(self.op, "dy", dy, x)?;
+        ensure_like(self.op, "dy", dy, x)?;
         if let Some(residual) = residual {
-            expect_like(self.op, "residual", residual, x)?;
+            ensure_like(self.op, "residual", residual, x)?;
         }
-        self.expect_parameters(x, sizes)?;
-        self.expect_weight_gradient(gradients.weight.as_deref(), sizes, x)?;
+        self.ensure_parameters(x, sizes)?;
+        self.ensure_weight_gradient(gradients.weight.as_deref(), sizes, x)?;
         if let Some(vector) = &gradients.vector {
-            expect_gradient_table(self.op, vector.table, &[vector.index], [sizes.batch, sizes.dim], x)?;
-            self.expect_vectors(sizes)?;
+            ensure_gradient_table(self.op, vector.table, &[vector.index], [sizes.batch, sizes.dim], x)?;
+            self.ensure_vectors(sizes)?;
         }
         let mut dx = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
         match x.cuda() {
@@ -340,8 +340,8 @@ pub(in crate::ops) fn finish_sums(
     }
 }
 
-fn expect_like(op: &'static str, name: &str, tensor: &Tensor, x: &Tensor) -> Result<()> {
-    tensor.expect_shape(op, name, x.shape())?;
-    tensor.expect_dtype(op, name, x.dtype())?;
-    tensor.expect_device(op, name, &x.device())
+fn ensure_like(op: &'static str, name: &str, tensor: &Tensor, x: &Tensor) -> Result<()> {
+    tensor.ensure_shape(op, name, x.shape())?;
+    tensor.ensure_dtype(op, name, x.dtype())?;
+    tensor.ensure_device(op, name, &x.device())
 }

@@ -223,7 +223,7 @@ impl TrainConfig {
     ///
     /// # Errors
     /// Naming the key.
-    pub fn expect_named(&self, data_too: bool) -> Result<()> {
+    pub fn ensure_named(&self, data_too: bool) -> Result<()> {
         let named = [("model", &self.model), ("data", &self.data)];
         let wanted = if data_too { &named[..] } else { &named[..1] };
         match wanted.iter().find(|(_, path)| path.as_os_str().is_empty()) {

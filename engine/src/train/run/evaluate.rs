@@ -35,7 +35,7 @@ pub fn evaluate(
     device: &Device,
     observer: &mut dyn Observer,
 ) -> Result<Evaluation> {
-    config.expect_named(true)?;
+    config.ensure_named(true)?;
     let config = TrainConfig {
         validation: Some(config.data.clone()),
         held_out: 0,

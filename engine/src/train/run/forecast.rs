@@ -120,7 +120,7 @@ impl Forecast {
     /// # Errors
     /// When the model is missing or damaged, or the configuration does not suit it.
     pub fn new(config: &TrainConfig, ranks: usize, caption_tokens: usize, cuda: bool) -> Result<Self> {
-        config.expect_named(false)?;
+        config.ensure_named(false)?;
         let paths = source(config)?;
         let transformer = paths.open_transformer()?;
         let sizes = match made_spec(config, &transformer)? {
@@ -213,7 +213,7 @@ fn largest(sizing: &Sizing, multiple: usize) -> PictureSize {
 ///
 /// # Errors
 /// Naming what is needed, what there is, and ways out.
-pub(super) fn expect_room(sizes: &ModelSizes, config: &TrainConfig, work: &Work, device: &Device) -> Result<()> {
+pub(super) fn ensure_room(sizes: &ModelSizes, config: &TrainConfig, work: &Work, device: &Device) -> Result<()> {
     let available = device.available_memory()?;
     let needs = |recompute: Recompute, batch: usize| {
         let options = TrainOptions {

@@ -60,7 +60,7 @@ pub(super) fn find_candidates(run: &Path, resume: &Resume) -> Result<Candidates>
                 None => Err(Error::file(folder, "is the folder of a run that has no checkpoint yet")),
                 Some(newest) => {
                     if folder.canonicalize().ok() != run.canonicalize().ok() {
-                        expect_newest(run, newest)?;
+                        ensure_newest(run, newest)?;
                     }
                     Ok(found)
                 }
@@ -68,7 +68,7 @@ pub(super) fn find_candidates(run: &Path, resume: &Resume) -> Result<Candidates>
         }
         Resume::From(folder) => {
             let checkpoint = Checkpoint::open(folder).map_err(|error| unlike_a_checkpoint(folder, error))?;
-            expect_newest(run, &checkpoint)?;
+            ensure_newest(run, &checkpoint)?;
             Ok(Candidates {
                 checkpoints: vec![checkpoint],
                 named: true,
@@ -102,7 +102,7 @@ fn unlike_a_checkpoint(folder: &Path, error: Error) -> Error {
 
 /// Refuses to continue from a checkpoint where the run's folder holds newer ones: they belong to another continuation, and
 /// the next `auto` would take them for this one's.
-fn expect_newest(run: &Path, checkpoint: &Checkpoint) -> Result<()> {
+fn ensure_newest(run: &Path, checkpoint: &Checkpoint) -> Result<()> {
     let newest = checkpoint::list(run)?.pop();
     match newest.filter(|(step, _)| *step > checkpoint.state.step) {
         None => Ok(()),
@@ -125,12 +125,12 @@ impl Candidates {
                 Err(error) => self.refused.push((folder, error.to_string())),
             }
         }
-        self.expect_some()?;
+        self.ensure_some()?;
         Ok(self)
     }
 
     /// A run that has checkpoints never begins anew because none of them can be used.
-    fn expect_some(&self) -> Result<()> {
+    fn ensure_some(&self) -> Result<()> {
         match self.refused.first() {
             Some((_, reason)) if self.checkpoints.is_empty() => Err(Error::invalid(format!(
                 "none of the {} checkpoints can be used: {reason}; choose another --out to begin anew",
@@ -172,7 +172,7 @@ impl Candidates {
             };
             self.refused.push((checkpoint.folder().into(), reason));
         }
-        self.expect_some()?;
+        self.ensure_some()?;
         Ok(None)
     }
 

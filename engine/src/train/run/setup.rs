@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use super::choices::Noise;
 use super::config::TrainConfig;
 use super::feeder::Feeder;
-use super::forecast::{ModelSizes, Work, expect_room};
+use super::forecast::{ModelSizes, Work, ensure_room};
 use super::progress::Progress;
 use super::samples::Sheet;
 use super::start::starting_model;
@@ -88,7 +88,7 @@ impl Setup {
         let guided = settings.cfg != 1.0;
         let (captions, longest) = data.encode_captions(guided, progress)?;
         let sizes = ModelSizes::of(pipeline.transformer(), pipeline.paths().vae.as_deref())?;
-        expect_room(&sizes, config, &data.largest_batch(longest, division), device)?;
+        ensure_room(&sizes, config, &data.largest_batch(longest, division), device)?;
         let [latents, held_out_latents] = data.encode_latents(progress)?;
         let Data { train, held_out, .. } = data;
         let room = Room::new(host_cache(config)?);

@@ -43,7 +43,7 @@ pub(super) fn starting_model(config: &TrainConfig, run: &Path, progress: &mut Pr
     let mut sums = Checksums::read(run)?.unwrap_or_default();
     let sound = match path.exists() {
         true => {
-            expect_made_by(&path, &made_by)?;
+            ensure_made_by(&path, &made_by)?;
             check(&path, &mut sums, progress)?
         }
         false => false,
@@ -195,7 +195,7 @@ fn made_by(config: &TrainConfig, source: &Transformer) -> Result<String> {
     Ok(by.to_string())
 }
 
-fn expect_made_by(path: &Path, made_by: &str) -> Result<()> {
+fn ensure_made_by(path: &Path, made_by: &str) -> Result<()> {
     let file = SafetensorsFile::open(path)?;
     match file.metadata().get(METADATA).map(String::as_str) == Some(made_by) {
         true => Ok(()),

@@ -134,7 +134,7 @@ fn train_among(
     let world = &*ranks.world;
     let mut progress = Progress { observer };
     let lock = world.on_first("lock of the folder", || {
-        config.expect_named(true)?;
+        config.ensure_named(true)?;
         std::fs::create_dir_all(run).map_err(|error| Error::io(run, error))?;
         let lock = FolderLock::acquire(run, "l2p-train")?;
         checkpoint::remove_leftovers(run);

@@ -107,13 +107,13 @@ impl<'a> Gradient<'a> {
     ) -> Result<Self> {
         let forward = Problem::new(qkv, spec, key_lengths)?;
         for (name, tensor) in [("dy", dy), ("out", out)] {
-            tensor.expect_shape(OP, name, [forward.batch, forward.tokens, spec.width()])?;
-            tensor.expect_dtype(OP, name, qkv.dtype())?;
-            tensor.expect_device(OP, name, &qkv.device())?;
+            tensor.ensure_shape(OP, name, [forward.batch, forward.tokens, spec.width()])?;
+            tensor.ensure_dtype(OP, name, qkv.dtype())?;
+            tensor.ensure_device(OP, name, &qkv.device())?;
         }
-        lse.expect_shape(OP, "lse", [forward.batch, spec.heads, forward.tokens])?;
-        lse.expect_dtype(OP, "lse", DType::F32)?;
-        lse.expect_device(OP, "lse", &qkv.device())?;
+        lse.ensure_shape(OP, "lse", [forward.batch, spec.heads, forward.tokens])?;
+        lse.ensure_dtype(OP, "lse", DType::F32)?;
+        lse.ensure_device(OP, "lse", &qkv.device())?;
         Ok(Gradient { forward, dy, out, lse })
     }
 }

@@ -49,7 +49,7 @@ pub fn conv2d_silu_with_sum(x: &Tensor, second: Option<&Tensor>, conv: &Conv) ->
 /// When shapes, types or devices do not fit.
 pub fn conv3x3_silu_pool_with_sum(x: &Tensor, conv: &Conv) -> Result<(Tensor, Tensor, Tensor)> {
     let gradient = Gradient::new("conv3x3_silu_pool", x, None, conv, false)?;
-    gradient.call.expect_3x3()?;
+    gradient.call.ensure_3x3()?;
     let sum = conv2d(x, None, conv, Activation::None, None)?;
     let (batch, height, width) = (sum.dim(0), sum.dim(1) / 2, sum.dim(2) / 2);
     let mut pooled = Tensor::empty_compute(&x.device(), [batch, height, width, sum.dim(3)])?;

@@ -83,7 +83,7 @@ pub fn conv2d_backward(
 ) -> Result<SourceGrads> {
     let ConvSaved { x, second, sum } = saved;
     let gradient = Gradient::new("conv2d_backward", x, second, conv, false)?;
-    gradient.expect_compute("dy", dy)?;
+    gradient.ensure_compute("dy", dy)?;
     let grads = gradient.parameters(grads)?;
     let ds = match activation {
         Activation::None => dy.clone(),
@@ -107,9 +107,9 @@ pub fn conv3x3_silu_pool_backward(
 ) -> Result<Option<Tensor>> {
     let ConvSaved { x, second, sum } = saved;
     let gradient = Gradient::new("conv3x3_silu_pool_backward", x, second, conv, false)?;
-    gradient.call.expect_3x3()?;
-    gradient.expect_compute("d_full", d_full)?;
-    gradient.expect_compute("full", full)?;
+    gradient.call.ensure_3x3()?;
+    gradient.ensure_compute("d_full", d_full)?;
+    gradient.ensure_compute("full", full)?;
     let Sizes {
         batch,
         height,
@@ -117,9 +117,9 @@ pub fn conv3x3_silu_pool_backward(
         outputs,
         ..
     } = gradient.sizes;
-    d_pooled.expect_shape(gradient.call.op, "d_pooled", [batch, height / 2, width / 2, outputs])?;
-    d_pooled.expect_dtype(gradient.call.op, "d_pooled", x.device().compute_dtype())?;
-    d_pooled.expect_device(gradient.call.op, "d_pooled", &x.device())?;
+    d_pooled.ensure_shape(gradient.call.op, "d_pooled", [batch, height / 2, width / 2, outputs])?;
+    d_pooled.ensure_dtype(gradient.call.op, "d_pooled", x.device().compute_dtype())?;
+    d_pooled.ensure_device(gradient.call.op, "d_pooled", &x.device())?;
     let grads = gradient.parameters(grads)?;
     let ds = gradient.through_silu(d_full, Some([d_pooled, full]), sum)?;
     Ok(gradient.finish(&ds, [want, false], grads)?.x)
@@ -137,8 +137,8 @@ pub fn upsample_conv3x3_backward(
     grads: Option<ConvGrads<'_>>,
 ) -> Result<Option<Tensor>> {
     let gradient = Gradient::new("upsample_conv3x3_backward", x, None, conv, true)?;
-    gradient.call.expect_3x3()?;
-    gradient.expect_compute("dy", dy)?;
+    gradient.call.ensure_3x3()?;
+    gradient.ensure_compute("dy", dy)?;
     let grads = gradient.parameters(grads)?;
     Ok(gradient.finish(dy, [want, false], grads)?.x)
 }
@@ -157,9 +157,9 @@ pub fn conv2d_f32_backward(
     grads: Option<ConvGrads<'_>>,
 ) -> Result<Option<Tensor>> {
     let gradient = Gradient::new("conv2d_f32_backward", x, None, conv, false)?;
-    gradient.expect_result("dy", dy)?;
+    gradient.ensure_result("dy", dy)?;
     if dy.dtype() != DType::F32 {
-        dy.expect_dtype(gradient.call.op, "dy", x.device().compute_dtype())?;
+        dy.ensure_dtype(gradient.call.op, "dy", x.device().compute_dtype())?;
     }
     let grads = gradient.parameters(grads)?;
     if let Some(device) = x.cuda()
@@ -200,7 +200,7 @@ impl<'a> Gradient<'a> {
     }
 
     /// Checks a tensor of the result's shape.
-    fn expect_result(&self, name: &str, tensor: &Tensor) -> Result<()> {
+    fn ensure_result(&self, name: &str, tensor: &Tensor) -> Result<()> {
         let Sizes {
             batch,
             height,
@@ -208,21 +208,21 @@ impl<'a> Gradient<'a> {
             outputs,
             ..
         } = self.sizes;
-        tensor.expect_shape(self.call.op, name, [batch, height, width, outputs])?;
-        tensor.expect_device(self.call.op, name, &self.call.x.device())
+        tensor.ensure_shape(self.call.op, name, [batch, height, width, outputs])?;
+        tensor.ensure_device(self.call.op, name, &self.call.x.device())
     }
 
-    fn expect_compute(&self, name: &str, tensor: &Tensor) -> Result<()> {
-        self.expect_result(name, tensor)?;
-        tensor.expect_dtype(self.call.op, name, self.call.x.device().compute_dtype())
+    fn ensure_compute(&self, name: &str, tensor: &Tensor) -> Result<()> {
+        self.ensure_result(name, tensor)?;
+        tensor.ensure_dtype(self.call.op, name, self.call.x.device().compute_dtype())
     }
 
     /// The gradients of weight and bias, checked.
     fn parameters<'g>(&self, grads: Option<ConvGrads<'g>>) -> Result<Option<ConvGrads<'g>>> {
         if let Some(ConvGrads { weight, bias }) = &grads {
             let (op, x, conv) = (self.call.op, self.call.x, self.call.conv);
-            super::expect_parameter(op, "the weight's gradient", weight, &conv.weight.shape(), x)?;
-            super::expect_parameter(op, "the bias's gradient", bias, &conv.bias.shape(), x)?;
+            super::ensure_parameter(op, "the weight's gradient", weight, &conv.weight.shape(), x)?;
+            super::ensure_parameter(op, "the bias's gradient", bias, &conv.bias.shape(), x)?;
         }
         Ok(grads)
     }
@@ -230,7 +230,7 @@ impl<'a> Gradient<'a> {
     /// The sum, kept or computed again.
     fn sum(&self, kept: Option<Tensor>) -> Result<Tensor> {
         match kept {
-            Some(sum) => self.expect_compute("sum", &sum).map(|()| sum),
+            Some(sum) => self.ensure_compute("sum", &sum).map(|()| sum),
             None => conv2d(self.call.x, self.call.second, self.call.conv, Activation::None, None),
         }
     }
@@ -244,7 +244,7 @@ impl<'a> Gradient<'a> {
             )));
         }
         if self.call.x.cuda().is_some() {
-            self.expect_kernels()?;
+            self.ensure_kernels()?;
         }
         if let Some(grads) = grads {
             self.add_parameter_gradients(ds, grads)?;
@@ -253,8 +253,8 @@ impl<'a> Gradient<'a> {
     }
 
     /// Checks what the CUDA kernels ask of the channels.
-    fn expect_kernels(&self) -> Result<()> {
-        self.call.expect_kernel_sources()?;
+    fn ensure_kernels(&self) -> Result<()> {
+        self.call.ensure_kernel_sources()?;
         let (conv, outputs) = (self.call.conv, self.sizes.outputs);
         if outputs.is_multiple_of(8) || (conv.kernel == 3 && outputs <= MAX_IMAGE_CHANNELS) {
             return Ok(());

@@ -1,10 +1,10 @@
 //! The backward pass of a gated residual and the normalisation after it, which share one kernel.
 
-use super::{Branch, IMAGE, NormGradients, expect_like, finish_sums};
+use super::{Branch, IMAGE, NormGradients, ensure_like, finish_sums};
 use crate::device::{Args, CudaDevice};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::modulation::{VectorGradient, expect_gradient_table};
+use crate::ops::modulation::{VectorGradient, ensure_gradient_table};
 use crate::ops::rms_norm::{GatedResidual, RmsNorm, RowLaunch, cpu_gated_residual};
 use crate::ops::{Modulation, TokenSizes};
 use crate::tensor::Tensor;
@@ -54,7 +54,7 @@ pub fn gated_residual_rms_norm_backward(
         d_normalised,
         sizes: TokenSizes::of(OP, "x", x)?,
     };
-    pair.expect_fit(&gradients)?;
+    pair.ensure_fit(&gradients)?;
     let mut dx = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
     let mut dy = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
     match x.cuda() {
@@ -81,7 +81,7 @@ struct Pair<'a> {
 impl Pair<'_> {
     /// # Errors
     /// When shapes, types or devices do not fit, or the operations' settings do not go together.
-    fn expect_fit(&self, gradients: &ResidualNormGradients<'_>) -> Result<()> {
+    fn ensure_fit(&self, gradients: &ResidualNormGradients<'_>) -> Result<()> {
         let (x, sizes) = (self.x, self.sizes);
         let others = [
             ("y", self.y),
@@ -89,23 +89,23 @@ impl Pair<'_> {
             ("d_normalised", self.d_normalised),
         ];
         for (name, tensor) in others {
-            expect_like(OP, name, tensor, x)?;
+            ensure_like(OP, name, tensor, x)?;
         }
-        self.branch.expect_parameters(x, sizes)?;
-        self.after.expect_parameters(x, sizes)?;
+        self.branch.ensure_parameters(x, sizes)?;
+        self.after.ensure_parameters(x, sizes)?;
         if self.after.epsilon != self.branch.epsilon {
             return Err(Error::invalid(format!(
                 "{OP}: both normalisations must have the same epsilon"
             )));
         }
         self.branch
-            .expect_weight_gradient(gradients.weight.as_deref(), sizes, x)?;
+            .ensure_weight_gradient(gradients.weight.as_deref(), sizes, x)?;
         self.after
-            .expect_weight_gradient(gradients.next_weight.as_deref(), sizes, x)?;
+            .ensure_weight_gradient(gradients.next_weight.as_deref(), sizes, x)?;
         if let Some((table, indices)) = &gradients.vectors {
-            expect_gradient_table(OP, table, indices, [sizes.batch, sizes.dim], x)?;
-            self.branch.expect_vectors(sizes)?;
-            self.after.expect_vectors(sizes)?;
+            ensure_gradient_table(OP, table, indices, [sizes.batch, sizes.dim], x)?;
+            self.branch.ensure_vectors(sizes)?;
+            self.after.ensure_vectors(sizes)?;
         }
         Ok(())
     }

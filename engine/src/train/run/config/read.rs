@@ -318,8 +318,8 @@ mod tests {
         }
         assert!(message(&[("size", "64x64"), ("max_pixels", "9")]).contains("exclude each other"));
         let modest = TrainConfig::read(None, &flags(&[("model", "m"), ("profile", "true")])).unwrap();
-        modest.expect_named(false).unwrap();
-        let missing = modest.expect_named(true).unwrap_err().to_string();
+        modest.ensure_named(false).unwrap();
+        let missing = modest.ensure_named(true).unwrap_err().to_string();
         assert_eq!(missing, "no data: say data = \"…\" in the configuration, or --data");
         let message = from_file("model = \"m\"\ndata = \"d\"\nweight_deacy = 1", &[])
             .unwrap_err()
