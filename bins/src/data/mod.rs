@@ -85,15 +85,7 @@ fn synthesize_set(arguments: &Synthesize, device: Device, world: &World) -> anyh
         extension: arguments.extension().into(),
         cache: arguments.cache.clone().unwrap_or_else(|| arguments.out.join("cache")),
     };
-    let mut prompts = std::hash::DefaultHasher::new();
-    jobs.hash(&mut prompts);
-    let asked = format!(
-        "{settings:?}\n{}\n{}\nprompts {:x}",
-        arguments.rng,
-        arguments.extension(),
-        prompts.finish()
-    );
-    world.agree("settings", asked.as_bytes())?;
+    agree(arguments, &jobs, &settings, world)?;
     say(format_args!(
         "{} pictures of {}x{} on {}{}, {batch} at once: {} steps, shift {}, cfg {}",
         jobs.len(),
@@ -141,6 +133,15 @@ fn synthesize_set(arguments: &Synthesize, device: Device, world: &World) -> anyh
         true => tell(arguments, &report, started.elapsed()),
         false => Ok(()),
     }
+}
+
+/// Sees to it that all ranks draw the same.
+fn agree(arguments: &Synthesize, jobs: &[SynthesisJob], settings: &Settings, world: &World) -> anyhow::Result<()> {
+    let mut prompts = std::hash::DefaultHasher::new();
+    jobs.hash(&mut prompts);
+    let (rng, extension, prompts) = (arguments.rng, arguments.extension(), prompts.finish());
+    let asked = format!("{settings:?}\n{rng}\n{extension}\nprompts {prompts:x}");
+    Ok(world.agree("settings", asked.as_bytes())?)
 }
 
 fn tell(arguments: &Synthesize, report: &SynthesisReport, taken: Duration) -> anyhow::Result<()> {

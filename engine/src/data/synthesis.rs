@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -100,6 +100,9 @@ impl Line {
     }
 }
 
+/// Told what is done, how much of it, and how much there is; an error ends the work.
+type Progress<'a> = dyn FnMut(&'static str, usize, usize) -> Result<()> + 'a;
+
 /// Draws the pictures of `jobs` that `folder` does not hold yet, as one of the ranks of `world`, which all see the same folder.
 /// `progress(what, done, total)` is called between parts of the work; an error from it ends the work, and what was drawn so far stays.
 ///
@@ -145,90 +148,126 @@ pub fn synthesize(
     })?;
     let loaded = pipeline.load(&mut |done, total| progress("loading the model", done, total));
     world.together("model", loaded)?;
-    let pictures = Pictures {
-        folder,
-        jobs,
-        settings: options.settings,
-        extension: &options.extension,
-    };
-    let mut metadata = match world.is_first() {
-        true => Some(Metadata::open(&pictures, lines, &missing)?),
+    let metadata = match world.is_first() {
+        true => Some(Metadata::open(folder, lines)?),
         false => None,
     };
-    let (drawn, batches) = sync_channel::<(Vec<usize>, Vec<Vec<u8>>)>(1);
-    let (told, written) = channel::<Vec<usize>>();
-    let outcome = std::thread::scope(|scope| {
-        let writing = scope.spawn(|| pictures.write_all(batches, told));
-        let mut turn = Turn {
-            world,
-            written: &written,
-            metadata: metadata.as_mut(),
-        };
-        let drawing = || -> Result<()> {
-            // Moved in, so that the writer learns of the end.
-            let drawn = drawn;
-            let own = missing.len().div_ceil(world.size());
-            let mut step = Steps {
-                done: 0,
-                total: own * options.settings.steps,
-                progress: &mut progress,
-            };
-            let batches: Vec<&[usize]> = missing.chunks(options.batch.max(1)).collect();
-            for round in batches.chunks(world.size()) {
-                let mut draw_own = || -> Result<()> {
-                    step.tell(0)?;
-                    let Some(numbers) = round.get(world.rank()) else {
-                        return Ok(());
-                    };
-                    let part: Vec<&SynthesisJob> = numbers.iter().map(|&number| &jobs[number]).collect();
-                    let pictures = draw(pipeline, &store, &part, options, &mut |steps| {
-                        step.tell(steps * part.len())
-                    })?;
-                    step.done += options.settings.steps * part.len();
-                    match drawn.send((numbers.to_vec(), pictures)) {
-                        Ok(()) => Ok(()),
-                        // The writer has ended with an error, which is the one to tell.
-                        Err(_) => Err(Error::invalid("pictures cannot be written")),
-                    }
-                };
-                world.together("drawing", draw_own())?;
-                turn.note()?;
-            }
-            step.tell(step.total - step.done)
-        };
-        let drawing = drawing();
-        let written = writing.join();
-        let written =
-            written.unwrap_or_else(|_| Err(Error::invalid("the thread that writes pictures stopped unexpectedly")));
-        // A disk that is full explains more than what followed from it.
-        let outcome = written.and(drawing);
-        if matches!(outcome, Err(Error::PeerLost { .. })) {
-            return outcome;
-        }
-        // What was written before a fault is there.
-        let outcome = world.together("pictures", outcome);
-        turn.note().and(outcome)
-    });
-    outcome?;
+    let drawing = Drawing {
+        folder,
+        jobs,
+        missing: &missing,
+        options,
+        world,
+        store: &store,
+    };
+    drawing.run(pipeline, metadata, &mut progress)?;
     report.drawn = missing.len();
     Ok(report)
 }
 
-/// Where ranks tell each other what is on the disk.
-struct Turn<'a, 'b> {
+/// Pictures, row by row, with the numbers of their jobs.
+type Batch = (Vec<usize>, Vec<Vec<u8>>);
+
+/// Pictures to be drawn, by ranks in turn.
+struct Drawing<'a> {
+    folder: &'a Path,
+    jobs: &'a [SynthesisJob],
+    /// Those without a whole picture, in the order of their lines.
+    missing: &'a [usize],
+    options: &'a SynthesisOptions,
     world: &'a World,
-    written: &'a Receiver<Vec<usize>>,
-    /// On the first rank.
-    metadata: Option<&'a mut Metadata<'b>>,
+    store: &'a FeatureStore,
 }
 
-impl Turn<'_, '_> {
+impl Drawing<'_> {
+    /// Draws this rank's, and writes them on a thread of its own; `metadata` is the first rank's.
+    fn run(&self, pipeline: &mut Pipeline, metadata: Option<Metadata>, progress: &mut Progress<'_>) -> Result<()> {
+        let pictures = Pictures {
+            folder: self.folder,
+            jobs: self.jobs,
+            settings: self.options.settings,
+            extension: &self.options.extension,
+        };
+        let (drawn, batches) = sync_channel::<Batch>(1);
+        let (told, written) = channel::<Vec<usize>>();
+        std::thread::scope(|scope| {
+            let writing = scope.spawn(|| pictures.write_all(batches, &told));
+            let mut turn = Turn {
+                drawing: self,
+                pictures: &pictures,
+                written: &written,
+                metadata,
+            };
+            let drawing = self.draw_all(pipeline, drawn, &mut turn, progress);
+            let written = writing.join();
+            let written =
+                written.unwrap_or_else(|_| Err(Error::invalid("the thread that writes pictures stopped unexpectedly")));
+            // A disk that is full explains more than what followed from it.
+            let outcome = written.and(drawing);
+            if matches!(outcome, Err(Error::PeerLost { .. })) {
+                return outcome;
+            }
+            // What was written before a fault is there.
+            let outcome = self.world.together("pictures", outcome);
+            turn.note().and(outcome)
+        })
+    }
+
+    fn draw_all(
+        &self,
+        pipeline: &mut Pipeline,
+        drawn: SyncSender<Batch>,
+        turn: &mut Turn<'_>,
+        progress: &mut Progress<'_>,
+    ) -> Result<()> {
+        let (options, ranks) = (self.options, self.world.size());
+        let mut step = Steps {
+            done: 0,
+            total: self.missing.len().div_ceil(ranks) * options.settings.steps,
+            progress,
+        };
+        let batches: Vec<&[usize]> = self.missing.chunks(options.batch.max(1)).collect();
+        for round in batches.chunks(ranks) {
+            let mut draw_own = || -> Result<()> {
+                step.tell(0)?;
+                let Some(numbers) = round.get(self.world.rank()) else {
+                    return Ok(());
+                };
+                let part: Vec<&SynthesisJob> = numbers.iter().map(|&number| &self.jobs[number]).collect();
+                let pictures = draw(pipeline, self.store, &part, options, &mut |steps| {
+                    step.tell(steps * part.len())
+                })?;
+                step.done += options.settings.steps * part.len();
+                // Where the writer has ended with an error, that is the one to tell.
+                let sent = drawn.send((numbers.to_vec(), pictures));
+                sent.map_err(|_| Error::invalid("pictures cannot be written"))
+            };
+            self.world.together("drawing", draw_own())?;
+            turn.note()?;
+        }
+        step.tell(0)
+    }
+}
+
+/// Where ranks tell each other what is on the disk.
+struct Turn<'a> {
+    drawing: &'a Drawing<'a>,
+    pictures: &'a Pictures<'a>,
+    written: &'a Receiver<Vec<usize>>,
+    /// On the first rank.
+    metadata: Option<Metadata>,
+}
+
+impl Turn<'_> {
     /// Adds to the metadata what all ranks have written since the last time.
     fn note(&mut self) -> Result<()> {
         let own: Vec<usize> = self.written.try_iter().flatten().collect();
-        let all = self.world.share("written pictures", own)?;
+        let all = self.drawing.world.share("written pictures", own)?;
         match &mut self.metadata {
-            Some(metadata) => metadata.add(all.into_iter().flatten()),
+            Some(metadata) => {
+                metadata.waiting.extend(all.into_iter().flatten());
+                metadata.add(self.drawing.missing, self.pictures)
+            }
             None => Ok(()),
         }
     }
@@ -248,14 +287,14 @@ fn clear_up(folder: &Path) {
 }
 
 /// Tells how far the drawing is, in denoising steps of one picture.
-struct Steps<'a> {
+struct Steps<'a, 'b> {
     /// Those of the batches before.
     done: usize,
     total: usize,
-    progress: &'a mut dyn FnMut(&'static str, usize, usize) -> Result<()>,
+    progress: &'a mut Progress<'b>,
 }
 
-impl Steps<'_> {
+impl Steps<'_, '_> {
     fn tell(&mut self, more: usize) -> Result<()> {
         (self.progress)("drawing, in steps of a picture", self.done + more, self.total)
     }
@@ -439,7 +478,7 @@ struct Pictures<'a> {
 
 impl Pictures<'_> {
     /// Writes batches until there are no more; each comes with the numbers of its jobs, which are told once they are on the disk.
-    fn write_all(&self, batches: Receiver<(Vec<usize>, Vec<Vec<u8>>)>, told: Sender<Vec<usize>>) -> Result<()> {
+    fn write_all(&self, batches: Receiver<Batch>, told: &Sender<Vec<usize>>) -> Result<()> {
         for (numbers, pictures) in batches {
             let numbered: Vec<(usize, Vec<u8>)> = numbers.into_iter().zip(pictures).collect();
             let paths = numbered
@@ -481,52 +520,45 @@ impl Pictures<'_> {
 }
 
 /// The lines of pictures that are on the disk.
-struct Metadata<'a> {
-    pictures: &'a Pictures<'a>,
+struct Metadata {
+    path: PathBuf,
     file: File,
     /// Pictures that had a line before.
     lines: usize,
-    /// The pictures to come, in the order of their lines, and how many of them are noted.
-    missing: &'a [usize],
+    /// How many of the missing ones are noted.
     noted: usize,
     /// On the disk, but one before them is not yet.
     waiting: BTreeSet<usize>,
 }
 
-impl<'a> Metadata<'a> {
-    fn open(pictures: &'a Pictures<'a>, lines: usize, missing: &'a [usize]) -> Result<Self> {
-        let path = pictures.folder.join(METADATA);
+impl Metadata {
+    fn open(folder: &Path, lines: usize) -> Result<Self> {
+        let path = folder.join(METADATA);
         let file = OpenOptions::new().create(true).append(true).open(&path);
         let file = file.map_err(|error| Error::io(&path, error))?;
-        files::sync_folder(pictures.folder);
+        files::sync_folder(folder);
         Ok(Metadata {
-            pictures,
+            path,
             file,
             lines,
-            missing,
             noted: 0,
             waiting: BTreeSet::new(),
         })
     }
 
     /// Adds lines of pictures that are on the disk now, as soon as all before them have theirs, and brings them onto the disk.
-    fn add(&mut self, numbers: impl Iterator<Item = usize>) -> Result<()> {
-        self.waiting.extend(numbers);
+    fn add(&mut self, missing: &[usize], pictures: &Pictures<'_>) -> Result<()> {
         let mut text = Vec::new();
-        while let Some(number) = self
-            .missing
-            .get(self.noted)
-            .filter(|number| self.waiting.remove(number))
-        {
+        while let Some(&number) = missing.get(self.noted).filter(|number| self.waiting.remove(number)) {
             self.noted += 1;
             // One that is drawn again has its line.
-            if *number >= self.lines {
-                let line = self.pictures.line(*number);
+            if number >= self.lines {
+                let line = pictures.line(number);
                 serde_json::to_writer(&mut text, &line).map_err(|error| Error::invalid(error.to_string()))?;
                 text.push(b'\n');
             }
         }
         let written = self.file.write_all(&text).and_then(|()| self.file.sync_data());
-        written.map_err(|error| Error::io(self.pictures.folder.join(METADATA), error))
+        written.map_err(|error| Error::io(&self.path, error))
     }
 }

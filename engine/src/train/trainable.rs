@@ -23,6 +23,9 @@ use crate::tensor::Tensor;
 /// Reads a named array of a checkpoint's state of the given shape, on another thread than the one that takes it up.
 pub type ReadState<'a> = dyn FnMut(&str, &[usize]) -> Result<Vec<f32>> + Send + 'a;
 
+/// Reads elements of a named array of a checkpoint's state.
+pub type ReadSlice<'a> = dyn FnMut(&str, Range<usize>) -> Result<Vec<f32>> + 'a;
+
 /// One micro-batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
@@ -458,11 +461,7 @@ impl TrainableModel {
     ///
     /// # Errors
     /// As for [`TrainableModel::restore_state`].
-    pub fn restore_slices(
-        &mut self,
-        steps: u64,
-        read: &mut dyn FnMut(&str, Range<usize>) -> Result<Vec<f32>>,
-    ) -> Result<()> {
+    pub fn restore_slices(&mut self, steps: u64, read: &mut ReadSlice<'_>) -> Result<()> {
         for ((part, prefix), array) in STATE.into_iter().zip(STATE_ARRAYS) {
             if part == StatePart::Ema && !self.keeps_ema {
                 continue;
