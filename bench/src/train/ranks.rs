@@ -179,6 +179,9 @@ fn work(arguments: &Arguments, device: &Device, world: &Rc<World>) -> anyhow::Re
     Ok(())
 }
 
+/// What a rank has measured: milliseconds of steps and of updates, the largest memory by ledger and by driver.
+type Times = (Vec<f64>, Vec<f64>, u64, Option<u64>);
+
 /// Times steps of one way on all ranks.
 fn measure(
     name: &str,
@@ -212,8 +215,8 @@ fn measure(
         Device::Cpu => None,
         Device::Cuda(device) => Some(device.driver_memory_in_use()?),
     };
-    let all = world.share("times", (step, update, peak, driver))?;
-    let slowest = |times: fn(&(Vec<f64>, Vec<f64>, u64, Option<u64>)) -> &Vec<f64>| {
+    let all: Vec<Times> = world.share("times", (step, update, peak, driver))?;
+    let slowest = |times: fn(&Times) -> &Vec<f64>| {
         let samples = (0..repeats).map(|index| all.iter().map(|rank| times(rank)[index]).fold(0.0, f64::max));
         Timing::of(samples.collect())
     };
