@@ -22,10 +22,13 @@ pub fn register(suite: &mut Suite) {
     }
 }
 
+/// A step, its loss and its norm.
+type Interval = (u64, Option<f64>, Option<f64>);
+
 /// Losses and norms, step by step.
 fn numbers(out: &Path) -> Result<[Vec<f32>; 3], Failed> {
     let curve = curve(out)?;
-    let column = |value: fn(&(u64, Option<f64>, Option<f64>)) -> f32| curve.iter().map(value).collect();
+    let column = |value: fn(&Interval) -> f32| curve.iter().map(value).collect();
     Ok([
         column(|row| row.0 as f32),
         column(|row| row.1.unwrap_or(f64::NAN) as f32),
