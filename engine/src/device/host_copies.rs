@@ -9,6 +9,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use cudarc::driver::{PinnedHostSlice, result};
 
@@ -50,8 +51,12 @@ impl HostCopies {
             let size = left.min(PIECE);
             // Plain cached pages (no flags), for they are read.
             // SAFETY: the memory is read only where a copy was made into it.
-            let piece = unsafe { device.context().alloc_pinned_with_flags::<u8>(size, 0) };
+            let (began, piece) = (Instant::now(), unsafe {
+                device.context().alloc_pinned_with_flags::<u8>(size, 0)
+            });
             pieces.push(check("pinned host memory", piece)?);
+            // The driver's lock goes to whoever asks next, and this thread would always be the one; steps come first.
+            std::thread::sleep(began.elapsed());
             left -= size;
         }
         Ok(HostCopies {

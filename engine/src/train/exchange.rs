@@ -26,7 +26,6 @@ use crate::layers::Slot;
 use crate::ops::sum_parts::sum_parts;
 use crate::ops::sum_squares::sum_squares;
 use crate::profile;
-use crate::shape::Shape;
 use crate::tensor::Tensor;
 
 /// Bytes of gradients that a bucket holds at least: enough that sending takes much longer than starting to send.
@@ -162,7 +161,7 @@ struct Sent {
     received: Pending,
 }
 
-/// Tensors of the compute type to send from and to receive in, as long as the longest bucket; made once, for making them takes long.
+/// Tensors of the compute type to send from and to receive in, as long as the longest bucket, kept so that no step waits for memory.
 #[derive(Default)]
 struct Ring {
     parts: Vec<Tensor>,
@@ -172,10 +171,9 @@ struct Ring {
 }
 
 impl Ring {
-    fn new(world: &World, device: &Device, elements: usize) -> Result<Self> {
-        let shape = Shape::new(&[elements]);
+    fn new(device: &Device, elements: usize) -> Result<Self> {
         let buffers = || {
-            let buffer = |_| world.communicator().buffer(device, shape, device.compute_dtype());
+            let buffer = |_| Tensor::empty(device, [elements], device.compute_dtype());
             (0..=IN_FLIGHT).map(buffer).collect::<Result<Vec<_>>>()
         };
         Ok(Ring {
@@ -269,7 +267,7 @@ impl Exchange {
             filling: Vec::new(),
             taken: Vec::new(),
             sent: VecDeque::new(),
-            ring: Ring::new(&ranks.world, device, longest)?,
+            ring: Ring::new(device, longest)?,
             device: device.clone(),
             arena,
             ranks,

@@ -1,5 +1,6 @@
 //! Runs on several ranks, under this project's launcher: the losses of one rank, whoever dies on the way, and however many go on.
 
+use std::io::Read;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -247,7 +248,13 @@ fn wait_for(out: &Path, least: u64, child: &mut std::process::Child) -> Outcome 
             started.elapsed() < Duration::from_secs(240),
             "no checkpoint of step {least}"
         );
-        assert!(child.try_wait()?.is_none(), "the run ended by itself");
+        if child.try_wait()?.is_some() {
+            let mut stderr = String::new();
+            if let Some(pipe) = &mut child.stderr {
+                pipe.read_to_string(&mut stderr)?;
+            }
+            return Err(format!("the run ended by itself:\n{stderr}").into());
+        }
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
