@@ -75,8 +75,9 @@ impl Gpu {
                 "train.json" => training = Some(train::record::Record::read(&path)?),
                 // Of every gradient: too long for the README.
                 "grad.json" => {}
-                // Between ranks: shown by bench-ranks itself.
-                "ranks.json" | "faults.json" => {}
+                // Between ranks and beside training: shown in other pages (scripts/record-tables).
+                "ranks.json" | "faults.json" | "checkpoints.json" => {}
+                name if name.starts_with("train-") => {}
                 name if name.ends_with(".json") => records.push(Record::read(&path)?),
                 _ => {}
             }
