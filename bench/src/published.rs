@@ -170,6 +170,9 @@ pub fn transformer(kind: ModelKind, patch: usize, tiny: bool) -> DitConfig {
     }
 }
 
+/// Red, green, blue.
+const PICTURE_CHANNELS: usize = 3;
+
 /// The Detailer Head for a patch, over a feature map of `context` channels.
 ///
 /// # Errors
@@ -179,7 +182,9 @@ pub fn head(patch: usize, context: usize, tiny: bool) -> Result<DetailerLayout> 
     match tiny {
         false => Ok(DetailerLayout { context, ..published }),
         true => {
-            let widths = vec![8; published.stages.len()];
+            // Stages of full resolution keep the picture's channels; nobody chooses their widths.
+            let chosen = published.stages.iter().filter(|stage| stage.skip > PICTURE_CHANNELS);
+            let widths = vec![8; chosen.count()];
             DetailerLayout::for_patch(patch, Some(&widths), Some(16), context)
         }
     }
