@@ -113,7 +113,11 @@ impl<S: Owned> Owner<S> {
         }
         let (asker, ticket) = ticket(&self.device, &self.closing, &self.fault);
         let device = self.device.clone();
+        let request = Open { place, asker };
         let job: Job<S> = Box::new(move |state| {
+            // As a whole, so that one that is never served gives its place back before it is answered, too.
+            let request = request;
+            let Open { place, asker } = request;
             let attempt = catch_unwind(AssertUnwindSafe(|| asker.go_on().and_then(|()| work(state, &asker))));
             let (outcome, fault) = match attempt {
                 Ok(outcome) => {
@@ -145,6 +149,12 @@ impl<S: Owned> Owner<S> {
             }),
         }
     }
+}
+
+/// A request that is open; its parts are dropped in this order.
+struct Open<T> {
+    place: Place,
+    asker: Asker<T>,
 }
 
 impl<S> Drop for Owner<S> {
