@@ -135,14 +135,7 @@ impl Arguments {
 
 /// Runs the benchmark as one rank, or alone.
 fn run(arguments: &Arguments, launch: Option<Launch>) -> anyhow::Result<()> {
-    let (device, world) = match launch {
-        Some(launch) => {
-            let device = launch.open_device(arguments.device)?;
-            let world = World::join(launch, &device, &arguments.ranks.options())?;
-            (device, world)
-        }
-        None => (Device::open(arguments.device)?, World::solo()),
-    };
+    let (device, world) = arguments.ranks.join(launch, arguments.device)?;
     match work(arguments, &device, &world) {
         Ok(()) => Ok(world.leave()?),
         Err(error) => {

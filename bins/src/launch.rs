@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
-use l2p_engine::dist::{Launch, Options};
+use l2p_engine::dist::{Launch, Options, World};
 use l2p_engine::limits::{Count, Patience, Ranks};
+use l2p_engine::{Device, DeviceChoice};
 
 use crate::{say, stop_requested};
 
@@ -70,6 +71,19 @@ impl RankFlags {
             ..Options::default()
         };
         options.with_patience(Duration::from_secs(self.rank_timeout.into()))
+    }
+
+    /// The device of this rank, by the user's choice, and its connections to the others; alone where no launcher started this process.
+    ///
+    /// # Errors
+    /// When there is no such device, or the ranks do not meet.
+    pub fn join(&self, launch: Option<Launch>, choice: DeviceChoice) -> anyhow::Result<(Device, World)> {
+        let Some(launch) = launch else {
+            return Ok((Device::open(choice)?, World::solo()));
+        };
+        let device = launch.open_device(choice)?;
+        let world = World::join(launch, &device, &self.options())?;
+        Ok((device, world))
     }
 
     /// Runs a program's work: as one rank where a launcher started this process, which `work` is told; alone where neither that nor

@@ -92,8 +92,8 @@ struct Scaling {
 /// # Errors
 /// When a case cannot be run, its losses are wrong, or a rank is lost.
 pub(super) fn run(arguments: &Arguments, launch: Launch) -> anyhow::Result<()> {
-    let device = launch.open_device(arguments.common.device)?;
-    let world = Rc::new(World::join(launch, &device, &arguments.ranks.options())?);
+    let (device, world) = arguments.ranks.join(Some(launch), arguments.common.device)?;
+    let world = Rc::new(world);
     match work(arguments, &device, &world) {
         Ok(()) => Ok(world.leave()?),
         Err(error) => {

@@ -40,14 +40,7 @@ pub fn data(arguments: Arguments) -> anyhow::Result<()> {
 }
 
 fn synthesize_among(arguments: &Synthesize, launch: Option<Launch>) -> anyhow::Result<()> {
-    let (device, world) = match launch {
-        Some(launch) => {
-            let device = launch.open_device(arguments.device)?;
-            let world = World::join(launch, &device, &arguments.ranks.options())?;
-            (device, world)
-        }
-        None => (Device::open(arguments.device)?, World::solo()),
-    };
+    let (device, world) = arguments.ranks.join(launch, arguments.device)?;
     let outcome = synthesize_set(arguments, device, &world);
     match &outcome {
         Ok(()) => world.leave()?,

@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 use anyhow::Context;
 use l2p_engine::checkpoint::ensure_free;
-use l2p_engine::dist::{Launch, World};
+use l2p_engine::dist::Launch;
 use l2p_engine::image_io::{WriteOptions, write_image};
 use l2p_engine::train::run::{
     self, Comparison, Event, Forecast, Observer, PackageOptions, XAxis, compare, write_report,
@@ -90,14 +90,7 @@ fn other(command: Command) -> anyhow::Result<()> {
 
 fn train_run(arguments: &Run, launch: Option<Launch>) -> anyhow::Result<()> {
     let config = arguments.source.read()?;
-    let (device, world) = match launch {
-        Some(launch) => {
-            let device = launch.open_device(arguments.source.device)?;
-            let world = World::join(launch, &device, &arguments.ranks.options())?;
-            (device, world)
-        }
-        None => (Device::open(arguments.source.device)?, World::solo()),
-    };
+    let (device, world) = arguments.ranks.join(launch, arguments.source.device)?;
     let ranks = Ranks {
         world: Rc::new(world),
         sharding: config.shard,

@@ -48,6 +48,14 @@ pub struct Place {
 }
 
 impl Place {
+    /// That of tensor `tensor`, if it has one.
+    pub(super) fn of(places: &[Place], tensor: usize) -> Option<&Place> {
+        match places.get(tensor) {
+            Some(place) if place.tensor == tensor => Some(place),
+            _ => places.iter().find(|place| place.tensor == tensor),
+        }
+    }
+
     /// Where the elements lie in the arrays.
     pub fn in_state(&self) -> Range<usize> {
         self.offset..self.offset + self.elements.len()
@@ -114,6 +122,16 @@ pub enum StateArray {
     SecondMoment,
     /// The running averages of the weights; kept where a decay was given.
     Average,
+}
+
+impl StateArray {
+    /// All of them.
+    pub(super) const ALL: [StateArray; 4] = [
+        StateArray::Master,
+        StateArray::FirstMoment,
+        StateArray::SecondMoment,
+        StateArray::Average,
+    ];
 }
 
 impl AdamW {
@@ -212,10 +230,7 @@ impl AdamW {
 
     /// What of tensor `index` has its state here.
     pub(super) fn place(&self, index: usize) -> Option<&Place> {
-        match self.places.get(index) {
-            Some(place) if place.tensor == index => Some(place),
-            _ => self.places.iter().find(|place| place.tensor == index),
-        }
+        Place::of(&self.places, index)
     }
 
     /// A whole array of the state; `None` for one that is not kept.

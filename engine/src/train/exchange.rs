@@ -464,33 +464,26 @@ impl Exchange {
         Ok((array.narrow(bucket.kept_at, slice)?, whole))
     }
 
-    /// The whole of an array of the optimizer's state, on the host of the first rank: the values of each trained tensor. Empty on the others.
+    /// The whole of an array of the optimizer's state, of which each rank keeps a part, on the host of the first rank: the values of each
+    /// trained tensor. Empty on the others.
     ///
     /// # Errors
     /// When a rank was lost.
     pub fn gather_state(&self, array: &Tensor) -> Result<Vec<Vec<f32>>> {
         let tensors = self.arena.tensors();
         let mut all: Vec<Vec<f32>> = vec![Vec::new(); tensors.len()];
-        match self.ranks.sharding {
-            Sharding::None if self.world().is_first() => {
-                for (range, &trained) in tensors.iter().zip(&self.trained) {
-                    all[trained] = array.narrow(range.start, range.len())?.to_vec::<f32>()?;
+        self.gather(
+            &mut all,
+            |exchange, _, bucket| exchange.own_part(array, bucket),
+            |exchange, all, bucket, [_, whole]| {
+                for tensor in bucket.tensors.clone().filter(|_| exchange.world().is_first()) {
+                    let range = &tensors[tensor];
+                    let values = whole.narrow(range.start - bucket.start, range.len())?;
+                    all[exchange.trained[tensor]] = values.to_vec::<f32>()?;
                 }
-            }
-            Sharding::None => {}
-            Sharding::Optimizer => self.gather(
-                &mut all,
-                |exchange, _, bucket| exchange.own_part(array, bucket),
-                |exchange, all, bucket, [_, whole]| {
-                    for tensor in bucket.tensors.clone().filter(|_| exchange.world().is_first()) {
-                        let range = &tensors[tensor];
-                        let values = whole.narrow(range.start - bucket.start, range.len())?;
-                        all[exchange.trained[tensor]] = values.to_vec::<f32>()?;
-                    }
-                    Ok(())
-                },
-            )?,
-        }
+                Ok(())
+            },
+        )?;
         Ok(all)
     }
 

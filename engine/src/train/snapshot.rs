@@ -18,14 +18,6 @@ use crate::error::{Error, Result};
 use crate::layers::NamedParameter;
 use crate::tensor::Tensor;
 
-/// The arrays that are copied, those of them that are kept.
-const ARRAYS: [StateArray; 4] = [
-    StateArray::Master,
-    StateArray::FirstMoment,
-    StateArray::SecondMoment,
-    StateArray::Average,
-];
-
 /// Host memory for snapshots: taken once, used for one after the other.
 pub struct SnapshotMemory(Area);
 
@@ -111,8 +103,8 @@ struct Copied {
 
 /// What lies where in a snapshot.
 struct Layout {
-    /// By [`ARRAYS`].
-    arrays: [Option<Copied>; ARRAYS.len()],
+    /// By [`StateArray::ALL`]; those of them that are kept.
+    arrays: [Option<Copied>; StateArray::ALL.len()],
     /// In each of the arrays: what of the trained parameters lies where.
     places: Vec<Place>,
     /// Whether that is a share of theirs, which other ranks complete.
@@ -124,25 +116,19 @@ struct Layout {
 impl Layout {
     /// Whose copy holds elements of a part of trained parameter `trained`, and where these begin in it; `None` for what is not kept.
     fn find(&self, part: StatePart, trained: usize, first: usize) -> Option<(&Copied, usize)> {
-        let place = match self.places.get(trained) {
-            Some(place) if place.tensor == trained => Some(place),
-            _ => self.places.iter().find(|place| place.tensor == trained),
-        };
-        let array = |array: StateArray| {
-            let index = ARRAYS.iter().position(|other| *other == array)?;
-            let place = place?;
+        let kept = || {
+            let array = part.array()?;
+            let index = StateArray::ALL.iter().position(|other| *other == array)?;
+            let place = Place::of(&self.places, trained)?;
             let start = place.offset + first.checked_sub(place.elements.start)?;
             Some((self.arrays[index].as_ref()?, start))
         };
-        let weight = self.weights.get(trained).map(|copied| (copied, first));
+        let weight = || self.weights.get(trained).map(|copied| (copied, first));
         match part {
-            StatePart::Weight => weight,
+            StatePart::Weight => weight(),
             // On the CPU the optimizer changes the weight itself.
-            StatePart::Master => array(StateArray::Master).or(weight),
-            StatePart::FirstMoment => array(StateArray::FirstMoment),
-            StatePart::SecondMoment => array(StateArray::SecondMoment),
-            StatePart::Ema => array(StateArray::Average),
-            StatePart::Gradient => None,
+            StatePart::Master => kept().or_else(weight),
+            _ => kept(),
         }
     }
 }
@@ -205,7 +191,9 @@ impl StateSource for Snapshot {
 impl TrainableModel {
     /// Bytes of host memory that a snapshot takes.
     pub fn snapshot_bytes(&self) -> usize {
-        let arrays = ARRAYS.into_iter().filter_map(|array| self.optimizer.array(array));
+        let arrays = StateArray::ALL
+            .into_iter()
+            .filter_map(|array| self.optimizer.array(array));
         let tensors = arrays.chain(self.saved_weights());
         tensors.map(|tensor| HostCopies::room_for(tensor.bytes())).sum()
     }
@@ -216,8 +204,8 @@ impl TrainableModel {
     /// When the memory is too small or another device's, or the driver refuses.
     pub fn snapshot(&mut self, mut memory: SnapshotMemory) -> Result<Snapshot> {
         memory.begin()?;
-        let mut arrays = [const { None }; ARRAYS.len()];
-        for (copied, array) in arrays.iter_mut().zip(ARRAYS) {
+        let mut arrays = [const { None }; StateArray::ALL.len()];
+        for (copied, array) in arrays.iter_mut().zip(StateArray::ALL) {
             *copied = self.optimizer.array(array).map(|array| memory.add(array)).transpose()?;
         }
         let weights = self.saved_weights().into_iter().map(|weight| memory.add(weight));

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::adamw::Place;
+use super::adamw::{Place, StateArray};
 use crate::error::{Error, Result};
 use crate::layers::NamedParameter;
 
@@ -24,7 +24,20 @@ pub enum StatePart {
     Gradient,
 }
 
-/// The parts that are a run's state, and what their names begin with.
+impl StatePart {
+    /// The array of the optimizer's state that holds it.
+    pub(super) fn array(self) -> Option<StateArray> {
+        match self {
+            StatePart::Weight | StatePart::Gradient => None,
+            StatePart::Master => Some(StateArray::Master),
+            StatePart::FirstMoment => Some(StateArray::FirstMoment),
+            StatePart::SecondMoment => Some(StateArray::SecondMoment),
+            StatePart::Ema => Some(StateArray::Average),
+        }
+    }
+}
+
+/// The parts that are a run's state, in the order of [`StateArray::ALL`], and what their names begin with.
 pub(super) const STATE: [(StatePart, &str); 4] = [
     (StatePart::Master, "master"),
     (StatePart::FirstMoment, "first_moment"),

@@ -87,14 +87,6 @@ impl StepNorm {
     }
 }
 
-/// The arrays that hold the parts of the state, by [`STATE`].
-const STATE_ARRAYS: [StateArray; 4] = [
-    StateArray::Master,
-    StateArray::FirstMoment,
-    StateArray::SecondMoment,
-    StateArray::Average,
-];
-
 /// A model, the gradients of its trained tensors, and the optimizer's state.
 pub struct TrainableModel {
     /// Before what is copied, which must not be given back meanwhile.
@@ -396,7 +388,7 @@ impl TrainableModel {
         self.copying.hold_device()?;
         let kept = STATE
             .into_iter()
-            .zip(STATE_ARRAYS)
+            .zip(StateArray::ALL)
             .filter(|((part, _), _)| *part != StatePart::Ema || self.keeps_ema);
         let metas: Vec<NamedParameter> = self.metas().into_iter().cloned().collect();
         // An array of the state, a trained parameter, and a part of that.
@@ -462,7 +454,7 @@ impl TrainableModel {
     /// # Errors
     /// As for [`TrainableModel::restore_state`].
     pub fn restore_slices(&mut self, steps: u64, read: &mut ReadSlice<'_>) -> Result<()> {
-        for ((part, prefix), array) in STATE.into_iter().zip(STATE_ARRAYS) {
+        for ((part, prefix), array) in STATE.into_iter().zip(StateArray::ALL) {
             if part == StatePart::Ema && !self.keeps_ema {
                 continue;
             }
