@@ -39,11 +39,11 @@ pub fn register(suite: &mut Suite) {
     );
 }
 
-pub const HEAD: [usize; 4] = [8, 16, 24, 32];
+const HEAD: [usize; 4] = [8, 16, 24, 32];
 pub const SIZE: [usize; 2] = [48, 80];
 const LENGTHS: [usize; 2] = [20, 45];
 
-fn model() -> (DitConfig, MemoryParams) {
+pub fn model() -> (DitConfig, MemoryParams) {
     let config = DitConfig {
         layers: 3,
         ..small_config(ModelKind::Pixel, 384, 16)

@@ -4,18 +4,15 @@ use std::rc::Rc;
 
 use l2p_engine::device::visible_gpus;
 use l2p_engine::dist::{World, nccl_available};
-use l2p_engine::layers::MemoryParams;
-use l2p_engine::model::config::ModelKind;
-use l2p_engine::model::zimage::{DitConfig, ZImage};
+use l2p_engine::model::zimage::ZImage;
 use l2p_engine::train::{Ranks, Recompute, Sharding, StatePart, TrainOptions, TrainableModel};
 use l2p_engine::{Device, DeviceChoice, Result};
 use l2p_tests::{Outcome, Suite, expect_close, gpu};
 use libtest_mimic::Trial;
 
-use super::promises::{HEAD, SIZE};
+use super::promises::{SIZE, model};
 use super::{Inputs, options};
 use crate::dist::{launches, options as patience, places};
-use crate::models::{random_model, small_config};
 
 const STEPS: usize = 5;
 
@@ -34,15 +31,6 @@ pub fn register(suite: &mut Suite) {
     let few = visible_gpus().map_or(true, |gpus| gpus < 2) || nccl_available().is_err();
     let two = Trial::test("train::ranks::two_gpus_equal_micro_batches", two_gpus);
     suite.trials.push(two.with_kind("2 gpus").with_ignored_flag(few));
-}
-
-fn model() -> (DitConfig, MemoryParams) {
-    let config = DitConfig {
-        layers: 3,
-        ..small_config(ModelKind::Pixel, 384, 16)
-    };
-    let params = random_model(&config, &HEAD);
-    (config, params)
 }
 
 /// What came of some steps on one rank.

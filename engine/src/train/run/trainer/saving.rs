@@ -4,7 +4,7 @@
 //! a checkpoint that is due then is made as soon as a step is good again. A good one is copied and written while training goes on; it
 //! counts, and old ones are deleted, once it has its name.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::Trainer;
@@ -17,7 +17,7 @@ use crate::train::run::checksums::Checksums;
 use crate::train::run::choices::SaveType;
 use crate::train::run::log::Record;
 use crate::train::run::manifest;
-use crate::train::run::saver::{Finished, Keep, SaveJob, Written};
+use crate::train::run::saver::{AddFiles, Finished, Keep, SaveJob, Written};
 use crate::train::run::setup::sample_settings;
 use crate::train::run::{Event, Observer};
 
@@ -202,13 +202,6 @@ impl Trainer<'_> {
             return Ok(());
         }
         let _range = profile::range(c"save");
-        let kind = self.model.denoiser().geometry().kind;
-        let settings = sample_settings(self.config, &self.setup.pipeline)?;
-        let (run, paths) = (self.run.to_owned(), self.setup.paths().clone());
-        let complete = {
-            let run = run.clone();
-            move |folder: &Path| manifest::write(folder, &run, &paths, kind, &settings)
-        };
         let options = SaveOptions {
             dtype: match self.config.save_dtype {
                 SaveType::Bf16 => Float::Bf16,
@@ -217,13 +210,13 @@ impl Trainer<'_> {
             average: self.config.ema.is_some(),
         };
         let job = SaveJob {
-            run,
+            run: self.run.to_owned(),
             state: RunState {
                 finite: Some(true),
                 ..self.state.clone()
             },
             options,
-            complete: Box::new(complete),
+            complete: self.add_manifest()?,
             share: self.begin_share(options)?,
             keep: self.keep(),
             observer: Box::new(()),
@@ -237,6 +230,16 @@ impl Trainer<'_> {
             false => begun,
         };
         begun.map_or(Ok(()), |finished| self.settle(finished))
+    }
+
+    /// What makes a model of a checkpoint's folder, from which samples are drawn as the run draws them.
+    fn add_manifest(&self) -> Result<AddFiles> {
+        let kind = self.model.denoiser().geometry().kind;
+        let settings = sample_settings(self.config, &self.setup.pipeline)?;
+        let (run, paths) = (self.run.to_owned(), self.setup.paths().clone());
+        Ok(Box::new(move |folder| {
+            manifest::write(folder, &run, &paths, kind, &settings)
+        }))
     }
 
     fn keep(&self) -> Keep {
@@ -277,13 +280,11 @@ impl Trainer<'_> {
             sums.files.extend(share.files);
         }
         let place = self.place.take();
-        let kind = self.model.denoiser().geometry().kind;
-        let settings = sample_settings(self.config, &self.setup.pipeline)?;
         let Keep { last, every, calm } = self.keep();
-        let add = |folder: &Path| manifest::write(folder, self.run, self.setup.paths(), kind, &settings);
+        let add = self.add_manifest()?;
         let (saved, pruned) = world.first_decides("checkpoint", || {
             let place = place.ok_or_else(|| Error::invalid("there is no folder for the checkpoint"))?;
-            let saved = checkpoint::complete(self.run, place, step, &sums, &add)?;
+            let saved = checkpoint::complete(self.run, place, step, &sums, &*add)?;
             let pruned = checkpoint::prune(self.run, last, every, calm).map_err(|error| error.to_string());
             Ok((saved, pruned.err()))
         })?;
