@@ -7,6 +7,7 @@ use std::path::Path;
 
 use l2p_engine::checkpoint::{Checkpoint, ModelPaths, PathOverrides, Values, read_values};
 use l2p_engine::device::MemoryTag;
+use l2p_engine::model::Precision;
 use l2p_engine::model::config::{TextConfig, VaeConfig};
 use l2p_engine::model::detailer::Detailer;
 use l2p_engine::model::text::TextEncoder;
@@ -163,28 +164,35 @@ fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
         .collect()
 }
 
-/// Loads the component from `model`, runs it on the inputs of `io`, compares, and times `repeats` further runs.
+/// Loads the component from `model`, its blocks' weights (of dit and text) kept as `precision` says, runs it on the inputs of `io`, compares, and times `repeats` further runs.
 ///
 /// # Errors
 /// When a file is missing or damaged, the component does not fit the inputs, or the device has no room.
-pub fn check(component: Component, model: &Path, io: &Path, device: &Device, repeats: usize) -> Result<Outcome> {
+pub fn check(
+    component: Component,
+    model: &Path,
+    precision: &Precision,
+    io: &Path,
+    device: &Device,
+    repeats: usize,
+) -> Result<Outcome> {
     let mut io = Io {
         path: io,
         values: read_values(io)?,
     };
     match component {
-        Component::Dit => check_dit(model, &mut io, device, repeats),
+        Component::Dit => check_dit(model, precision, &mut io, device, repeats),
         Component::Head => check_head(model, &mut io, device, repeats),
-        Component::Text => check_text(model, &mut io, device, repeats),
+        Component::Text => check_text(model, precision, &mut io, device, repeats),
         Component::Vae => check_vae(model, &mut io, device, repeats),
     }
 }
 
-fn check_dit(model: &Path, io: &mut Io<'_>, device: &Device, repeats: usize) -> Result<Outcome> {
+fn check_dit(model: &Path, precision: &Precision, io: &mut Io<'_>, device: &Device, repeats: usize) -> Result<Outcome> {
     let transformer = ModelPaths::resolve(model, &PathOverrides::default())?.open_transformer()?;
     let dit = transformer
         .spec
-        .load(&transformer.checkpoint, device, &mut |_, _| Ok(()))?;
+        .load(&precision.over(&transformer.checkpoint), device, &mut |_, _| Ok(()))?;
     let x = io.image("x", device, false)?;
     let (times, captions) = io.conditions(x.dim(0), device)?;
     let captions: Vec<&Tensor> = captions.iter().collect();
@@ -210,14 +218,24 @@ fn check_head(model: &Path, io: &mut Io<'_>, device: &Device, repeats: usize) ->
     )
 }
 
-fn check_text(model: &Path, io: &mut Io<'_>, device: &Device, repeats: usize) -> Result<Outcome> {
+fn check_text(
+    model: &Path,
+    precision: &Precision,
+    io: &mut Io<'_>,
+    device: &Device,
+    repeats: usize,
+) -> Result<Outcome> {
     let folder = Some(model.join("text_encoder"))
         .filter(|folder| folder.is_dir())
         .unwrap_or(model.into());
     let config = TextConfig::read(&folder)?;
     let encoder = {
         let _tag = MemoryTag::Weights.scope();
-        TextEncoder::load(&Checkpoint::open_text_encoder(&folder)?, device, &config)?
+        TextEncoder::load(
+            &precision.over(&Checkpoint::open_text_encoder(&folder)?),
+            device,
+            &config,
+        )?
     };
     let ids: Vec<u32> = io
         .take("input_ids", 1)?

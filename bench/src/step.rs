@@ -9,9 +9,9 @@ use clap::Parser;
 use l2p_engine::device::{MemoryTag, format_bytes};
 use l2p_engine::flow::sampler::{Conditioning, Walk};
 use l2p_engine::flow::schedule::Schedule;
-use l2p_engine::model::Denoiser;
 use l2p_engine::model::config::VaeConfig;
 use l2p_engine::model::vae::VaeDecoder;
+use l2p_engine::model::{Denoiser, Precision};
 use l2p_engine::profile::{Profile, measure};
 use l2p_engine::{Device, Result, Tensor};
 use serde_json::{Map, Value, json};
@@ -66,6 +66,9 @@ pub struct Arguments {
     /// Small models of the same structure
     #[arg(long)]
     tiny: bool,
+    /// How the weights of the main blocks are kept: bf16, int8 or fp8; the twin on the CPU computes with the same
+    #[arg(long, value_name = "TYPE", default_value_t = Precision::default())]
+    trunk: Precision,
     /// Print what each kernel takes (needs CUPTI)
     #[arg(long)]
     kernels: bool,
@@ -147,9 +150,15 @@ impl Setup {
     ///
     /// # Errors
     /// When the device has no room.
-    pub fn new(device: &Device, model: &Model, caption_tokens: usize, seed: u64) -> Result<Self> {
+    pub fn new(
+        device: &Device,
+        model: &Model,
+        precision: &Precision,
+        caption_tokens: usize,
+        seed: u64,
+    ) -> Result<Self> {
         let params = RandomParams::transformer(seed, &*model.spec);
-        let dit = model.spec.load(&params, device, &mut |_, _| Ok(()))?;
+        let dit = model.spec.load(&precision.over(&params), device, &mut |_, _| Ok(()))?;
         let caption = random(device, [1, caption_tokens, model.spec.caption_width()], seed, 1)?;
         let [height, width, channels] = model.canvas();
         Ok(Setup {
@@ -194,14 +203,14 @@ fn run_step(bench: &mut Bench, name: &str, model: &Model, arguments: &Arguments)
     let (device, seed) = (bench.device.clone(), bench.common.seed);
     let caption = arguments.caption as usize;
     let start = Instant::now();
-    let setup = Setup::new(&device, model, caption, seed)?;
+    let setup = Setup::new(&device, model, &arguments.trunk, caption, seed)?;
     device.synchronize()?;
     let load_seconds = start.elapsed().as_secs_f64();
     let once = &mut || setup.drawn(1).map(drop);
     if bench.wants(name, once)? {
         let (called, profile) = setup.profiled()?;
         let called = called.to_vec::<f32>()?;
-        let twin = twin::step_error(&device, model, seed)?;
+        let twin = twin::step_error(&device, model, &arguments.trunk, seed)?;
         device.synchronize()?;
         device.reset_memory_peaks();
         let resident = device.memory_report().total.current;
@@ -214,6 +223,7 @@ fn run_step(bench: &mut Bench, name: &str, model: &Model, arguments: &Arguments)
 
         let sizes = json!({
             "model": name, "side": model.side, "tokens": setup.conditioning.prompt.tokens(), "caption": caption, "tiny": arguments.tiny,
+            "trunk": arguments.trunk.to_string(),
         });
         let repeats = bench.common.repeats as usize;
         let mut walk = setup.walk(WARM_STEPS + repeats)?;

@@ -13,7 +13,7 @@ pub enum DType {
     Bf16,
     /// Signed 32-bit integers: token ids and lengths.
     I32,
-    /// Bytes: finished pictures.
+    /// Bytes: finished pictures, and codes of numbers in eight bits.
     U8,
 }
 

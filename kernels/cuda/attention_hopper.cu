@@ -17,6 +17,7 @@
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #include "common/attention_hopper.cuh"
+#include "common/quantise.cuh"
 
 constexpr int BLOCK_N = 128;  // keys of a tile
 constexpr int STAGES = 2;
@@ -203,11 +204,65 @@ __device__ __forceinline__ void consume_overlapped(
     wgmma_wait<0>(result);
 }
 
-// Divides by the sums and writes the result, through the shared memory of this consumer's queries.
+// ---- what becomes of the result ----
+
+// Rows in bf16, through the shared memory of this consumer's queries.
+struct Values {
+    bf16* output;  // [items, tokens, heads, HEAD_DIM]
+
+    __device__ __forceinline__ void store(
+        Accumulators<HEAD_DIM>& result, const float (&factor)[2], unsigned char* queries, const Task& task, int heads, int consumer,
+        int row) const {
+        const int warp = threadIdx.x / WARP % WARPGROUP_WARPS;
+        scale_rows(result, factor);
+        named_barrier_sync(NamedBarrier::CONSUMER, consumer, WARPGROUP);  // no warp's products read the queries any more
+        const size_t stride = static_cast<size_t>(heads) * HEAD_DIM;
+        bf16* to = output + (static_cast<size_t>(task.item) * task.tokens + row) * stride + task.head * HEAD_DIM;
+#pragma unroll
+        for (int panel = 0; panel < PANELS; ++panel) {
+            unsigned char* tile = queries + panel * panel_bytes(MMA_M);
+            const auto& tiles = reinterpret_cast<const float(&)[PANEL / 8][4]>(result[panel * (PANEL / 8)]);
+            place_rows<PANEL / UNIT>(tile, 16 * warp, 0, tiles);
+            __syncwarp();  // a warp stores the rows that it placed
+            store_rows<PANEL / UNIT, 16>(to + panel * PANEL, stride, task.tokens - row, tile, 16 * warp);
+        }
+    }
+};
+
+// Rows in eight bits: a head's part of a row is a group.
+template <class Coding>
+struct Codes {
+    static_assert(HEAD_DIM == SCALE_GROUP);
+    uint8_t* codes;  // [items, tokens, heads, HEAD_DIM]
+    float* scales;   // [heads, items, tokens]
+    int items;
+
+    __device__ __forceinline__ void store(
+        const Accumulators<HEAD_DIM>& result, const float (&factor)[2], unsigned char*, const Task& task, int heads, int, int row) const {
+        const int group = threadIdx.x % WARP / 4, member = threadIdx.x % 4;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float value[2 * HEAD_DIM / 8];
+#pragma unroll
+            for (int t = 0; t < HEAD_DIM / 8; ++t) {
+                value[2 * t] = result[t][2 * half] * factor[half];
+                value[2 * t + 1] = result[t][2 * half + 1] * factor[half];
+            }
+            const int query = row + group + 8 * half;
+            const bool valid = query < task.tokens;
+            const size_t token = static_cast<size_t>(task.item) * task.tokens + query;
+            const float scale = store_row_of_codes<Coding>(codes + (token * heads + task.head) * HEAD_DIM, value, member, valid);
+            if (valid && member == 0) scales[static_cast<size_t>(task.head) * items * task.tokens + token] = scale;
+        }
+    }
+};
+
+// Divides by the sums and writes the result.
+template <class Output>
 __device__ __forceinline__ void finish(
-    Accumulators<HEAD_DIM>& result, const RowSoftmax& softmax, unsigned char* queries, bf16* output, float* lse,
+    Accumulators<HEAD_DIM>& result, const RowSoftmax& softmax, unsigned char* queries, const Output& output, float* lse,
     const Task& task, int heads, int consumer, int row) {
-    const int group = threadIdx.x % WARP / 4, member = threadIdx.x % 4, warp = threadIdx.x / WARP % WARPGROUP_WARPS;
+    const int group = threadIdx.x % WARP / 4, member = threadIdx.x % 4;
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -219,23 +274,12 @@ __device__ __forceinline__ void finish(
                 log_sum_exp(softmax.reference[half], sum, task.scale);
         }
     }
-    scale_rows(result, factor);
-    named_barrier_sync(NamedBarrier::CONSUMER, consumer, WARPGROUP);  // no warp's products read the queries any more
-    const size_t stride = static_cast<size_t>(heads) * HEAD_DIM;
-    bf16* to = output + (static_cast<size_t>(task.item) * task.tokens + row) * stride + task.head * HEAD_DIM;
-#pragma unroll
-    for (int panel = 0; panel < PANELS; ++panel) {
-        unsigned char* tile = queries + panel * panel_bytes(MMA_M);
-        const auto& tiles = reinterpret_cast<const float(&)[PANEL / 8][4]>(result[panel * (PANEL / 8)]);
-        place_rows<PANEL / UNIT>(tile, 16 * warp, 0, tiles);
-        __syncwarp();  // a warp stores the rows that it placed
-        store_rows<PANEL / UNIT, 16>(to + panel * PANEL, stride, task.tokens - row, tile, 16 * warp);
-    }
+    output.store(result, factor, queries, task, heads, consumer, row);
 }
 
-template <int CONSUMERS, bool OVERLAP>
+template <int CONSUMERS, bool OVERLAP, class Output>
 __device__ __forceinline__ void attention(
-    const TensorMap& map, const int* lengths, bf16* output, float* lse, int tokens, int heads, int kv_heads,
+    const TensorMap& map, const int* lengths, const Output& output, float* lse, int tokens, int heads, int kv_heads,
     bool causal, float scale) {
     // All registers of the multiprocessor: what the launch gives each thread, shared out anew.
     constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 24 : 32, CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
@@ -290,12 +334,26 @@ __device__ __forceinline__ void attention(
 // null; scale in powers of two; grid (query tiles, heads, items).
 #define ATTENTION_KERNEL(name, consumers, overlap)                                                                     \
     extern "C" __global__ __launch_bounds__(Layout<consumers>::THREADS, 1) void name(                                  \
-        const __grid_constant__ TensorMap map, const int* lengths, bf16* output, float* lse, int tokens,          \
+        const __grid_constant__ TensorMap map, const int* lengths, bf16* output, float* lse, int tokens,               \
         int heads, int kv_heads, int causal, float scale) {                                                            \
-        attention<consumers, overlap>(map, lengths, output, lse, tokens, heads, kv_heads, causal != 0, scale);    \
+        attention<consumers, overlap>(map, lengths, Values{output}, lse, tokens, heads, kv_heads, causal != 0, scale); \
+    }                                                                                                                  \
+    L2P_LAUNCH(name, Layout<consumers>::THREADS, Layout<consumers>::BYTES, Layout<consumers>::BLOCK_M, BOX_ROWS, PANEL)
+
+// The same with codes [items, tokens, heads, head_dim] and their scales [heads, items, tokens].
+#define ATTENTION_CODES_KERNEL(name, consumers, overlap, Coding)                                                       \
+    extern "C" __global__ __launch_bounds__(Layout<consumers>::THREADS, 1) void name(                                  \
+        const __grid_constant__ TensorMap map, const int* lengths, uint8_t* codes, float* scales, int tokens,          \
+        int heads, int kv_heads, int causal, float scale) {                                                            \
+        const Codes<Coding> output{codes, scales, static_cast<int>(gridDim.z)};                                        \
+        attention<consumers, overlap>(map, lengths, output, nullptr, tokens, heads, kv_heads, causal != 0, scale);     \
     }                                                                                                                  \
     L2P_LAUNCH(name, Layout<consumers>::THREADS, Layout<consumers>::BYTES, Layout<consumers>::BLOCK_M, BOX_ROWS, PANEL)
 
 ATTENTION_KERNEL(attention_hopper_128, 2, true)
 ATTENTION_KERNEL(attention_hopper_192, 3, false)
+ATTENTION_CODES_KERNEL(attention_hopper_128_s8, 2, true, Int8)
+ATTENTION_CODES_KERNEL(attention_hopper_192_s8, 3, false, Int8)
+ATTENTION_CODES_KERNEL(attention_hopper_128_e4m3, 2, true, Float8)
+ATTENTION_CODES_KERNEL(attention_hopper_192_e4m3, 3, false, Float8)
 #endif

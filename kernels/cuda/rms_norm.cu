@@ -52,10 +52,40 @@ __device__ __forceinline__ void multiply(Part<VECTORS>& row, float inverse, cons
     }
 }
 
+// ---- what becomes of a normalised row ----
+
+// Rows in bf16; nowhere if null.
+struct Values {
+    bf16* output;  // [items, tokens, dim]
+
+    __device__ __forceinline__ bool wanted() const { return output != nullptr; }
+    template <int VECTORS>
+    __device__ __forceinline__ void store(size_t row, Part<VECTORS>& part, int dim) {
+        write(output + row * dim, part, dim / 8);
+    }
+};
+
+// Rows in eight bits, with a scale each.
+template <class Coding>
+struct Codes {
+    uint8_t* codes;     // [items, tokens, dim]
+    float* scales;      // [items, tokens]
+    uint32_t* scratch;  // MAX_WARPS in shared memory; between two rows there is a sum, and with it a barrier
+
+    __device__ __forceinline__ bool wanted() const { return true; }
+    template <int VECTORS>
+    __device__ __forceinline__ void store(size_t row, Part<VECTORS>& part, int dim) {
+        const float scale = store_codes<Coding>(codes + row * dim, part, dim / 8, scratch);
+        if (threadIdx.x == 0) scales[row] = scale;
+    }
+};
+
+// ---- the normalisations ----
+
 // x, output [items, tokens, dim]; weight [dim]; scale: a row of `stride` floats per item, or null; grid (blocks, items).
-template <int VECTORS>
+template <int VECTORS, class Output>
 __device__ __forceinline__ void rms_norm_modulate(
-    const bf16* x, const bf16* weight, const float* scale, bf16* output, int dim, int tokens, int stride, float epsilon) {
+    const bf16* x, const bf16* weight, const float* scale, Output output, int dim, int tokens, int stride, float epsilon) {
     __shared__ float scratch[2][MAX_WARPS];
     RowSums sum{scratch};
     const size_t item = blockIdx.y;
@@ -70,15 +100,15 @@ __device__ __forceinline__ void rms_norm_modulate(
         unpack(row, next);
         if (token + gridDim.x < tokens) read(next, x + (item * tokens + token + gridDim.x) * dim, vectors);
         multiply(row, inverse_rms(row, dim, epsilon, sum), factor);
-        write(output + (item * tokens + token) * dim, row, vectors);
+        output.store(item * tokens + token, row, dim);
     }
 }
 
 // sum = x + tanh(gate) * rms_norm(y) * weight; normalised = rms_norm(sum) * next_weight * (1 + next_scale), unless null.
-template <int VECTORS>
+template <int VECTORS, class Output>
 __device__ __forceinline__ void gated_residual_rms_norm(
     const bf16* x, const bf16* y, const bf16* weight, const float* gate, bf16* sum_out, const bf16* next_weight,
-    const float* next_scale, bf16* normalised, int dim, int tokens, int stride, int next_stride, float epsilon) {
+    const float* next_scale, Output normalised, int dim, int tokens, int stride, int next_stride, float epsilon) {
     __shared__ float scratch[2][MAX_WARPS];
     RowSums sum{scratch};
     const size_t item = blockIdx.y;
@@ -94,7 +124,7 @@ __device__ __forceinline__ void gated_residual_rms_norm(
         Part<VECTORS> factor;
         load_gated(factor, weight, gate == nullptr ? nullptr : gate + item * stride, vectors);
         gated.store(factor);
-        if (normalised != nullptr) {
+        if (normalised.wanted()) {
             load_scaled(factor, next_weight, next_scale == nullptr ? nullptr : next_scale + item * next_stride, vectors);
             scaled.store(factor);
         }
@@ -108,7 +138,7 @@ __device__ __forceinline__ void gated_residual_rms_norm(
             read(next_y, y + start + static_cast<size_t>(gridDim.x) * dim, vectors);
             read(next_x, x + start + static_cast<size_t>(gridDim.x) * dim, vectors);
         }
-        multiply(row, inverse_rms(row, dim, epsilon, sum), L2P_FAULT_IF(27, normalised != nullptr ? scaled : gated, gated));
+        multiply(row, inverse_rms(row, dim, epsilon, sum), L2P_FAULT_IF(27, normalised.wanted() ? scaled : gated, gated));
 #pragma unroll
         for (int i = 0; i < VECTORS; ++i) {
             float added[8];
@@ -117,9 +147,9 @@ __device__ __forceinline__ void gated_residual_rms_norm(
             for (int j = 0; j < 8; ++j) row.value[i][j] += added[j];
         }
         write(sum_out + start, row, vectors);
-        if (normalised == nullptr) continue;  // the same for all threads
+        if (!normalised.wanted()) continue;  // the same for all threads
         multiply(row, inverse_rms(row, dim, epsilon, sum), scaled);
-        write(normalised + start, row, vectors);
+        normalised.store(item * tokens + token, row, dim);
     }
 }
 
@@ -129,18 +159,46 @@ __device__ __forceinline__ void gated_residual_rms_norm(
     extern "C" __global__ __launch_bounds__(MAX_THREADS) void rms_norm_modulate_##VECTORS(                                \
         const bf16* x, const bf16* weight, const float* scale, bf16* output, int dim, int tokens, int stride,             \
         float epsilon) {                                                                                                  \
-        rms_norm_modulate<VECTORS>(x, weight, scale, output, dim, tokens, stride, epsilon);                               \
+        rms_norm_modulate<VECTORS>(x, weight, scale, Values{output}, dim, tokens, stride, epsilon);                       \
     }                                                                                                                     \
     L2P_LAUNCH(rms_norm_modulate_##VECTORS, MAX_THREADS, 0, VECTORS * 8)                                                  \
     extern "C" __global__ __maxnreg__(VECTORS == 1 ? 40 : 32 * VECTORS) void gated_residual_rms_norm_##VECTORS(            \
         const bf16* x, const bf16* y, const bf16* weight, const float* gate, bf16* sum, const bf16* next_weight,          \
         const float* next_scale, bf16* normalised, int dim, int tokens, int stride, int next_stride, float epsilon) {     \
         gated_residual_rms_norm<VECTORS>(                                                                                 \
-            x, y, weight, gate, sum, next_weight, next_scale, normalised, dim, tokens, stride, next_stride, epsilon);     \
+            x, y, weight, gate, sum, next_weight, next_scale, Values{normalised}, dim, tokens, stride, next_stride,       \
+            epsilon);                                                                                                     \
     }                                                                                                                     \
     L2P_LAUNCH(gated_residual_rms_norm_##VECTORS, MAX_THREADS, 2 * SharedPart<VECTORS>::BYTES, VECTORS * 8)
 
-L2P_RMS_NORM(1)
-L2P_RMS_NORM(2)
-L2P_RMS_NORM(3)
-L2P_RMS_NORM(4)
+// The same with normalised rows in eight bits.
+#define L2P_RMS_NORM_CODES(VECTORS, Coding, suffix)                                                                       \
+    extern "C" __global__ __launch_bounds__(MAX_THREADS) void rms_norm_modulate_##VECTORS##_##suffix(                     \
+        const bf16* x, const bf16* weight, const float* scale, uint8_t* codes, float* scales, int dim, int tokens,        \
+        int stride, float epsilon) {                                                                                      \
+        __shared__ uint32_t scratch[MAX_WARPS];                                                                           \
+        rms_norm_modulate<VECTORS>(                                                                                       \
+            x, weight, scale, Codes<Coding>{codes, scales, scratch}, dim, tokens, stride, epsilon);                       \
+    }                                                                                                                     \
+    L2P_LAUNCH(rms_norm_modulate_##VECTORS##_##suffix, MAX_THREADS, 0, VECTORS * 8)                                       \
+    extern "C" __global__ __maxnreg__(VECTORS == 1 ? 40 : 32 * VECTORS) void                                              \
+        gated_residual_rms_norm_##VECTORS##_##suffix(                                                                     \
+            const bf16* x, const bf16* y, const bf16* weight, const float* gate, bf16* sum, const bf16* next_weight,      \
+            const float* next_scale, uint8_t* codes, float* scales, int dim, int tokens, int stride, int next_stride,     \
+            float epsilon) {                                                                                              \
+        __shared__ uint32_t scratch[MAX_WARPS];                                                                           \
+        gated_residual_rms_norm<VECTORS>(                                                                                 \
+            x, y, weight, gate, sum, next_weight, next_scale, Codes<Coding>{codes, scales, scratch}, dim, tokens, stride, \
+            next_stride, epsilon);                                                                                        \
+    }                                                                                                                     \
+    L2P_LAUNCH(gated_residual_rms_norm_##VECTORS##_##suffix, MAX_THREADS, 2 * SharedPart<VECTORS>::BYTES, VECTORS * 8)
+
+#define L2P_RMS_NORMS(VECTORS)              \
+    L2P_RMS_NORM(VECTORS)                   \
+    L2P_RMS_NORM_CODES(VECTORS, Int8, s8)   \
+    L2P_RMS_NORM_CODES(VECTORS, Float8, e4m3)
+
+L2P_RMS_NORMS(1)
+L2P_RMS_NORMS(2)
+L2P_RMS_NORMS(3)
+L2P_RMS_NORMS(4)

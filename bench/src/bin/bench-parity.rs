@@ -8,6 +8,7 @@ use clap::{Parser, ValueEnum};
 use l2p_bench::parity::{Component, Outcome, Steps, Training, check, check_gradients};
 use l2p_bench::timing::median;
 use l2p_engine::device::format_bytes;
+use l2p_engine::model::Precision;
 use l2p_engine::train::{Policy, Recompute};
 use l2p_engine::{Device, DeviceChoice};
 use serde_json::json;
@@ -57,6 +58,9 @@ struct Arguments {
     /// grad: write loss and gradients to this file
     #[arg(long, value_name = "FILE")]
     write: Option<PathBuf>,
+    /// dit, text: how the weights of the blocks are kept: bf16 (the compute type), int8 or fp8
+    #[arg(long, value_name = "TYPE", default_value_t = Precision::default())]
+    weights: Precision,
     /// The largest relative difference that passes [default: 1e-4 on the CPU, 3e-2 on CUDA; grad 5e-2]
     #[arg(long, value_name = "R")]
     tolerance: Option<f64>,
@@ -133,7 +137,13 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
 }
 
 fn measured(arguments: &Arguments, device: &Device) -> anyhow::Result<(Outcome, Option<Steps>)> {
-    let Arguments { model, io, repeats, .. } = arguments;
+    let Arguments {
+        model,
+        io,
+        repeats,
+        weights,
+        ..
+    } = arguments;
     let component = match arguments.component {
         ComponentName::Dit => Component::Dit,
         ComponentName::Head => Component::Head,
@@ -155,5 +165,5 @@ fn measured(arguments: &Arguments, device: &Device) -> anyhow::Result<(Outcome, 
         arguments.train.is_none() && arguments.steps == 0 && arguments.write.is_none(),
         "--train, --steps and --write are for grad alone"
     );
-    Ok((check(component, model, io, device, *repeats)?, None))
+    Ok((check(component, model, weights, io, device, *repeats)?, None))
 }

@@ -1,5 +1,6 @@
 //! The same code on the device and on the CPU, on inputs that a CPU can take.
 
+use l2p_engine::model::Precision;
 use l2p_engine::model::config::VaeConfig;
 use l2p_engine::model::vae::VaeDecoder;
 use l2p_engine::{Device, Result};
@@ -18,12 +19,12 @@ const CAPTION: usize = 20;
 const LATENT: usize = 8;
 
 /// The error of one step of a model of the same widths with one block of each kind, on a small image.
-pub(super) fn step_error(device: &Device, model: &Model, seed: u64) -> Result<f64> {
+pub(super) fn step_error(device: &Device, model: &Model, precision: &Precision, seed: u64) -> Result<f64> {
     let mut small = model.shallow()?;
     let cell = model.vae.as_ref().map_or(1, VaeConfig::downsampling);
     small.side = GRID * small.spec.geometry().patch * cell;
     let drawn = |device: &Device| {
-        let drawn = Setup::new(device, &small, CAPTION, seed)?.drawn(1)?;
+        let drawn = Setup::new(device, &small, precision, CAPTION, seed)?.drawn(1)?;
         drawn.to_vec::<f32>()
     };
     Ok(relative_error(&drawn(device)?, &drawn(&Device::Cpu)?))

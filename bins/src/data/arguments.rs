@@ -93,6 +93,9 @@ pub struct Synthesize {
     /// Where to run: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device_choice)]
     pub device: DeviceChoice,
+    /// How weights are kept.
+    #[command(flatten)]
+    pub weights: PrecisionFlags,
     /// The text encoder, where the model names none: its folder, or its file with config.json beside it
     #[arg(long, value_name = "DIR|FILE")]
     pub text_encoder: Option<PathBuf>,

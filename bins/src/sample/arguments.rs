@@ -87,6 +87,9 @@ pub struct Arguments {
     /// Precision: bf16 on CUDA, f32 on the CPU; auto takes what the device has
     #[arg(long, value_enum, default_value_t = Precision::Auto)]
     pub dtype: Precision,
+    /// How weights are kept.
+    #[command(flatten)]
+    pub weights: PrecisionFlags,
     /// The text encoder, where the model names none: its folder, or its file with config.json beside it
     #[arg(long, value_name = "DIR|FILE")]
     pub text_encoder: Option<PathBuf>,

@@ -10,10 +10,10 @@
 use serde::Serialize;
 
 use crate::layers::{Group, NamedParameter};
-use crate::model::Spec;
 use crate::model::config::{ModelKind, VaeConfig};
 use crate::model::denoiser::TrainingChoice;
 use crate::model::memory::{Pass, bytes};
+use crate::model::{Precision, Spec};
 
 /// Bytes of a weight or activation.
 const COMPUTE: usize = 2;
@@ -36,6 +36,8 @@ pub struct EstimateInput<'a> {
     pub vae: Option<&'a VaeConfig>,
     /// The text encoder's parameters, 0 where none is known.
     pub text_parameters: u64,
+    /// How the weights of the transformer's blocks are kept when pictures are drawn.
+    pub trunk: &'a Precision,
     /// Pixels.
     pub width: usize,
     /// Pixels.
@@ -92,6 +94,7 @@ impl MemoryEstimate {
         let parameters: f64 = metas.iter().map(elements).sum();
         let trained: f64 = metas.iter().filter(|meta| is_trained(meta)).map(elements).sum();
         let weights = COMPUTE as f64 * parameters;
+        let kept: f64 = metas.iter().map(|meta| input.trunk.bytes(meta, COMPUTE) as f64).sum();
         let text_encoder = COMPUTE as f64 * input.text_parameters as f64;
         let nothing = TrainingChoice {
             trains: &|_| Ok(false),
@@ -100,10 +103,10 @@ impl MemoryEstimate {
         };
         let activations = input.pass(&nothing, &|pass| pass.sampling()).max(input.decoder());
         let sampling = SamplingMemory {
-            weights: bytes(weights),
+            weights: bytes(kept),
             activations: bytes(activations),
             text_encoder: bytes(text_encoder),
-            peak: bytes(text_encoder.max(weights + activations)),
+            peak: bytes(text_encoder.max(kept + activations)),
         };
         let released = TrainingChoice {
             trains: &|meta| Ok(is_trained(meta)),
@@ -251,6 +254,7 @@ mod tests {
                 },
                 vae: Some(&vae),
                 text_parameters: u64::MAX,
+                trunk: &Precision::default(),
                 width: 1 << 48,
                 height: 1 << 48,
             });
@@ -269,6 +273,7 @@ mod tests {
             },
             vae: None,
             text_parameters: 4_022_000_000,
+            trunk: &Precision::default(),
             width: 1024,
             height: 1024,
         });

@@ -15,11 +15,11 @@ use super::paths::{Container, ModelPaths};
 use super::set::{Checkpoint, Layout};
 use super::write::WriteObserver;
 use crate::error::{Error, Result};
-use crate::model::Spec;
 use crate::model::config::{ModelKind, VaeConfig};
 use crate::model::denoiser::Geometry;
 use crate::model::detailer::DetailerLayout;
 use crate::model::family::{Ends, TransformerConfig};
+use crate::model::{Precision, Spec};
 
 /// Tensors and bytes of one element type.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -153,6 +153,7 @@ pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
         MemoryEstimate::of(&EstimateInput {
             spec,
             vae: vae_config.as_ref(),
+            trunk: &Precision::default(),
             text_parameters: text_encoder.as_ref().map_or(0, |part| part.parameters),
             width: size.width,
             height: size.height,

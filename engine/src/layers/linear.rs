@@ -1,12 +1,16 @@
 //! Linear layers: `y = x · weightᵀ + bias`, and everything else that their weights take part in.
 
+use std::borrow::Cow;
+
 use super::{Described, Gradients, Group, Kind, Loaded, Module, NamedParameter, Place, PlaceMut, Slot, Transform};
 use crate::error::Result;
 use crate::ops::linear::{
     InputActivation, LinearGradients, linear, linear_backward_input, linear_backward_weight, linear_vectors,
     linear_vectors_backward,
 };
+use crate::ops::linear_quantised::{linear_quantised, linear_quantised_swiglu};
 use crate::ops::linear_swiglu::linear_swiglu;
+use crate::ops::quantise::{Activation, Coding, Input, Quantised, Scaling, dequantise, quantise, restore};
 use crate::tensor::Tensor;
 
 /// How a linear layer holds its weight.
@@ -14,6 +18,48 @@ use crate::tensor::Tensor;
 pub enum Weight {
     /// In the compute type on the device, `[out, in]`.
     Dense(Tensor),
+    /// In eight bits on the device, `[out, in]`, with a scale per row. Such a layer is frozen.
+    Quantised(Quantised),
+}
+
+impl Weight {
+    /// `values` `[out, in]`, in eight bits if a coding is given.
+    ///
+    /// # Errors
+    /// When the width is not one for eight bits, or the device has no room.
+    pub fn of(values: Tensor, coding: Option<Coding>) -> Result<Self> {
+        match coding {
+            None => Ok(Weight::Dense(values)),
+            Some(coding) => quantise(&values, coding, Scaling::Rows).map(Weight::Quantised),
+        }
+    }
+
+    /// The values, or the codes of those in eight bits.
+    pub(super) fn tensor(&self) -> &Tensor {
+        match self {
+            Weight::Dense(values) => values,
+            Weight::Quantised(quantised) => quantised.codes(),
+        }
+    }
+
+    /// The same, to be changed.
+    pub(super) fn tensor_mut(&mut self) -> &mut Tensor {
+        match self {
+            Weight::Dense(values) => values,
+            Weight::Quantised(quantised) => quantised.codes_mut(),
+        }
+    }
+
+    /// In the compute type: as it stands, or made for this call.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn values(&self) -> Result<Tensor> {
+        match self {
+            Weight::Dense(values) => Ok(values.clone()),
+            Weight::Quantised(quantised) => restore(quantised),
+        }
+    }
 }
 
 /// A linear layer. Nothing outside this file knows how its weight is held.
@@ -73,6 +119,12 @@ impl Linear<Described> {
         }
     }
 
+    /// The same layer, whose weight stays in the compute type where others are kept in eight bits.
+    pub fn precise(mut self) -> Self {
+        self.weight.precise = true;
+        self
+    }
+
     /// The same layer, or layers, with their biases `{name}.bias`.
     pub fn with_bias(mut self) -> Self {
         let parts: Vec<_> = self
@@ -91,23 +143,48 @@ impl Linear<Described> {
 }
 
 impl Linear {
-    /// `x · weightᵀ + bias` for tokens `[.., in]` in the compute type.
+    /// In which coding the layer takes its input best; `None` for values in the compute type.
+    pub fn coding(&self) -> Option<Coding> {
+        match &self.weight {
+            Weight::Dense(_) => None,
+            Weight::Quantised(weight) => Some(weight.coding()),
+        }
+    }
+
+    /// `x · weightᵀ + bias` for tokens `[.., in]` in the compute type, or as [`Linear::coding`] says; the result is in the compute
+    /// type. A layer in eight bits quantises values itself, with a scale per group, which is a pass of its own.
     ///
     /// # Errors
     /// When shapes, types or devices do not fit.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let Weight::Dense(weight) = &self.weight;
-        linear(x, weight, self.bias.as_ref())
+    pub fn forward<'a>(&self, x: impl Into<Input<'a>>) -> Result<Tensor> {
+        match (&self.weight, x.into()) {
+            (Weight::Dense(weight), Input::Values(x)) => linear(x, weight, self.bias.as_ref()),
+            (Weight::Dense(weight), Input::Codes(x)) => linear(&restore(x)?, weight, self.bias.as_ref()),
+            (Weight::Quantised(weight), x) => {
+                let x = coded(x, weight)?;
+                match &self.bias {
+                    None => linear_quantised(&x, weight),
+                    bias => linear(&dequantise(&x)?, &dequantise(weight)?, bias.as_ref()),
+                }
+            }
+        }
     }
 
     /// `silu(gate) · up` where the layer's first half of rows gives the gate and its second half the other factor; see
-    /// [`crate::ops::linear_swiglu`].
+    /// [`crate::ops::linear_swiglu`]. `then` is how the next layer takes it.
     ///
     /// # Errors
     /// When shapes, types or devices do not fit.
-    pub fn forward_swiglu(&self, x: &Tensor) -> Result<Tensor> {
-        let Weight::Dense(weight) = &self.weight;
-        linear_swiglu(x, weight)
+    pub fn forward_swiglu<'a>(&self, x: impl Into<Input<'a>>, then: Option<Coding>) -> Result<Activation> {
+        match (&self.weight, x.into()) {
+            (Weight::Dense(weight), Input::Values(x)) => {
+                Activation::of(linear_swiglu(x, weight)?, then, Scaling::Groups)
+            }
+            (Weight::Dense(weight), Input::Codes(x)) => {
+                Activation::of(linear_swiglu(&restore(x)?, weight)?, then, Scaling::Groups)
+            }
+            (Weight::Quantised(weight), x) => linear_quantised_swiglu(&*coded(x, weight)?, weight, then),
+        }
     }
 
     /// `activation(x) · weightᵀ + bias` for a few vectors `[vectors, in]` in f32.
@@ -115,8 +192,7 @@ impl Linear {
     /// # Errors
     /// When shapes, types or devices do not fit.
     pub fn forward_vectors(&self, x: &Tensor, activation: InputActivation) -> Result<Tensor> {
-        let Weight::Dense(weight) = &self.weight;
-        linear_vectors(x, activation, weight, self.bias.as_ref())
+        linear_vectors(x, activation, &self.weight.values()?, self.bias.as_ref())
     }
 
     /// dX: the gradient of the input of [`Linear::forward`] for that of its result.
@@ -124,8 +200,7 @@ impl Linear {
     /// # Errors
     /// When shapes, types or devices do not fit.
     pub fn backward_input(&self, dy: &Tensor) -> Result<Tensor> {
-        let Weight::Dense(weight) = &self.weight;
-        linear_backward_input(dy, weight)
+        linear_backward_input(dy, &self.weight.values()?)
     }
 
     /// dX of [`Linear::forward_vectors`], added to `dx`, and dW and the bias' gradient, added to `gradients`.
@@ -140,20 +215,29 @@ impl Linear {
         gradients: &mut Linear<Gradients>,
         dx: Option<&mut Tensor>,
     ) -> Result<()> {
-        let Weight::Dense(weight) = &self.weight;
-        linear_vectors_backward(dy, x, activation, weight, gradients.places(), dx)
+        linear_vectors_backward(dy, x, activation, &self.weight.values()?, gradients.places(), dx)
     }
 
     /// The weight in the compute type, for operations that gather their input by themselves (patches).
-    pub fn dense_weight(&self) -> &Tensor {
-        let Weight::Dense(weight) = &self.weight;
-        weight
+    ///
+    /// # Errors
+    /// When it is in eight bits and the device has no room for its values.
+    pub fn dense_weight(&self) -> Result<Tensor> {
+        self.weight.values()
     }
 
     /// Outputs and inputs.
     pub fn extents(&self) -> [usize; 2] {
-        let Weight::Dense(weight) = &self.weight;
+        let weight = self.weight.tensor();
         [weight.dim(0), weight.dim(1)]
+    }
+}
+
+/// `x` in the coding of `weight`.
+fn coded<'a>(x: Input<'a>, weight: &Quantised) -> Result<Cow<'a, Quantised>> {
+    match x {
+        Input::Codes(x) => Ok(Cow::Borrowed(x)),
+        Input::Values(x) => quantise(x, weight.coding(), Scaling::Groups).map(Cow::Owned),
     }
 }
 

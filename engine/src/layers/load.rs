@@ -4,6 +4,7 @@ use super::{ConvMeta, Described, Loaded, Module, NamedParameter, ParamSource, Tr
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
 use crate::ops::conv::Conv;
+use crate::ops::quantise::GROUP;
 use crate::tensor::Tensor;
 
 /// Brings described parameters onto a device.
@@ -73,7 +74,15 @@ impl<'a> Loader<'a> {
 
 impl Transform<Described, Loaded> for Loader<'_> {
     fn matrix(&mut self, meta: &NamedParameter) -> Result<Weight> {
-        self.read(meta).map(Weight::Dense)
+        let coding = self.params.coding(meta);
+        if let Some(coding) = coding.filter(|_| !meta.shape().last().is_some_and(|width| width.is_multiple_of(GROUP))) {
+            return Err(Error::invalid(format!(
+                "`{}` of shape {:?} cannot be kept in {coding}: its inputs are no multiple of {GROUP}; keep it in the compute type",
+                meta.name(),
+                meta.shape()
+            )));
+        }
+        Weight::of(self.read(meta)?, coding)
     }
 
     fn dense(&mut self, meta: &NamedParameter) -> Result<Tensor> {

@@ -50,6 +50,8 @@ pub struct NamedParameter {
     pub group: Group,
     /// A vector in the engine, whatever its extents in the checkpoint: pad tokens are stored as `[1, dim]`.
     pub flat: bool,
+    /// Stays in the compute type where others are kept in eight bits: what it makes is used by every token.
+    pub precise: bool,
 }
 
 impl NamedParameter {
@@ -68,6 +70,7 @@ impl NamedParameter {
             parts: parts.collect(),
             group,
             flat: false,
+            precise: false,
         }
     }
 
@@ -139,6 +142,32 @@ impl NamedParameter {
         }
         result
     }
+}
+
+/// Whether `name` fits a pattern of literal characters, `*` and `?`.
+pub fn fits(pattern: &str, name: &str) -> bool {
+    let (pattern, name) = (pattern.as_bytes(), name.as_bytes());
+    let (mut at, mut here) = (0, 0);
+    // The last star met, and where in the name what it stands for ends so far.
+    let mut star: Option<(usize, usize)> = None;
+    while here < name.len() {
+        match pattern.get(at) {
+            Some(b'*') => {
+                star = Some((at, here));
+                at += 1;
+            }
+            Some(&byte) if byte == b'?' || byte == name[here] => {
+                at += 1;
+                here += 1;
+            }
+            _ => {
+                let Some((back, taken)) = star else { return false };
+                star = Some((back, taken + 1));
+                (at, here) = (back + 1, taken + 1);
+            }
+        }
+    }
+    pattern[at..].iter().all(|&byte| byte == b'*')
 }
 
 #[cfg(test)]

@@ -16,11 +16,11 @@ mod source;
 pub use conv::{ConvLayer, ConvMeta, ConvSlots};
 pub use linear::{Linear, Weight};
 pub use load::Loader;
-pub use meta::{Group, NamedParameter, Published};
+pub use meta::{Group, NamedParameter, Published, fits};
 pub use norm::{Bare, GroupNorm, Norm};
 pub use source::{MemoryParams, ParamSource};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::conv::Conv;
 use crate::tensor::Tensor;
 
@@ -256,11 +256,12 @@ pub fn metas<M: Module<Kind = Described>>(module: &M) -> Vec<&NamedParameter> {
     all
 }
 
-/// The tensors of a loaded module, in the order of its list.
+/// The tensors of a loaded module, in the order of its list; the codes of a weight in eight bits.
 pub fn tensors<M: Module<Kind = Loaded>>(module: &M) -> Vec<&Tensor> {
     let mut all = Vec::new();
     module.visit(&mut |place| match place {
-        Place::Matrix(Weight::Dense(tensor)) | Place::Dense(tensor) => all.push(tensor),
+        Place::Matrix(weight) => all.push(weight.tensor()),
+        Place::Dense(tensor) => all.push(tensor),
     });
     all
 }
@@ -269,7 +270,8 @@ pub fn tensors<M: Module<Kind = Loaded>>(module: &M) -> Vec<&Tensor> {
 pub fn tensors_mut<M: Module<Kind = Loaded>>(module: &mut M) -> Vec<&mut Tensor> {
     let mut all = Vec::new();
     module.visit_mut(&mut |place| match place {
-        PlaceMut::Matrix(Weight::Dense(tensor)) | PlaceMut::Dense(tensor) => all.push(tensor),
+        PlaceMut::Matrix(weight) => all.push(weight.tensor_mut()),
+        PlaceMut::Dense(tensor) => all.push(tensor),
     });
     all
 }
@@ -335,8 +337,16 @@ impl<I: Iterator<Item = bool>> MakeSlots<I> {
 
 impl<I: Iterator<Item = bool>> Transform<Loaded, Gradients> for MakeSlots<I> {
     fn matrix(&mut self, weight: &Weight) -> Result<Slot> {
-        let Weight::Dense(weight) = weight;
-        self.slot(weight)
+        match weight {
+            Weight::Dense(weight) => self.slot(weight),
+            Weight::Quantised(weight) => match self.0.next() {
+                Some(true) => Err(Error::invalid(format!(
+                    "a weight {} in eight bits cannot be trained",
+                    weight.shape()
+                ))),
+                _ => Ok(None),
+            },
+        }
     }
 
     fn dense(&mut self, tensor: &Tensor) -> Result<Slot> {

@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 
+use super::NamedParameter;
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
+use crate::ops::quantise::Coding;
 use crate::tensor::Tensor;
 
 /// A set of named parameters that can be brought onto a device.
@@ -22,6 +24,11 @@ pub trait ParamSource {
     /// # Errors
     /// As [`ParamSource::load`].
     fn load_stacked(&self, device: &Device, names: &[&str], shape: &[usize]) -> Result<Tensor>;
+
+    /// In which coding the weight of a linear layer is kept on the device; `None` for the compute type.
+    fn coding(&self, _meta: &NamedParameter) -> Option<Coding> {
+        None
+    }
 
     /// The weights of a convolution, stored as `[outputs, inputs, height, width]`, as `[outputs, height · width · inputs]`:
     /// taps in row-major order outermost, input channels fastest.

@@ -8,6 +8,7 @@ pub mod family;
 pub mod limits;
 pub mod memory;
 pub mod objective;
+pub mod precision;
 pub mod rope;
 pub mod spec;
 pub mod text;
@@ -18,6 +19,7 @@ pub mod zimage;
 
 pub use denoiser::{Denoiser, Modulations, Prepared, Trainable};
 pub use limits::DeviceLimits;
+pub use precision::Precision;
 pub use spec::Spec;
 
 #[cfg(test)]

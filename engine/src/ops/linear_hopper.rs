@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use crate::device::{CudaDevice, Kernel, TensorMap, TensorMapSpec};
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -15,8 +14,6 @@ const CLUSTER: usize = 2;
 
 /// Rows below which the kernels' tiles would leave most of the GPU idle; the library has smaller ones.
 const FEWEST_ROWS: usize = 1024;
-
-const ELEMENT: u64 = DType::Bf16.size() as u64;
 
 /// The device of `x`, if it has these kernels, they suit the numbers of rows and summed elements, and its options do not turn them
 /// off.
@@ -33,7 +30,7 @@ pub(super) fn matrix_map(kernel: &Kernel, matrix: &Tensor, rows: usize, depth: u
         matrix,
         &TensorMapSpec {
             extents: &[depth as u64, rows as u64],
-            strides: &[depth as u64 * ELEMENT],
+            strides: &[(depth * matrix.dtype().size()) as u64],
             tile: &[step, box_rows],
             swizzle: 128,
         },

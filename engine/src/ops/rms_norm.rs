@@ -24,6 +24,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use super::quantise::{Activation, Coding, Quantised, Scaling};
 use super::{Modulation, TokenSizes, ensure_parameter, grid};
 use crate::device::{Args, CudaDevice, Kernel};
 use crate::error::{Error, Result};
@@ -81,16 +82,67 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<Tensor> {
 /// # Errors
 /// When shapes, types or devices do not fit.
 pub fn rms_norm_modulate(x: &Tensor, norm: &RmsNorm<'_>) -> Result<Tensor> {
+    rms_norm_modulate_in(x, norm, None).map(Activation::into_values)
+}
+
+/// [`rms_norm_modulate`] in eight bits with a scale per row, where `coding` asks for it.
+///
+/// # Errors
+/// As [`rms_norm_modulate`], and when the width is not one for eight bits.
+pub fn rms_norm_modulate_in(x: &Tensor, norm: &RmsNorm<'_>, coding: Option<Coding>) -> Result<Activation> {
     const OP: &str = "rms_norm_modulate";
     let sizes = TokenSizes::of(OP, "x", x)?;
     norm.expect(OP, x, sizes)?;
-    let mut output = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
-    let _op = crate::profile::op(OP, x, 0, 2 * x.bytes());
-    match x.cuda() {
-        None => cpu_rms_norm_modulate(x, norm, sizes, &mut output)?,
-        Some(device) => cuda_rms_norm_modulate(device, x, norm, sizes, &mut output)?,
+    let Some(device) = x.cuda() else {
+        let mut output = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+        let _op = crate::profile::op(OP, x, 0, 2 * x.bytes());
+        cpu_rms_norm_modulate(x, norm, sizes, &mut output)?;
+        return Activation::of(output, coding, Scaling::Rows);
+    };
+    let mut output = Output::empty(OP, x, coding)?;
+    let _op = crate::profile::op(OP, x, 0, x.bytes() + output.bytes());
+    cuda_rms_norm_modulate(device, x, norm, sizes, &mut output)?;
+    Ok(output.0)
+}
+
+/// Where a kernel leaves normalised rows.
+struct Output(Activation);
+
+impl Output {
+    fn empty(op: &'static str, x: &Tensor, coding: Option<Coding>) -> Result<Self> {
+        Ok(Output(match coding {
+            None => Activation::Values(Tensor::empty(&x.device(), x.shape(), x.dtype())?),
+            Some(coding) => Activation::Codes(Quantised::empty(op, x, x.shape(), coding, Scaling::Rows)?),
+        }))
     }
-    Ok(output)
+
+    fn bytes(&self) -> usize {
+        match &self.0 {
+            Activation::Values(values) => values.bytes(),
+            Activation::Codes(codes) => codes.bytes(),
+        }
+    }
+
+    /// As arguments: the values, or codes and scales.
+    fn arguments(output: Option<&mut Self>, args: Args) -> Result<Args> {
+        match output {
+            None => args.optional_output(None),
+            Some(Output(Activation::Values(values))) => args.output(values),
+            Some(Output(Activation::Codes(quantised))) => {
+                let [codes, scales] = quantised.parts_mut();
+                args.output(codes)?.output(scales)
+            }
+        }
+    }
+
+    /// Of the kernels for values, integers and floating point the ones that leave this.
+    fn kernels(output: Option<&Self>, kernels: &[[&'static str; 4]; 3]) -> [&'static str; 4] {
+        kernels[match output {
+            Some(Output(Activation::Codes(codes))) if codes.coding() == Coding::Int8 => 1,
+            Some(Output(Activation::Codes(_))) => 2,
+            _ => 0,
+        }]
+    }
 }
 
 /// A sublayer's end: its output `y` is normalised, gated and added to the residual stream.
@@ -114,6 +166,21 @@ pub fn gated_residual_rms_norm(
     residual: &GatedResidual<'_>,
     next: Option<&RmsNorm<'_>>,
 ) -> Result<(Tensor, Option<Tensor>)> {
+    let (sum, normalised) = gated_residual_rms_norm_in(x, y, residual, next, None)?;
+    Ok((sum, normalised.map(Activation::into_values)))
+}
+
+/// [`gated_residual_rms_norm`] whose normalised rows are in eight bits with a scale each, where `coding` asks for it.
+///
+/// # Errors
+/// As [`gated_residual_rms_norm`], and when the width is not one for eight bits.
+pub fn gated_residual_rms_norm_in(
+    x: &Tensor,
+    y: &Tensor,
+    residual: &GatedResidual<'_>,
+    next: Option<&RmsNorm<'_>>,
+    coding: Option<Coding>,
+) -> Result<(Tensor, Option<Activation>)> {
     const OP: &str = "gated_residual_rms_norm";
     let sizes = TokenSizes::of(OP, "x", x)?;
     y.ensure_shape(OP, "y", x.shape())?;
@@ -132,22 +199,18 @@ pub fn gated_residual_rms_norm(
         }
     }
     let mut sum = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
-    let mut normalised = next
-        .map(|_| Tensor::empty(&x.device(), x.shape(), x.dtype()))
-        .transpose()?;
-    let _op = crate::profile::op(OP, x, 0, (3 + usize::from(next.is_some())) * x.bytes());
-    match x.cuda() {
-        None => {
-            cpu_gated_residual(x, y, residual, sizes, &mut sum)?;
-            if let (Some(next), Some(normalised)) = (next, &mut normalised) {
-                cpu_rms_norm_modulate(&sum, next, sizes, normalised)?;
-            }
-        }
-        Some(device) => {
-            cuda_gated_residual_rms_norm(device, [x, y], residual, next, sizes, &mut sum, normalised.as_mut())?;
-        }
-    }
-    Ok((sum, normalised))
+    let Some(device) = x.cuda() else {
+        let _op = crate::profile::op(OP, x, 0, (3 + usize::from(next.is_some())) * x.bytes());
+        cpu_gated_residual(x, y, residual, sizes, &mut sum)?;
+        let Some(next) = next else { return Ok((sum, None)) };
+        let mut normalised = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
+        cpu_rms_norm_modulate(&sum, next, sizes, &mut normalised)?;
+        return Ok((sum, Some(Activation::of(normalised, coding, Scaling::Rows)?)));
+    };
+    let mut normalised = next.map(|_| Output::empty(OP, x, coding)).transpose()?;
+    let _op = crate::profile::op(OP, x, 0, 3 * x.bytes() + normalised.as_ref().map_or(0, Output::bytes));
+    cuda_gated_residual_rms_norm(device, [x, y], residual, next, sizes, &mut sum, normalised.as_mut())?;
+    Ok((sum, normalised.map(|output| output.0)))
 }
 
 /// `1 / rms(row)`.
@@ -213,21 +276,35 @@ fn cuda_rms_norm_modulate(
     x: &Tensor,
     norm: &RmsNorm<'_>,
     sizes: TokenSizes,
-    output: &mut Tensor,
+    output: &mut Output,
 ) -> Result<()> {
     const OP: &str = "rms_norm_modulate";
-    const KERNELS: [&str; 4] = [
-        "rms_norm_modulate_1",
-        "rms_norm_modulate_2",
-        "rms_norm_modulate_3",
-        "rms_norm_modulate_4",
+    const KERNELS: [[&str; 4]; 3] = [
+        [
+            "rms_norm_modulate_1",
+            "rms_norm_modulate_2",
+            "rms_norm_modulate_3",
+            "rms_norm_modulate_4",
+        ],
+        [
+            "rms_norm_modulate_1_s8",
+            "rms_norm_modulate_2_s8",
+            "rms_norm_modulate_3_s8",
+            "rms_norm_modulate_4_s8",
+        ],
+        [
+            "rms_norm_modulate_1_e4m3",
+            "rms_norm_modulate_2_e4m3",
+            "rms_norm_modulate_3_e4m3",
+            "rms_norm_modulate_4_e4m3",
+        ],
     ];
-    let launch = RowLaunch::new(OP, device, "rms_norm", &KERNELS, sizes)?;
+    let launch = RowLaunch::new(OP, device, "rms_norm", &Output::kernels(Some(output), &KERNELS), sizes)?;
     let args = Args::new()
         .input(x)?
         .input(norm.weight)?
-        .long(Modulation::address_or_null(norm.scale.as_ref())?)
-        .output(output)?
+        .long(Modulation::address_or_null(norm.scale.as_ref())?);
+    let args = Output::arguments(Some(output), args)?
         .int(sizes.dim)
         .int(sizes.tokens)
         .int(norm.scale.map_or(0, |scale| scale.stride()))
@@ -244,16 +321,31 @@ fn cuda_gated_residual_rms_norm(
     next: Option<&RmsNorm<'_>>,
     sizes: TokenSizes,
     sum: &mut Tensor,
-    normalised: Option<&mut Tensor>,
+    normalised: Option<&mut Output>,
 ) -> Result<()> {
     const OP: &str = "gated_residual_rms_norm";
-    const KERNELS: [&str; 4] = [
-        "gated_residual_rms_norm_1",
-        "gated_residual_rms_norm_2",
-        "gated_residual_rms_norm_3",
-        "gated_residual_rms_norm_4",
+    const KERNELS: [[&str; 4]; 3] = [
+        [
+            "gated_residual_rms_norm_1",
+            "gated_residual_rms_norm_2",
+            "gated_residual_rms_norm_3",
+            "gated_residual_rms_norm_4",
+        ],
+        [
+            "gated_residual_rms_norm_1_s8",
+            "gated_residual_rms_norm_2_s8",
+            "gated_residual_rms_norm_3_s8",
+            "gated_residual_rms_norm_4_s8",
+        ],
+        [
+            "gated_residual_rms_norm_1_e4m3",
+            "gated_residual_rms_norm_2_e4m3",
+            "gated_residual_rms_norm_3_e4m3",
+            "gated_residual_rms_norm_4_e4m3",
+        ],
     ];
-    let launch = RowLaunch::new(OP, device, "rms_norm", &KERNELS, sizes)?;
+    let kernels = Output::kernels(normalised.as_deref(), &KERNELS);
+    let launch = RowLaunch::new(OP, device, "rms_norm", &kernels, sizes)?;
     let next_scale = next.and_then(|next| next.scale);
     let args = Args::new()
         .input(x)?
@@ -262,8 +354,8 @@ fn cuda_gated_residual_rms_norm(
         .long(Modulation::address_or_null(residual.gate.as_ref())?)
         .output(sum)?
         .optional(next.map(|next| next.weight))?
-        .long(Modulation::address_or_null(next_scale.as_ref())?)
-        .optional_output(normalised)?
+        .long(Modulation::address_or_null(next_scale.as_ref())?);
+    let args = Output::arguments(normalised, args)?
         .int(sizes.dim)
         .int(sizes.tokens)
         .int(residual.gate.map_or(0, |gate| gate.stride()))

@@ -7,7 +7,7 @@ use crate::checkpoint::{Checkpoint, EstimateInput, MemoryEstimate, ModelPaths, T
 use crate::device::{Device, format_bytes};
 use crate::error::{Error, Result};
 use crate::model::config::{ModelKind, VaeConfig};
-use crate::model::{DeviceLimits, Spec};
+use crate::model::{DeviceLimits, Precision, Spec};
 
 /// Steps where neither user nor model says: enough for a model that was not distilled.
 const DEFAULT_STEPS: usize = 28;
@@ -22,6 +22,9 @@ pub struct ModelFiles {
     transformer: Transformer,
     /// A latent model's.
     vae: Option<(VaeConfig, Checkpoint)>,
+    /// How the weights of the transformer's and of the text encoder's blocks are kept.
+    trunk: Precision,
+    text: Precision,
 }
 
 impl ModelFiles {
@@ -45,7 +48,24 @@ impl ModelFiles {
             paths,
             transformer,
             vae,
+            trunk: Precision::default(),
+            text: Precision::default(),
         })
+    }
+
+    /// The same, with the weights of the transformer's blocks and of the text encoder's kept as these say.
+    ///
+    /// # Errors
+    /// When a pattern of what to keep fits no tensor of the transformer.
+    pub fn kept_in(mut self, trunk: Precision, text: Precision) -> Result<Self> {
+        trunk.ensure_used(&self.spec().metas())?;
+        (self.trunk, self.text) = (trunk, text);
+        Ok(self)
+    }
+
+    /// How the weights of the transformer's blocks are kept.
+    pub fn trunk(&self) -> &Precision {
+        &self.trunk
     }
 
     /// The device that the model runs on.
@@ -87,7 +107,8 @@ impl ModelFiles {
     /// # Errors
     /// Saying how to name a part that is missing, or what is damaged or does not fit.
     pub fn prompt_files(&self) -> Result<PromptFiles<'_>> {
-        PromptFiles::open(&self.paths, &self.device, self.spec().caption_width())
+        let files = PromptFiles::open(&self.paths, &self.device, self.spec().caption_width())?;
+        Ok(files.kept_in(self.text.clone()))
     }
 
     /// Checks before any work that there is a text encoder, of the width that the transformer takes; reads no weights.
@@ -240,6 +261,7 @@ impl ModelFiles {
             spec: self.spec(),
             vae: self.vae_config(),
             text_parameters: 0,
+            trunk: &self.trunk,
             width: settings.width,
             height: settings.height,
         });

@@ -39,7 +39,9 @@ impl LoadedModel {
             None => None,
         };
         let transformer = files.transformer();
-        let denoiser = transformer.spec.load(&transformer.checkpoint, files.device(), loaded)?;
+        let denoiser = transformer
+            .spec
+            .load(&files.trunk().over(&transformer.checkpoint), files.device(), loaded)?;
         let vae_checkpoint = files.vae_files().map(|(_, checkpoint)| checkpoint);
         let checkpoints = [&transformer.checkpoint].into_iter().chain(vae_checkpoint);
         Ok(LoadedModel {

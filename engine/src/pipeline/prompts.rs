@@ -8,9 +8,9 @@ use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::limits::Budget;
-use crate::model::DeviceLimits;
 use crate::model::config::TextConfig;
 use crate::model::text::TextEncoder;
+use crate::model::{DeviceLimits, Precision};
 use crate::tensor::Tensor;
 use crate::text::PromptTokenizer;
 
@@ -20,6 +20,8 @@ pub struct PromptFiles<'a> {
     paths: &'a ModelPaths,
     config: TextConfig,
     checkpoint: Checkpoint,
+    /// How the weights of the blocks are kept.
+    weights: Precision,
 }
 
 /// A tokenizer, and a text encoder on its device.
@@ -58,7 +60,14 @@ impl<'a> PromptFiles<'a> {
             paths,
             config,
             checkpoint,
+            weights: Precision::default(),
         })
+    }
+
+    /// The same, with the weights of the encoder's blocks kept so.
+    pub(super) fn kept_in(mut self, weights: Precision) -> Self {
+        self.weights = weights;
+        self
     }
 
     /// Brings the encoder onto the device.
@@ -68,7 +77,7 @@ impl<'a> PromptFiles<'a> {
     pub fn load(&self, device: &Device) -> Result<PromptEncoder> {
         let tokenizer = PromptTokenizer::open(self.paths.tokenizer()?)?;
         let _tag = MemoryTag::Weights.scope();
-        let encoder = TextEncoder::load(&self.checkpoint, device, &self.config);
+        let encoder = TextEncoder::load(&self.weights.over(&self.checkpoint), device, &self.config);
         Ok(PromptEncoder {
             tokenizer,
             encoder: encoder.map_err(|error| of_file(&self.checkpoint, error))?,
@@ -88,6 +97,9 @@ impl<'a> PromptFiles<'a> {
             hash.update(part);
         };
         add(format!("{:?} {}", self.config, device.compute_dtype()).as_bytes());
+        if self.weights != Precision::default() {
+            add(format!("{:?}", self.weights).as_bytes());
+        }
         let tokenizer = self.paths.tokenizer()?;
         for name in PromptTokenizer::FILES {
             add(&files::read_if_there(&tokenizer.join(name), Budget::TOKENIZER)?.unwrap_or_default());

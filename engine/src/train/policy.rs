@@ -6,7 +6,7 @@ use std::str::FromStr;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::layers::{Group, NamedParameter};
+use crate::layers::{Group, NamedParameter, fits};
 
 /// Main blocks that the published recipe trains at either end.
 pub const DEFAULT_ENDS: usize = 5;
@@ -65,32 +65,6 @@ impl Policy {
             .filter(|pattern| !names.iter().any(|name| fits(pattern, name)));
         unused.map(String::as_str).collect()
     }
-}
-
-/// Whether `name` fits a pattern of literal characters, `*` and `?`.
-fn fits(pattern: &str, name: &str) -> bool {
-    let (pattern, name) = (pattern.as_bytes(), name.as_bytes());
-    let (mut at, mut here) = (0, 0);
-    // The last star met, and where in the name what it stands for ends so far.
-    let mut star: Option<(usize, usize)> = None;
-    while here < name.len() {
-        match pattern.get(at) {
-            Some(b'*') => {
-                star = Some((at, here));
-                at += 1;
-            }
-            Some(&byte) if byte == b'?' || byte == name[here] => {
-                at += 1;
-                here += 1;
-            }
-            _ => {
-                let Some((back, taken)) = star else { return false };
-                star = Some((back, taken + 1));
-                (at, here) = (back + 1, taken + 1);
-            }
-        }
-    }
-    pattern[at..].iter().all(|&byte| byte == b'*')
 }
 
 impl FromStr for Policy {

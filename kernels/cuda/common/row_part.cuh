@@ -1,5 +1,6 @@
 // The part of a row that a thread holds, for normalisations whose blocks take rows one after the other.
 #pragma once
+#include "common/quantise.cuh"
 #include "common/reduce.cuh"
 
 constexpr int MAX_THREADS = 256;
@@ -107,3 +108,33 @@ struct RowSumPairs {
         return total;
     }
 };
+
+// ---- rows in eight bits ----
+
+// The largest of all threads of the block, to each of them; whoever uses the scratch again passes another barrier first.
+__device__ __forceinline__ uint32_t row_largest(uint32_t value, uint32_t* scratch) {
+    value = __reduce_max_sync(FULL_WARP, value);
+    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = value;
+    __syncthreads();  // all warps' are written before they are read
+    uint32_t largest = 0;
+    for (int warp = 0; warp < blockDim.x / WARP; ++warp) largest = max(largest, scratch[warp]);
+    return largest;
+}
+
+// Writes a row's codes; returns its one scale. A row is whole groups of SCALE_GROUP elements; all threads of the block call it.
+template <class Coding, int VECTORS>
+__device__ __forceinline__ float store_codes(uint8_t* codes, Part<VECTORS>& part, int vectors, uint32_t* scratch) {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+        if constexpr (Coding::ROTATED) rotate_run(part.value[i]);
+        largest = max(largest, largest_of(part.value[i]));
+    }
+    const Scale scale = scale_of<Coding>(row_largest(largest, scratch));
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+        const int vector = threadIdx.x + i * blockDim.x;
+        if (vector < vectors) reinterpret_cast<uint2*>(codes)[vector] = pack_run<Coding>(part.value[i], scale.inverse);
+    }
+    return scale.scale;
+}

@@ -103,3 +103,22 @@ __device__ __forceinline__ float silu_by_tanh(float x) {
     const float half = 0.5f * x;
     return fmaf(half, fast_tanh(half), half);
 }
+
+// Transposes a matrix of 4 x 4 words of which each of four neighbouring lanes, `member` among them, holds a row: afterwards word i
+// is what lane i had as word `member`. First within the quarters' 2 x 2 words, then the quarters.
+__device__ __forceinline__ void exchange_words(uint32_t (&words)[4], int member) {
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+        const bool upper = member & bit;
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+            if (t & bit) continue;
+            const uint32_t received = __shfl_xor_sync(FULL_WARP, upper ? words[t] : words[t | bit], bit);
+            if (upper) {
+                words[t] = received;
+            } else {
+                words[t | bit] = received;
+            }
+        }
+    }
+}

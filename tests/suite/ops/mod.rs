@@ -24,6 +24,7 @@ mod matmul_choices;
 mod noise;
 mod patch_embed;
 mod qk_norm_rope;
+mod quantise;
 mod resize;
 mod resize_backward;
 mod rms_norm;
@@ -62,6 +63,7 @@ pub fn register(suite: &mut Suite) {
     noise::register(suite);
     patch_embed::register(suite);
     qk_norm_rope::register(suite);
+    quantise::register(suite);
     resize::register(suite);
     resize_backward::register(suite);
     rms_norm::register(suite);

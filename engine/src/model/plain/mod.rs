@@ -168,7 +168,7 @@ impl PlainDit {
         image.ensure_shape("plain", "image", [batch, height, width, self.config.channels])?;
         let bias = self.parts.patch.bias.as_ref();
         let bias = bias.ok_or_else(|| Error::invalid("the input projection has no bias"))?;
-        let tokens = patch_embed(image, self.config.patch, self.parts.patch.dense_weight(), bias)?;
+        let tokens = patch_embed(image, self.config.patch, &self.parts.patch.dense_weight()?, bias)?;
         let positions = self.parts.positions.tensor().reshape([1, self.config.positions, dim])?;
         let positions = concat_all(&vec![&positions; batch])?.into_shape([batch, self.config.positions, dim])?;
         concat_tokens(&add(&tokens, &positions)?, &ready.captions)

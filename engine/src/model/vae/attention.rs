@@ -65,7 +65,7 @@ impl MidAttention {
             return Ok(());
         }
         let _tag = MemoryTag::Weights.scope();
-        let (Weight::Dense(qkv), Weight::Dense(out)) = (&self.qkv.weight, &self.out.weight);
+        let (qkv, out) = (self.qkv.weight.values()?, self.out.weight.values()?);
         // Rows of zeros after those of each projection; columns of zeros.
         let rows = |tensor: &Tensor, width: usize| -> Result<Tensor> {
             let filled: Vec<f32> = tensor
@@ -86,7 +86,7 @@ impl MidAttention {
             .collect();
         let columns = Tensor::from_f32(&out.device(), &columns, [channels, head_dim])?;
         let bias = self.qkv.bias.as_ref().map(|bias| rows(bias, 1)).transpose()?;
-        let qkv = rows(qkv, channels)?;
+        let qkv = rows(&qkv, channels)?;
         self.qkv = Linear {
             weight: Weight::Dense(qkv),
             bias,
@@ -110,7 +110,7 @@ impl MidAttention {
         // The projection as a 1×1 convolution, which adds the residual.
         let bias = self.out.bias.clone();
         let bias = bias.ok_or_else(|| Error::invalid("the autoencoder's attention has no bias"))?;
-        let out = Conv::new(self.out.dense_weight().clone(), bias, 1, &[self.attention.head_dim])?;
+        let out = Conv::new(self.out.dense_weight()?, bias, 1, &[self.attention.head_dim])?;
         conv2d(&attended, None, &out, Activation::None, Some(&x))
     }
 }

@@ -19,10 +19,13 @@ use crate::layers::{Bare, Described, Group, Linear, Norm, module};
 use crate::model::work::Keep;
 use crate::model::zimage::DitConfig;
 use crate::ops::Modulation;
-use crate::ops::attention::{Attention, attention, attention_with_lse};
+use crate::ops::attention::{Attention, attention_in, attention_with_lse};
 use crate::ops::linear::InputActivation;
 use crate::ops::qk_norm_rope::{QkNormRope, Rotation, qk_norm_rope, qk_norm_rope_from};
-use crate::ops::rms_norm::{GatedResidual, RmsNorm, gated_residual_rms_norm, rms_norm_modulate};
+use crate::ops::quantise::{Activation, Coding};
+use crate::ops::rms_norm::{
+    GatedResidual, RmsNorm, gated_residual_rms_norm, gated_residual_rms_norm_in, rms_norm_modulate_in,
+};
 use crate::ops::swiglu::swiglu;
 use crate::profile;
 use crate::tensor::Tensor;
@@ -78,8 +81,11 @@ impl Block<Described> {
             Linear::stacked(group, &names.iter().map(String::as_str).collect::<Vec<_>>(), rows, dim)
         };
         let norm = |suffix: &str, size: usize| Bare::norm(group, &name(suffix), size);
-        let modulation =
-            || Linear::new(group, &name("adaLN_modulation.0"), VECTORS * dim, config.adaln_width).with_bias();
+        let modulation = || {
+            Linear::new(group, &name("adaLN_modulation.0"), VECTORS * dim, config.adaln_width)
+                .precise()
+                .with_bias()
+        };
         Block {
             qkv: stacked(&["attention.to_q", "attention.to_k", "attention.to_v"], dim),
             out: Linear::new(group, &name("attention.to_out.0"), dim, dim),
@@ -204,14 +210,15 @@ impl Block {
     fn halves(
         &self,
         x: &Tensor,
-        normalised: Tensor,
+        normalised: Activation,
         vectors: Option<Vectors<'_>>,
         sequence: &Sequence<'_>,
         saving: bool,
     ) -> Result<Halves> {
         let (projected, attention) = self.attend(normalised, sequence, saving)?;
         let (residual, norm) = self.attention_residual(vectors)?;
-        let (middle, normalised) = gated_residual_rms_norm(x, &projected, &residual, Some(&norm))?;
+        let coding = self.w13.coding();
+        let (middle, normalised) = gated_residual_rms_norm_in(x, &projected, &residual, Some(&norm), coding)?;
         let attention = attention.map(|attention| (attention, projected));
         let normalised = normalised.expect("a normalisation was asked for");
         let (fed, gate_and_up) = self.feed_forward(normalised, saving)?;
@@ -225,7 +232,7 @@ impl Block {
 
     fn attend(
         &self,
-        normalised: Tensor,
+        normalised: Activation,
         sequence: &Sequence<'_>,
         saving: bool,
     ) -> Result<(Tensor, Option<SavedAttention>)> {
@@ -233,7 +240,7 @@ impl Block {
         drop(normalised);
         if !saving {
             qk_norm_rope(&mut qkv, &self.qk_norm_rope(), sequence.rope)?;
-            let attended = attention(&qkv, &self.attention, sequence.key_lengths)?;
+            let attended = attention_in(&qkv, &self.attention, sequence.key_lengths, self.out.coding())?;
             drop(qkv);
             return Ok((self.out.forward(&attended)?, None));
         }
@@ -246,9 +253,9 @@ impl Block {
         Ok((projected, Some(SavedAttention { qkv, attended, lse })))
     }
 
-    fn feed_forward(&self, normalised: Tensor, saving: bool) -> Result<(Tensor, Option<Tensor>)> {
+    fn feed_forward(&self, normalised: Activation, saving: bool) -> Result<(Tensor, Option<Tensor>)> {
         if !saving {
-            let hidden = self.w13.forward_swiglu(&normalised)?;
+            let hidden = self.w13.forward_swiglu(&normalised, self.w2.coding())?;
             drop(normalised);
             return Ok((self.w2.forward(&hidden)?, None));
         }
@@ -260,23 +267,25 @@ impl Block {
     }
 
     /// Runs the block on the residual stream `x` and its normalised form; returns the new stream, and its form normalised
-    /// by `next` where there is one.
+    /// by `next` where there is one, as the layer that takes it wants it.
     fn forward(
         &self,
         x: &Tensor,
-        normalised: Tensor,
+        normalised: Activation,
         vectors: Option<Vectors<'_>>,
         sequence: &Sequence<'_>,
-        next: Option<&RmsNorm<'_>>,
-    ) -> Result<(Tensor, Option<Tensor>)> {
+        next: Option<(&RmsNorm<'_>, Option<Coding>)>,
+    ) -> Result<(Tensor, Option<Activation>)> {
         let _range = profile::range(c"block");
         let Halves { middle, fed, .. } = self.halves(x, normalised, vectors, sequence, false)?;
-        gated_residual_rms_norm(&middle, &fed, &self.feed_forward_residual(vectors)?, next)
+        let residual = self.feed_forward_residual(vectors)?;
+        let (next, coding) = next.map_or((None, None), |(norm, coding)| (Some(norm), coding));
+        gated_residual_rms_norm_in(&middle, &fed, &residual, next, coding)
     }
 
     /// The stream between the block's halves, and what backward needs.
     fn inside(&self, x: &Tensor, vectors: Option<Vectors<'_>>, sequence: &Sequence<'_>) -> Result<(Tensor, Inside)> {
-        let normalised = rms_norm_modulate(x, &self.input_norm(vectors)?)?;
+        let normalised = rms_norm_modulate_in(x, &self.input_norm(vectors)?, self.qkv.coding())?;
         let Halves { middle, fed, saved } = self.halves(x, normalised, vectors, sequence, true)?;
         let (attention, projected, gate_and_up) = saved.expect("it was asked for");
         let inside = Inside {
@@ -363,16 +372,19 @@ pub fn run_blocks(
         return Ok(x);
     }
     let Some(first) = blocks.first() else { return Ok(x) };
-    let mut normalised = Some(rms_norm_modulate(&x, &first.input_norm(vectors(0))?)?);
+    let mut normalised = Some(rms_norm_modulate_in(
+        &x,
+        &first.input_norm(vectors(0))?,
+        first.qkv.coding(),
+    )?);
     for (index, block) in blocks.iter().enumerate() {
-        let next = blocks
-            .get(index + 1)
-            .map(|next| next.input_norm(vectors(index + 1)))
-            .transpose()?;
+        let following = blocks.get(index + 1);
+        let norm = following.map(|next| next.input_norm(vectors(index + 1))).transpose()?;
+        let next = norm.as_ref().zip(following.map(|next| next.qkv.coding()));
         let input = normalised
             .take()
             .expect("each block but the last leaves a normalised stream");
-        (x, normalised) = block.forward(&x, input, vectors(index), sequence, next.as_ref())?;
+        (x, normalised) = block.forward(&x, input, vectors(index), sequence, next)?;
     }
     Ok(x)
 }

@@ -475,7 +475,7 @@ impl Parts {
     fn patch_embed(&self, image: &Tensor, patch: usize) -> Result<Tensor> {
         let bias = self.patch.bias.as_ref();
         let bias = bias.ok_or_else(|| Error::invalid("the input projection has no bias"))?;
-        patch_embed(image, patch, self.patch.dense_weight(), bias)
+        patch_embed(image, patch, &self.patch.dense_weight()?, bias)
     }
 }
 

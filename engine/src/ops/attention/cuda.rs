@@ -8,6 +8,7 @@ use crate::device::{Args, CudaDevice, TensorMap, TensorMapSpec};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::grid;
+use crate::ops::quantise::{GROUP, Quantised};
 use crate::tensor::Tensor;
 
 /// The largest grid in its second and third dimension.
@@ -90,12 +91,42 @@ fn hopper_rows(tokens: usize, heads: usize, multiprocessors: usize) -> usize {
     if busiest(128) < busiest(192) { 128 } else { 192 }
 }
 
+/// Whether a kernel writes the result in eight bits.
+pub(super) fn makes_codes(device: &CudaDevice, problem: &Problem<'_>) -> bool {
+    device.has_hopper_kernels() && problem.spec.head_dim == GROUP
+}
+
+/// Attention by one of Hopper's kernels, in eight bits.
+pub(super) fn attention_codes(device: &Arc<CudaDevice>, problem: &Problem<'_>, result: &mut Quantised) -> Result<()> {
+    let choice = choose(device, AttentionKernel::Auto, problem)?;
+    let kernels = match choice == HOPPER_128 {
+        true => ["attention_hopper_128_s8", "attention_hopper_128_e4m3"],
+        false => ["attention_hopper_192_s8", "attention_hopper_192_e4m3"],
+    };
+    let choice = Choice::hopper(result.coding().of_kernels(kernels));
+    let [codes, scales] = result.parts_mut();
+    launch(device, choice, problem, |args| args.output(codes)?.output(scales))
+}
+
 pub(super) fn attention(
     device: &Arc<CudaDevice>,
     kernel: AttentionKernel,
     problem: &Problem<'_>,
     result: &mut Tensor,
     log_sums: Option<&mut Tensor>,
+) -> Result<()> {
+    let choice = choose(device, kernel, problem)?;
+    launch(device, choice, problem, |args| {
+        args.output(result)?.optional_output(log_sums)
+    })
+}
+
+/// Launches a kernel; `results` adds what it writes to its arguments.
+fn launch(
+    device: &Arc<CudaDevice>,
+    choice: Choice,
+    problem: &Problem<'_>,
+    results: impl FnOnce(Args) -> Result<Args>,
 ) -> Result<()> {
     let (spec, batch, tokens) = (problem.spec, problem.batch, problem.tokens);
     if spec.heads > MAX_GRID_YZ || batch > MAX_GRID_YZ || tokens > (i32::MAX >> 1) as usize {
@@ -104,17 +135,13 @@ pub(super) fn attention(
             spec.heads
         )));
     }
-    let choice = choose(device, kernel, problem)?;
     let kernel = device.kernel(choice.image, choice.kernel)?;
     let [rows, box_rows, box_columns, _] = kernel.info().tile;
     let packed = match choice.bulk_copies {
         true => Args::new().tensor_map(packed_map(problem, [box_columns, box_rows])?),
         false => Args::new().input(problem.qkv)?,
     };
-    let args = packed
-        .optional(problem.key_lengths)?
-        .output(result)?
-        .optional_output(log_sums)?
+    let args = results(packed.optional(problem.key_lengths)?)?
         .int(tokens)
         .int(spec.heads)
         .int(spec.kv_heads)

@@ -21,8 +21,10 @@ mod cuda;
 pub use backward::{AttentionBackwardKernel, AttentionResult, attention_backward, attention_backward_with};
 
 use super::TokenSizes;
+use super::quantise::{Activation, Coding, Quantised, Scaling};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::shape::Shape;
 use crate::tensor::Tensor;
 
 /// The heads of an attention layer and what its queries see.
@@ -61,6 +63,34 @@ pub enum AttentionKernel {
 pub fn attention(qkv: &Tensor, spec: &Attention, key_lengths: Option<&Tensor>) -> Result<Tensor> {
     let (result, _) = compute(AttentionKernel::Auto, qkv, spec, key_lengths, false)?;
     Ok(result)
+}
+
+/// [`attention`] in eight bits with a scale per token and head, where `coding` asks for it.
+///
+/// # Errors
+/// As for [`attention`], and when heads are not as wide as the groups of eight-bit numbers.
+pub fn attention_in(
+    qkv: &Tensor,
+    spec: &Attention,
+    key_lengths: Option<&Tensor>,
+    coding: Option<Coding>,
+) -> Result<Activation> {
+    let Some(coding) = coding else {
+        return attention(qkv, spec, key_lengths).map(Activation::Values);
+    };
+    let problem = Problem::new(qkv, spec, key_lengths)?;
+    let (batch, tokens) = (problem.batch, problem.tokens);
+    let fused = qkv.cuda().filter(|device| cuda::makes_codes(device, &problem));
+    let Some(device) = fused else {
+        return Activation::of(attention(qkv, spec, key_lengths)?, Some(coding), Scaling::Groups);
+    };
+    let shape = Shape::new(&[batch, tokens, spec.width()]);
+    let mut result = Quantised::empty(OP, qkv, shape, coding, Scaling::Groups)?;
+    let _op = crate::profile::op(OP, qkv, problem.flops(), qkv.bytes() + result.bytes());
+    if batch > 0 && tokens > 0 {
+        cuda::attention_codes(device, &problem, &mut result)?;
+    }
+    Ok(Activation::Codes(result))
 }
 
 /// Attention and the log-sum-exp of each query's scores; see the module's head comment.
@@ -132,6 +162,12 @@ impl<'a> Problem<'a> {
     }
 }
 
+impl Problem<'_> {
+    fn flops(&self) -> usize {
+        4 * self.batch * self.tokens * self.tokens * self.spec.width() / (1 + usize::from(self.spec.causal))
+    }
+}
+
 impl Attention {
     /// The width of a row of packed queries, keys and values.
     fn packed_width(&self) -> usize {
@@ -157,8 +193,7 @@ fn compute(
     let mut log_sums = with_log_sums
         .then(|| Tensor::empty(&device, [batch, spec.heads, tokens], DType::F32))
         .transpose()?;
-    let flops = 4 * batch * tokens * tokens * spec.width() / (1 + usize::from(spec.causal));
-    let _op = crate::profile::op(OP, qkv, flops, qkv.bytes() + result.bytes());
+    let _op = crate::profile::op(OP, qkv, problem.flops(), qkv.bytes() + result.bytes());
     if batch > 0 && tokens > 0 {
         match qkv.cuda() {
             None => cpu::attention(&problem, &mut result, log_sums.as_mut())?,
