@@ -3,8 +3,9 @@
     python bench/peers/parity.py --programs target/release --work /tmp/parity
 
 For each component `full_size.py` makes random weights, inputs, the f32 reference and PyTorch's own bf16 run; `bench-parity`
-then loads the same files. A row passes when our error is at most 1.25 times PyTorch's bf16 error. A component's files are
-removed before the next one's are made. The record is bench/results/GPU/parity.json, where bench-report finds it.
+then loads the same files. A row passes when our error is at most 1.25 times PyTorch's bf16 error. Transformers and the text
+encoder are run again with the weights of their blocks in eight bits; a transformer's row then passes when its int8 error is at most
+three times PyTorch's bf16 error. A component's files are removed before the next one's are made. The record is bench/results/GPU/parity.json, where bench-report finds it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,14 @@ COMPONENTS = {
     "latent-1k": "dit",
     "pixel-1k": "dit",
     "pixel-4k": "dit",
+    "pixel-4k-outliers": "dit",
 }
 LARGEST_RATIO = 1.25
+
+#: The same with the weights of blocks in eight bits, and what int8 may be of PyTorch's bf16 error.
+WEIGHTS = ["int8", "fp8"]
+WITH_WEIGHTS = ["dit", "text"]
+LARGEST_RATIO_OF_INT8 = 3.0
 
 #: Where full_size.py is: in the source tree, or in a bundle.
 FIXTURES = [Path(__file__).parent / "../../tests/fixtures", Path(__file__).parent / "../fixtures"]
@@ -53,14 +60,35 @@ def reference(arguments: argparse.Namespace, component: str) -> dict:
     return json.loads((arguments.work / component / "report.json").read_text())
 
 
-def ours(arguments: argparse.Namespace, component: str) -> dict:
+def ours(arguments: argparse.Namespace, component: str, weights: str = "bf16") -> dict:
     """Runs bench-parity on the same files; its tolerance is left to the ratio."""
     folder = arguments.work / component
     command = [str(arguments.programs / "bench-parity"), COMPONENTS[component], "--model", str(model_path(folder))]
     command += ["--io", str(folder / "io.safetensors"), "--tolerance", "inf", "--repeats", str(arguments.repeats), "--json"]
-    command += ["--device", "cpu" if arguments.tiny else "cuda"]
+    command += ["--device", "cpu" if arguments.tiny else "cuda", "--weights", weights]
     finished = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     return json.loads(finished.stdout) if finished.returncode == 0 else {}
+
+
+def eight_bits(arguments: argparse.Namespace, component: str, line: dict) -> None:
+    """Adds what the component gives with weights in eight bits."""
+    line["weights"] = {}
+    for weights in WEIGHTS:
+        found = ours(arguments, component, weights)
+        if not found:
+            line["pass"] = False
+            continue
+        error = max(output["error"] for output in found["outputs"])
+        ratio = error / line["torch_bf16_error"]
+        line["weights"][weights] = {
+            "error": error,
+            "ratio": ratio,
+            "ms": found["median_ms"],
+            "samples_ms": found["samples_ms"],
+            "peak_bytes": found["peak_bytes"],
+        }
+        if weights == "int8" and COMPONENTS[component] == "dit":
+            line["pass"] = line["pass"] and ratio <= LARGEST_RATIO_OF_INT8
 
 
 def row(component: str, torch: dict, found: dict) -> dict:
@@ -133,20 +161,27 @@ def main() -> None:
         torch = reference(arguments, component)
         made = time.perf_counter()
         rows.append(row(component, torch, ours(arguments, component)))
+        if COMPONENTS[component] in WITH_WEIGHTS:
+            eight_bits(arguments, component, rows[-1])
         if component not in arguments.keep:
             shutil.rmtree(arguments.work / component)
         print(f"{component}: reference {made - start:.1f} s, ours {time.perf_counter() - made:.1f} s", flush=True)
         out.write_text(json.dumps({**where, "rows": rows}, indent=1) + "\n")
-    print(f"{'component':<11}{'ours':>11}{'PyTorch':>11}{'ratio':>7}{'ours ms':>10}{'PyTorch ms':>12}{'ours GB':>9}{'PyTorch GB':>12}")
+    print(f"{'component':<18}{'ours':>11}{'PyTorch':>11}{'ratio':>7}{'ours ms':>10}{'PyTorch ms':>12}{'ours GB':>9}{'PyTorch GB':>12}")
     for line in rows:
         if line["ours_error"] is None:
-            print(f"{line['component']:<11}     failed")
+            print(f"{line['component']:<18}     failed")
             continue
         memory = (line["torch_peak_bytes"] or 0) / 1e9
         print(
-            f"{line['component']:<11}{line['ours_error']:>11.2e}{line['torch_bf16_error']:>11.2e}{line['ratio']:>7.2f}"
+            f"{line['component']:<18}{line['ours_error']:>11.2e}{line['torch_bf16_error']:>11.2e}{line['ratio']:>7.2f}"
             f"{line['ours_ms']:>10.2f}{line['torch_ms']:>12.2f}{line['ours_peak_bytes'] / 1e9:>9.2f}{memory:>12.2f}"
         )
+        for weights, found in line.get("weights", {}).items():
+            print(
+                f"  {weights:<16}{found['error']:>11.2e}{'':>11}{found['ratio']:>7.2f}{found['ms']:>10.2f}{'':>12}"
+                f"{found['peak_bytes'] / 1e9:>9.2f}"
+            )
     sys.exit(0 if all(line["pass"] for line in rows) else 1)
 
 

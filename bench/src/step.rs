@@ -66,9 +66,10 @@ pub struct Arguments {
     /// Small models of the same structure
     #[arg(long)]
     tiny: bool,
-    /// How the weights of the main blocks are kept: bf16, int8 or fp8; the twin on the CPU computes with the same
-    #[arg(long, value_name = "TYPE", default_value_t = Precision::default())]
-    trunk: Precision,
+    /// How the weights of the main blocks are kept: bf16, int8 or fp8; the twin on the CPU computes with the same, and the peer of
+    /// a step in eight bits is PyTorch's sequence of fp8 products and attention alone, recorded as a graph
+    #[arg(long, value_name = "TYPE,..", value_delimiter = ',', default_values_t = [Precision::default()])]
+    trunk: Vec<Precision>,
     /// Print what each kernel takes (needs CUPTI)
     #[arg(long)]
     kernels: bool,
@@ -88,14 +89,27 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             .map(|name| name.parse())
             .collect::<Result<Vec<ModelName>>>()?,
     };
-    match names[..] {
-        [name] => run_model(name, arguments),
+    let cases: Vec<(ModelName, &Precision)> = names
+        .iter()
+        .flat_map(|name| arguments.trunk.iter().map(|trunk| (*name, trunk)))
+        .collect();
+    match cases[..] {
+        [(name, trunk)] => run_model(name, trunk, arguments),
         // What the driver sees of one model's memory must not be another's.
         _ => children::run(
-            &names.iter().map(ModelName::to_string).collect::<Vec<_>>(),
+            &cases
+                .iter()
+                .map(|(name, trunk)| case_name(*name, trunk))
+                .collect::<Vec<_>>(),
             &arguments.common,
-            |name| {
-                let mut passed = vec![format!("--model={name}"), format!("--caption={}", arguments.caption)];
+            |case| {
+                let named = cases.iter().find(|(name, trunk)| case_name(*name, trunk) == case);
+                let (name, trunk) = named.expect("it is one of these");
+                let mut passed = vec![
+                    format!("--model={name}"),
+                    format!("--trunk={trunk}"),
+                    format!("--caption={}", arguments.caption),
+                ];
                 passed.extend(arguments.side.map(|side| format!("--side={side}")));
                 let flags = [(arguments.tiny, "--tiny"), (arguments.kernels, "--kernels")];
                 passed.extend(flags.iter().filter(|(set, _)| *set).map(|(_, flag)| (*flag).to_owned()));
@@ -105,7 +119,15 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     }
 }
 
-fn run_model(name: ModelName, arguments: &Arguments) -> anyhow::Result<()> {
+/// A row's name: the model's, and where it is not the usual one how its weights are kept.
+fn case_name(name: ModelName, trunk: &Precision) -> String {
+    match trunk.coding {
+        None => name.to_string(),
+        Some(coding) => format!("{name}-{coding}"),
+    }
+}
+
+fn run_model(name: ModelName, trunk: &Precision, arguments: &Arguments) -> anyhow::Result<()> {
     let mut model = name.model(arguments.tiny)?;
     if let Some(side) = arguments.side {
         model.side = side;
@@ -117,9 +139,9 @@ fn run_model(name: ModelName, arguments: &Arguments) -> anyhow::Result<()> {
         model.side
     );
     let mut bench = Bench::start("step", &arguments.common, "step.py")?;
-    let name = name.to_string();
+    let name = case_name(name, trunk);
     bench.ensure_feasible(&name, rough_flops(&model), "give --tiny, or a GPU")?;
-    run_step(&mut bench, &name, &model, arguments)?;
+    run_step(&mut bench, &name, &model, trunk, arguments)?;
     bench.finish()
 }
 
@@ -199,18 +221,24 @@ impl Setup {
     }
 }
 
-fn run_step(bench: &mut Bench, name: &str, model: &Model, arguments: &Arguments) -> anyhow::Result<()> {
+fn run_step(
+    bench: &mut Bench,
+    name: &str,
+    model: &Model,
+    trunk: &Precision,
+    arguments: &Arguments,
+) -> anyhow::Result<()> {
     let (device, seed) = (bench.device.clone(), bench.common.seed);
     let caption = arguments.caption as usize;
     let start = Instant::now();
-    let setup = Setup::new(&device, model, &arguments.trunk, caption, seed)?;
+    let setup = Setup::new(&device, model, trunk, caption, seed)?;
     device.synchronize()?;
     let load_seconds = start.elapsed().as_secs_f64();
     let once = &mut || setup.drawn(1).map(drop);
     if bench.wants(name, once)? {
         let (called, profile) = setup.profiled()?;
         let called = called.to_vec::<f32>()?;
-        let twin = twin::step_error(&device, model, &arguments.trunk, seed)?;
+        let twin = twin::step_error(&device, model, trunk, seed)?;
         device.synchronize()?;
         device.reset_memory_peaks();
         let resident = device.memory_report().total.current;
@@ -223,7 +251,7 @@ fn run_step(bench: &mut Bench, name: &str, model: &Model, arguments: &Arguments)
 
         let sizes = json!({
             "model": name, "side": model.side, "tokens": setup.conditioning.prompt.tokens(), "caption": caption, "tiny": arguments.tiny,
-            "trunk": arguments.trunk.to_string(),
+            "trunk": trunk.to_string(),
         });
         let repeats = bench.common.repeats as usize;
         let mut walk = setup.walk(WARM_STEPS + repeats)?;

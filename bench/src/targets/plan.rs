@@ -39,7 +39,7 @@ pub struct Part {
 }
 
 /// All parts, in the order in which they are measured: first what must be alone on the GPU.
-pub const PARTS: [Part; 8] = [
+pub const PARTS: [Part; 9] = [
     Part {
         name: "sample",
         program: "bench-sample",
@@ -69,6 +69,11 @@ pub const PARTS: [Part; 8] = [
         name: "step-4k",
         program: "bench-step",
         about: "the whole 4K step",
+    },
+    Part {
+        name: "eight-bit",
+        program: "bench-step",
+        about: "the 4K step with weights in bf16, int8 and fp8, beside PyTorch's fp8 products and attention",
     },
     Part {
         name: "step-1k",
@@ -109,6 +114,11 @@ impl Part {
             ),
             "products" => (Vec::new(), vec!["--shape=qkv=64x48x32", "--shape=out=64x48x32"], 15),
             "head" => (vec!["--heads=1k,4k".into()], vec!["--tiny"], 10),
+            "eight-bit" => (
+                vec!["--model=pixel-4k".to_owned(), "--trunk=bf16,int8,fp8".into()],
+                vec!["--tiny"],
+                15,
+            ),
             "latent-4k" => (vec!["--model=latent-4k".into()], vec!["--tiny"], 3),
             step => (
                 vec![format!("--model={}", step.replace("step", "pixel"))],

@@ -99,6 +99,54 @@ fn gigabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e9
 }
 
+/// A step with weights in eight bits, against the same in bf16 and against PyTorch's products and attention alone.
+fn eight_bits(record: &Record, coding: &str) -> Vec<TargetRow> {
+    let [Some(usual), Some(row)] = [record.row("pixel-4k"), record.row(&format!("pixel-4k-{coding}"))] else {
+        return Vec::new();
+    };
+    let pair = |peer| Pair {
+        ours: row.timing.milliseconds,
+        peer,
+    };
+    let peer = row
+        .peers
+        .first()
+        .map(|peer| (format!("PyTorch {}", peer.name), peer.timing.milliseconds));
+    let peak = Pair {
+        ours: row
+            .details
+            .get("driver_bytes")
+            .and_then(|bytes| bytes.as_u64())
+            .map_or(f64::INFINITY, gigabytes),
+        peer: usual
+            .details
+            .get("driver_bytes")
+            .and_then(|bytes| bytes.as_u64())
+            .map(|bytes| ("ours, bf16".to_owned(), gigabytes(bytes))),
+    };
+    let usual = Some(("ours, bf16".to_owned(), usual.timing.milliseconds));
+    vec![
+        TargetRow::ratio(
+            format!("4K step, {coding} trunk"),
+            "ms",
+            pair(usual),
+            Bound::AtMost(0.62),
+        ),
+        TargetRow::ratio(
+            format!("4K step, {coding} trunk, against fp8"),
+            "ms",
+            pair(peer),
+            Bound::AtMost(0.93),
+        ),
+        TargetRow::own(
+            format!("4K step, {coding} trunk, memory as the driver counts it"),
+            "GB",
+            peak,
+            Bound::AtMost(8.0),
+        ),
+    ]
+}
+
 /// The rows that follow from what was measured, in the table's order.
 pub fn rows(measured: &Measurements, sizes: &Sizes) -> Vec<TargetRow> {
     let mut rows = Vec::new();
@@ -127,6 +175,9 @@ pub fn rows(measured: &Measurements, sizes: &Sizes) -> Vec<TargetRow> {
     let decode = latent.and_then(|record| record.row("latent-4k-decode"));
     rows.extend(step_4k.map(|row| step(row, "4K")));
     rows.extend(step_4k.zip(latent_step).map(|(ours, latent)| speed_up(ours, latent)));
+    if let Some(record) = part("eight-bit") {
+        rows.extend(["int8", "fp8"].iter().flat_map(|coding| eight_bits(record, coding)));
+    }
     rows.extend(step_1k.map(|row| step(row, "1K")));
     rows.extend(step_4k.into_iter().flat_map(submission));
     let sample = part("sample").and_then(|record| record.row("sample-pixel-4k"));

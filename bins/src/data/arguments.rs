@@ -9,6 +9,7 @@ use l2p_engine::flow::noise_source::NoiseSource;
 use l2p_engine::limits::{Batch, Pictures, Side, Steps};
 
 use crate::launch::{RANKS_HELP, RankFlags};
+use crate::precision::PrecisionFlags;
 
 /// Makes data sets for training.
 #[derive(Parser, Clone, Debug)]

@@ -5,6 +5,7 @@ mod arguments;
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -58,7 +59,8 @@ fn synthesize_set(arguments: &Synthesize, device: Device, world: &World) -> anyh
     };
     let jobs = jobs(arguments)?;
     let paths = ModelPaths::resolve(&arguments.model, &arguments.path_overrides())?;
-    let mut pipeline = Pipeline::open(paths, device, false)?;
+    let files = arguments.weights.open(paths, device)?;
+    let mut pipeline = Pipeline::of(Arc::new(files), false);
     let settings = settings(arguments, &pipeline)?;
     for note in pipeline.notes()? {
         say(format_args!("note: {note}"));

@@ -9,6 +9,8 @@ use l2p_engine::flow::noise_source::NoiseSource;
 use l2p_engine::image_io::Settings as PictureSettings;
 use l2p_engine::limits::{Batch, Pictures, Quality, Side, Steps};
 
+use crate::precision::PrecisionFlags;
+
 const EXAMPLES: &str = "\
 Examples:
   l2p-sample --model models/demo/source --prompt \"slice of pizza\" --out pizza.png

@@ -143,7 +143,7 @@ fn open_model(arguments: &Arguments, named: bool) -> anyhow::Result<ModelFiles> 
     }
     let paths = ModelPaths::resolve(path, &arguments.path_overrides())?;
     let device = open_device(arguments)?;
-    Ok(ModelFiles::open(paths, device)?)
+    Ok(arguments.weights.open(paths, device)?)
 }
 
 /// Adds the operations of a step of the first batch, and what the device reaches at best.

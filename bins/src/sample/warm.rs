@@ -15,6 +15,8 @@ use l2p_engine::serve::{Caption, Item, Request, Worker, WorkerOptions};
 use l2p_engine::text::PromptTokenizer;
 use l2p_engine::{Device, DeviceChoice, HostTensor};
 
+use crate::precision::PrecisionFlags;
+
 /// The longest captions that a text encoder makes.
 const LONGEST: usize = PromptTokenizer::DEFAULT_MAX_TOKENS;
 
@@ -36,6 +38,9 @@ pub struct Warm {
     /// Where to run: auto, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = super::arguments::device_choice)]
     device: DeviceChoice,
+    /// How weights are kept.
+    #[command(flatten)]
+    weights: PrecisionFlags,
     /// Folder of the text encoder, where the model names none; without one its products are left out
     #[arg(long, value_name = "DIR")]
     text_encoder: Option<PathBuf>,
@@ -129,7 +134,7 @@ pub fn warm(options: &Warm) -> anyhow::Result<()> {
         vae: options.vae.clone(),
     };
     let paths = ModelPaths::resolve(&options.model, &overrides)?;
-    let files = Arc::new(ModelFiles::open(paths, device)?);
+    let files = Arc::new(options.weights.open(paths, device)?);
     let works = works(options, &files)?;
     cuda.blas()?.set_effort(Effort::Thorough);
 
