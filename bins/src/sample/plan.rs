@@ -115,9 +115,9 @@ impl Plan {
 
 /// The settings: what was asked for, then what the model says. Sides are rounded up to what the model can draw.
 fn settings(arguments: &Arguments, files: &ModelFiles, world: &World) -> anyhow::Result<Settings> {
-    let tell = |notes: &[String]| match world.is_first() {
-        true => notes.iter().for_each(|note| notice(note)),
-        false => {}
+    let tell = |notes: &[String]| {
+        let heard = notes.iter().filter(|_| world.is_first());
+        heard.for_each(|note| notice(note));
     };
     tell(&files.notes()?);
     let settings = files.settings(&Asked {

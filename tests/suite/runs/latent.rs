@@ -44,7 +44,7 @@ fn ranks() -> Outcome {
     let run = |name: &str, more: &[&str]| -> Result<_, Failed> {
         let cache = folder.path().join(name).join("cache").display().to_string();
         let common = ["--model", &model, "--steps", "2", "--log-every", "1", "--cache", &cache];
-        Ok(command(world, &folder.path().join(name), &[&common, more].concat())?)
+        command(world, &folder.path().join(name), &[&common, more].concat())
     };
     let cache = |name: &str| folder.path().join(name).join("cache");
     Finished::from(&mut run("alone", &["--accumulate", "3"])?)?.success()?;

@@ -49,11 +49,11 @@ fn pictures(folder: &Path) -> Result<Vec<(String, Vec<u8>)>, Failed> {
 fn like_one() -> Outcome {
     let folder = tempfile::tempdir()?;
     let folder = folder.path();
-    let arguments = |out: &'static str, ranks: &[&'static str]| {
+    let arguments = |out: &'static str, ranks: &[&'static str]| -> Result<Finished, Failed> {
         let common = [
             "--count", "3", "--batch", "2", "--cfg", "2", "--report", "json", "--out", out,
         ];
-        Ok::<_, Failed>(draw(folder, &listed(folder, &[&common, ranks].concat())?)?)
+        draw(folder, &listed(folder, &[&common, ranks].concat())?)
     };
     let alone = arguments("one/", &[])?;
     let together = arguments("three/", &["--ranks", "3"])?;
