@@ -15,6 +15,7 @@ use crate::runs::ranks::{as_rank, children, free_port, kill};
 
 pub fn register(suite: &mut Suite) {
     suite.cpu("sample::ranks::ranks_draw_what_one_draws", like_one);
+    suite.cpu("sample::ranks::one_that_draws_for_long_is_not_lost", patience);
     suite.cpu("sample::ranks::what_ranks_cannot_share_is_refused", refused);
     suite.cpu("sample::ranks::pictures_that_are_there_are_kept_or_refused", kept);
     suite.cpu("sample::ranks::what_differs_between_ranks_is_named", disagreement);
@@ -102,6 +103,25 @@ fn like_one() -> Outcome {
         &["--prompt", &long, "--count", "2", "--ranks", "2", "--out", "two/"],
     )?;
     assert_eq!(apart.stderr.matches("are cut off").count(), 1, "{}", apart.stderr);
+    Ok(())
+}
+
+/// The second rank has nothing to draw and waits for several times its patience.
+fn patience() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let started = Instant::now();
+    let arguments = [
+        "--prompt",
+        "fox",
+        "--ranks",
+        "2",
+        "--rank-timeout",
+        "1",
+        "--steps",
+        "150",
+    ];
+    draw(folder.path(), &arguments)?;
+    assert!(started.elapsed() > Duration::from_secs(3), "{:?}", started.elapsed());
     Ok(())
 }
 
