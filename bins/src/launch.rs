@@ -15,7 +15,7 @@ use anyhow::Context;
 use clap::Args;
 use l2p_engine::dist::{Launch, Options, World};
 use l2p_engine::limits::{Count, Patience, Ranks};
-use l2p_engine::{Device, DeviceChoice};
+use l2p_engine::{Device, DeviceChoice, Error};
 
 use crate::{say, stop_requested};
 
@@ -111,6 +111,20 @@ impl RankFlags {
             code => ExitCode::from(code),
         }
     }
+}
+
+/// Ends this rank's part by what came of its work: in agreement with the others after success, and after Ctrl-C, which all ranks come to
+/// together; else on all of them, with the error as the reason.
+///
+/// # Errors
+/// That of the work, and when a rank was lost.
+pub fn part(world: &World, outcome: anyhow::Result<()>) -> anyhow::Result<()> {
+    match &outcome {
+        Ok(()) => world.leave()?,
+        Err(error) if matches!(error.downcast_ref(), Some(Error::Interrupted)) => world.leave()?,
+        Err(error) => world.give_up(&crate::one_line(error)),
+    }
+    outcome
 }
 
 /// Where another launcher started this rank, `--ranks` may only repeat what that one says.

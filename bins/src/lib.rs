@@ -41,6 +41,19 @@ pub fn run(work: impl FnOnce() -> anyhow::Result<()>) -> ExitCode {
     }
 }
 
+/// The error as one of the engine's, for what ranks tell each other.
+fn as_engine(error: anyhow::Error) -> l2p_engine::Error {
+    // One that has been put into words has more to say than its cause.
+    let alone = error.chain().count() == 1;
+    match error.downcast_ref() {
+        Some(l2p_engine::Error::Interrupted) => l2p_engine::Error::Interrupted,
+        _ if alone => error
+            .downcast()
+            .unwrap_or_else(|error| l2p_engine::Error::invalid(one_line(&error))),
+        _ => l2p_engine::Error::invalid(one_line(&error)),
+    }
+}
+
 /// The error and its causes; a cause that an error already names at its end is not said twice.
 fn one_line(error: &anyhow::Error) -> String {
     let mut text = String::new();

@@ -1,7 +1,7 @@
 //! Running the programs of the workspace as a user does.
 
 use std::ffi::OsStr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use libtest_mimic::Failed;
@@ -85,6 +85,24 @@ pub fn program(name: &str) -> Result<PathBuf, Failed> {
         let places = places.join(" or ");
         format!("{file} is not in {places}: run `cargo build --bin {name}`, with the profile of the tests").into()
     })
+}
+
+/// Whether a program that is none of this workspace is installed.
+pub fn is_installed(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
+}
+
+/// `mpirun` or `torchrun`, about to start so many ranks of `program` on this machine, whose arguments follow.
+pub fn under(launcher: &str, ranks: usize, program: &Path) -> Command {
+    let ranks = ranks.to_string();
+    let mut command = Command::new(launcher);
+    match launcher {
+        "mpirun" => command.args(["--oversubscribe", "--allow-run-as-root", "-np", &ranks]),
+        _ => command.args(["--standalone", "--no-python", "--nproc-per-node", &ranks]),
+    };
+    command.arg(program);
+    command
 }
 
 /// Runs the program `name` with these arguments.

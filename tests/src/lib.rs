@@ -28,6 +28,12 @@ impl Suite {
         self.trials.push(Trial::test(name, test));
     }
 
+    /// Adds a test that needs a program which may be installed or not: it counts as ignored where it is not.
+    pub fn with_program(&mut self, program: &str, name: &str, test: fn() -> Outcome) {
+        let trial = Trial::test(name, test).with_kind(program);
+        self.trials.push(trial.with_ignored_flag(!cli::is_installed(program)));
+    }
+
     /// Adds a test that needs a GPU: it runs where there is one and counts as ignored elsewhere. GPU tests run one at a
     /// time, with new buffers poisoned.
     pub fn cuda(&mut self, name: &str, test: fn(&Device) -> Outcome) {

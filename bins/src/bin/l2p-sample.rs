@@ -3,9 +3,8 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use l2p_bins::sample::{Arguments, sample};
+use l2p_bins::sample::{Arguments, main as draw};
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    l2p_bins::run(|| sample(arguments))
+    draw(Arguments::parse())
 }

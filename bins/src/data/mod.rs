@@ -21,7 +21,7 @@ pub use arguments::Arguments;
 use arguments::{Command, Synthesize};
 
 use crate::progress::PhaseBar;
-use crate::prompts;
+use crate::{launch, prompts};
 
 /// Does what the arguments ask for, and returns the exit code. Errors are printed.
 pub fn main(arguments: &Arguments) -> ExitCode {
@@ -43,12 +43,7 @@ pub fn data(arguments: Arguments) -> anyhow::Result<()> {
 fn synthesize_among(arguments: &Synthesize, launch: Option<Launch>) -> anyhow::Result<()> {
     let (device, world) = arguments.ranks.join(launch, arguments.device)?;
     let outcome = synthesize_set(arguments, device, &world);
-    match &outcome {
-        Ok(()) => world.leave()?,
-        Err(error) if matches!(error.downcast_ref(), Some(Error::Interrupted)) => world.leave()?,
-        Err(error) => world.give_up(&format!("{error:#}")),
-    }
-    outcome
+    launch::part(&world, outcome)
 }
 
 fn synthesize_set(arguments: &Synthesize, device: Device, world: &World) -> anyhow::Result<()> {

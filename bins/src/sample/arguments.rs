@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use anyhow::bail;
 use clap::{Parser, Subcommand, ValueEnum};
 use l2p_engine::DeviceChoice;
 use l2p_engine::checkpoint::PathOverrides;
@@ -9,6 +10,7 @@ use l2p_engine::flow::noise_source::NoiseSource;
 use l2p_engine::image_io::Settings as PictureSettings;
 use l2p_engine::limits::{Batch, Pictures, Quality, Side, Steps};
 
+use crate::launch::{RANKS_HELP, RankFlags};
 use crate::precision::PrecisionFlags;
 
 const EXAMPLES: &str = "\
@@ -17,6 +19,7 @@ Examples:
   l2p-sample --model l2p_4k_sft.safetensors --text-encoder Z-Image/text_encoder --tokenizer Z-Image/tokenizer \\
              --prompt \"A lighthouse in a storm\" --steps 8 --shift 4 --out lighthouse.png --report text
   l2p-sample --model Z-Image-Turbo --prompts prompts.jsonl --count 4 --out pictures/
+  l2p-sample --model Z-Image-Turbo --prompts prompts.jsonl --out pictures/ --gpus 8 --skip-existing
   l2p-sample --model models/demo/source --like pizza.png --seed 7 --out another.png
   l2p-sample --model models/demo/source --prompt fox --report --profile
   l2p-sample devices
@@ -27,11 +30,19 @@ prompt optional; \"out\" is a name within --out. Settings that are not given com
 
 Guidance by another scale: cfg = 1 + guidance_scale of diffusers' Z-Image pipelines, whose 0 (none) is 1 here.
 
-Pictures in a folder are numbered on from those that are there, so that none is overwritten; a file that is named is replaced.";
+Pictures in a folder are numbered on from those that are there, so that none is overwritten; a file that is named is replaced.
+With --skip-existing they are numbered from 1, and those that are there already are kept: given again after it was ended or
+killed, a command draws what is missing.";
+
+const RANKS_SHARE: &str = "\
+Ranks draw batches of the prompts' pictures in turn, into the same folder, which all of them see; a picture has the bits
+that one rank gives it in the same --batch. The first rank shows progress, and its report counts all. --max-restarts
+needs --skip-existing; --noise, --embeds, --save-raw and --profile are for one rank.";
 
 /// Draws pictures from prompts, with a latent or a pixel model, on a GPU or on the CPU.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "l2p-sample", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+#[command(name = "l2p-sample", version, args_conflicts_with_subcommands = true)]
+#[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{RANKS_HELP}\n\n{RANKS_SHARE}"))]
 pub struct Arguments {
     /// Something other than drawing.
     #[command(subcommand)]
@@ -80,6 +91,11 @@ pub struct Arguments {
     /// A .png, .jpg or .webp file, or a folder for several pictures (a name that ends with / is one)
     #[arg(long, value_name = "FILE|DIR", default_value = "out.png")]
     pub out: PathBuf,
+    /// Keep pictures that are there under their names, and draw the others: what a run that was ended or killed has left.
+    /// Damaged ones are drawn again; a PNG that was drawn with another prompt, seed or setting is an error (JPEG and WebP
+    /// files tell their size alone)
+    #[arg(long, conflicts_with_all = ["noise", "embeds", "save_raw", "profile"])]
+    pub skip_existing: bool,
     /// Quality of JPEG files, 1 to 100
     #[arg(long, value_name = "N", default_value = "92", allow_negative_numbers = true)]
     pub quality: Quality,
@@ -131,6 +147,9 @@ pub struct Arguments {
     /// Show what this machine has to run on, and why a GPU cannot be used
     #[arg(long)]
     pub list_devices: bool,
+    /// How many ranks, and how long they wait.
+    #[command(flatten)]
+    pub ranks: RankFlags,
 }
 
 /// What `l2p-sample` does besides drawing.
@@ -190,6 +209,44 @@ impl Arguments {
         Ok(self)
     }
 
+    /// Checks that what is asked for can be shared by so many ranks.
+    ///
+    /// # Errors
+    /// Naming the flag that cannot.
+    pub fn ensure_shareable(&self, ranks: usize) -> anyhow::Result<()> {
+        if self.ranks.max_restarts.get() > 0 && !self.skip_existing {
+            bail!(
+                "--max-restarts would draw all pictures again: give --skip-existing too, so that those that are there stay"
+            );
+        }
+        let alone = [
+            ("--noise", self.noise.is_some()),
+            ("--embeds", self.embeds.is_some()),
+            ("--save-raw", self.save_raw.is_some()),
+            ("--profile", self.profile),
+        ];
+        match alone.into_iter().find(|(_, given)| *given && ranks > 1) {
+            Some((flag, _)) => {
+                bail!("{flag} is for one rank, but there are {ranks}: leave it away, or draw without --ranks")
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Whether something else than drawing is asked for.
+    pub fn draws_nothing(&self) -> bool {
+        self.list_devices || self.command.is_some()
+    }
+
+    /// Where to run.
+    pub fn device_choice(&self) -> DeviceChoice {
+        match (self.device, self.dtype) {
+            // Asking for f32 is asking for the device that has it.
+            (DeviceChoice::Auto, Precision::F32) => DeviceChoice::Cpu,
+            (choice, _) => choice,
+        }
+    }
+
     /// The parts of the model that were named.
     pub fn path_overrides(&self) -> PathOverrides {
         PathOverrides {
@@ -217,6 +274,34 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn what_ranks_cannot_share_is_named() {
+        let checked = |flags: &[&str], ranks| {
+            let given = Arguments::try_parse_from([&["l2p-sample"], flags].concat()).unwrap();
+            given.ensure_shareable(ranks).map_err(|error| error.to_string())
+        };
+        for flags in [
+            &["--noise", "n"][..],
+            &["--embeds", "e"],
+            &["--save-raw", "r"],
+            &["--profile"],
+        ] {
+            assert_eq!(checked(flags, 1), Ok(()));
+            let message = checked(flags, 2).unwrap_err();
+            assert!(
+                message.starts_with(flags[0]) && message.contains("one rank"),
+                "{message}"
+            );
+        }
+        let restarts = ["--ranks", "2", "--max-restarts", "1"];
+        assert!(checked(&restarts, 2).unwrap_err().contains("--skip-existing"));
+        assert_eq!(checked(&[&restarts[..], &["--skip-existing"]].concat(), 2), Ok(()));
+        for flags in [&["--noise", "n"][..], &["--save-raw", "r"], &["--profile"]] {
+            let both = [&["l2p-sample", "--skip-existing"], flags].concat();
+            assert!(Arguments::try_parse_from(both).is_err());
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use l2p_engine::serve::{self, Caption};
 use l2p_engine::{Error, HostTensor, Result, shown_name};
 
 /// What pictures are to follow.
+#[derive(Default)]
 pub struct Captions {
     /// One per picture.
     pub prompts: Vec<Caption>,

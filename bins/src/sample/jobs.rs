@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, bail};
+use l2p_engine::dist::World;
 use l2p_engine::flow::noise_source::NoiseSource;
 use l2p_engine::image_io::{self, ImageFormat};
 use l2p_engine::limits::Pictures;
@@ -19,7 +20,7 @@ use crate::prompts;
 const TITLE_LENGTH: usize = 32;
 
 /// One picture.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Job {
     /// What to draw.
     pub prompt: String,
@@ -79,8 +80,9 @@ pub fn published(model: &Path) -> String {
     }
 }
 
-/// The jobs that the arguments ask for: every prompt, `count` times, each with a seed of its own.
-pub fn jobs(arguments: &Arguments) -> anyhow::Result<Vec<Job>> {
+/// The jobs that the arguments ask for: every prompt, `count` times, each with a seed of its own. The first of the ranks looks for what
+/// others the names go on behind.
+pub fn jobs(arguments: &Arguments, world: &World) -> anyhow::Result<Vec<Job>> {
     let lines = match (&arguments.prompts, &arguments.prompt) {
         (Some(path), _) => read_lines(path)?,
         (None, Some(prompt)) => vec![Line {
@@ -99,6 +101,10 @@ pub fn jobs(arguments: &Arguments) -> anyhow::Result<Vec<Job>> {
         )
     })?;
     let names = Names::new(&arguments.out, pictures.get())?;
+    let first = match arguments.skip_existing {
+        true => 1,
+        false => world.first_decides("first number", || names.first_free().map_err(crate::as_engine))?,
+    };
     let negative = arguments.negative.clone().unwrap_or_default();
     let mut jobs = Vec::with_capacity(pictures.get());
     for line in lines {
@@ -109,7 +115,7 @@ pub fn jobs(arguments: &Arguments) -> anyhow::Result<Vec<Job>> {
             };
             let out = match &line.out {
                 Some(name) => names.named(name, copy, copies),
-                None => names.numbered(jobs.len(), seed),
+                None => names.numbered(first + jobs.len(), seed),
             };
             let negative = line.negative.clone().unwrap_or_else(|| negative.clone());
             jobs.push(Job {
@@ -117,7 +123,7 @@ pub fn jobs(arguments: &Arguments) -> anyhow::Result<Vec<Job>> {
                 negative,
                 seed,
                 out,
-                numbered: line.out.is_none() && !matches!(names, Names::One(_)),
+                numbered: line.out.is_none() && !matches!(names, Names::One(_)) && !arguments.skip_existing,
             });
         }
     }
@@ -155,10 +161,9 @@ enum Names {
         folder: PathBuf,
         stem: OsString,
         extension: OsString,
-        first: usize,
     },
     /// `folder/0001-seed.png`
-    Folder { folder: PathBuf, first: usize },
+    Folder { folder: PathBuf },
 }
 
 /// Numbers of names have at least so many digits.
@@ -167,13 +172,7 @@ const DIGITS: usize = 4;
 impl Names {
     fn new(out: &Path, pictures: usize) -> anyhow::Result<Self> {
         if out.is_dir() || out.extension().is_none() || ends_with_separator(out) {
-            return Ok(Names::Folder {
-                first: first_free(out, |name| {
-                    let (number, _) = name.split_once('-')?;
-                    Some(number)
-                })?,
-                folder: out.into(),
-            });
+            return Ok(Names::Folder { folder: out.into() });
         }
         let extension = out.extension().unwrap_or_default();
         if extension.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
@@ -186,36 +185,48 @@ impl Names {
         if pictures == 1 {
             return Ok(Names::One(out.into()));
         }
-        let folder = out.parent().unwrap_or(Path::new(""));
-        let stem = out.file_stem().unwrap_or_default();
-        let (start, end) = (
-            format!("{}-", stem.to_string_lossy()),
-            format!(".{}", extension.to_string_lossy()),
-        );
         Ok(Names::Numbered {
-            first: first_free(folder, |name| name.strip_prefix(&start)?.strip_suffix(&end))?,
-            folder: folder.into(),
-            stem: stem.into(),
+            folder: out.parent().unwrap_or(Path::new("")).into(),
+            stem: out.file_stem().unwrap_or_default().into(),
             extension: extension.into(),
         })
     }
 
-    fn numbered(&self, index: usize, seed: u64) -> PathBuf {
+    /// The number behind the largest of the names that are there.
+    fn first_free(&self) -> anyhow::Result<usize> {
+        match self {
+            Names::One(_) => Ok(1),
+            Names::Numbered {
+                folder,
+                stem,
+                extension,
+            } => {
+                let start = format!("{}-", stem.to_string_lossy());
+                let end = format!(".{}", extension.to_string_lossy());
+                first_free(folder, |name| name.strip_prefix(&start)?.strip_suffix(&end))
+            }
+            Names::Folder { folder } => first_free(folder, |name| {
+                let (number, _) = name.split_once('-')?;
+                Some(number)
+            }),
+        }
+    }
+
+    fn numbered(&self, number: usize, seed: u64) -> PathBuf {
         match self {
             Names::One(path) => path.clone(),
             Names::Numbered {
                 folder,
                 stem,
                 extension,
-                first,
             } => {
                 // Not by way of text, for a name need not be any.
                 let mut name = stem.clone();
-                name.push(format!("-{:0DIGITS$}.", first + index));
+                name.push(format!("-{number:0DIGITS$}."));
                 name.push(extension);
                 folder.join(name)
             }
-            Names::Folder { folder, first } => folder.join(format!("{:0DIGITS$}-{seed}.png", first + index)),
+            Names::Folder { folder } => folder.join(format!("{number:0DIGITS$}-{seed}.png")),
         }
     }
 
@@ -223,7 +234,7 @@ impl Names {
     fn named(&self, name: &Path, copy: usize, copies: usize) -> PathBuf {
         let folder = match self {
             Names::One(path) => path.parent().unwrap_or(Path::new("")),
-            Names::Numbered { folder, .. } | Names::Folder { folder, .. } => folder,
+            Names::Numbered { folder, .. } | Names::Folder { folder } => folder,
         };
         let mut name = name.to_path_buf();
         if copies > 1 {
@@ -294,7 +305,10 @@ mod tests {
     use clap::Parser;
 
     fn jobs_of(arguments: &[&str]) -> anyhow::Result<Vec<Job>> {
-        jobs(&Arguments::parse_from([&["l2p-sample"], arguments].concat()))
+        jobs(
+            &Arguments::parse_from([&["l2p-sample"], arguments].concat()),
+            &World::solo(),
+        )
     }
 
     #[test]
@@ -352,6 +366,10 @@ mod tests {
             names.collect()
         };
         assert_eq!(names(folder.path(), "2"), ["0013-0.png", "0014-1.png"]);
+        let out = folder.path().display().to_string();
+        let again = jobs_of(&["--prompt", "a", "--skip-existing", "--out", &out]).unwrap();
+        assert_eq!(again[0].out, folder.path().join("0001-0.png"));
+        assert!(!again[0].numbered);
         assert_eq!(
             names(&folder.path().join("fox.jpg"), "2"),
             ["fox-0032.jpg", "fox-0033.jpg"]

@@ -1,41 +1,54 @@
 //! `l2p-sample`: arguments, what to draw, progress and files. The work itself is done by a worker of `l2p_engine::serve`.
 
 mod arguments;
+mod display;
+mod drawing;
+mod found;
 mod inputs;
 mod jobs;
+mod plan;
 mod report;
 mod warm;
 mod writer;
 
-use std::collections::VecDeque;
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Context;
-use indicatif::{ProgressBar, ProgressStyle};
 use l2p_engine::ceilings::Ceilings;
 use l2p_engine::checkpoint::ModelPaths;
 use l2p_engine::device::probe;
-use l2p_engine::flow::noise_source::NoiseSource;
-use l2p_engine::limits::{Batch, Side, Steps};
-use l2p_engine::pipeline::{Asked, Batching, ModelFiles, Settings};
-use l2p_engine::serve::{Caption, Drawn, Event, Item, Request, Ticket, Worker, WorkerOptions};
-use l2p_engine::{Device, DeviceChoice, Error, HostTensor};
+use l2p_engine::dist::{Launch, World};
+use l2p_engine::limits::Ranks;
+use l2p_engine::pipeline::ModelFiles;
+use l2p_engine::serve::{Event, Worker, WorkerOptions};
+use l2p_engine::{Device, Error};
 
 pub use arguments::Arguments;
 use arguments::{Command, Precision};
+use drawing::{BATCHES_AHEAD, Work};
 use inputs::{Captions, RawImages};
-use jobs::Job;
-use report::Report;
-use writer::{Finished, Writer};
+use plan::Plan;
+use report::{Report, Share};
 
-use crate::prompts;
+use crate::launch;
 
-/// Batches that the worker has at a time: while one's pictures are written, the next one is drawn.
-const BATCHES_AHEAD: usize = 2;
+/// Does what the arguments ask for, alone or as one of many ranks, and returns the exit code. Errors are printed.
+pub fn main(arguments: Arguments) -> ExitCode {
+    if arguments.draws_nothing() {
+        return crate::run(|| sample(arguments));
+    }
+    let ranks = arguments.ranks.clone();
+    // Before any of them is started, so that it is said once.
+    if let Err(error) = arguments.ensure_shareable(ranks.ranks.map_or(1, Ranks::get)) {
+        return crate::run(|| Err(error));
+    }
+    ranks.run(|launch| sample_among(arguments, launch))
+}
 
-/// Does what the arguments ask for.
+/// Does what the arguments ask for, in this process alone.
 ///
 /// # Errors
 /// Whatever the user needs to know, as one sentence.
@@ -47,8 +60,15 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
     if let Some(Command::Warm(options)) = &arguments.command {
         return warm::warm(options);
     }
+    sample_among(arguments, None)
+}
+
+fn sample_among(arguments: Arguments, launch: Option<Launch>) -> anyhow::Result<()> {
     let _range = l2p_engine::profile::range(c"run");
     let start = Instant::now();
+    if let Some(launch) = &launch {
+        arguments.ensure_shareable(launch.world)?;
+    }
     let like = arguments
         .like
         .as_deref()
@@ -56,80 +76,85 @@ pub fn sample(arguments: Arguments) -> anyhow::Result<()> {
         .transpose()?;
     let named = arguments.model.is_some();
     let arguments = arguments.completed(like.as_ref())?;
-    let jobs = jobs::jobs(&arguments)?;
-    let files = Arc::new(open_model(&arguments, named)?);
-    let settings = settings(&arguments, &files)?;
-    let batch = match arguments.batch.map(Batch::get) {
-        Some(batch) => batch.min(jobs.len()),
-        None => files.batch_size(&settings, jobs.len(), Batching::PROMPT)?,
-    };
-    files.ensure_room(&settings, batch)?;
+    let (device, world) = arguments.ranks.join(launch, arguments.device_choice())?;
+    let outcome = sample_part(&arguments, named, device, &world, start);
+    launch::part(&world, outcome)
+}
+
+/// What one of the ranks does; `named` where the arguments named the model themselves and not through a picture.
+fn sample_part(
+    arguments: &Arguments,
+    named: bool,
+    device: Device,
+    world: &World,
+    start: Instant,
+) -> anyhow::Result<()> {
+    let jobs = jobs::jobs(arguments, world)?;
+    let files = Arc::new(open_model(arguments, named, device)?);
+    let plan = Plan::new(arguments, jobs, &files, world)?;
     let noise = arguments
         .noise
         .as_deref()
-        .map(|path| inputs::read_noise(path, &files, &settings))
+        .map(|path| inputs::read_noise(path, &files, &plan.settings))
         .transpose()?;
-    let guided = settings.cfg != 1.0;
     let embeds = arguments
         .embeds
         .as_deref()
-        .map(|path| inputs::read_embeds(path, &files, jobs.len(), guided))
+        .map(|path| inputs::read_embeds(path, &files, plan.jobs.len(), plan.guided()))
         .transpose()?;
     if embeds.is_none() {
         files.ensure_text_encoder()?;
     }
-    jobs::ensure_writable(&jobs, &settings)?;
-    let raw = arguments.save_raw.as_deref().map(RawImages::new).transpose()?;
-    announce(&jobs, &files, &settings);
-
-    let mut report = Report::new(&arguments, &files, &settings, batch);
+    let raw = world.on_first("folders", || {
+        jobs::ensure_writable(&plan.jobs, &plan.settings).map_err(crate::as_engine)?;
+        arguments.save_raw.as_deref().map(RawImages::new).transpose()
+    })?;
+    let raw = raw.flatten();
+    if world.is_first() {
+        plan.announce(&files, world);
+    }
+    let mut report = Report::new(arguments, &files, &plan);
+    let own = drawing::own(&plan.missing, plan.batch, world.rank(), world.size());
     let options = WorkerOptions {
         keep_text_encoder: arguments.keep_text_encoder,
-        recordings: usize::from(jobs.len() > batch),
+        recordings: usize::from(own.len() > plan.batch),
         most_open: BATCHES_AHEAD,
     };
-    let worker = Worker::start(files, options)?;
-    let captions = match embeds {
-        Some(captions) => captions,
-        None => encode(&worker, &jobs, guided, &mut report)?,
+    let worker = match own.is_empty() {
+        true => None,
+        false => Some(Worker::start(files, options)?),
     };
-    report.took(load(&worker)?);
     let work = Work {
-        jobs: &jobs,
-        captions: &captions,
+        jobs: own.iter().map(|&number| &plan.jobs[number]).collect(),
+        plan: &plan,
         noise: noise.map(Arc::new),
-        settings,
-        rng: arguments.rng.unwrap_or_default(),
-        batch,
         raw: raw.is_some(),
     };
-    draw(&arguments, &worker, &work, raw, &mut report)?;
+    let captions = match embeds {
+        Some(captions) => captions,
+        None => encode(worker.as_ref(), &work, world, &mut report)?,
+    };
+    let loaded = worker.as_ref().map(|worker| load(worker, world)).transpose();
+    let loaded = world.together("model", loaded)?;
+    loaded.into_iter().for_each(|taken| report.took(taken));
+    let drawn = drawing::draw(arguments, worker.as_ref(), &work, &captions, raw, world)?;
+    report.took(drawn.taken);
+    let share = Share::of(own, drawn.copies, &report);
+    let Some(shares) = world.gather("what was drawn", share)? else {
+        return Ok(());
+    };
+    for file in report.drawn(&plan, shares, world) {
+        crate::say(format_args!("{}", file.display()));
+    }
     report.total(start.elapsed());
-    if arguments.profile {
-        profile(&worker, &work, &mut report)?;
+    if let (true, Some(worker)) = (arguments.profile, &worker) {
+        profile(worker, &work, &captions, &mut report)?;
     }
     crate::print(&report.finish(arguments.report)?)
 }
 
-/// Says what is about to be drawn.
-fn announce(jobs: &[Job], files: &ModelFiles, settings: &Settings) {
-    crate::say(format_args!(
-        "{} {}x{} on {}: {}, shift {}, cfg {}",
-        count(jobs.len(), "picture"),
-        settings.width,
-        settings.height,
-        files.device(),
-        count(settings.steps, "step"),
-        settings.shift,
-        settings.cfg
-    ));
-    if let Some(word) = prompts::word_on_guidance(settings.cfg) {
-        notice(&word);
-    }
-}
-
 /// The model of complete arguments; `named` where they named it themselves and not through a picture.
-fn open_model(arguments: &Arguments, named: bool) -> anyhow::Result<ModelFiles> {
+fn open_model(arguments: &Arguments, named: bool, device: Device) -> anyhow::Result<ModelFiles> {
     let path = arguments
         .model
         .as_deref()
@@ -142,15 +167,16 @@ fn open_model(arguments: &Arguments, named: bool) -> anyhow::Result<ModelFiles> 
         );
     }
     let paths = ModelPaths::resolve(path, &arguments.path_overrides())?;
-    let device = open_device(arguments)?;
+    ensure_precision(&device, arguments.dtype)?;
     Ok(arguments.weights.open(paths, device)?)
 }
 
 /// Adds the operations of a step of the first batch, and what the device reaches at best.
-fn profile(worker: &Worker, work: &Work<'_>, report: &mut Report) -> anyhow::Result<()> {
-    let spinner = spinner("timing the operations of a step");
-    let first = 0..work.batch.min(work.jobs.len());
-    let profile = worker.profile(work.request(first))?.wait_with(&mut |_| go_on())?;
+fn profile(worker: &Worker, work: &Work<'_>, captions: &Captions, report: &mut Report) -> anyhow::Result<()> {
+    let world = World::solo();
+    let spinner = display::spinner("timing the operations of a step", &world);
+    let request = work.request(captions, 0..work.plan.batch.min(work.jobs.len()));
+    let profile = worker.profile(request)?.wait_with(&mut |event| go_on(&world, &event))?;
     let ceilings = worker.call(|pipeline| Ceilings::measure(pipeline.device()))?.wait()?;
     spinner.finish_and_clear();
     report.profiled(profile.value, ceilings.value);
@@ -165,38 +191,17 @@ fn list_devices(as_json: bool) -> anyhow::Result<()> {
     }
 }
 
-/// The device, when it computes in the precision that was asked for.
-fn open_device(arguments: &Arguments) -> anyhow::Result<Device> {
-    let choice = match (arguments.device, arguments.dtype) {
-        // Asking for f32 is asking for the device that has it.
-        (DeviceChoice::Auto, Precision::F32) => DeviceChoice::Cpu,
-        (choice, _) => choice,
-    };
-    let device = Device::open(choice)?;
-    match (&device, arguments.dtype) {
+/// Checks that the device computes in the precision that was asked for.
+fn ensure_precision(device: &Device, precision: Precision) -> anyhow::Result<()> {
+    match (device, precision) {
         (Device::Cpu, Precision::Bf16) => {
             anyhow::bail!("the CPU computes in f32: use --dtype auto or f32, or --device cuda for bf16")
         }
         (Device::Cuda(_), Precision::F32) => {
             anyhow::bail!("CUDA computes in bf16 with f32 sums: use --dtype auto or bf16, or --device cpu for f32")
         }
-        _ => Ok(device),
+        _ => Ok(()),
     }
-}
-
-/// The settings: what was asked for, then what the model says. Sides are rounded up to what the model can draw.
-fn settings(arguments: &Arguments, files: &ModelFiles) -> anyhow::Result<Settings> {
-    files.notes()?.iter().for_each(|note| notice(note));
-    let settings = files.settings(&Asked {
-        width: arguments.width.map(Side::get),
-        height: arguments.height.map(Side::get),
-        steps: arguments.steps.map(Steps::get),
-        shift: arguments.shift,
-        cfg: arguments.cfg,
-    })?;
-    let (settings, notes) = files.rounded(settings);
-    notes.iter().for_each(|note| notice(note));
-    Ok(settings)
 }
 
 /// Something that the user may not expect, and that stops nothing.
@@ -204,28 +209,47 @@ fn notice(text: &str) {
     crate::say(format_args!("note: {text}"));
 }
 
-/// Caption features of every job.
-fn encode(worker: &Worker, jobs: &[Job], guided: bool, report: &mut Report) -> anyhow::Result<Captions> {
-    if !guided && jobs.iter().any(|job| !job.negative.is_empty()) {
+/// Caption features of a rank's jobs; what is cut off of any rank's is said.
+fn encode(
+    worker: Option<&Worker>,
+    work: &Work<'_>,
+    world: &World,
+    report: &mut Report,
+) -> l2p_engine::Result<Captions> {
+    let plan = work.plan;
+    if world.is_first() && !plan.guided() && plan.jobs.iter().any(|job| !job.negative.is_empty()) {
         notice("what to stay away from has no effect without guidance: give a --cfg other than 1");
     }
-    let mut texts: Vec<String> = jobs.iter().map(|job| job.prompt.clone()).collect();
-    if guided {
-        texts.extend(jobs.iter().map(|job| job.negative.clone()));
+    let mut texts: Vec<String> = work.jobs.iter().map(|job| job.prompt.clone()).collect();
+    if plan.guided() {
+        texts.extend(work.jobs.iter().map(|job| job.negative.clone()));
     }
-    let spinner = spinner("reading the prompts");
-    let answer = worker.encode(texts)?.wait_with(&mut |event| {
-        if let Event::Encoded { text, dropped_tokens } = event
-            && dropped_tokens > 0
-        {
-            spinner.suspend(|| notice(&cut(&text, dropped_tokens)));
-        }
-        go_on()
-    })?;
+    let mut shortened = Vec::new();
+    let spinner = display::spinner("reading the prompts", world);
+    let encode = |worker: &Worker| {
+        worker.encode(texts)?.wait_with(&mut |event| {
+            if let Event::Encoded { text, dropped_tokens } = &event
+                && *dropped_tokens > 0
+            {
+                shortened.push(cut(text, *dropped_tokens));
+            }
+            go_on(world, &event)
+        })
+    };
+    let encoded = world.together("prompts", worker.map(encode).transpose())?;
     spinner.finish_and_clear();
+    if let Some(ranks) = world.gather("prompts that are cut", shortened)? {
+        // Several pictures may have the same prompt.
+        let mut told = BTreeSet::new();
+        let words = ranks.iter().flatten().filter(|words| told.insert(*words));
+        words.for_each(|words| notice(words));
+    }
+    let Some(answer) = encoded else {
+        return Ok(Captions::default());
+    };
     report.took(answer.report);
     let mut prompts = answer.value;
-    let negatives = prompts.split_off(jobs.len());
+    let negatives = prompts.split_off(work.jobs.len());
     Ok(Captions { prompts, negatives })
 }
 
@@ -238,172 +262,32 @@ fn cut(text: &str, dropped_tokens: usize) -> String {
     )
 }
 
-/// Whether to continue, asked by long work now and then.
-fn go_on() -> l2p_engine::Result<()> {
+/// Whether to continue, asked by long work now and then. That something has happened shows the other ranks that this one is no cause for
+/// worry; that it waits does not.
+fn go_on(world: &World, event: &Event) -> l2p_engine::Result<()> {
+    if *event != Event::Waiting {
+        world.work();
+    }
+    world.check()?;
     match crate::stop_requested() {
         true => Err(Error::Interrupted),
         false => Ok(()),
     }
 }
 
-fn load(worker: &Worker) -> anyhow::Result<l2p_engine::pipeline::Report> {
-    let bar = bar("loading the model [{bar:32}] {pos}/{len} blocks  {eta} left");
+fn load(worker: &Worker, world: &World) -> l2p_engine::Result<l2p_engine::pipeline::Report> {
+    let bar = display::bar("loading the model [{bar:32}] {pos}/{len} blocks  {eta} left", world);
     let answer = worker.load()?.wait_with(&mut |event| {
-        if let Event::Loaded { done, total } = event {
-            bar.set_length(total as u64);
-            bar.set_position(done as u64);
+        if let Event::Loaded { done, total } = &event {
+            bar.set_length(*total as u64);
+            bar.set_position(*done as u64);
         }
-        go_on()
+        go_on(world, &event)
     })?;
     bar.finish_and_clear();
     Ok(answer.report)
 }
 
-/// What is drawn, all of it known before the first step.
-struct Work<'a> {
-    jobs: &'a [Job],
-    captions: &'a Captions,
-    /// For every picture, instead of that of its seed.
-    noise: Option<Arc<HostTensor>>,
-    settings: Settings,
-    rng: NoiseSource,
-    /// Pictures at once.
-    batch: usize,
-    /// The numbers behind the pictures too.
-    raw: bool,
-}
-
-impl Work<'_> {
-    /// The request for some of the pictures, all at once.
-    fn request(&self, range: std::ops::Range<usize>) -> Request {
-        let nothing = Caption::Text(String::new());
-        let items = range.map(|index| Item {
-            prompt: self.captions.prompts[index].clone(),
-            negative: self.captions.negatives.get(index).unwrap_or(&nothing).clone(),
-            seed: self.jobs[index].seed,
-        });
-        Request {
-            items: items.collect(),
-            settings: self.settings,
-            rng: self.rng,
-            noise: self.noise.clone(),
-            start: None,
-            at_once: None,
-            raw: self.raw,
-        }
-    }
-}
-
-fn draw(
-    arguments: &Arguments,
-    worker: &Worker,
-    work: &Work<'_>,
-    raw: Option<RawImages>,
-    report: &mut Report,
-) -> anyhow::Result<()> {
-    let bar = bar("{msg} [{bar:32}] step {pos}/{len}  {per_step}  {eta} left");
-    bar.set_length((work.jobs.len().div_ceil(work.batch) * work.settings.steps) as u64);
-    let mut takes = Takes {
-        work,
-        bar,
-        writer: Writer::start(arguments.quality.get() as u8),
-        raw,
-        model: jobs::published(arguments.model.as_deref().unwrap_or(Path::new(""))),
-        report,
-    };
-    let mut asked: VecDeque<(usize, Ticket<Drawn>)> = VecDeque::new();
-    for first in (0..work.jobs.len()).step_by(work.batch) {
-        if asked.len() == BATCHES_AHEAD
-            && let Some((first, ticket)) = asked.pop_front()
-        {
-            takes.take(first, ticket)?;
-        }
-        let last = (first + work.batch).min(work.jobs.len());
-        asked.push_back((first, worker.draw(work.request(first..last))?));
-    }
-    for (first, ticket) in asked {
-        takes.take(first, ticket)?;
-    }
-    takes.finish()
-}
-
-/// Takes pictures as they come, and has them written.
-struct Takes<'a> {
-    work: &'a Work<'a>,
-    bar: ProgressBar,
-    writer: Writer,
-    raw: Option<RawImages>,
-    /// What pictures say of the model.
-    model: String,
-    report: &'a mut Report,
-}
-
-impl Takes<'_> {
-    /// Waits for the batch that begins with picture `first`.
-    fn take(&mut self, first: usize, ticket: Ticket<Drawn>) -> anyhow::Result<()> {
-        let Work {
-            jobs, settings, batch, ..
-        } = self.work;
-        self.bar.set_message(jobs::title(&jobs[first].prompt));
-        let before = first / batch * settings.steps;
-        let answer = ticket.wait_with(&mut |event| {
-            if let Event::Step { done, .. } = event {
-                self.bar.set_position((before + done) as u64);
-            }
-            go_on()
-        })?;
-        self.report.took(answer.report);
-        if let Some(all) = &mut self.raw {
-            answer.value.raw.iter().for_each(|raw| all.add(raw));
-        }
-        for (job, image) in jobs[first..].iter().zip(answer.value.pictures) {
-            self.writer.write(Finished {
-                path: job.out.clone(),
-                keep_others: job.numbered,
-                image,
-                settings: job.settings(settings, &self.model, self.work.rng),
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Waits until everything is written, and says where.
-    fn finish(mut self) -> anyhow::Result<()> {
-        self.bar.finish_and_clear();
-        let written = self.writer.finish()?;
-        if let Some(raw) = self.raw {
-            raw.finish()?;
-        }
-        for (job, file) in self.work.jobs.iter().zip(&written) {
-            self.report.add(job, file);
-            crate::say(format_args!("{}", file.display()));
-        }
-        Ok(())
-    }
-}
-
 fn count(number: usize, what: &str) -> String {
     format!("{number} {what}{}", if number == 1 { "" } else { "s" })
-}
-
-fn bar(template: &str) -> ProgressBar {
-    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    let per_step = |state: &indicatif::ProgressState, out: &mut dyn std::fmt::Write| {
-        let seconds = state.elapsed().as_secs_f64() / state.pos().max(1) as f64;
-        // Nothing can be done about a terminal that does not take text.
-        let _ = match state.pos() {
-            0 => write!(out, "- s/step"),
-            _ => write!(out, "{seconds:.3} s/step"),
-        };
-    };
-    let bar = ProgressBar::no_length();
-    bar.set_style(style.with_key("per_step", per_step));
-    bar.enable_steady_tick(Duration::from_millis(200));
-    bar
-}
-
-fn spinner(message: &'static str) -> ProgressBar {
-    let spinner = ProgressBar::new_spinner().with_message(message);
-    spinner.enable_steady_tick(Duration::from_millis(200));
-    spinner
 }

@@ -1,17 +1,44 @@
 //! What a run took: time and memory by phase and tag, and time by operation.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use l2p_engine::ceilings::Ceilings;
 use l2p_engine::device::{Device, MemoryReport, MemoryTag, format_bytes};
+use l2p_engine::dist::{Peer, World};
 use l2p_engine::pipeline::{self, ModelFiles, Phase, Settings};
 use l2p_engine::profile::Profile;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::arguments::{Arguments, ReportFormat};
-use super::jobs::Job;
+use super::plan::Plan;
+use super::writer::copy_of;
+
+/// What a rank tells the first one of its part.
+#[derive(Serialize, Deserialize)]
+pub struct Share {
+    /// The numbers of the jobs that it has drawn.
+    jobs: Vec<usize>,
+    /// Which copies of their names the pictures have, see [`copy_of`].
+    copies: Vec<usize>,
+    peak: Option<u64>,
+    driver_peak: Option<u64>,
+}
+
+impl Share {
+    /// That of a rank which has drawn these jobs.
+    pub fn of(jobs: Vec<usize>, copies: Vec<usize>, report: &Report) -> Self {
+        Share {
+            jobs,
+            copies,
+            peak: report.peak(),
+            driver_peak: report.taken.driver_peak(),
+        }
+    }
+}
 
 /// Collects what is reported.
 pub struct Report {
@@ -20,6 +47,10 @@ pub struct Report {
     settings: Settings,
     batch: usize,
     pictures: Vec<Value>,
+    /// Pictures that were there.
+    skipped: usize,
+    /// What each of several ranks has drawn, and its peaks of memory.
+    ranks: Vec<Value>,
     estimated: u64,
     taken: pipeline::Report,
     total: Duration,
@@ -28,7 +59,7 @@ pub struct Report {
 
 impl Report {
     /// A report of a run that begins.
-    pub fn new(arguments: &Arguments, files: &ModelFiles, settings: &Settings, batch: usize) -> Self {
+    pub fn new(arguments: &Arguments, files: &ModelFiles, plan: &Plan) -> Self {
         let device = match files.device() {
             Device::Cpu => "cpu".to_owned(),
             Device::Cuda(device) => format!("cuda:{} {}", device.index(), device.name()),
@@ -41,10 +72,12 @@ impl Report {
         Report {
             model,
             device,
-            settings: *settings,
-            batch,
+            settings: plan.settings,
+            batch: plan.batch,
             pictures: Vec::new(),
-            estimated: files.estimate(settings, batch),
+            skipped: plan.jobs.len() - plan.missing.len(),
+            ranks: Vec::new(),
+            estimated: files.estimate(&plan.settings, plan.batch),
             taken: pipeline::Report::default(),
             total: Duration::ZERO,
             profile: None,
@@ -66,11 +99,45 @@ impl Report {
         self.profile = Some((profile, ceilings));
     }
 
-    /// Adds a picture that was written to `file`, whose name need not be UTF-8.
-    pub fn add(&mut self, job: &Job, file: &Path) {
-        let file = file.display().to_string();
-        self.pictures
-            .push(json!({ "file": file, "prompt": job.prompt, "negative": job.negative, "seed": job.seed }));
+    /// Adds what the ranks have drawn. Returns the pictures' files, in the order of the jobs.
+    pub fn drawn(&mut self, plan: &Plan, shares: Vec<Share>, world: &World) -> Vec<PathBuf> {
+        if !world.is_solo() {
+            let ranks = shares.iter().zip(world.peers()).enumerate();
+            let rank = |(rank, (share, peer)): (usize, (&Share, &Peer))| {
+                json!({
+                    "rank": rank,
+                    "host": peer.host,
+                    "device": peer.device,
+                    "pictures": share.jobs.len(),
+                    "peak_bytes": share.peak,
+                    "driver_peak_bytes": share.driver_peak,
+                })
+            };
+            self.ranks = ranks.map(rank).collect();
+        }
+        let drawn = shares
+            .into_iter()
+            .flat_map(|share| share.jobs.into_iter().zip(share.copies));
+        let drawn: BTreeMap<usize, usize> = drawn.collect();
+        let mut files = Vec::with_capacity(drawn.len());
+        for (job, copy) in drawn
+            .into_iter()
+            .filter_map(|(job, copy)| Some((plan.jobs.get(job)?, copy)))
+        {
+            let file = copy_of(&job.out, copy);
+            // A name need not be UTF-8.
+            let name = file.display().to_string();
+            self.pictures
+                .push(json!({ "file": name, "prompt": job.prompt, "negative": job.negative, "seed": job.seed }));
+            files.push(file);
+        }
+        files
+    }
+
+    /// The most memory in use at a time, of all phases.
+    fn peak(&self) -> Option<u64> {
+        let phases = self.taken.phases().iter();
+        phases.map(|phase| phase.memory.total.peak).max()
     }
 
     /// The whole report: phases when a format is given, the operations of a step when they were timed.
@@ -91,13 +158,17 @@ impl Report {
                     "settings": self.settings,
                     "batch": self.batch,
                     "pictures": self.pictures,
+                    "skipped": self.skipped,
                     "phases": phases.iter().map(phase_json).collect::<Vec<_>>(),
                     "total_seconds": self.total.as_secs_f64(),
                     "estimated_bytes": self.estimated,
-                    "peak_bytes": phases.iter().map(|phase| phase.memory.total.peak).max(),
+                    "peak_bytes": self.peak(),
                     "accounted_bytes": self.taken.fullest().map(MemoryReport::accounted),
                     "driver_peak_bytes": self.taken.driver_peak(),
                 });
+                if !self.ranks.is_empty() {
+                    report["ranks"] = self.ranks.clone().into();
+                }
                 if let Some((profile, ceilings)) = &self.profile {
                     report["profile"] = crate::profile::json(profile, ceilings);
                 }
@@ -141,6 +212,17 @@ impl Report {
             let _ = writeln!(text, "{:>13}", phase.driver_bytes.map_or("-".into(), format_bytes));
         }
         let _ = writeln!(text, "{:<10}{:>8.3} s", "all", self.total.as_secs_f64());
+        for share in &self.ranks {
+            let pictures = share["pictures"].as_u64().unwrap_or_default() as usize;
+            let _ = writeln!(
+                text,
+                "rank {} on {}: {}, peak {}",
+                share["rank"],
+                share["host"].as_str().unwrap_or_default(),
+                super::count(pictures, "picture"),
+                format_bytes(share["peak_bytes"].as_u64().unwrap_or_default())
+            );
+        }
         if let Some((driver, fullest)) = self.taken.driver_peak().zip(self.taken.fullest()) {
             let _ = writeln!(
                 text,

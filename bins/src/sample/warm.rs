@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::bail;
 use l2p_engine::checkpoint::{ModelPaths, PathOverrides};
 use l2p_engine::device::{Effort, Searched, class_rows};
+use l2p_engine::dist::World;
 use l2p_engine::limits::{Batch, Side};
 use l2p_engine::pipeline::{ModelFiles, Settings};
 use l2p_engine::serve::{Caption, Item, Request, Worker, WorkerOptions};
@@ -146,7 +147,7 @@ pub fn warm(options: &Warm) -> anyhow::Result<()> {
     let worker = Worker::start(files, once)?;
     let lengths: BTreeSet<usize> = works.iter().flat_map(|work| work.lengths.iter().copied()).collect();
     let captions = captions(&worker, &lengths)?;
-    super::load(&worker)?;
+    super::load(&worker, &World::solo())?;
     for work in &works {
         let before = cuda.searched();
         for length in &work.lengths {
@@ -217,7 +218,7 @@ fn works(options: &Warm, files: &ModelFiles) -> anyhow::Result<Vec<Work>> {
 /// captions say does not matter.
 fn captions(worker: &Worker, lengths: &BTreeSet<usize>) -> anyhow::Result<Vec<Caption>> {
     if worker.files().ensure_text_encoder().is_ok() {
-        let spinner = super::spinner("encoding prompts of all lengths");
+        let spinner = super::display::spinner("encoding prompts of all lengths", &World::solo());
         // What stands around a prompt's words.
         let around = encode(worker, &[1])?.saturating_sub(1);
         let words: Vec<usize> = lengths
@@ -238,7 +239,9 @@ fn captions(worker: &Worker, lengths: &BTreeSet<usize>) -> anyhow::Result<Vec<Ca
 /// Encodes prompts of so many words each; returns the tokens of the first.
 fn encode(worker: &Worker, words: &[usize]) -> anyhow::Result<usize> {
     let prompts = words.iter().map(|&words| vec!["word"; words].join(" ")).collect();
-    let encoded = worker.encode(prompts)?.wait_with(&mut |_| super::go_on())?;
+    let encoded = worker
+        .encode(prompts)?
+        .wait_with(&mut |event| super::go_on(&World::solo(), &event))?;
     Ok(match encoded.value.first() {
         Some(Caption::Features(features)) => features.shape()[1],
         _ => 0,
@@ -256,7 +259,9 @@ fn draw(worker: &Worker, work: &Work, caption: &Caption) -> anyhow::Result<()> {
         items: items.collect(),
         ..Request::of("", work.settings, 0)
     };
-    worker.draw(request)?.wait_with(&mut |_| super::go_on())?;
+    worker
+        .draw(request)?
+        .wait_with(&mut |event| super::go_on(&World::solo(), &event))?;
     Ok(())
 }
 

@@ -26,7 +26,7 @@ pub struct Finished {
 /// The writing thread.
 pub struct Writer {
     queue: Option<SyncSender<Finished>>,
-    thread: Option<JoinHandle<Result<Vec<PathBuf>>>>,
+    thread: Option<JoinHandle<Result<Vec<usize>>>>,
 }
 
 impl Writer {
@@ -49,21 +49,22 @@ impl Writer {
     ///
     /// # Errors
     /// The reason why an earlier one could not be written.
-    pub fn write(&mut self, picture: Finished) -> anyhow::Result<()> {
+    pub fn write(&mut self, picture: Finished) -> Result<()> {
         let accepted = self.queue.as_ref().is_some_and(|queue| queue.send(picture).is_ok());
         if accepted { Ok(()) } else { self.finish().map(|_| ()) }
     }
 
-    /// Waits until everything is written. Returns where the pictures are, in the order in which they came.
+    /// Waits until everything is written. Returns which copies of their names the pictures have, see [`copy_of`], in the order in which
+    /// they came.
     ///
     /// # Errors
     /// The first reason why a picture could not be written.
-    pub fn finish(&mut self) -> anyhow::Result<Vec<PathBuf>> {
+    pub fn finish(&mut self) -> Result<Vec<usize>> {
         self.queue = None;
         match self.thread.take().map(JoinHandle::join) {
             None => Ok(Vec::new()),
-            Some(Ok(outcome)) => Ok(outcome?),
-            Some(Err(_)) => anyhow::bail!("the thread that writes pictures stopped unexpectedly"),
+            Some(Ok(outcome)) => outcome,
+            Some(Err(_)) => Err(Error::invalid("the thread that writes pictures stopped unexpectedly")),
         }
     }
 }
@@ -75,8 +76,8 @@ impl Drop for Writer {
     }
 }
 
-/// Writes a picture, and returns where it is.
-fn write(picture: Finished, jpeg_quality: u8) -> Result<PathBuf> {
+/// Writes a picture, and returns which copy of its name it has.
+fn write(picture: Finished, jpeg_quality: u8) -> Result<usize> {
     let Finished {
         path,
         keep_others,
@@ -89,22 +90,21 @@ fn write(picture: Finished, jpeg_quality: u8) -> Result<PathBuf> {
         replace: !keep_others,
         durable: false,
     };
-    let mut target = path.clone();
     let mut copy = 1;
     loop {
-        match write_image(&target, &image, &options) {
+        match write_image(&copy_of(&path, copy), &image, &options) {
             // Another program has taken the name since names were given.
-            Err(Error::Io { source, .. }) if keep_others && source.kind() == ErrorKind::AlreadyExists => {
-                copy += 1;
-                target = beside(&path, copy);
-            }
-            outcome => return outcome.map(|()| target),
+            Err(Error::Io { source, .. }) if keep_others && source.kind() == ErrorKind::AlreadyExists => copy += 1,
+            outcome => return outcome.map(|()| copy),
         }
     }
 }
 
-/// `name-2.png` for `name.png` and 2.
-fn beside(path: &Path, copy: usize) -> PathBuf {
+/// `name.png` itself for 1, `name-2.png` for 2.
+pub fn copy_of(path: &Path, copy: usize) -> PathBuf {
+    if copy == 1 {
+        return path.into();
+    }
     let mut name = path.file_stem().unwrap_or_default().to_owned();
     name.push(format!("-{copy}."));
     name.push(path.extension().unwrap_or_default());
@@ -143,15 +143,17 @@ mod tests {
         let mut writer = Writer::start(92);
         writer.write(picture(&path, true, 1)).unwrap();
         writer.write(picture(&path, true, 2)).unwrap();
-        let written = writer.finish().unwrap();
+        let written = writer.finish();
         assert_eq!(
-            written,
+            written
+                .map(|copies| copies.into_iter().map(|copy| copy_of(&path, copy)).collect::<Vec<_>>())
+                .unwrap(),
             ["0001-0-2.png", "0001-0-3.png"].map(|name| folder.path().join(name))
         );
         assert_eq!(std::fs::read(&path).unwrap(), b"mine");
         let mut writer = Writer::start(92);
         writer.write(picture(&path, false, 3)).unwrap();
-        assert_eq!(writer.finish().unwrap(), std::slice::from_ref(&path));
+        assert_eq!(writer.finish().unwrap(), [1]);
         assert_ne!(std::fs::read(&path).unwrap(), b"mine");
     }
 }

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::features::FeatureStore;
 use crate::device::Device;
+use crate::dist::World;
 use crate::error::{Error, Result};
 use crate::pipeline::PromptFiles;
 use crate::tensor::HostTensor as Features;
@@ -74,6 +75,37 @@ pub fn encode_captions(
     }
     report.encoded = missing.len() - report.refused.len();
     Ok(report)
+}
+
+/// As [`encode_captions`], by each rank a share. Then every rank sees to it that all are there: those of ranks that do not share the
+/// folder are not, and are encoded once more. `progress` is told of this rank's work alone.
+///
+/// # Errors
+/// On all ranks, when it happens on one.
+pub fn encode_captions_among(
+    world: &World,
+    store: &FeatureStore,
+    files: &PromptFiles<'_>,
+    device: &Device,
+    texts: &BTreeSet<&str>,
+    progress: &mut dyn FnMut(usize, usize) -> Result<()>,
+) -> Result<CaptionReport> {
+    let own = texts.iter().copied().skip(world.rank()).step_by(world.size());
+    let own = encode_captions(store, files, device, &own.collect(), progress);
+    let own = world.together("captions", own)?;
+    if world.is_solo() {
+        return Ok(own);
+    }
+    let shares = world.share("encoded captions", (own.encoded, own.cut))?;
+    let all = encode_captions(store, files, device, texts, progress);
+    let all = world.together("all captions", all)?;
+    let encoded = shares.iter().map(|share| share.0).sum();
+    Ok(CaptionReport {
+        found: (all.found + all.encoded).saturating_sub(encoded),
+        encoded,
+        cut: shares.iter().map(|share| share.1).sum(),
+        ..all
+    })
 }
 
 /// Tokens of a caption with features `[1, tokens, width]`.

@@ -10,6 +10,7 @@ use super::metadata::Record;
 use super::set::{DataSet, damage_of};
 use super::sizing::PictureSize;
 use crate::device::Device;
+use crate::dist::World;
 use crate::error::{Error, Result};
 use crate::image_io::{Filter, RgbImage, read_cover};
 use crate::model::vae::VaeEncoder;
@@ -19,18 +20,39 @@ use crate::tensor::{HostTensor as Features, Tensor};
 /// Pictures that are decoded together.
 const CHUNK: usize = 16;
 
-/// Brings the latents of all pictures of `set` into `store`, and returns their keys. `load` brings the autoencoder onto the
-/// device when some are missing; it is freed before this returns. Pictures that cannot be decoded are noted as damaged.
-/// `progress(done, missing)` is called after each picture; an error from it ends the work, and what was made so far stays.
+/// Brings the latents of all pictures of `set` into `store`, and returns their keys. `load` brings the autoencoder onto the device when
+/// some are missing; it is freed before this returns. Pictures that cannot be decoded are noted as damaged. Each rank encodes a share;
+/// then every rank sees to it that all are there: those of ranks that do not share the folder are not, and are encoded once more.
+/// `progress(done, missing)` is called after each picture of this rank; an error from it ends the work, and what was made so far stays.
 ///
 /// # Errors
 /// When the autoencoder cannot be loaded or makes latents that are not finite, too much is damaged, the disk does not take the
-/// latents, or `progress` says so.
+/// latents, or `progress` says so: on all ranks, when it happens on one.
 pub fn encode_latents(
+    world: &World,
     store: &FeatureStore,
     set: &DataSet,
     device: &Device,
     load: &dyn Fn() -> Result<VaeEncoder>,
+    progress: &mut dyn FnMut(usize, usize) -> Result<()>,
+) -> Result<Vec<StoreKey>> {
+    let (rank, ranks) = (world.rank(), world.size());
+    let own = encode_wanted(store, set, device, load, &|index| index % ranks == rank, progress);
+    let keys = world.together("latents", own)?;
+    if world.is_solo() {
+        return Ok(keys);
+    }
+    let all = encode_wanted(store, set, device, load, &|_| true, progress);
+    world.together("all latents", all)
+}
+
+/// The latents of those pictures whose numbers `is_wanted`; the keys of all.
+fn encode_wanted(
+    store: &FeatureStore,
+    set: &DataSet,
+    device: &Device,
+    load: &dyn Fn() -> Result<VaeEncoder>,
+    is_wanted: &(dyn Fn(usize) -> bool + Sync),
     progress: &mut dyn FnMut(usize, usize) -> Result<()>,
 ) -> Result<Vec<StoreKey>> {
     let pictures: Vec<(&Record, PictureSize)> = set.records().iter().zip(set.sizes().iter().copied()).collect();
@@ -40,12 +62,13 @@ pub fn encode_latents(
         .collect();
     let missing: Vec<usize> = (0..keys.len())
         .into_par_iter()
-        .filter(|&index| store.read(&keys[index]).is_none())
+        .filter(|&index| is_wanted(index) && store.read(&keys[index]).is_none())
         .collect();
     if missing.is_empty() {
         return Ok(keys);
     }
-    let encoder = load()?;
+    // Loaded for the first picture that can be decoded.
+    let mut encoder = None;
     let (decoded, pictures_in_order) = sync_channel::<(usize, Result<RgbImage>)>(CHUNK);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -64,7 +87,11 @@ pub fn encode_latents(
         for (done, (index, image)) in pictures_in_order.iter().enumerate() {
             match image {
                 Ok(image) => {
-                    let latent = encode(&encoder, device, &image)?;
+                    let encoder = match &encoder {
+                        Some(encoder) => encoder,
+                        None => encoder.insert(load()?),
+                    };
+                    let latent = encode(encoder, device, &image)?;
                     // Every picture is finite, so this is the autoencoder's fault, and that of all pictures.
                     if !latent.is_finite() {
                         let name = &pictures[index].0.name;

@@ -21,7 +21,7 @@ mod sizing;
 mod synthesis;
 
 pub use crate::tensor::HostTensor as Features;
-pub use captions::{CaptionReport, encode_captions};
+pub use captions::{CaptionReport, encode_captions, encode_captions_among};
 pub use damage::{Damage, DamageLog};
 pub(crate) use features::hex;
 pub use features::{FeatureStore, StoreKey};

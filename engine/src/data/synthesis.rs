@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::captions::encode_captions;
+use super::captions::encode_captions_among;
 use super::features::{FeatureStore, hex};
 use crate::dist::World;
 use crate::error::{Error, Result};
@@ -143,9 +143,7 @@ pub fn synthesize(
     if missing.is_empty() {
         return Ok(report);
     }
-    let store = world.first_then_others("prompts", || {
-        encode(pipeline, jobs, &missing, options, &mut report, &mut progress)
-    })?;
+    let store = encode(pipeline, jobs, &missing, options, world, &mut report, &mut progress)?;
     let loaded = pipeline.load(&mut |done, total| progress("loading the model", done, total));
     world.together("model", loaded)?;
     let metadata = match world.is_first() {
@@ -413,6 +411,7 @@ fn encode(
     jobs: &[SynthesisJob],
     numbers: &[usize],
     options: &SynthesisOptions,
+    world: &World,
     report: &mut SynthesisReport,
     progress: &mut dyn FnMut(&'static str, usize, usize) -> Result<()>,
 ) -> Result<FeatureStore> {
@@ -424,7 +423,7 @@ fn encode(
         texts.insert(EMPTY);
     }
     let what = "encoding the prompts";
-    let captions = encode_captions(&store, &files, device, &texts, &mut |done, total| {
+    let captions = encode_captions_among(world, &store, &files, device, &texts, &mut |done, total| {
         progress(what, done, total)
     })?;
     if let Some((text, reason)) = captions.refused.first() {

@@ -5,14 +5,17 @@ use std::path::PathBuf;
 
 use l2p_engine::Device;
 use l2p_engine::checkpoint::{ModelPaths, PathOverrides};
-use l2p_engine::data::{FeatureStore, Features, encode_captions};
+use l2p_engine::data::{FeatureStore, Features, encode_captions, encode_captions_among};
 use l2p_engine::device::MemoryTag;
 use l2p_engine::pipeline::PromptFiles;
 use l2p_tests::{Outcome, Suite, models_folder};
 
+use crate::dist::all_ranks;
+
 pub fn register(suite: &mut Suite) {
     suite.cpu("data::stores::entries_are_whole_or_missing", whole);
     suite.cpu("data::stores::captions_are_encoded_once", once);
+    suite.cpu("data::stores::ranks_encode_shares", shares);
     suite.cuda("data::stores::captions_on_cuda_are_kept_apart", on_cuda);
 }
 
@@ -94,6 +97,63 @@ fn once() -> Outcome {
         encode(&device, folder.path(), &["fox", "red apple", "house", ""])?,
         [3, 1]
     );
+    Ok(())
+}
+
+/// Each of three ranks encodes a share into the folder of its own or of all, and finds everything there. Returns how many texts each of
+/// them encoded.
+fn encode_among(folders: [&std::path::Path; 3], texts: &[&str]) -> Result<Vec<usize>, libtest_mimic::Failed> {
+    let paths = ModelPaths::resolve(&models_folder().join("demo/source"), &PathOverrides::default())?;
+    let told = all_ranks(3, |world| {
+        let files = PromptFiles::open(&paths, &Device::Cpu, 256)?;
+        let store = FeatureStore::open(folders[world.rank()], &files.identity(&Device::Cpu)?)?;
+        let texts: BTreeSet<&str> = texts.iter().copied().collect();
+        let mut told = 0;
+        let mut progress = |_: usize, _: usize| {
+            told += 1;
+            Ok(())
+        };
+        let report = encode_captions_among(&world, &store, &files, &Device::Cpu, &texts, &mut progress)?;
+        assert_eq!(report.found + report.encoded, texts.len());
+        let tokens = texts.iter().map(|text| store.read(&store.key(&[text.as_bytes()])));
+        let tokens = tokens.map(|features| features.map(|features| features.shape()[1]));
+        assert_eq!(
+            tokens.collect::<Option<Vec<_>>>().and_then(|all| all.into_iter().max()),
+            Some(report.longest)
+        );
+        world.leave()?;
+        Ok(told)
+    })?;
+    Ok(told)
+}
+
+fn shares() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let at = |name: &str| folder.path().join(name);
+    let (alone, shared) = (at("alone"), at("shared"));
+    let texts = ["", "fox", "frog", "house", "red apple"];
+    encode(&Device::Cpu, &alone, &texts)?;
+    let entries = |place: &std::path::Path| -> Result<Vec<(PathBuf, Vec<u8>)>, libtest_mimic::Failed> {
+        let entry = |path: PathBuf| Ok((path.strip_prefix(place)?.to_owned(), std::fs::read(&path)?));
+        files(place)?.into_iter().map(entry).collect()
+    };
+    assert_eq!(encode_among([&shared; 3], &texts)?, [2, 2, 1]);
+    let whole = entries(&alone)?;
+    assert_eq!(whole.len(), 5);
+    assert!(entries(&shared)? == whole);
+    // What is gone or damaged is encoded by the rank whose it is, and nothing else.
+    let all = files(&shared)?;
+    std::fs::remove_file(&all[1])?;
+    std::fs::write(&all[3], b"damaged")?;
+    assert_eq!(encode_among([&shared; 3], &texts)?.iter().sum::<usize>(), 2);
+    assert!(entries(&shared)? == whole);
+    assert_eq!(encode_among([&shared; 3], &texts)?, [0, 0, 0]);
+    // Ranks that share no folder encode all.
+    let own = [at("0"), at("1"), at("2")];
+    assert_eq!(encode_among([&own[0], &own[1], &own[2]], &texts)?, [5, 5, 5]);
+    for own in own {
+        assert!(entries(&own)? == whole);
+    }
     Ok(())
 }
 

@@ -40,7 +40,7 @@ fn ranks<T: Send>(world: usize, options: &Options, work: impl Fn(World) -> Resul
 }
 
 /// As [`ranks`], where all must succeed.
-fn all_ranks<T: Send>(world: usize, work: impl Fn(World) -> Result<T> + Sync) -> Result<Vec<T>> {
+pub fn all_ranks<T: Send>(world: usize, work: impl Fn(World) -> Result<T> + Sync) -> Result<Vec<T>> {
     ranks(world, &options(), work).into_iter().collect()
 }
 

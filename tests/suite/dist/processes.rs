@@ -1,15 +1,15 @@
 //! Ranks as processes: under this project's launcher, under others, and killed at moments that nobody can foresee.
 
 use std::io::{BufRead, BufReader};
-use std::net::{Ipv4Addr, TcpListener};
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use l2p_tests::cli::{Finished, program};
+use l2p_tests::cli::{Finished, program, under};
 use l2p_tests::{Outcome, Suite, hash_uniform};
-use libtest_mimic::{Failed, Trial};
+use libtest_mimic::Failed;
 use serde_json::Value;
+
+use crate::runs::ranks::{as_rank, free_port};
 
 pub fn register(suite: &mut Suite) {
     suite.cpu("dist::processes::the_launcher_runs_all_ranks", launcher);
@@ -25,12 +25,8 @@ pub fn register(suite: &mut Suite) {
     if cfg!(target_os = "linux") {
         suite.cpu("dist::processes::ranks_end_with_their_launcher", orphans);
     }
-    for (name, test) in [("mpirun", mpirun as fn() -> Outcome), ("torchrun", torchrun)] {
-        let trial = Trial::test(format!("dist::processes::under_{name}"), test);
-        suite
-            .trials
-            .push(trial.with_kind(name).with_ignored_flag(!is_installed(name)));
-    }
+    suite.with_program("mpirun", "dist::processes::under_mpirun", mpirun);
+    suite.with_program("torchrun", "dist::processes::under_torchrun", torchrun);
 }
 
 const CHECK: [&str; 5] = ["check", "--device", "cpu", "--sizes", "0,1,1000"];
@@ -80,30 +76,16 @@ fn launcher() -> Outcome {
     Ok(())
 }
 
-/// A rank's environment as torchrun sets it, for ranks of this machine that meet at `port`.
-fn rank(command: &mut Command, rank: usize, world: usize, port: u16) {
-    for (name, value) in [
-        ("RANK", rank.to_string()),
-        ("LOCAL_RANK", rank.to_string()),
-        ("WORLD_SIZE", world.to_string()),
-        ("LOCAL_WORLD_SIZE", world.to_string()),
-        ("MASTER_ADDR", "127.0.0.1".to_owned()),
-        ("MASTER_PORT", port.to_string()),
-    ] {
-        command.env(name, value);
-    }
-}
-
 fn environment() -> Outcome {
     let mut command = ranks(&CHECK)?;
-    rank(&mut command, 4, 4, 1);
+    as_rank(&mut command, 4, 4, 1);
     Finished::from(&mut command)?.failure(1, "RANK is 4, but WORLD_SIZE is 4: ranks are counted from 0")?;
     let mut command = ranks(&CHECK)?;
     command.env("RANK", "0");
     let message = "RANK is set, but WORLD_SIZE is not: a launcher such as torchrun sets both; remove RANK to run alone";
     Finished::from(&mut command)?.failure(1, message)?;
     let mut command = ranks(&[&CHECK[..], &["--ranks", "3"]].concat())?;
-    rank(&mut command, 0, 2, 1);
+    as_rank(&mut command, 0, 2, 1);
     let message = "--ranks asks for 3 ranks on this machine, but torchrun has started 2: leave --ranks away";
     Finished::from(&mut command)?.failure(1, message)?;
     // Alone, which is no error.
@@ -308,10 +290,10 @@ fn orphans() -> Outcome {
 
 /// Starts ranks as another launcher does.
 fn started(world: usize, arguments: &[&str]) -> Result<Vec<Child>, Failed> {
-    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
+    let port = free_port()?;
     let start = |number| {
         let mut command = ranks(arguments)?;
-        rank(&mut command, number, world, port);
+        as_rank(&mut command, number, world, port);
         Ok(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
     };
     (0..world).map(start).collect()
@@ -402,11 +384,6 @@ fn silent() -> Outcome {
     Ok(())
 }
 
-fn is_installed(name: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder: PathBuf| folder.join(name).is_file())
-}
-
 /// Checks what ranks print that another launcher has started, whatever it prints itself.
 fn expect_checked(mut command: Command, world: usize) -> Outcome {
     let finished = Finished::from(&mut command)?.success()?;
@@ -417,9 +394,8 @@ fn expect_checked(mut command: Command, world: usize) -> Outcome {
 }
 
 fn mpirun() -> Outcome {
-    let mut command = Command::new("mpirun");
-    command.args(["--oversubscribe", "--allow-run-as-root", "-np", "3"]);
-    command.arg(program("bench-ranks")?).args(CHECK);
+    let mut command = under("mpirun", 3, &program("bench-ranks")?);
+    command.args(CHECK);
     expect_checked(command, 3)
 }
 

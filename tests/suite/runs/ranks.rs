@@ -1,12 +1,13 @@
 //! Runs on several ranks, under this project's launcher: the losses of one rank, whoever dies on the way, and however many go on.
 
+use std::ffi::OsString;
 use std::io::Read;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use l2p_engine::train::run::checkpoint::Checkpoint;
-use l2p_tests::cli::{Finished, program};
+use l2p_tests::cli::{Finished, program, under};
 use l2p_tests::{Outcome, Suite, expect_close, hash_uniform, models_folder};
 use libtest_mimic::Failed;
 
@@ -21,6 +22,12 @@ pub fn register(suite: &mut Suite) {
         suite.cpu("runs::ranks::killed_at_random_moments_a_run_goes_on", kills);
         suite.cpu("runs::ranks::a_signal_stops_all_after_saving", signal);
     }
+    suite.with_program("mpirun", "runs::ranks::the_demo_under_mpirun", || {
+        under_launcher("mpirun")
+    });
+    suite.with_program("torchrun", "runs::ranks::the_demo_under_torchrun", || {
+        under_launcher("torchrun")
+    });
 }
 
 /// A step, its loss and its norm.
@@ -120,27 +127,33 @@ fn like_one() -> Outcome {
     Ok(())
 }
 
+/// A port that nobody listens at.
+pub fn free_port() -> Result<u16, Failed> {
+    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// A rank's environment as torchrun sets it, for ranks of this machine that meet at `port`.
+pub fn as_rank(command: &mut Command, rank: usize, world: usize, port: u16) -> &mut Command {
+    command.envs([
+        ("RANK", rank.to_string()),
+        ("LOCAL_RANK", rank.to_string()),
+        ("WORLD_SIZE", world.to_string()),
+        ("LOCAL_WORLD_SIZE", world.to_string()),
+        ("MASTER_ADDR", "127.0.0.1".to_owned()),
+        ("MASTER_PORT", port.to_string()),
+    ])
+}
+
 /// Two ranks that were started by hand.
 fn disagreement() -> Outcome {
     let folder = tempfile::tempdir()?;
-    let port = std::net::TcpListener::bind("127.0.0.1:0")?
-        .local_addr()?
-        .port()
-        .to_string();
-    let start = |rank: &str, rate: &str| -> Result<_, Failed> {
+    let port = free_port()?;
+    let start = |rank: usize, rate: &str| -> Result<_, Failed> {
         let mut command = command(world()?, &folder.path().join("run"), &["--lr", rate])?;
-        for (name, value) in [
-            ("RANK", rank),
-            ("WORLD_SIZE", "2"),
-            ("LOCAL_RANK", rank),
-            ("MASTER_ADDR", "127.0.0.1"),
-            ("MASTER_PORT", &port),
-        ] {
-            command.env(name, value);
-        }
-        Ok(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?)
+        let command = as_rank(&mut command, rank, 2, port).stdout(Stdio::null());
+        Ok(command.stderr(Stdio::piped()).spawn()?)
     };
-    let ranks = [start("0", "1e-3")?, start("1", "2e-3")?];
+    let ranks = [start(0, "1e-3")?, start(1, "2e-3")?];
     for child in ranks {
         let output = child.wait_with_output()?;
         let stderr = String::from_utf8(output.stderr)?;
@@ -226,7 +239,7 @@ pub fn children(launcher: u32) -> Result<Vec<u32>, Failed> {
 }
 
 pub fn kill(pid: u32, signal: &str) -> Outcome {
-    let status = std::process::Command::new("sh")
+    let status = Command::new("sh")
         .args(["-c", &format!("kill -{signal} {pid}")])
         .status()?;
     // It may have ended by itself just now.
@@ -260,34 +273,59 @@ fn wait_for(out: &Path, least: u64, child: &mut std::process::Child) -> Outcome 
     Ok(())
 }
 
+/// The arguments for a run of the demo that logs and saves often.
+fn demo_arguments(cache: &str, out: &Path) -> Vec<OsString> {
+    let mut arguments = vec![
+        "--config".into(),
+        models_folder().join("demo/train.toml").into_os_string(),
+    ];
+    let flags = "--device cpu --batch 1 --log-every 1 --save-every 2 --sample-every 0 --validate-every 0 --cache";
+    arguments.extend(flags.split(' ').chain([cache]).map(OsString::from));
+    arguments.extend(["--out".into(), out.as_os_str().to_owned()]);
+    arguments
+}
+
+/// The demo on two ranks that another launcher has started, bit for bit as under this project's own.
+fn under_launcher(launcher: &str) -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let out = |name: &str| folder.path().join(name);
+    let cache = out("cache").display().to_string();
+    let mut own = Command::new(program("l2p-train")?);
+    own.args(demo_arguments(&cache, &out("own")))
+        .args(["--steps", "3", "--ranks", "2"]);
+    Finished::from(&mut own)?.success()?;
+    let train = |name: &str, arguments: &[&str]| -> Result<Finished, Failed> {
+        let mut command = under(launcher, 2, &program("l2p-train")?);
+        command.args(demo_arguments(&cache, &out(name))).args(arguments);
+        Finished::from(&mut command)
+    };
+    let finished = train("other", &["--steps", "3"])?.success()?;
+    assert_eq!(finished.stderr.matches("step 3/3").count(), 1, "{}", finished.stderr);
+    assert_eq!(curve(&out("own"))?.len(), 3);
+    assert_eq!(curve(&out("other"))?, curve(&out("own"))?);
+    let last = "step-00000003";
+    assert!(delta(&out("other"), last)? == delta(&out("own"), last)?);
+    // It goes on there too, and what one rank refuses ends the launcher.
+    train("other", &["--steps", "4"])?.success()?;
+    assert_eq!(curve(&out("other"))?.len(), 4);
+    let refused = train("refused", &["--steps", "3", "--ranks", "5"])?;
+    assert!(
+        refused.code != 0 && refused.stderr.contains("--ranks asks for 5 ranks on this machine"),
+        "{}: {}",
+        refused.code,
+        refused.stderr
+    );
+    Ok(())
+}
+
 /// The demo on four ranks, of which one is killed and all are started again, then on two: the losses of an unbroken run.
 fn demo() -> Outcome {
     let folder = tempfile::tempdir()?;
     let out = |name: &str| folder.path().join(name);
     let cache = out("cache").display().to_string();
     let start = |name: &str, arguments: &[&str]| -> Result<_, Failed> {
-        let mut command = std::process::Command::new(program("l2p-train")?);
-        command.arg("--config").arg(models_folder().join("demo/train.toml"));
-        command.args([
-            "--device",
-            "cpu",
-            "--batch",
-            "1",
-            "--log-every",
-            "1",
-            "--save-every",
-            "2",
-        ]);
-        command.args([
-            "--sample-every",
-            "0",
-            "--validate-every",
-            "0",
-            "--cache",
-            &cache,
-            "--out",
-        ]);
-        command.arg(out(name)).args(arguments);
+        let mut command = Command::new(program("l2p-train")?);
+        command.args(demo_arguments(&cache, &out(name))).args(arguments);
         Ok(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?)
     };
     let unbroken = start("unbroken", &["--accumulate", "4", "--steps", "8"])?.wait_with_output()?;

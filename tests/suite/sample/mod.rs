@@ -8,6 +8,7 @@ mod finite;
 mod inputs;
 mod interrupt;
 mod outputs;
+mod ranks;
 mod warm;
 
 use std::path::{Path, PathBuf};
@@ -27,6 +28,7 @@ pub fn register(suite: &mut Suite) {
     inputs::register(suite);
     interrupt::register(suite);
     outputs::register(suite);
+    ranks::register(suite);
     warm::register(suite);
 }
 

@@ -13,7 +13,7 @@ use super::setup::Setup;
 use crate::device::Device;
 use crate::dist::World;
 use crate::error::{Error, Result};
-use crate::train::{Division, Policy, Recompute, TrainOptions, TrainableModel};
+use crate::train::{Policy, Ranks, Recompute, TrainOptions, TrainableModel};
 
 /// What [`evaluate`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -52,7 +52,7 @@ pub fn evaluate(
         ..config.clone()
     };
     let mut progress = Progress { observer };
-    let setup = Setup::new(&config, cache, device, Division::default(), &mut progress)?;
+    let setup = Setup::new(&config, cache, device, &Ranks::solo(), &mut progress)?;
     let transformer = setup.transformer();
     let options: TrainOptions = config.train_options();
     let model = TrainableModel::load(

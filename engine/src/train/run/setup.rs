@@ -16,14 +16,15 @@ use super::start::starting_model;
 use super::validation::Validation;
 use crate::checkpoint::{ModelPaths, Transformer};
 use crate::data::{
-    DataSet, FeatureStore, ItemSource, Latents, PictureSize, Room, encode_captions, encode_latents, hex,
+    DataSet, FeatureStore, ItemSource, Latents, PictureSize, Room, encode_captions_among, encode_latents, hex,
 };
 use crate::device::{Device, MemoryTag};
+use crate::dist::World;
 use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
 use crate::model::vae::VaeEncoder;
 use crate::pipeline::{Pipeline, PromptFiles, Settings};
-use crate::train::{Division, TrainableModel};
+use crate::train::{Division, Ranks, TrainableModel};
 
 /// The most decoding threads where the configuration does not say.
 const MOST_WORKERS: usize = 16;
@@ -59,21 +60,27 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Opens and checks everything for a rank of so many; encodes captions and latents that are not in the cache.
+    /// Opens and checks everything for one of the ranks. Captions and latents that are not in the cache are encoded, by each rank a share.
     ///
     /// # Errors
-    /// Whatever is missing, damaged or does not fit; when the user asks to stop.
+    /// Whatever is missing, damaged or does not fit; when the user asks to stop, on all ranks.
     pub fn new(
         config: &TrainConfig,
         run: &Path,
         device: &Device,
-        division: Division,
+        ranks: &Ranks,
         progress: &mut Progress<'_>,
     ) -> Result<Self> {
-        let paths = starting_model(config, run, progress)?;
-        let pipeline = Pipeline::open(paths, device.clone(), false)?;
-        tell_rounding(config, &pipeline, progress)?;
-        let (train, held_out) = open_data(config, &pipeline, progress)?;
+        let world = &*ranks.world;
+        let (pipeline, (train, held_out)) = world.first_then_others("preparation", || {
+            let paths = starting_model(config, run, progress)?;
+            let pipeline = Pipeline::open(paths, device.clone(), false)?;
+            tell_rounding(config, &pipeline, progress)?;
+            let data = open_data(config, &pipeline, progress)?;
+            Ok((pipeline, data))
+        })?;
+        // Shares are parts of the same whole.
+        world.agree("data", data_identity(config, &train).as_bytes())?;
         let seeded = is_seeded(config, &train)?;
         let settings = sample_settings(config, &pipeline)?;
         pipeline.notes()?.iter().for_each(|note| progress.notice(note));
@@ -81,6 +88,7 @@ impl Setup {
             config,
             device,
             pipeline: &pipeline,
+            world,
             cache: config.cache.clone().unwrap_or_else(|| run.join("cache")),
             train,
             held_out,
@@ -88,7 +96,7 @@ impl Setup {
         let guided = settings.cfg != 1.0;
         let (captions, longest) = data.encode_captions(guided, progress)?;
         let sizes = ModelSizes::of(pipeline.transformer(), pipeline.paths().vae.as_deref())?;
-        ensure_room(&sizes, config, &data.largest_batch(longest, division), device)?;
+        ensure_room(&sizes, config, &data.largest_batch(longest, ranks.division()), device)?;
         let [latents, held_out_latents] = data.encode_latents(progress)?;
         let Data { train, held_out, .. } = data;
         let room = Room::new(host_cache(config)?);
@@ -268,6 +276,7 @@ struct Data<'a> {
     config: &'a TrainConfig,
     device: &'a Device,
     pipeline: &'a Pipeline,
+    world: &'a World,
     cache: PathBuf,
     train: DataSet,
     held_out: Option<DataSet>,
@@ -286,7 +295,7 @@ impl Data<'_> {
             texts.insert(EMPTY);
         }
         let what = "encoding the captions";
-        let report = encode_captions(&store, &files, self.device, &texts, &mut |done, total| {
+        let report = encode_captions_among(self.world, &store, &files, self.device, &texts, &mut |done, total| {
             progress.report(what, done, total)
         })?;
         if report.cut > 0 {
@@ -339,7 +348,7 @@ impl Data<'_> {
         };
         let mut encode = |set: &DataSet| {
             let what = "encoding the pictures";
-            let keys = encode_latents(&store, set, self.device, &load, &mut |done, total| {
+            let keys = encode_latents(self.world, &store, set, self.device, &load, &mut |done, total| {
                 progress.report(what, done, total)
             })?;
             Ok::<_, Error>(Some((store.clone(), keys)))

@@ -146,12 +146,16 @@ fn train_among(
         progress.notice("this file system knows no locks: see to it that no other run writes to the same folder");
     }
     let candidates = world.together("checkpoints", find_candidates(run, resume))?;
-    let setup = world.first_then_others("preparation", || {
-        Setup::new(config, run, device, ranks.division(), &mut progress)
-    })?;
+    world.agree("configuration", format!("{:#}", all_keys(config)?).as_bytes())?;
+    let setup = Setup::new(config, run, device, ranks, &mut progress)?;
     let mut trainer = Trainer::new(config, run, device, ranks, &setup, candidates, progress.observer)?;
     let outcome = trainer.run();
     trainer.finish(outcome)
+}
+
+/// A configuration with what it does not say.
+fn all_keys(config: &TrainConfig) -> Result<Value> {
+    serde_json::to_value(config).map_err(|error| Error::invalid(error.to_string()))
 }
 
 impl<'a> Trainer<'a> {
@@ -168,8 +172,7 @@ impl<'a> Trainer<'a> {
         let mut progress = Progress { observer };
         let world = &*ranks.world;
         let transformer = setup.transformer();
-        let json = serde_json::to_value(config).map_err(|error| Error::invalid(error.to_string()))?;
-        world.agree("configuration", format!("{json:#}").as_bytes())?;
+        let json = all_keys(config)?;
         world.agree("model", setup.model_identity.as_bytes())?;
         world.agree("data", setup.data_identity.as_bytes())?;
         let model = TrainableModel::load_among(

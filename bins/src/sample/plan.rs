@@ -1,0 +1,145 @@
+//! What all ranks draw together: the same on all of them, since the first one looks at what is there and all agree on the rest.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::Path;
+
+use l2p_engine::dist::World;
+use l2p_engine::flow::noise_source::NoiseSource;
+use l2p_engine::limits::{Batch, Side, Steps};
+use l2p_engine::pipeline::{Asked, Batching, ModelFiles, Settings};
+use l2p_engine::serve::Event;
+
+use super::arguments::Arguments;
+use super::jobs::{self, Job};
+use super::{count, found, go_on, notice};
+use crate::prompts;
+
+/// See the module's head comment.
+pub struct Plan {
+    /// All pictures that the arguments ask for.
+    pub jobs: Vec<Job>,
+    /// The numbers of those that are not there yet.
+    pub missing: Vec<usize>,
+    /// Size, steps, shift and guidance.
+    pub settings: Settings,
+    /// The generator of the noise.
+    pub rng: NoiseSource,
+    /// What pictures say of the model.
+    pub model: String,
+    /// Pictures at once.
+    pub batch: usize,
+}
+
+impl Plan {
+    /// The plan for these pictures, as one of the ranks makes it.
+    ///
+    /// # Errors
+    /// When settings make no sense, a picture that is there was drawn otherwise, the device has no room, or ranks are to draw different
+    /// things.
+    pub fn new(arguments: &Arguments, jobs: Vec<Job>, files: &ModelFiles, world: &World) -> anyhow::Result<Self> {
+        let settings = settings(arguments, files, world)?;
+        let rng = arguments.rng.unwrap_or_default();
+        let model = jobs::published(arguments.model.as_deref().unwrap_or(Path::new("")));
+        agree(&jobs, files, &settings, rng, world)?;
+        let missing = match arguments.skip_existing {
+            true => world.first_decides("pictures that are there", || {
+                let expected = |job: &Job| job.settings(&settings, &model, rng);
+                found::missing(&jobs, &expected, &mut || {
+                    world.work();
+                    go_on(world, &Event::Waiting)
+                })
+            })?,
+            false => (0..jobs.len()).collect(),
+        };
+        let most = missing.len().max(1);
+        let batch = match arguments.batch.map(Batch::get) {
+            Some(batch) => batch.min(most),
+            // So that every rank has something to draw, if there is enough.
+            None => files.batch_size(&settings, most.div_ceil(world.size()), Batching::PROMPT)?,
+        };
+        let batch = world.decide("batch", || Ok(batch))?;
+        files.ensure_room(&settings, batch)?;
+        Ok(Plan {
+            jobs,
+            missing,
+            settings,
+            rng,
+            model,
+            batch,
+        })
+    }
+
+    /// Whether there is something to move away from.
+    pub fn guided(&self) -> bool {
+        self.settings.cfg != 1.0
+    }
+
+    /// Batches of all ranks.
+    pub fn batches(&self) -> usize {
+        self.missing.len().div_ceil(self.batch)
+    }
+
+    /// Says what is about to be drawn.
+    pub fn announce(&self, files: &ModelFiles, world: &World) {
+        let ranks = match world.size() {
+            1 => String::new(),
+            ranks => format!("{ranks} ranks, the first on "),
+        };
+        crate::say(format_args!(
+            "{} {}x{} on {ranks}{}: {}, shift {}, cfg {}",
+            count(self.jobs.len(), "picture"),
+            self.settings.width,
+            self.settings.height,
+            files.device(),
+            count(self.settings.steps, "step"),
+            self.settings.shift,
+            self.settings.cfg
+        ));
+        let there = self.jobs.len() - self.missing.len();
+        if there > 0 {
+            notice(&format!("{} of them are there, {} missing", there, self.missing.len()));
+        }
+        let busy = self.batches();
+        if (1..world.size()).contains(&busy) {
+            notice(&format!(
+                "with {} at once only {busy} of {} ranks have something to draw",
+                self.batch,
+                world.size()
+            ));
+        }
+        if let Some(word) = prompts::word_on_guidance(self.settings.cfg) {
+            notice(&word);
+        }
+    }
+}
+
+/// The settings: what was asked for, then what the model says. Sides are rounded up to what the model can draw.
+fn settings(arguments: &Arguments, files: &ModelFiles, world: &World) -> anyhow::Result<Settings> {
+    let tell = |notes: &[String]| {
+        let heard = notes.iter().filter(|_| world.is_first());
+        heard.for_each(|note| notice(note));
+    };
+    tell(&files.notes()?);
+    let settings = files.settings(&Asked {
+        width: arguments.width.map(Side::get),
+        height: arguments.height.map(Side::get),
+        steps: arguments.steps.map(Steps::get),
+        shift: arguments.shift,
+        cfg: arguments.cfg,
+    })?;
+    let (settings, notes) = files.rounded(settings);
+    tell(&notes);
+    Ok(settings)
+}
+
+/// Sees to it that all ranks draw the same, with the same model.
+fn agree(jobs: &[Job], files: &ModelFiles, settings: &Settings, rng: NoiseSource, world: &World) -> anyhow::Result<()> {
+    if world.is_solo() {
+        return Ok(());
+    }
+    let mut pictures = DefaultHasher::new();
+    jobs.hash(&mut pictures);
+    let (pictures, model) = (pictures.finish(), files.transformer().checkpoint.identity()?);
+    let asked = format!("{settings:?}\n{rng}\nprompts, seeds and names {pictures:x}\nmodel {model:02x?}");
+    Ok(world.agree("settings", asked.as_bytes())?)
+}
