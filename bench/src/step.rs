@@ -63,6 +63,10 @@ pub struct Arguments {
     /// Side of the picture [default: that of the model's name]
     #[arg(long, value_name = "PIXELS")]
     side: Option<usize>,
+    /// Main blocks whose weights stay in host memory and are copied to the GPU in every step; the last ones. The row's name ends
+    /// with -streamed
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    stream: usize,
     /// Small models of the same structure
     #[arg(long)]
     tiny: bool,
@@ -109,6 +113,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
                     format!("--model={name}"),
                     format!("--trunk={trunk}"),
                     format!("--caption={}", arguments.caption),
+                    format!("--stream={}", arguments.stream),
                 ];
                 passed.extend(arguments.side.map(|side| format!("--side={side}")));
                 let flags = [(arguments.tiny, "--tiny"), (arguments.kernels, "--kernels")];
@@ -138,8 +143,22 @@ fn run_model(name: ModelName, trunk: &Precision, arguments: &Arguments) -> anyho
         "--side {} is no multiple of {multiple}, which {name} needs",
         model.side
     );
+    let blocks = model.spec.main_blocks();
+    anyhow::ensure!(
+        arguments.stream <= blocks && (arguments.stream == 0 || model.spec.streams()),
+        "--stream {}: {name} has {blocks} main blocks, and those of {} can stay in host memory",
+        arguments.stream,
+        if model.spec.streams() { "all" } else { "none" }
+    );
+    let trunk = &Precision {
+        stream_from: (arguments.stream > 0).then_some(blocks - arguments.stream),
+        ..trunk.clone()
+    };
     let mut bench = Bench::start("step", &arguments.common, "step.py")?;
-    let name = case_name(name, trunk);
+    let name = match arguments.stream {
+        0 => case_name(name, trunk),
+        _ => format!("{}-streamed", case_name(name, trunk)),
+    };
     bench.ensure_feasible(&name, rough_flops(&model), "give --tiny, or a GPU")?;
     run_step(&mut bench, &name, &model, trunk, arguments)?;
     bench.finish()
@@ -180,7 +199,8 @@ impl Setup {
         seed: u64,
     ) -> Result<Self> {
         let params = RandomParams::transformer(seed, &*model.spec);
-        let dit = model.spec.load(&precision.over(&params), device, &mut |_, _| Ok(()))?;
+        let params = precision.over_blocks(&params, &model.spec.metas(), device)?;
+        let dit = model.spec.load(&params, device, &mut |_, _| Ok(()))?;
         let caption = random(device, [1, caption_tokens, model.spec.caption_width()], seed, 1)?;
         let [height, width, channels] = model.canvas();
         Ok(Setup {
@@ -238,7 +258,17 @@ fn run_step(
     if bench.wants(name, once)? {
         let (called, profile) = setup.profiled()?;
         let called = called.to_vec::<f32>()?;
-        let twin = twin::step_error(&device, model, trunk, seed)?;
+        // The small model has one block of each kind, which it holds.
+        let resident = Precision {
+            stream_from: None,
+            ..trunk.clone()
+        };
+        let twin = twin::step_error(&device, model, &resident, seed)?;
+        let metas = model.spec.metas();
+        let streamed: usize = trunk
+            .streamed_blocks(&metas, device.compute_dtype().size())
+            .iter()
+            .sum();
         device.synchronize()?;
         device.reset_memory_peaks();
         let resident = device.memory_report().total.current;
@@ -251,7 +281,7 @@ fn run_step(
 
         let sizes = json!({
             "model": name, "side": model.side, "tokens": setup.conditioning.prompt.tokens(), "caption": caption, "tiny": arguments.tiny,
-            "trunk": trunk.to_string(),
+            "trunk": trunk.to_string(), "streamed": arguments.stream,
         });
         let repeats = bench.common.repeats as usize;
         let mut walk = setup.walk(WARM_STEPS + repeats)?;
@@ -277,6 +307,7 @@ fn run_step(
         row.peers = turns.peers;
         let details = &mut row.details;
         details.insert("load_seconds".into(), json!(load_seconds));
+        details.insert("streamed_bytes".into(), json!(streamed));
         let tags = MemoryTag::ALL.map(|tag| (tag.name().to_owned(), json!(memory.tag(tag).peak)));
         details.insert("peak_bytes_by_tag".into(), Value::Object(Map::from_iter(tags)));
         details.insert("driver_bytes".into(), json!(driver));

@@ -1,10 +1,15 @@
 //! The flags that say how weights are kept on the device.
 
+use std::str::FromStr;
+
 use clap::Args;
 use l2p_engine::checkpoint::ModelPaths;
+use l2p_engine::device::format_bytes;
 use l2p_engine::model::Precision;
-use l2p_engine::pipeline::ModelFiles;
+use l2p_engine::pipeline::{ModelFiles, Settings};
 use l2p_engine::{Device, Error, Result};
+
+use crate::size::ByteSize;
 
 /// How the weights of a model's blocks are kept.
 #[derive(Args, Clone, Debug)]
@@ -20,6 +25,36 @@ pub struct PrecisionFlags {
     /// How the weights of the text encoder's blocks are kept: bf16, int8 or fp8
     #[arg(long, value_name = "TYPE", default_value_t = Precision::default())]
     pub text_weights: Precision,
+    /// The most GPU memory to take, as the driver counts it: a size such as 4GB, or auto for what is free. Weights of blocks that do
+    /// not fit stay in locked host memory, and every step copies them while it computes
+    #[arg(long, value_name = "SIZE|auto")]
+    pub vram: Option<Vram>,
+}
+
+/// The most GPU memory to take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vram {
+    /// What is free.
+    Auto,
+    /// So many bytes.
+    Most(ByteSize),
+}
+
+impl FromStr for Vram {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(Vram::Auto),
+            // A plain small number is one of gigabytes, as the memory of GPUs is spoken of.
+            _ => match text.parse::<f64>() {
+                Ok(gigabytes) if (0.0..1000.0).contains(&gigabytes) => {
+                    Ok(Vram::Most(ByteSize((gigabytes * 1e9) as u64)))
+                }
+                _ => text.parse().map(Vram::Most),
+            },
+        }
+    }
 }
 
 impl PrecisionFlags {
@@ -36,6 +71,26 @@ impl PrecisionFlags {
     ///
     /// # Errors
     /// When there are patterns of what to keep, but nothing is changed.
+    /// Keeps what does not fit into --vram in host memory, for `batch` pictures of this size at once, and says so.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::fit`].
+    pub fn fit(&self, files: &mut ModelFiles, settings: &Settings, batch: usize) -> Result<Option<String>> {
+        let limit = match self.vram {
+            None => return Ok(None),
+            Some(Vram::Auto) => None,
+            Some(Vram::Most(size)) => Some(size.0),
+        };
+        let kept = files.fit(limit, settings, batch)?;
+        Ok((kept > 0).then(|| {
+            format!(
+                "{kept} of {} main blocks stay in host memory ({}), and every pass copies them to the GPU",
+                files.spec().main_blocks(),
+                format_bytes(files.host_bytes())
+            )
+        }))
+    }
+
     fn precisions(&self) -> Result<[Precision; 2]> {
         if self.trunk.coding.is_none() && !self.trunk_keep.is_empty() {
             return Err(Error::invalid(
@@ -45,5 +100,25 @@ impl PrecisionFlags {
         let mut trunk = self.trunk.clone();
         trunk.keep.clone_from(&self.trunk_keep);
         Ok([trunk, self.text_weights.clone()])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_read_as_people_speak_of_it() {
+        for (text, expected) in [
+            ("auto", Vram::Auto),
+            ("4", Vram::Most(ByteSize(4_000_000_000))),
+            ("7.5", Vram::Most(ByteSize(7_500_000_000))),
+            ("6GiB", Vram::Most(ByteSize(6 << 30))),
+        ] {
+            assert_eq!(text.parse(), Ok(expected));
+        }
+        for bad in ["", "-1", "4XB", "lots"] {
+            assert!(bad.parse::<Vram>().is_err(), "{bad}");
+        }
     }
 }

@@ -276,6 +276,31 @@ impl Tensor {
         })
     }
 
+    /// A view of this tensor of bytes, from byte `first` on, as elements of another type; it shares the buffer.
+    ///
+    /// # Errors
+    /// When this is no tensor of bytes, or `first` is no multiple of the element's size, or the view reaches past the end.
+    pub fn view_of_bytes(&self, first: usize, shape: impl Into<Shape>, dtype: DType) -> Result<Self> {
+        self.ensure_dtype("view_of_bytes", "tensor", DType::U8)?;
+        let shape = shape.into();
+        let start = self.offset + first;
+        let end = shape
+            .checked_bytes(dtype.size())
+            .and_then(|bytes| first.checked_add(bytes));
+        if !start.is_multiple_of(dtype.size()) || end.is_none_or(|end| end > self.elements()) {
+            return Err(Error::invalid(format!(
+                "view_of_bytes: {dtype} {shape} from byte {first} on does not lie in {} bytes",
+                self.elements()
+            )));
+        }
+        Ok(Tensor {
+            offset: start / dtype.size(),
+            shape,
+            dtype,
+            storage: self.storage.clone(),
+        })
+    }
+
     /// The elements on the host, for a tensor on the CPU.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use l2p_engine::checkpoint::ModelPaths;
 use l2p_engine::data::{SynthesisJob, SynthesisOptions, SynthesisReport, synthesize};
 use l2p_engine::dist::{Launch, World};
 use l2p_engine::limits::{Entries, Side, Steps};
-use l2p_engine::pipeline::{Asked, Batching, Pipeline, Settings};
+use l2p_engine::pipeline::{Asked, Batching, ModelFiles, Pipeline, Settings};
 use l2p_engine::{Device, Error};
 use serde::Deserialize;
 
@@ -54,19 +54,23 @@ fn synthesize_set(arguments: &Synthesize, device: Device, world: &World) -> anyh
     };
     let jobs = jobs(arguments)?;
     let paths = ModelPaths::resolve(&arguments.model, &arguments.path_overrides())?;
-    let files = arguments.weights.open(paths, device)?;
-    let mut pipeline = Pipeline::of(Arc::new(files), false);
-    let settings = settings(arguments, &pipeline)?;
-    for note in pipeline.notes()? {
+    let mut files = arguments.weights.open(paths, device)?;
+    let settings = settings(arguments, &files)?;
+    for note in files.notes()? {
         say(format_args!("note: {note}"));
     }
     let batch = match arguments.batch {
         Some(batch) => batch.get().min(jobs.len()),
-        None => pipeline.batch_size(&settings, jobs.len(), Batching::BULK)?,
+        None if arguments.weights.vram.is_some() => 1,
+        None => files.batch_size(&settings, jobs.len(), Batching::BULK)?,
     };
     // All draw the same batches.
     let batch = world.decide("batch", || Ok(batch))?;
-    pipeline.ensure_room(&settings, batch)?;
+    if let Some(note) = arguments.weights.fit(&mut files, &settings, batch)? {
+        say(format_args!("note: {note}"));
+    }
+    files.ensure_room(&settings, batch)?;
+    let mut pipeline = Pipeline::of(Arc::new(files), false);
     pipeline.keep_steps(usize::from(jobs.len() > batch));
     let options = SynthesisOptions {
         settings,
@@ -130,7 +134,8 @@ fn agree(arguments: &Synthesize, jobs: &[SynthesisJob], settings: &Settings, wor
     let mut prompts = std::hash::DefaultHasher::new();
     jobs.hash(&mut prompts);
     let (rng, extension, prompts) = (arguments.rng, arguments.extension(), prompts.finish());
-    let asked = format!("{settings:?}\n{rng}\n{extension}\nprompts {prompts:x}");
+    let weights = &arguments.weights;
+    let asked = format!("{settings:?}\n{rng}\n{extension}\n{weights:?}\nprompts {prompts:x}");
     Ok(world.agree("settings", asked.as_bytes())?)
 }
 
@@ -194,15 +199,15 @@ fn jobs(arguments: &Synthesize) -> anyhow::Result<Vec<SynthesisJob>> {
 }
 
 /// The settings: what was asked for, then what the model says.
-fn settings(arguments: &Synthesize, pipeline: &Pipeline) -> anyhow::Result<Settings> {
-    let settings = pipeline.settings(&Asked {
+fn settings(arguments: &Synthesize, files: &ModelFiles) -> anyhow::Result<Settings> {
+    let settings = files.settings(&Asked {
         width: arguments.width.map(Side::get),
         height: arguments.height.map(Side::get),
         steps: arguments.steps.map(Steps::get),
         shift: arguments.shift,
         cfg: arguments.cfg,
     })?;
-    let multiple = pipeline.size_multiple();
+    let multiple = files.size_multiple();
     for (name, side) in [("width", settings.width), ("height", settings.height)] {
         if side % multiple != 0 {
             bail!(

@@ -90,8 +90,9 @@ fn sample_part(
     start: Instant,
 ) -> anyhow::Result<()> {
     let jobs = jobs::jobs(arguments, world)?;
-    let files = Arc::new(open_model(arguments, named, device)?);
-    let plan = Plan::new(arguments, jobs, &files, world)?;
+    let mut files = open_model(arguments, named, device)?;
+    let plan = Plan::new(arguments, jobs, &mut files, world)?;
+    let files = Arc::new(files);
     let noise = arguments
         .noise
         .as_deref()

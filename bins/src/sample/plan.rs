@@ -36,7 +36,7 @@ impl Plan {
     /// # Errors
     /// When settings make no sense, a picture that is there was drawn otherwise, the device has no room, or ranks are to draw different
     /// things.
-    pub fn new(arguments: &Arguments, jobs: Vec<Job>, files: &ModelFiles, world: &World) -> anyhow::Result<Self> {
+    pub fn new(arguments: &Arguments, jobs: Vec<Job>, files: &mut ModelFiles, world: &World) -> anyhow::Result<Self> {
         let settings = settings(arguments, files, world)?;
         let rng = arguments.rng.unwrap_or_default();
         let model = jobs::published(arguments.model.as_deref().unwrap_or(Path::new("")));
@@ -55,9 +55,17 @@ impl Plan {
         let batch = match arguments.batch.map(Batch::get) {
             Some(batch) => batch.min(most),
             // So that every rank has something to draw, if there is enough.
+            None if arguments.weights.vram.is_some() => 1,
             None => files.batch_size(&settings, most.div_ceil(world.size()), Batching::PROMPT)?,
         };
         let batch = world.decide("batch", || Ok(batch))?;
+        if let Some(note) = arguments
+            .weights
+            .fit(files, &settings, batch)?
+            .filter(|_| world.is_first())
+        {
+            notice(&note);
+        }
         files.ensure_room(&settings, batch)?;
         Ok(Plan {
             jobs,
@@ -140,6 +148,7 @@ fn agree(jobs: &[Job], files: &ModelFiles, settings: &Settings, rng: NoiseSource
     let mut pictures = DefaultHasher::new();
     jobs.hash(&mut pictures);
     let (pictures, model) = (pictures.finish(), files.transformer().checkpoint.identity()?);
-    let asked = format!("{settings:?}\n{rng}\nprompts, seeds and names {pictures:x}\nmodel {model:02x?}");
+    let weights = files.trunk();
+    let asked = format!("{settings:?}\n{rng}\n{weights:?}\nprompts, seeds and names {pictures:x}\nmodel {model:02x?}");
     Ok(world.agree("settings", asked.as_bytes())?)
 }

@@ -84,7 +84,7 @@ pub fn missing_parts(checkpoint: &Checkpoint) -> Option<Vec<String>> {
     let [mut embedders, mut blocks, mut refiners]: [Vec<Part>; 3] = Default::default();
     for meta in family.outline(checkpoint) {
         let (list, depth) = match meta.group {
-            Group::Embedder | Group::Other => (&mut embedders, 1),
+            Group::Embedder | Group::Layer { .. } | Group::Other => (&mut embedders, 1),
             Group::Block { .. } => (&mut blocks, 2),
             Group::Refiner => (&mut refiners, 2),
             Group::Input | Group::Output => continue,

@@ -91,10 +91,14 @@ impl MemoryEstimate {
     /// Estimates as the module's head comment says. What does not fit 64 bits is said to be the most that does.
     pub fn of(input: &EstimateInput<'_>) -> Self {
         let metas = input.spec.metas();
-        let parameters: f64 = metas.iter().map(elements).sum();
-        let trained: f64 = metas.iter().filter(|meta| is_trained(meta)).map(elements).sum();
+        let parameters: f64 = metas.iter().map(NamedParameter::elements_exact).sum();
+        let trained: f64 = metas
+            .iter()
+            .filter(|meta| is_trained(meta))
+            .map(NamedParameter::elements_exact)
+            .sum();
         let weights = COMPUTE as f64 * parameters;
-        let kept: f64 = metas.iter().map(|meta| input.trunk.bytes(meta, COMPUTE) as f64).sum();
+        let kept = input.trunk.bytes(&metas, COMPUTE);
         let text_encoder = COMPUTE as f64 * input.text_parameters as f64;
         let nothing = TrainingChoice {
             trains: &|_| Ok(false),
@@ -169,14 +173,6 @@ impl EstimateInput<'_> {
     }
 }
 
-fn elements(meta: &NamedParameter) -> f64 {
-    let parts = meta
-        .parts
-        .iter()
-        .map(|part| part.shape.iter().map(|extent| *extent as f64).product::<f64>());
-    parts.sum()
-}
-
 /// Whether the released recipe trains a parameter.
 fn is_trained(meta: &NamedParameter) -> bool {
     match meta.group {
@@ -216,7 +212,12 @@ mod tests {
     #[test]
     fn published_models_have_their_published_sizes() {
         let billions = |config: DitConfig, head: Option<DetailerLayout>| {
-            ZImage { config, head }.metas().iter().map(elements).sum::<f64>() / 1e9
+            ZImage { config, head }
+                .metas()
+                .iter()
+                .map(NamedParameter::elements_exact)
+                .sum::<f64>()
+                / 1e9
         };
         assert!((billions(published(ModelKind::Latent, 2), None) - 6.15).abs() < 0.01);
         for (patch, size) in [(16, 6.16), (64, 6.21)] {

@@ -34,6 +34,17 @@ impl Weight {
         }
     }
 
+    /// The same with every tensor as `change` makes it.
+    ///
+    /// # Errors
+    /// Those of `change`.
+    pub(super) fn map(self, mut change: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        match self {
+            Weight::Dense(values) => change(&values).map(Weight::Dense),
+            Weight::Quantised(quantised) => quantised.map(change).map(Weight::Quantised),
+        }
+    }
+
     /// The values, or the codes of those in eight bits.
     pub(super) fn tensor(&self) -> &Tensor {
         match self {

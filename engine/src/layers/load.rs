@@ -82,7 +82,8 @@ impl Transform<Described, Loaded> for Loader<'_> {
                 meta.shape()
             )));
         }
-        Weight::of(self.read(meta)?, coding)
+        let weight = Weight::of(self.read(meta)?, coding)?;
+        self.params.keep(meta, weight)
     }
 
     fn dense(&mut self, meta: &NamedParameter) -> Result<Tensor> {

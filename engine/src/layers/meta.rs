@@ -36,7 +36,12 @@ pub enum Group {
     },
     /// What makes a velocity of the last block's tokens: Detailer Head or final layer.
     Output,
-    /// A text encoder or autoencoder, which no policy trains.
+    /// A layer of a text encoder, which no policy trains.
+    Layer {
+        /// From 0.
+        index: usize,
+    },
+    /// The rest of a text encoder, or an autoencoder.
     Other,
 }
 
@@ -97,6 +102,12 @@ impl NamedParameter {
     /// The number of elements of all parts.
     pub fn elements(&self) -> usize {
         self.parts.iter().map(Published::elements).sum()
+    }
+
+    /// The same, where sizes may be such that it does not fit.
+    pub fn elements_exact(&self) -> f64 {
+        let extents = |part: &Published| part.shape.iter().map(|extent| *extent as f64).product::<f64>();
+        self.parts.iter().map(extents).sum()
     }
 
     /// What `trains` says of its parts, which must be of one mind.

@@ -12,6 +12,7 @@ mod load;
 mod meta;
 mod norm;
 mod source;
+mod streamed;
 
 pub use conv::{ConvLayer, ConvMeta, ConvSlots};
 pub use linear::{Linear, Weight};
@@ -19,6 +20,7 @@ pub use load::Loader;
 pub use meta::{Group, NamedParameter, Published, fits};
 pub use norm::{Bare, GroupNorm, Norm};
 pub use source::{MemoryParams, ParamSource};
+pub use streamed::{Pass, Streamed, block_of, room_for};
 
 use crate::error::{Error, Result};
 use crate::ops::conv::Conv;

@@ -1,8 +1,9 @@
 //! Where a model's parameters come from: by name, in the device's compute type (f32 on the CPU, bf16 on CUDA).
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
-use super::NamedParameter;
+use super::{NamedParameter, Streamed, Weight};
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
 use crate::ops::quantise::Coding;
@@ -27,6 +28,19 @@ pub trait ParamSource {
 
     /// In which coding the weight of a linear layer is kept on the device; `None` for the compute type.
     fn coding(&self, _meta: &NamedParameter) -> Option<Coding> {
+        None
+    }
+
+    /// The weight of a linear layer where it is to stay: on the device, as it was made, or in host memory.
+    ///
+    /// # Errors
+    /// When it cannot be brought there.
+    fn keep(&self, _meta: &NamedParameter, weight: Weight) -> Result<Weight> {
+        Ok(weight)
+    }
+
+    /// The weights that stay in host memory, for the model to bring them to the device when it runs.
+    fn streamed(&self) -> Option<Arc<Streamed>> {
         None
     }
 

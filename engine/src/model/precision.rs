@@ -5,10 +5,11 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
-use crate::device::Device;
+use crate::device::{Device, PLACES, format_bytes};
 use crate::error::{Error, Result};
-use crate::layers::{Group, NamedParameter, ParamSource, fits};
+use crate::layers::{NamedParameter, ParamSource, Streamed, Weight, block_of, fits, room_for};
 use crate::ops::quantise::Coding;
 use crate::tensor::Tensor;
 
@@ -19,6 +20,8 @@ pub struct Precision {
     pub coding: Option<Coding>,
     /// Patterns of names (`*` stands for any characters, `?` for any one) of weights that stay in the compute type.
     pub keep: Vec<String>,
+    /// Blocks from this one on whose weights stay in host memory and are brought to the GPU when they run; `None` for none.
+    pub stream_from: Option<usize>,
 }
 
 impl fmt::Display for Precision {
@@ -45,7 +48,7 @@ impl FromStr for Precision {
         };
         Ok(Precision {
             coding,
-            keep: Vec::new(),
+            ..Precision::default()
         })
     }
 }
@@ -53,23 +56,78 @@ impl FromStr for Precision {
 impl Precision {
     /// In which coding a parameter is kept, a linear layer's weight or not.
     pub fn of(&self, meta: &NamedParameter) -> Option<Coding> {
-        let in_blocks = matches!(meta.group, Group::Block { .. } | Group::Other);
-        let matrix = !meta.flat && meta.shape().len() == 2 && meta.parts.iter().all(|part| part.shape.len() == 2);
-        let kept = || {
-            meta.parts
-                .iter()
-                .any(|part| self.keep.iter().any(|pattern| fits(pattern, &part.name)))
-        };
-        self.coding.filter(|_| in_blocks && matrix && !meta.precise && !kept())
+        let names = || meta.parts.iter().map(|part| &part.name);
+        let kept = || names().any(|name| self.keep.iter().any(|pattern| fits(pattern, name)));
+        self.coding.filter(|_| is_weight_of_block(meta) && !kept())
     }
 
-    /// Bytes of a parameter on a device whose compute type has elements of so many bytes.
-    pub fn bytes(&self, meta: &NamedParameter, element: usize) -> u64 {
-        let elements = meta.elements() as u64;
+    /// Bytes of the tensors that a parameter is made of, where the compute type has elements of so many bytes.
+    fn parts(&self, meta: &NamedParameter, element: usize) -> [f64; 2] {
+        let elements = meta.elements_exact();
         match self.of(meta) {
-            None => elements * element as u64,
-            Some(_) => elements + 4 * meta.shape()[0] as u64,
+            None => [elements * element as f64, 0.0],
+            Some(_) => [elements, 4.0 * meta.shape()[0] as f64],
         }
+    }
+
+    /// The block in host memory, counted from the first such one, that a parameter is part of.
+    fn streamed_block(&self, meta: &NamedParameter) -> Option<usize> {
+        let first = self.stream_from.filter(|_| is_weight_of_block(meta))?;
+        block_of(meta)?.checked_sub(first)
+    }
+
+    /// Bytes of each block in host memory.
+    pub fn streamed_blocks(&self, metas: &[NamedParameter], element: usize) -> Vec<usize> {
+        let mut blocks = Vec::new();
+        for meta in metas {
+            let Some(block) = self.streamed_block(meta) else {
+                continue;
+            };
+            blocks.resize(blocks.len().max(block + 1), 0);
+            let parts = self.parts(meta, element).map(|bytes| room_for(bytes as usize));
+            blocks[block] += parts.iter().sum::<usize>();
+        }
+        blocks
+    }
+
+    /// Bytes on a device whose compute type has elements of so many bytes: of what stays there, and of the places for the rest.
+    pub fn bytes(&self, metas: &[NamedParameter], element: usize) -> f64 {
+        let here = metas.iter().filter(|meta| self.streamed_block(meta).is_none());
+        let here: f64 = here.flat_map(|meta| self.parts(meta, element)).sum();
+        let streamed = self.streamed_blocks(metas, element);
+        let place = streamed.iter().copied().max().unwrap_or(0);
+        here + (place * PLACES.min(streamed.len())) as f64
+    }
+
+    /// Keeps as few blocks in host memory as let the rest and `beside` bytes of activations fit into `limit` bytes of the device; how many.
+    /// The last ones stay there, of `count` in all.
+    ///
+    /// # Errors
+    /// When it does not fit however many stay there.
+    pub fn fit(
+        &mut self,
+        what: &str,
+        metas: &[NamedParameter],
+        count: usize,
+        device: &Device,
+        beside: f64,
+        limit: u64,
+    ) -> Result<usize> {
+        let element = device.compute_dtype().size();
+        for kept in 0..=count {
+            self.stream_from = (kept > 0).then_some(count - kept);
+            if self.bytes(metas, element) + beside <= limit as f64 {
+                return Ok(kept);
+            }
+        }
+        let least = self.bytes(metas, element) + beside;
+        self.stream_from = None;
+        Err(Error::invalid(format!(
+            "{what} takes at least {} of GPU memory even with all of its blocks in host memory, but there are only {}: allow more \
+             (--vram), draw smaller or fewer pictures at once, or keep weights in eight bits",
+            format_bytes(least as u64),
+            format_bytes(limit)
+        )))
     }
 
     /// Refuses patterns that fit none of these parameters.
@@ -90,18 +148,53 @@ impl Precision {
         }
     }
 
-    /// `params` with this precision.
-    pub fn over<'a>(&'a self, params: &'a dyn ParamSource) -> impl ParamSource + 'a {
+    /// `params` with this precision, all on the device.
+    pub fn over<'a>(&'a self, params: &'a dyn ParamSource) -> Over<'a> {
         Over {
             precision: self,
             params,
+            streamed: None,
         }
+    }
+
+    /// `params` with this precision, and, where blocks are to stay in host memory, with memory for them.
+    ///
+    /// # Errors
+    /// When blocks are to stay there and the device is no GPU, or the host has too little memory.
+    pub fn over_blocks<'a>(
+        &'a self,
+        params: &'a dyn ParamSource,
+        metas: &[NamedParameter],
+        device: &Device,
+    ) -> Result<Over<'a>> {
+        let Some(first) = self.stream_from else {
+            return Ok(self.over(params));
+        };
+        let Device::Cuda(cuda) = device else {
+            return Err(Error::invalid(
+                "weights are kept in host memory for a GPU only; the CPU has them there",
+            ));
+        };
+        let sizes = self.streamed_blocks(metas, device.compute_dtype().size());
+        Ok(Over {
+            precision: self,
+            params,
+            streamed: Some(Arc::new(Streamed::new(cuda, first, &sizes)?)),
+        })
     }
 }
 
-struct Over<'a> {
+/// Whether a parameter is the weight of a linear layer of a block, which may be in eight bits or in host memory.
+fn is_weight_of_block(meta: &NamedParameter) -> bool {
+    let matrix = !meta.flat && meta.parts.iter().all(|part| part.shape.len() == 2);
+    matrix && block_of(meta).is_some()
+}
+
+/// Parameters of a source, kept as a [`Precision`] says.
+pub struct Over<'a> {
     precision: &'a Precision,
     params: &'a dyn ParamSource,
+    streamed: Option<Arc<Streamed>>,
 }
 
 impl ParamSource for Over<'_> {
@@ -119,6 +212,17 @@ impl ParamSource for Over<'_> {
 
     fn load_conv(&self, device: &Device, name: &str) -> Result<Tensor> {
         self.params.load_conv(device, name)
+    }
+
+    fn keep(&self, meta: &NamedParameter, weight: Weight) -> Result<Weight> {
+        match &self.streamed {
+            Some(streamed) => streamed.keep(meta, weight),
+            None => Ok(weight),
+        }
+    }
+
+    fn streamed(&self) -> Option<Arc<Streamed>> {
+        self.streamed.clone()
     }
 
     fn coding(&self, meta: &NamedParameter) -> Option<Coding> {

@@ -82,6 +82,11 @@ pub trait Spec: fmt::Debug + Send + Sync {
         }
     }
 
+    /// Whether its blocks can stay in host memory while it runs.
+    fn streams(&self) -> bool {
+        false
+    }
+
     /// Refuses a device whose kernels cannot take the model's sizes.
     ///
     /// # Errors

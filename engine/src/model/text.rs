@@ -15,7 +15,9 @@ use super::config::TextConfig;
 use super::limits::DeviceLimits;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::layers::{Bare, Described, Group, Linear, Loader, Norm, ParamSource, module};
+use std::sync::Arc;
+
+use crate::layers::{Bare, Described, Group, Linear, Loader, Norm, ParamSource, Pass, Streamed, module};
 use crate::ops::add_rms_norm::{add, add_rms_norm};
 use crate::ops::attention::{Attention, attention};
 use crate::ops::embedding::embedding;
@@ -34,6 +36,8 @@ module! {
         layers: Vec<Layer<K>>,
         ;
         config: TextConfig,
+        ; made
+        streamed: Option<Arc<Streamed>>,
     }
 }
 
@@ -77,15 +81,17 @@ impl TextEncoder<Described> {
                 &[config.vocabulary, config.dim],
             ),
             layers: (0..layers)
-                .map(|index| Layer::describe(config, &format!("{prefix}layers.{index}")))
+                .map(|index| Layer::describe(config, &format!("{prefix}layers.{index}"), index))
                 .collect(),
             config: config.clone(),
+            streamed: None,
         })
     }
 }
 
 impl Layer<Described> {
-    fn describe(config: &TextConfig, prefix: &str) -> Self {
+    fn describe(config: &TextConfig, prefix: &str, index: usize) -> Self {
+        let group = Group::Layer { index };
         let TextConfig {
             dim,
             heads,
@@ -95,11 +101,11 @@ impl Layer<Described> {
             ..
         } = *config;
         let name = |suffix: &str| format!("{prefix}.{suffix}");
-        let norm = |suffix: &str, size: usize| Bare::norm(Group::Other, &name(suffix), size);
+        let norm = |suffix: &str, size: usize| Bare::norm(group, &name(suffix), size);
         let stacked = |layers: &[(&str, usize)]| {
             let layers: Vec<(String, usize)> = layers.iter().map(|(suffix, rows)| (name(suffix), *rows)).collect();
             let layers: Vec<(&str, usize)> = layers.iter().map(|(name, rows)| (name.as_str(), *rows)).collect();
-            Linear::of_rows(Group::Other, &layers, dim)
+            Linear::of_rows(group, &layers, dim)
         };
         Layer {
             input_norm: norm("input_layernorm", dim),
@@ -110,10 +116,10 @@ impl Layer<Described> {
             ]),
             q_norm: norm("self_attn.q_norm", head_dim),
             k_norm: norm("self_attn.k_norm", head_dim),
-            out: Linear::new(Group::Other, &name("self_attn.o_proj"), dim, heads * head_dim),
+            out: Linear::new(group, &name("self_attn.o_proj"), dim, heads * head_dim),
             post_attention_norm: norm("post_attention_layernorm", dim),
             gate_up: stacked(&[("mlp.gate_proj", ffn_hidden), ("mlp.up_proj", ffn_hidden)]),
-            down: Linear::new(Group::Other, &name("mlp.down_proj"), dim, ffn_hidden),
+            down: Linear::new(group, &name("mlp.down_proj"), dim, ffn_hidden),
         }
     }
 }
@@ -130,7 +136,9 @@ impl TextEncoder {
             None => "",
         };
         let described = TextEncoder::describe(config, prefix)?;
-        Loader::load(&described, params, device, &mut |_, _| Ok(()))
+        let mut encoder = Loader::load(&described, params, device, &mut |_, _| Ok(()))?;
+        encoder.streamed = params.streamed();
+        Ok(encoder)
     }
 
     /// The features `[1, tokens, dim]` of a prompt's token ids.
@@ -148,8 +156,10 @@ impl TextEncoder {
             return Ok(stream);
         };
         let mut input = rms_norm(&stream, first.input_norm.tensor(), epsilon)?;
+        let mut pass = self.streamed.as_deref().map(Streamed::pass).transpose()?;
         for (index, layer) in self.layers.iter().enumerate() {
             let _range = profile::range(c"layer");
+            pass.as_mut().map_or(Ok(()), |pass| pass.before(index))?;
             let attended = layer.attend(&input, &self.config, &rotation)?;
             let (sum, normalised) = add_rms_norm(&stream, &attended, layer.post_attention_norm.tensor(), epsilon)?;
             let forwarded = layer.down.forward(&swiglu(&layer.gate_up.forward(&normalised)?)?)?;
@@ -157,7 +167,9 @@ impl TextEncoder {
                 Some(next) => (stream, input) = add_rms_norm(&sum, &forwarded, next.input_norm.tensor(), epsilon)?,
                 None => stream = add(&sum, &forwarded)?,
             }
+            pass.as_mut().map_or(Ok(()), |pass| pass.after(index))?;
         }
+        pass.map_or(Ok(()), Pass::end)?;
         Ok(stream)
     }
 

@@ -175,6 +175,18 @@ impl Quantised {
         &mut self.codes
     }
 
+    /// The same with codes and scales as `change` makes them, of the same shapes and types.
+    ///
+    /// # Errors
+    /// Those of `change`.
+    pub fn map(self, mut change: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Quantised {
+            codes: change(&self.codes)?,
+            scales: change(&self.scales)?,
+            ..self
+        })
+    }
+
     /// Bytes of both.
     pub fn bytes(&self) -> usize {
         self.codes.bytes() + self.scales.bytes()

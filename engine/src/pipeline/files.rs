@@ -15,6 +15,9 @@ const DEFAULT_STEPS: usize = 28;
 /// The shift where neither user nor model says.
 const DEFAULT_SHIFT: f32 = 3.0;
 
+/// GPU memory that libraries, kernels and recordings take beside tensors.
+const LIBRARIES_BYTES: u64 = 400_000_000;
+
 /// A model's files, and the device that it is to run on.
 pub struct ModelFiles {
     device: Device,
@@ -25,6 +28,8 @@ pub struct ModelFiles {
     /// How the weights of the transformer's and of the text encoder's blocks are kept.
     trunk: Precision,
     text: Precision,
+    /// Bytes of GPU memory for weights and activations; `None` for what there is.
+    limit: Option<u64>,
 }
 
 impl ModelFiles {
@@ -50,6 +55,7 @@ impl ModelFiles {
             vae,
             trunk: Precision::default(),
             text: Precision::default(),
+            limit: None,
         })
     }
 
@@ -61,6 +67,52 @@ impl ModelFiles {
         trunk.ensure_used(&self.spec().metas())?;
         (self.trunk, self.text) = (trunk, text);
         Ok(self)
+    }
+
+    /// Sees to it that drawing `batch` pictures of this size takes at most `limit` bytes of GPU memory as its driver counts them (`None`:
+    /// what is free): main blocks that do not fit stay in host memory, and so do layers of the text encoder. Returns how many main blocks
+    /// stay there.
+    ///
+    /// # Errors
+    /// On the CPU; for a family whose blocks cannot; and when it does not fit however many stay there.
+    pub fn fit(&mut self, limit: Option<u64>, settings: &Settings, batch: usize) -> Result<usize> {
+        let Device::Cuda(device) = &self.device else {
+            return Err(Error::invalid(
+                "--vram is about a GPU's memory, but this runs on the CPU: leave it out, or choose a GPU (--device cuda)",
+            ));
+        };
+        let left = match limit {
+            None => device.available_memory()?.saturating_sub(LIBRARIES_BYTES),
+            // What the process holds by now is the driver's own.
+            Some(limit) => limit.saturating_sub(device.driver_memory_in_use()? + LIBRARIES_BYTES),
+        };
+        let metas = self.spec().metas();
+        let activations = self.parts(settings, batch).1;
+        let blocks = self.spec().main_blocks();
+        let mut trunk = self.trunk.clone();
+        let kept = trunk.fit(
+            "the transformer",
+            &metas,
+            blocks,
+            &self.device,
+            activations as f64,
+            left,
+        )?;
+        if kept > 0 && !self.spec().streams() {
+            return Err(Error::invalid(
+                "the weights of a model of this family cannot stay in host memory: allow it more GPU memory (--vram)",
+            ));
+        }
+        (self.trunk, self.limit) = (trunk, Some(left));
+        Ok(kept)
+    }
+
+    /// Bytes of host memory in which main blocks stay.
+    pub fn host_bytes(&self) -> u64 {
+        let blocks = self
+            .trunk
+            .streamed_blocks(&self.spec().metas(), self.device.compute_dtype().size());
+        blocks.iter().map(|bytes| *bytes as u64).sum()
     }
 
     /// How the weights of the transformer's blocks are kept.
@@ -108,7 +160,11 @@ impl ModelFiles {
     /// Saying how to name a part that is missing, or what is damaged or does not fit.
     pub fn prompt_files(&self) -> Result<PromptFiles<'_>> {
         let files = PromptFiles::open(&self.paths, &self.device, self.spec().caption_width())?;
-        Ok(files.kept_in(self.text.clone()))
+        let mut files = files.kept_in(self.text.clone());
+        if let Some(limit) = self.limit {
+            files.fit(limit, &self.device)?;
+        }
+        Ok(files)
     }
 
     /// Checks before any work that there is a text encoder, of the width that the transformer takes; reads no weights.

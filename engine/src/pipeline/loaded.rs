@@ -39,9 +39,10 @@ impl LoadedModel {
             None => None,
         };
         let transformer = files.transformer();
-        let denoiser = transformer
-            .spec
-            .load(&files.trunk().over(&transformer.checkpoint), files.device(), loaded)?;
+        let params = files
+            .trunk()
+            .over_blocks(&transformer.checkpoint, &transformer.spec.metas(), files.device())?;
+        let denoiser = transformer.spec.load(&params, files.device(), loaded)?;
         let vae_checkpoint = files.vae_files().map(|(_, checkpoint)| checkpoint);
         let checkpoints = [&transformer.checkpoint].into_iter().chain(vae_checkpoint);
         Ok(LoadedModel {

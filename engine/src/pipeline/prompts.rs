@@ -7,6 +7,7 @@ use crate::checkpoint::{Checkpoint, ModelPaths, open_text_encoder};
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::layers::{NamedParameter, metas};
 use crate::limits::Budget;
 use crate::model::config::TextConfig;
 use crate::model::text::TextEncoder;
@@ -23,6 +24,9 @@ pub struct PromptFiles<'a> {
     /// How the weights of the blocks are kept.
     weights: Precision,
 }
+
+/// What encoding a prompt takes beside the weights: activations of 512 tokens.
+const ENCODING_BYTES: f64 = 100e6;
 
 /// A tokenizer, and a text encoder on its device.
 pub struct PromptEncoder {
@@ -70,6 +74,24 @@ impl<'a> PromptFiles<'a> {
         self
     }
 
+    /// Keeps as many of the encoder's layers in host memory as lets the rest, and what encoding takes, fit into `limit` bytes of the
+    /// device; how many.
+    ///
+    /// # Errors
+    /// When it does not fit however many stay there.
+    pub(super) fn fit(&mut self, limit: u64, device: &Device) -> Result<usize> {
+        let metas = text_metas(&self.config)?;
+        let what = "the text encoder";
+        self.weights.fit(
+            what,
+            &metas,
+            self.config.layers.saturating_sub(1),
+            device,
+            ENCODING_BYTES,
+            limit,
+        )
+    }
+
     /// Brings the encoder onto the device.
     ///
     /// # Errors
@@ -77,7 +99,10 @@ impl<'a> PromptFiles<'a> {
     pub fn load(&self, device: &Device) -> Result<PromptEncoder> {
         let tokenizer = PromptTokenizer::open(self.paths.tokenizer()?)?;
         let _tag = MemoryTag::Weights.scope();
-        let encoder = TextEncoder::load(&self.weights.over(&self.checkpoint), device, &self.config);
+        let params = self
+            .weights
+            .over_blocks(&self.checkpoint, &text_metas(&self.config)?, device)?;
+        let encoder = TextEncoder::load(&params, device, &self.config);
         Ok(PromptEncoder {
             tokenizer,
             encoder: encoder.map_err(|error| of_file(&self.checkpoint, error))?,
@@ -107,6 +132,12 @@ impl<'a> PromptFiles<'a> {
         add(&self.checkpoint.identity()?);
         Ok(hash.finalize().to_vec())
     }
+}
+
+/// The parameters of an encoder.
+fn text_metas(config: &TextConfig) -> Result<Vec<NamedParameter>> {
+    let described = TextEncoder::describe(config, "")?;
+    Ok(metas(&described).into_iter().cloned().collect())
 }
 
 impl PromptEncoder {

@@ -49,7 +49,7 @@ impl Policy {
         match self {
             Policy::Paper { ends } => Ok(at_the_border || at_an_end(*ends)),
             Policy::Released { ends } => Ok(at_the_border || conditions || at_an_end(*ends)),
-            Policy::Full => Ok(meta.group != Group::Other),
+            Policy::Full => Ok(!matches!(meta.group, Group::Layer { .. } | Group::Other)),
             Policy::HeadOnly => Ok(meta.group == Group::Output),
             Policy::Patterns(patterns) => meta.trained(&|name| patterns.iter().any(|pattern| fits(pattern, name))),
         }

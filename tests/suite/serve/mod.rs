@@ -1,6 +1,7 @@
 //! A model that stays loaded: what a worker answers, in which order, and what it keeps.
 
 mod cuda;
+mod precision;
 mod start;
 
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use libtest_mimic::Failed;
 
 pub fn register(suite: &mut Suite) {
     cuda::register(suite);
+    precision::register(suite);
     start::register(suite);
     suite.cpu("serve::a_worker_draws_as_the_program_does", as_the_program);
     suite.cpu("serve::requests_are_answered_in_order", in_order);
@@ -30,10 +32,14 @@ pub fn register(suite: &mut Suite) {
 }
 
 /// A demo model on a device.
-fn files(name: &str, device: &Device) -> Result<Arc<ModelFiles>, Failed> {
+fn opened(name: &str, device: &Device) -> Result<ModelFiles, Failed> {
     let folder = models_folder().join("demo").join(name);
     let paths = ModelPaths::resolve(&folder, &PathOverrides::default())?;
-    Ok(Arc::new(ModelFiles::open(paths, device.clone())?))
+    Ok(ModelFiles::open(paths, device.clone())?)
+}
+
+fn files(name: &str, device: &Device) -> Result<Arc<ModelFiles>, Failed> {
+    opened(name, device).map(Arc::new)
 }
 
 fn worker(name: &str, device: &Device) -> Result<Worker, Failed> {

@@ -217,7 +217,7 @@ impl Dit {
             saving(&reach.noise_refiner[..], &mut noise_refiner),
             saving(&reach.layers[..], &mut layers),
         ];
-        let x = self.trunk(image, refined, &layout, &table, Some(stacks))?;
+        let x = self.trunk(image, refined, &layout, &table, Some(stacks), None)?;
 
         let (velocity, output) = self.output_saving(x, image, &layout, &table, keep_sums)?;
         let kept = SavedDit {

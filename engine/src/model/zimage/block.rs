@@ -15,7 +15,7 @@ mod backward;
 
 use crate::device::MemoryTag;
 use crate::error::Result;
-use crate::layers::{Bare, Described, Group, Linear, Norm, module};
+use crate::layers::{Bare, Described, Group, Linear, Norm, Pass, module};
 use crate::model::work::Keep;
 use crate::model::zimage::DitConfig;
 use crate::ops::Modulation;
@@ -361,16 +361,36 @@ pub fn run_blocks(
     sequence: &Sequence<'_>,
     saving: Option<Saving<'_>>,
 ) -> Result<Tensor> {
-    let vectors = |index: usize| modulation.map(|(table, first)| (table, first + index * VECTORS));
+    let Some(Saving { keeps, kept }) = saving else {
+        return run_through(blocks, modulation, x, sequence, None);
+    };
     let mut x = x;
-    if let Some(Saving { keeps, kept }) = saving {
-        for (index, (block, keep)) in blocks.iter().zip(keeps).enumerate() {
-            let (y, block) = block.forward_saving(x, vectors(index), sequence, *keep)?;
-            x = y;
-            kept.push(block);
-        }
-        return Ok(x);
+    for (index, (block, keep)) in blocks.iter().zip(keeps).enumerate() {
+        let (y, block) = block.forward_saving(x, vectors_of(modulation, index), sequence, *keep)?;
+        x = y;
+        kept.push(block);
     }
+    Ok(x)
+}
+
+/// The vectors of a stack's block `index`.
+fn vectors_of(modulation: Option<(&Tensor, usize)>, index: usize) -> Option<Vectors<'_>> {
+    modulation.map(|(table, first)| (table, first + index * VECTORS))
+}
+
+/// As [`run_blocks`], keeping nothing; `pass` brings weights that stay in host memory to the device.
+///
+/// # Errors
+/// As [`run_blocks`].
+pub fn run_through(
+    blocks: &[Block],
+    modulation: Option<(&Tensor, usize)>,
+    x: Tensor,
+    sequence: &Sequence<'_>,
+    mut pass: Option<&mut Pass<'_>>,
+) -> Result<Tensor> {
+    let vectors = |index: usize| vectors_of(modulation, index);
+    let mut x = x;
     let Some(first) = blocks.first() else { return Ok(x) };
     let mut normalised = Some(rms_norm_modulate_in(
         &x,
@@ -384,7 +404,9 @@ pub fn run_blocks(
         let input = normalised
             .take()
             .expect("each block but the last leaves a normalised stream");
+        pass.as_mut().map_or(Ok(()), |pass| pass.before(index))?;
         (x, normalised) = block.forward(&x, input, vectors(index), sequence, next)?;
+        pass.as_mut().map_or(Ok(()), |pass| pass.after(index))?;
     }
     Ok(x)
 }

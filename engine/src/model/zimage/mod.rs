@@ -15,7 +15,9 @@ mod sizes;
 mod spec;
 mod trained;
 
-use self::block::{Block, Saving, Sequence, VECTORS, run_blocks};
+use std::sync::Arc;
+
+use self::block::{Block, Saving, Sequence, VECTORS, run_blocks, run_through};
 use self::layout::Layout;
 use self::layout::RopeTables;
 use super::config::ModelKind;
@@ -26,7 +28,8 @@ use super::time_embedder::TimeEmbedder;
 use crate::device::{Device, MemoryTag};
 use crate::error::{Error, Result};
 use crate::layers::{
-    Bare, Described, Group, Kind, Linear, Loader, Module, Norm, ParamSource, Place, PlaceMut, Transform, module,
+    Bare, Described, Group, Kind, Linear, Loader, Module, Norm, ParamSource, Pass, Place, PlaceMut, Streamed,
+    Transform, module,
 };
 use crate::ops::Modulation;
 use crate::ops::conv::Canvas;
@@ -54,6 +57,8 @@ pub struct Dit {
     parts: Parts,
     config: DitConfig,
     device: Device,
+    /// Main blocks whose weights stay in host memory.
+    streamed: Option<Arc<Streamed>>,
 }
 
 module! {
@@ -222,6 +227,7 @@ impl Dit {
             parts,
             config: spec.config.clone(),
             device: device.clone(),
+            streamed: params.streamed(),
         })
     }
 
@@ -305,9 +311,20 @@ impl Dit {
         Ok(Modulations { table })
     }
 
+    /// Begins a run through the main blocks, if some of their weights stay in host memory.
+    fn pass(&self) -> Result<Option<Pass<'_>>> {
+        self.streamed.as_deref().map(Streamed::pass).transpose()
+    }
+
     /// The image tokens `[batch, tokens, dim]` after the last block.
-    fn image_features(&self, image: &Tensor, ready: &Ready, table: &Tensor) -> Result<Tensor> {
-        let x = self.trunk(image, ready.captions.clone(), &ready.layout, table, None)?;
+    fn image_features(
+        &self,
+        image: &Tensor,
+        ready: &Ready,
+        table: &Tensor,
+        pass: Option<&mut Pass<'_>>,
+    ) -> Result<Tensor> {
+        let x = self.trunk(image, ready.captions.clone(), &ready.layout, table, None, pass)?;
         narrow_tokens(&x, 0, ready.layout.grid[0] * ready.layout.grid[1])
     }
 
@@ -331,10 +348,14 @@ impl Dit {
     /// As [`Dit::forward`].
     pub fn run_trunk(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
         let Ready { captions, layout } = prepared.inner()?;
-        self.trunk(image, captions.clone(), layout, &modulations.table, None)
+        let mut pass = self.pass()?;
+        let x = self.trunk(image, captions.clone(), layout, &modulations.table, None, pass.as_mut())?;
+        pass.map_or(Ok(()), Pass::end)?;
+        Ok(x)
     }
 
-    /// The whole sequence after the last block, for refined captions; `saving` for the image's refiner and the main blocks.
+    /// The whole sequence after the last block, for refined captions; `saving` for the image's refiner and the main blocks, `pass` for
+    /// main blocks in host memory.
     fn trunk(
         &self,
         image: &Tensor,
@@ -342,6 +363,7 @@ impl Dit {
         layout: &Layout,
         table: &Tensor,
         saving: Option<[Saving<'_>; 2]>,
+        pass: Option<&mut Pass<'_>>,
     ) -> Result<Tensor> {
         let [refiner, layers] = saving.map_or([None, None], |saving| saving.map(Some));
         let saves = layers.is_some();
@@ -352,7 +374,11 @@ impl Dit {
         };
         drop((refined, captions));
         let first = VECTORS * self.parts.noise_refiner.len();
-        run_blocks(&self.parts.layers, Some((table, first)), x, &layout.sequence(), layers)
+        let (blocks, vectors) = (&self.parts.layers, Some((table, first)));
+        match layers {
+            Some(layers) => run_blocks(blocks, vectors, x, &layout.sequence(), Some(layers)),
+            None => run_through(blocks, vectors, x, &layout.sequence(), pass),
+        }
     }
 
     /// The first part of [`Dit::run_trunk`]: the image's tokens, padded, after their refiner.
@@ -419,16 +445,20 @@ impl Denoiser for Dit {
     fn forward(&self, image: &Tensor, prepared: &Prepared, modulations: &Modulations) -> Result<Tensor> {
         let _range = profile::range(c"dit");
         let ready: &Ready = prepared.inner()?;
-        let x = self.image_features(image, ready, &modulations.table)?;
+        let mut pass = self.pass()?;
+        let x = self.image_features(image, ready, &modulations.table, pass.as_mut())?;
         let _range = profile::range(c"output");
-        match &self.parts.output {
+        let predicted = match &self.parts.output {
             Output::Latent(last) => last.forward(&x, &modulations.table, [image.dim(1), image.dim(2)], &self.config),
             Output::Pixel(head) => {
                 let map = self.as_map(&x, ready.layout.grid)?;
                 drop(x);
                 head.forward(image, &map)
             }
-        }
+        }?;
+        // Only now, so that the head runs while the next pass's first blocks are copied.
+        pass.map_or(Ok(()), Pass::end)?;
+        Ok(predicted)
     }
 
     fn paints(&self) -> bool {
@@ -441,9 +471,11 @@ impl Denoiser for Dit {
         };
         let _range = profile::range(c"dit");
         let ready: &Ready = prepared.inner()?;
-        let features = self.image_features(image, ready, &modulations.table)?;
+        let mut pass = self.pass()?;
+        let features = self.image_features(image, ready, &modulations.table, pass.as_mut())?;
         let _range = profile::range(c"output");
-        head.paint(image, &self.as_map(&features, ready.layout.grid)?, canvas)
+        head.paint(image, &self.as_map(&features, ready.layout.grid)?, canvas)?;
+        pass.map_or(Ok(()), Pass::end)
     }
 }
 

@@ -126,6 +126,10 @@ impl Spec for ZImage {
         }))
     }
 
+    fn streams(&self) -> bool {
+        true
+    }
+
     fn ensure_runs_on(&self, device: &Device) -> Result<()> {
         self.config.ensure_runs_on(device)?;
         self.head.as_ref().map_or(Ok(()), |head| head.ensure_runs_on(device))
