@@ -3,12 +3,14 @@
 mod trace;
 mod twin;
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
 use l2p_engine::device::{MemoryTag, format_bytes};
 use l2p_engine::flow::sampler::{Conditioning, Walk};
 use l2p_engine::flow::schedule::Schedule;
+use l2p_engine::layers::{ParamSource, Streamed};
 use l2p_engine::model::config::VaeConfig;
 use l2p_engine::model::vae::VaeDecoder;
 use l2p_engine::model::{Denoiser, Precision};
@@ -24,7 +26,7 @@ use crate::params::RandomParams;
 use crate::published::{Model, ModelName};
 use crate::record::{Row, Timing, percent};
 use crate::runner::Bench;
-use crate::timing::{median, sample};
+use crate::timing::{median, sample, samples};
 
 const HELP: &str = "\
 Examples:
@@ -184,6 +186,9 @@ pub struct Setup {
     conditioning: Conditioning,
     /// f32
     noise: Tensor,
+    /// Main blocks in host memory.
+    streamed: Option<Arc<Streamed>>,
+    blocks: usize,
 }
 
 impl Setup {
@@ -209,6 +214,8 @@ impl Setup {
                 negative: None,
             },
             noise: random_f32(device, [1, height, width, channels], seed, 2)?,
+            streamed: params.streamed(),
+            blocks: model.spec.main_blocks(),
             dit,
         })
     }
@@ -218,6 +225,17 @@ impl Setup {
         let mut noise = Tensor::empty(self.dit.device(), self.noise.shape(), self.noise.dtype())?;
         noise.copy_from(&self.noise)?;
         Walk::new(&*self.dit, &self.conditioning, &Schedule::new(steps, SHIFT)?, noise)
+    }
+
+    /// Brings every block in host memory to the device once, and computes nothing.
+    fn copy_blocks(&self) -> Result<()> {
+        let Some(streamed) = &self.streamed else { return Ok(()) };
+        let mut pass = streamed.pass()?;
+        for block in streamed.first()..self.blocks {
+            pass.before(block)?;
+            pass.after(block)?;
+        }
+        pass.end()
     }
 
     /// What `steps` steps give.
@@ -307,7 +325,11 @@ fn run_step(
         row.peers = turns.peers;
         let details = &mut row.details;
         details.insert("load_seconds".into(), json!(load_seconds));
-        details.insert("streamed_bytes".into(), json!(streamed));
+        if setup.streamed.is_some() {
+            let copies = samples(&device, 1, 5, || setup.copy_blocks())?;
+            details.insert("streamed_bytes".into(), json!(streamed));
+            details.insert("copy_ms".into(), json!(median(&copies)));
+        }
         let tags = MemoryTag::ALL.map(|tag| (tag.name().to_owned(), json!(memory.tag(tag).peak)));
         details.insert("peak_bytes_by_tag".into(), Value::Object(Map::from_iter(tags)));
         details.insert("driver_bytes".into(), json!(driver));

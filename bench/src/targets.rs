@@ -20,6 +20,9 @@ pub use rows::{Measurements, TargetRow};
 /// The record's name in the folder of its GPU.
 pub const FILE: &str = "4k.json";
 
+/// The record of the parts about weights in eight bits and in host memory.
+pub const EIGHT_BIT_FILE: &str = "eight-bit.json";
+
 /// The help's end.
 fn help() -> String {
     let parts: Vec<String> = PARTS
@@ -253,7 +256,9 @@ fn parts(arguments: &Arguments) -> anyhow::Result<Vec<Part>> {
             bail!("there is no part `{name}`; there are {}", names.join(", "));
         }
     }
-    let wanted = |part: &Part| arguments.only.is_empty() || arguments.only.iter().any(|name| name == part.name);
+    // The CPU's weights are in host memory as it is.
+    let usual = |part: &Part| arguments.only.is_empty() && (arguments.device != "cpu" || part.name != "streamed");
+    let wanted = |part: &Part| usual(part) || arguments.only.iter().any(|name| name == part.name);
     Ok(PARTS.into_iter().filter(wanted).collect())
 }
 

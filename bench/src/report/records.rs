@@ -1,5 +1,6 @@
 //! The records of one GPU.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -42,6 +43,22 @@ pub struct ParityRow {
     pub ours_peak_bytes: Option<u64>,
     /// Whether the ratio is small enough.
     pub pass: bool,
+    /// The same with the weights of blocks in eight bits, by how they are kept.
+    #[serde(default)]
+    pub weights: BTreeMap<String, ParityWeights>,
+}
+
+/// A component with the weights of its blocks in eight bits.
+#[derive(Clone, Debug, Deserialize)]
+pub struct ParityWeights {
+    /// Our error.
+    pub error: f64,
+    /// Our error over PyTorch's bf16 error.
+    pub ratio: f64,
+    /// Milliseconds.
+    pub ms: f64,
+    /// Bytes.
+    pub peak_bytes: u64,
 }
 
 /// What there is about one GPU.
@@ -53,6 +70,8 @@ pub struct Gpu {
     pub parity: Option<Parity>,
     /// The target table.
     pub targets: Option<Targets>,
+    /// The target table of weights in eight bits and in host memory.
+    pub eight_bit: Option<Targets>,
     /// Training steps beside PyTorch's.
     pub training: Option<train::record::Record>,
     /// Records of single benchmarks, those of the target table's parts among them, the newest last.
@@ -66,12 +85,13 @@ impl Gpu {
     /// When a file cannot be read or is no record.
     fn read(path: &Path) -> anyhow::Result<Self> {
         let folder = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let (mut parity, mut table, mut training, mut records) = (None, None, None, Vec::new());
+        let (mut parity, mut table, mut eight_bit, mut training, mut records) = (None, None, None, None, Vec::new());
         for path in entries(path)? {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             match name.as_str() {
                 "parity.json" => parity = Some(read(&path)?),
                 targets::FILE => table = Some(Targets::read(&path)?),
+                targets::EIGHT_BIT_FILE => eight_bit = Some(Targets::read(&path)?),
                 "train.json" => training = Some(train::record::Record::read(&path)?),
                 // Of every gradient: too long for the README.
                 "grad.json" => {}
@@ -90,6 +110,7 @@ impl Gpu {
             folder,
             parity,
             targets: table,
+            eight_bit,
             training,
             records,
         })

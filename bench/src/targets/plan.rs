@@ -39,7 +39,7 @@ pub struct Part {
 }
 
 /// All parts, in the order in which they are measured: first what must be alone on the GPU.
-pub const PARTS: [Part; 9] = [
+pub const PARTS: [Part; 10] = [
     Part {
         name: "sample",
         program: "bench-sample",
@@ -74,6 +74,11 @@ pub const PARTS: [Part; 9] = [
         name: "eight-bit",
         program: "bench-step",
         about: "the 4K step with weights in bf16, int8 and fp8, beside PyTorch's fp8 products and attention",
+    },
+    Part {
+        name: "streamed",
+        program: "bench-step",
+        about: "the 4K step with all main blocks in host memory, in int8",
     },
     Part {
         name: "step-1k",
@@ -119,6 +124,15 @@ impl Part {
                 vec!["--tiny"],
                 15,
             ),
+            "streamed" => (
+                vec![
+                    "--model=pixel-4k".to_owned(),
+                    "--trunk=int8".into(),
+                    "--stream=30".into(),
+                ],
+                vec!["--tiny", "--stream=2"],
+                10,
+            ),
             "latent-4k" => (vec!["--model=latent-4k".into()], vec!["--tiny"], 3),
             step => (
                 vec![format!("--model={}", step.replace("step", "pixel"))],
@@ -139,7 +153,7 @@ impl Part {
             _ => "none",
         };
         // Elementwise work is compared with the copy, and whole pictures with nothing.
-        if peers && !matches!(self.name, "sample" | "elementwise") {
+        if peers && !matches!(self.name, "sample" | "elementwise" | "streamed") {
             arguments.extend(["--peer".to_owned(), format!("--peer-compile={compiled}")]);
         }
         arguments

@@ -147,6 +147,32 @@ fn eight_bits(record: &Record, coding: &str) -> Vec<TargetRow> {
     ]
 }
 
+/// A step whose main blocks are in host memory, against the longer of copying them and of a step that has them.
+fn in_host_memory(row: &Row, resident: Option<&Row>) -> Vec<TargetRow> {
+    let copies = row.details.get("copy_ms").and_then(|ms| ms.as_f64());
+    let copies = copies.map(|ms| ("copying alone".to_owned(), ms));
+    let computing = resident.map(|row| ("the step without copies".to_owned(), row.timing.milliseconds));
+    let longer = copies.into_iter().chain(computing).max_by(|a, b| a.1.total_cmp(&b.1));
+    let pair = Pair {
+        ours: row.timing.milliseconds,
+        peer: longer,
+    };
+    let driver = row.details.get("driver_bytes").and_then(|bytes| bytes.as_u64());
+    let memory = Pair {
+        ours: driver.map_or(f64::INFINITY, gigabytes),
+        peer: None,
+    };
+    vec![
+        TargetRow::ratio("4K step, int8 trunk in host memory", "ms", pair, Bound::AtMost(1.15)),
+        TargetRow::own(
+            "4K step, int8 trunk in host memory, memory as the driver counts it",
+            "GB",
+            memory,
+            Bound::AtMost(4.0),
+        ),
+    ]
+}
+
 /// The rows that follow from what was measured, in the table's order.
 pub fn rows(measured: &Measurements, sizes: &Sizes) -> Vec<TargetRow> {
     let mut rows = Vec::new();
@@ -178,6 +204,9 @@ pub fn rows(measured: &Measurements, sizes: &Sizes) -> Vec<TargetRow> {
     if let Some(record) = part("eight-bit") {
         rows.extend(["int8", "fp8"].iter().flat_map(|coding| eight_bits(record, coding)));
     }
+    let streamed = part("streamed").and_then(|record| record.row("pixel-4k-int8-streamed"));
+    let resident = part("eight-bit").and_then(|record| record.row("pixel-4k-int8"));
+    rows.extend(streamed.into_iter().flat_map(|row| in_host_memory(row, resident)));
     rows.extend(step_1k.map(|row| step(row, "1K")));
     rows.extend(step_4k.into_iter().flat_map(submission));
     let sample = part("sample").and_then(|record| record.row("sample-pixel-4k"));
