@@ -23,6 +23,7 @@ mod lock;
 pub mod model;
 mod nvtx;
 pub mod ops;
+pub mod patterns;
 pub mod pipeline;
 mod printable;
 pub mod profile;
