@@ -90,7 +90,7 @@ impl Quantised {
             if FOUR_BIT.iter().any(|end| bare.ends_with(end)) {
                 return Some(four_bit(name));
             }
-            has_bytes |= dtype == Dtype::U8 && (bare.ends_with("weight") || bare.ends_with("_token"));
+            has_bytes |= dtype == Dtype::U8 && (bare.ends_with(".weight") || bare.ends_with("_token"));
             if SCALES.iter().any(|end| bare.ends_with(end)) {
                 scale = scale.or(Some(name));
             }

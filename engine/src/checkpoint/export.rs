@@ -160,7 +160,7 @@ pub(super) fn output<'a>(
     let mut same = true;
     if let Some(float) = float {
         for tensor in &tensors {
-            same &= tensor.float()? == float;
+            same &= tensor.float()? == float && tensor.decoding().is_none();
         }
     }
     Ok(OutputTensor {
