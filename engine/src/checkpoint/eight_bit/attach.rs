@@ -276,8 +276,8 @@ fn read_scales(scale: &CheckpointTensor, weight: &CheckpointTensor, rows: usize)
     let refuse = |reason: String| Err(Error::file(scale.path(), format!("tensor `{name}` {reason}")));
     let shape = scale.shape();
     let ends_in_ones = shape.iter().skip(1).all(|extent| *extent == 1);
-    let is_one = scale.elements() == 1;
-    if !is_one && !(ends_in_ones && shape.first() == Some(&rows)) {
+    let is_for_rows = ends_in_ones && shape.first() == Some(&rows);
+    if scale.elements() != 1 && !is_for_rows {
         return refuse(format!(
             "has shape {shape:?}, expected one number, or one for each of the {rows} rows of `{of}`"
         ));

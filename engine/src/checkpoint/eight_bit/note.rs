@@ -42,6 +42,9 @@ pub enum Unknown {
     Entry(String),
 }
 
+/// A layer's name, and its note or what is not understood of it.
+pub type LayerNote = (String, Result<Note, Unknown>);
+
 /// Entries that reading does not need.
 const NOT_NEEDED: [&str; 3] = ["full_precision_matrix_mult", "orig_dtype", "orig_shape"];
 
@@ -57,7 +60,7 @@ pub fn read(text: &[u8]) -> Result<Note, Unknown> {
 ///
 /// # Errors
 /// What is not understood of the header's entry itself; each layer has an error of its own.
-pub fn read_all(text: &str) -> Result<Vec<(String, Result<Note, Unknown>)>, Unknown> {
+pub fn read_all(text: &str) -> Result<Vec<LayerNote>, Unknown> {
     let Ok(Value::Object(mut entries)) = serde_json::from_str(text) else {
         return Err(Unknown::Form);
     };
