@@ -131,7 +131,7 @@ fn drawings_and_photographs_become_small() -> Outcome {
     let raw = width * height * 3;
     for (name, pixels, most) in [
         ("tiles", tiles.collect::<Vec<u8>>(), 0.05),
-        ("grain", grain.collect(), 0.40),
+        ("grain", grain.collect(), 0.45),
     ] {
         let image = RgbImage::new(width, height, pixels.clone())?;
         let bytes = encode_image(&image, ImageFormat::Png, &WriteOptions::default())?;

@@ -75,73 +75,74 @@ fn without(end: &'static str) -> Change {
     Box::new(move |tensors| drop(tensors.remove(&format!("{LAYER}.{end}"))))
 }
 
+/// What is done to the scale `end` of the layer with this weight, and what is said of it.
+fn bad_scales(name: &str, end: &'static str, weight: &Stored) -> Vec<(String, Change, &'static str)> {
+    let (rows, width) = (weight.shape[0], weight.shape[1]);
+    let mut cases: Vec<(String, Change, &'static str)> = Vec::new();
+    for (value, shown) in [
+        (f32::NAN, "holds NaN at element"),
+        (f32::INFINITY, "holds inf at element"),
+        (0.0, "holds 0 at element"),
+        (-0.5, "holds -0.5 at element"),
+    ] {
+        let mut values = vec![0.01; rows];
+        values[rows - 1] = value;
+        cases.push((format!("row {value}"), set(end, numbers(&[rows, 1], &values)), shown));
+        cases.push((format!("one {value}"), set(end, numbers(&[], &[value])), shown));
+    }
+    for shape in [vec![rows - 1], vec![1, rows], vec![rows, 2], vec![width], vec![0]] {
+        let values = vec![0.01; shape.iter().product()];
+        let shown = "expected one number, or one for each of the";
+        cases.push((format!("{shape:?}"), set(end, numbers(&shape, &values)), shown));
+    }
+    let mut narrow = numbers(&[], &[0.01]);
+    (narrow.dtype, narrow.shape) = (Dtype::F8_E4M3, vec![4]);
+    cases.push((
+        "of another type, four".into(),
+        set(end, narrow.clone()),
+        "expected one number",
+    ));
+    (narrow.dtype, narrow.shape, narrow.bytes) = (Dtype::U8, vec![1], vec![1]);
+    cases.push((
+        "of another type".into(),
+        set(end, narrow),
+        "expected scales of F32, BF16 or F16",
+    ));
+    cases.push(("missing".into(), without(end), "without its scale"));
+    cases.push((
+        "without its weight".into(),
+        without("weight"),
+        "stands beside no weight of eight bits",
+    ));
+    if name != "header" {
+        let wide = set("weight", weight.clone());
+        cases.push(("of a wide weight".into(), wide, "stands beside no weight of eight bits"));
+    }
+    let other = if end == "weight_scale" {
+        "scale_weight"
+    } else {
+        "weight_scale"
+    };
+    cases.push((
+        "two".into(),
+        set(other, numbers(&[], &[1.0])),
+        "say the same of one layer",
+    ));
+    cases
+}
+
 fn bad_scales_are_refused_by_name() -> Outcome {
     let folder = tempfile::tempdir()?;
     let folder = folder.path();
     let plain = whole(folder)?;
-    let rows = plain[&format!("{LAYER}.weight")].shape[0];
-    let width = plain[&format!("{LAYER}.weight")].shape[1];
+    let weight = &plain[&format!("{LAYER}.weight")];
     for (name, end) in [
         ("int8-rows", "weight_scale"),
         ("header", "weight_scale"),
         ("scale-weight", "scale_weight"),
     ] {
         let sound = files::written(&plain, &spelling(name));
-        let mut cases: Vec<(String, Change, &str)> = Vec::new();
-        for (value, shown) in [
-            (f32::NAN, "holds NaN at element"),
-            (f32::INFINITY, "holds inf at element"),
-            (0.0, "holds 0 at element"),
-            (-0.5, "holds -0.5 at element"),
-        ] {
-            let mut values = vec![0.01; rows];
-            values[rows - 1] = value;
-            cases.push((format!("row {value}"), set(end, numbers(&[rows, 1], &values)), shown));
-            cases.push((format!("one {value}"), set(end, numbers(&[], &[value])), shown));
-        }
-        for shape in [vec![rows - 1], vec![1, rows], vec![rows, 2], vec![width], vec![0]] {
-            let values = vec![0.01; shape.iter().product()];
-            let shown = "expected one number, or one for each of the";
-            cases.push((format!("{shape:?}"), set(end, numbers(&shape, &values)), shown));
-        }
-        let mut narrow = numbers(&[], &[0.01]);
-        (narrow.dtype, narrow.shape) = (Dtype::F8_E4M3, vec![4]);
-        cases.push((
-            "of another type, four".into(),
-            set(end, narrow.clone()),
-            "expected one number",
-        ));
-        (narrow.dtype, narrow.shape, narrow.bytes) = (Dtype::U8, vec![1], vec![1]);
-        cases.push((
-            "of another type".into(),
-            set(end, narrow),
-            "expected scales of F32, BF16 or F16",
-        ));
-        cases.push(("missing".into(), without(end), "without its scale"));
-        cases.push((
-            "without its weight".into(),
-            without("weight"),
-            "stands beside no weight of eight bits",
-        ));
-        let wide = plain[&format!("{LAYER}.weight")].clone();
-        let wide: Change = match name {
-            "header" => set("input_scale", numbers(&[], &[1.0])),
-            _ => set("weight", wide),
-        };
-        if name != "header" {
-            cases.push(("of a wide weight".into(), wide, "stands beside no weight of eight bits"));
-        }
-        let other = if end == "weight_scale" {
-            "scale_weight"
-        } else {
-            "weight_scale"
-        };
-        cases.push((
-            "two".into(),
-            set(other, numbers(&[], &[1.0])),
-            "say the same of one layer",
-        ));
-        for (what, change, shown) in cases {
+        for (what, change, shown) in bad_scales(name, end, weight) {
             let mut file = File {
                 tensors: sound.tensors.clone(),
                 metadata: sound.metadata.clone(),
