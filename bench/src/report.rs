@@ -11,7 +11,7 @@ use l2p_engine::device::format_bytes;
 
 use crate::environment::Environment;
 use crate::record::{Row, milliseconds, write_text};
-use crate::targets::figure;
+use crate::targets::{Targets, figure};
 use crate::train;
 use plots::{LineChart, Roofline, Series};
 use records::{Gpu, Parity, ParityRow, read_all};

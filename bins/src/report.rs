@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use l2p_engine::checkpoint::{Container, Inspection, Layout, MemoryEstimate, NotFinite, PartReport};
+use l2p_engine::checkpoint::{Container, EightBit, Inspection, Layout, MemoryEstimate, NotFinite, PartReport};
 use l2p_engine::device::format_bytes;
 use l2p_engine::{printable, shown_name};
 
@@ -29,6 +29,10 @@ pub fn inspection(found: &Inspection) -> String {
     line("head", head(found));
     line("parameters", parameters(found));
     line("on disk", on_disk(found));
+    line(
+        "eight bits",
+        found.eight_bit.as_ref().map(eight_bit).unwrap_or_default(),
+    );
     line(
         "text encoder",
         found.text_encoder.as_ref().map(part).unwrap_or_default(),
@@ -166,12 +170,37 @@ fn on_disk(found: &Inspection) -> String {
     )
 }
 
+/// Kinds of weights of eight bits, each with its scales, and what marks them.
+fn eight_bit(found: &EightBit) -> String {
+    let kinds = found.kinds.iter().map(|kind| {
+        let scales = match (kind.scale, kind.by_row) {
+            (None, _) => "no scales".to_owned(),
+            (Some(name), false) => format!("{} by tensor", name.end()),
+            (Some(name), true) => format!("{} by row", name.end()),
+        };
+        let rotation = kind.rotation.map(|group| format!(", rotated by groups of {group}"));
+        format!(
+            "{} {} in {} tensors ({scales}{})",
+            kind.dtype,
+            format_bytes(kind.bytes),
+            kind.tensors,
+            rotation.unwrap_or_default()
+        )
+    });
+    let inputs = found.input_scales.iter();
+    let inputs = inputs.map(|(name, count)| format!("{count} {name}, not needed to read"));
+    let marks = found.marks.iter().map(|mark| format!("marked by {mark}"));
+    kinds.chain(inputs).chain(marks).collect::<Vec<_>>().join("; ")
+}
+
 fn part(part: &PartReport) -> String {
+    let eight_bit = part.eight_bit.as_ref().map(|found| format!("; {}", eight_bit(found)));
     format!(
-        "{} ({} parameters, {})",
+        "{} ({} parameters, {}{})",
         show(&part.path),
         short(part.parameters),
-        format_bytes(part.bytes)
+        format_bytes(part.bytes),
+        eight_bit.unwrap_or_default()
     )
 }
 

@@ -9,6 +9,7 @@
 
 pub mod ceilings;
 pub mod checkpoint;
+pub mod codes;
 pub mod data;
 pub mod device;
 pub mod dist;
@@ -23,6 +24,7 @@ mod lock;
 pub mod model;
 mod nvtx;
 pub mod ops;
+pub mod patterns;
 pub mod pipeline;
 mod printable;
 pub mod profile;

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `latent/` | a latent model as diffusers lays it out, its transformer in two shards |
 //! | `pixel/` | a pixel model behind an `l2p.json`, its text encoder and tokenizer those of `latent/` |
+//! | `eight-bit/` | the same with a transformer of eight bits, in all spellings |
 //! | `tokenizers/` | tokenizer folders of each kind of vocabulary |
 //! | `templates/` | chat templates |
 //! | `data/` | a data set: pictures of each format, metadata of each kind |
@@ -25,7 +26,7 @@ use l2p_engine::model::zimage::{DitConfig, ZImage};
 use l2p_tests::hash_uniform;
 use serde_json::{Value, json};
 
-use crate::vocabulary;
+use crate::{eight_bit, vocabulary};
 
 /// Files by their path within the base.
 #[derive(Default)]
@@ -68,7 +69,10 @@ impl Base {
 /// When the engine refuses what it should take, or the disk does.
 pub fn make(folder: &Path) -> anyhow::Result<()> {
     latent(&folder.join("latent"))?;
-    pixel(&folder.join("pixel"))?;
+    pixel(&folder.join("pixel"), &|path, tensors| write_tensors(path, tensors))?;
+    pixel(&folder.join("eight-bit"), &|path, tensors| {
+        eight_bit::write(path, tensors)
+    })?;
     vocabulary::write_tokenizers(&folder.join("tokenizers"))?;
     write(&folder.join("templates/qwen.jinja"), vocabulary::TEMPLATE.as_bytes())?;
     write(
@@ -246,7 +250,10 @@ fn vae(folder: &Path) -> anyhow::Result<()> {
     write_tensors(&folder.join("diffusion_pytorch_model.safetensors"), tensors)
 }
 
-fn pixel(folder: &Path) -> anyhow::Result<()> {
+/// Writes tensors of these names and shapes.
+type Write<'a> = &'a dyn Fn(&Path, Vec<(String, Vec<usize>)>) -> anyhow::Result<()>;
+
+fn pixel(folder: &Path, write: Write<'_>) -> anyhow::Result<()> {
     let config = transformer(ModelKind::Pixel);
     let head = DetailerLayout::for_patch(config.patch, Some(&[2, 2, 4, 4]), Some(4), config.dim)?;
     let spec = ZImage {
@@ -255,7 +262,7 @@ fn pixel(folder: &Path) -> anyhow::Result<()> {
     };
     let tensors = spec.tensors();
     write_json(&folder.join("transformer/config.json"), &spec.config_json())?;
-    write_tensors(&folder.join("transformer/diffusion_pytorch_model.safetensors"), tensors)?;
+    write(&folder.join("transformer/diffusion_pytorch_model.safetensors"), tensors)?;
     let manifest = json!({
         "format": 1, "kind": "pixel", "transformer": "transformer", "text_encoder": "../latent/text_encoder",
         "tokenizer": "../latent/tokenizer",

@@ -8,6 +8,7 @@ mod base;
 mod bytes;
 mod campaign;
 mod case;
+mod eight_bit;
 mod json;
 mod lines;
 mod memory;

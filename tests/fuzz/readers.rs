@@ -50,6 +50,7 @@ const fn reader(
 }
 
 const PIXEL: &[&str] = &["pixel/", "latent/text_encoder/", "latent/tokenizer/"];
+const EIGHT_BIT: &[&str] = &["eight-bit/", "latent/text_encoder/", "latent/tokenizer/"];
 const PIXEL_AND_INPUTS: &[&str] = &["pixel/", "latent/text_encoder/", "latent/tokenizer/", "inputs/"];
 const RUN: &[&str] = &[
     "pixel/",
@@ -69,7 +70,7 @@ const SET: &[&str] = &[
 ];
 
 /// All of them. Weights follow cost: what takes microseconds is read most often.
-pub static READERS: [Reader; 23] = [
+pub static READERS: [Reader; 24] = [
     reader(
         "safetensors",
         130,
@@ -130,6 +131,7 @@ pub static READERS: [Reader; 23] = [
     reader("latent weights", 20, &["latent/"], &[".safetensors"], draws::latent),
     reader("pixel model", 40, PIXEL, &["l2p.json", "config.json"], draws::pixel),
     reader("pixel weights", 20, PIXEL, &[".safetensors"], draws::pixel),
+    reader("eight-bit weights", 30, EIGHT_BIT, &[".safetensors"], draws::eight_bit),
     reader(
         "noise and embeds",
         40,

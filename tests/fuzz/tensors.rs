@@ -236,7 +236,7 @@ impl Tensor {
 
     fn retype(&mut self, random: &mut Random) {
         let types = [
-            "F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "X", "",
+            "F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "I8", "X", "",
         ];
         self.dtype = random.pick(&types).into();
     }

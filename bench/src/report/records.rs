@@ -41,8 +41,6 @@ pub struct ParityRow {
     pub ours_ms: Option<f64>,
     /// Bytes.
     pub ours_peak_bytes: Option<u64>,
-    /// Whether the ratio is small enough.
-    pub pass: bool,
     /// The same with the weights of blocks in eight bits, by how they are kept.
     #[serde(default)]
     pub weights: BTreeMap<String, ParityWeights>,

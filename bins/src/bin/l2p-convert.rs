@@ -8,11 +8,13 @@ use anyhow::bail;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use l2p_bins::{ByteSize, WriteProgress, print, report, run};
 use l2p_engine::checkpoint::{
-    self, ExportOptions, Float, InitOptions, Layout, ModelPaths, PathOverrides, Prefix, Transformer, WriteObserver,
-    Written, ensure_found_again, is_whole, write_file, write_folder,
+    self, EightBitFormat, ExportOptions, Float, InitOptions, Layout, ModelPaths, PathOverrides, Prefix,
+    QuantiseOptions, Transformer, WriteObserver, Written, ensure_found_again, ensure_free, is_whole, write_file,
+    write_folder,
 };
 use l2p_engine::device::format_bytes;
 use l2p_engine::limits::Width;
+use l2p_engine::{patterns, shown_name};
 use serde_json::{Value, json};
 
 const ABOUT: &str = "Look at model files, and make new ones from them";
@@ -38,7 +40,9 @@ Examples:
   Lay a trained delta over the file that training began from:
     l2p-convert merge --base pixel-1k-init.safetensors --delta delta.safetensors --out pixel-1k.safetensors
   Write a model for a program that wants packed names:
-    l2p-convert export --in pixel-1k.safetensors --out packed.safetensors --layout packed --prefix model.diffusion_model.";
+    l2p-convert export --in pixel-1k.safetensors --out packed.safetensors --layout packed --prefix model.diffusion_model.
+  Write its blocks in eight bits:
+    l2p-convert quantize pixel-1k.safetensors --to int8 --out pixel-1k-int8.safetensors";
 
 #[derive(Parser)]
 #[command(version, about = ABOUT, long_about = LONG_ABOUT, after_help = EXAMPLES)]
@@ -54,6 +58,7 @@ enum Command {
     Init(Init),
     Merge(Merge),
     Export(Export),
+    Quantize(Quantize),
 }
 
 /// Say what a model is: layout, sizes, head, what is missing, memory needed.
@@ -157,11 +162,53 @@ struct Export {
     output: Output,
 }
 
+/// Write a model with weights of eight bits, and say what rounding did to each.
+///
+/// The matrices of the main blocks' attention and feed-forward networks are rounded; modulation, embedders, refiners, norms, pad
+/// tokens and the head or final layer stay in the source's type, and so do the matrices that --keep names. int8 has a scale for each
+/// row, and rows of whole groups of 256 inputs are rotated (ConvRot); fp8 is e4m3 with a scale for each tensor. Both are written as
+/// NAME.weight_scale and NAME.comfy_quant beside NAME.weight.
+#[derive(Args)]
+#[command(
+    after_help = "Examples:\n  l2p-convert quantize merged.safetensors --to int8 --out merged-int8.safetensors\n  \
+                  l2p-convert quantize merged.safetensors --to fp8 --keep 'layers.0.*,layers.29.*' --layout packed --out fp8.safetensors"
+)]
+struct Quantize {
+    /// The model
+    source: PathBuf,
+    /// The model that a delta lies over
+    #[arg(long, value_name = "PATH")]
+    base: Option<PathBuf>,
+    /// The type of the rounded weights
+    #[arg(long)]
+    to: EightBitChoice,
+    /// Names of matrices that stay as they are, separated by commas: `*` stands for any characters, `?` for any one. Of
+    /// projections that the packed layout stacks, all stay if one does
+    #[arg(long, default_value = "", value_name = "PATTERNS", hide_default_value = true)]
+    keep: String,
+    /// Names and stacking; by default the source's
+    #[arg(long)]
+    layout: Option<LayoutChoice>,
+    /// Put before every name, for example model.diffusion_model.; one under which transformers are found
+    #[arg(long, default_value = "")]
+    prefix: Prefix,
+    #[command(flatten)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum EightBitChoice {
+    /// Integers, a scale for each row
+    Int8,
+    /// Floats (e4m3), a scale for each tensor
+    Fp8,
+}
+
 /// Where a result goes.
 #[derive(Args)]
 struct Output {
     /// The file to write
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, visible_alias = "output", value_name = "PATH")]
     out: PathBuf,
     /// Replace what is there
     #[arg(long)]
@@ -177,6 +224,15 @@ enum LayoutChoice {
     Plain,
     /// attention.qkv, x_embedder, final_layer
     Packed,
+}
+
+impl From<LayoutChoice> for Layout {
+    fn from(choice: LayoutChoice) -> Self {
+        match choice {
+            LayoutChoice::Plain => Layout::Plain,
+            LayoutChoice::Packed => Layout::Packed,
+        }
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -196,6 +252,7 @@ fn main() -> ExitCode {
         Command::Init(command) => init(&command),
         Command::Merge(command) => merge(&command),
         Command::Export(command) => export(&command),
+        Command::Quantize(command) => quantize(&command),
     })
 }
 
@@ -283,10 +340,7 @@ fn export(command: &Export) -> anyhow::Result<()> {
         tensors = transformer.without_unused();
     }
     let options = ExportOptions {
-        layout: match command.layout {
-            LayoutChoice::Plain => Layout::Plain,
-            LayoutChoice::Packed => Layout::Packed,
-        },
+        layout: command.layout.into(),
         prefix: command.prefix.clone(),
         float: command.dtype.map(|dtype| match dtype {
             FloatChoice::Bf16 => Float::Bf16,
@@ -317,6 +371,66 @@ fn export(command: &Export) -> anyhow::Result<()> {
     let mut progress = Checked::new(&expected);
     let written = write_folder(out, &shards, config.as_ref(), command.output.force, &mut progress)?;
     command.output.tell(&written, &what, &progress, details)
+}
+
+fn quantize(command: &Quantize) -> anyhow::Result<()> {
+    let paths = resolve(&command.source, command.base.as_ref())?;
+    let transformer = paths.open_transformer()?;
+    let out = &command.output.out;
+    // Before the source is read, which takes its time.
+    ensure_free(out, command.output.force)?;
+    let out_file = out.canonicalize().ok();
+    if transformer
+        .checkpoint
+        .files()
+        .iter()
+        .any(|file| file.path().canonicalize().ok() == out_file && out_file.is_some())
+    {
+        bail!(
+            "{}: is the model that is to be read; choose another name",
+            out.display()
+        );
+    }
+    let options = QuantiseOptions {
+        format: match command.to {
+            EightBitChoice::Int8 => EightBitFormat::Int8,
+            EightBitChoice::Fp8 => EightBitFormat::Fp8,
+        },
+        keep: patterns::split(&command.keep),
+        layout: ExportOptions {
+            layout: command.layout.map_or(transformer.checkpoint.layout(), Layout::from),
+            prefix: command.prefix.clone(),
+            float: None,
+        },
+    };
+    let plan = checkpoint::quantise(&transformer, &options, &mut WriteProgress::new("measuring"))?;
+    let shapes = transformer.checkpoint.shapes();
+    let mut progress = Checked::new(&shapes);
+    let written = write_file(out, &plan.output, command.output.force, &mut progress)?;
+    let errors = plan.errors();
+    if !command.output.json {
+        print(&error_table(&errors))?;
+    }
+    let what = format!("{} weights of eight bits, {} matrices kept", errors.len(), plan.kept);
+    let details = json!({ "layers": errors, "kept": plan.kept });
+    command.output.tell(&written, &what, &progress, details)
+}
+
+/// What rounding did to each weight, in lines.
+fn error_table(errors: &[checkpoint::LayerError]) -> String {
+    let width = errors.iter().map(|error| error.name.len()).max().unwrap_or(0);
+    let mut text = format!("{:<width$}  {:>15}  rotated  |W - W8| / |W|\n", "weight", "shape");
+    for error in errors {
+        let shape: Vec<_> = error.shape.iter().map(ToString::to_string).collect();
+        let rotated = error.rotation.map_or("no".into(), |group| format!("by {group}"));
+        text += &format!(
+            "{:<width$}  {:>15}  {rotated:<7}  {:>14.4} %\n",
+            shown_name(&error.name),
+            shape.join(" x "),
+            100.0 * error.error
+        );
+    }
+    text
 }
 
 /// Tensors' shapes by canonical name.

@@ -144,7 +144,7 @@ impl Transformer {
     /// Naming the file and the tensors at fault; a delta's message says that it needs a base, a quantised model's how it is
     /// quantised.
     pub fn new(checkpoint: Checkpoint, file: Option<&TransformerConfig>) -> Result<Self> {
-        checkpoint.ensure_plain_weights()?;
+        checkpoint.ensure_readable_weights()?;
         if let Some(missing) = missing_parts(&checkpoint).filter(|missing| !missing.is_empty()) {
             return Err(Error::file(
                 checkpoint.path(),

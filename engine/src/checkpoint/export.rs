@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::elements::Float;
+use super::encoded::QUANTIZATION_METADATA;
 use super::names::Prefix;
 use super::set::{Checkpoint, Layout};
 use super::stored::CheckpointTensor;
@@ -19,7 +20,7 @@ pub struct ExportOptions {
     pub layout: Layout,
     /// Put before every name.
     pub prefix: Prefix,
-    /// The element type of all tensors; as they are by default.
+    /// The element type of all tensors; as they are by default, those of eight bits in BF16.
     pub float: Option<Float>,
 }
 
@@ -58,37 +59,49 @@ pub fn ensure_found_again(path: &Path, expected: &BTreeMap<String, Vec<usize>>) 
 /// # Errors
 /// When two tensors would get one name, or projections to be stacked are missing or do not fit together.
 pub fn export<'a>(checkpoint: &'a Checkpoint, options: &ExportOptions) -> Result<OutputFile<'a>> {
+    let tensors = grouped(checkpoint, options.layout)?
+        .into_iter()
+        .map(|(name, members)| {
+            let name = format!("{}{name}", options.prefix.as_str());
+            output(checkpoint, name, &members, options.float)
+        })
+        .collect::<Result<_>>()?;
+    Ok(OutputFile::new(tensors, metadata(checkpoint)))
+}
+
+/// What the files say beside their tensors, but for how these are quantised, which holds of no others.
+pub(super) fn metadata(checkpoint: &Checkpoint) -> BTreeMap<String, String> {
+    let all = checkpoint.files().iter().flat_map(|file| file.metadata().clone());
+    all.filter(|(key, _)| key != QUANTIZATION_METADATA).collect()
+}
+
+/// Tensors that become one: its name in the layout, without a prefix, and theirs.
+pub(super) type Members<'a> = (String, Vec<(&'a str, &'a CheckpointTensor)>);
+
+/// The tensors of a layout, and what each is made of.
+///
+/// # Errors
+/// When two would get one name, or projections to be stacked are missing.
+pub(super) fn grouped(checkpoint: &Checkpoint, layout: Layout) -> Result<Vec<Members<'_>>> {
     let family = checkpoint.family();
     let mut groups: BTreeMap<String, Vec<(&str, &CheckpointTensor)>> = BTreeMap::new();
     for (name, tensor) in checkpoint.tensors() {
-        let written = match options.layout {
+        let written = match layout {
             Layout::Plain => name.clone(),
             Layout::Packed => family.packed(name),
         };
         groups.entry(written).or_default().push((name, tensor));
     }
-    let tensors = groups
-        .into_iter()
-        .map(|(name, members)| {
-            let members = match options.layout {
-                Layout::Packed => in_stacking_order(family, &name, &members),
-                Layout::Plain => Some(members),
-            };
-            let members = members.ok_or_else(|| does_not_pack(checkpoint, &name))?;
-            output(
-                checkpoint,
-                format!("{}{name}", options.prefix.as_str()),
-                &members,
-                options.float,
-            )
-        })
-        .collect::<Result<_>>()?;
-    let metadata = checkpoint
-        .files()
-        .iter()
-        .flat_map(|file| file.metadata().clone())
-        .collect();
-    Ok(OutputFile::new(tensors, metadata))
+    let mut ordered = Vec::with_capacity(groups.len());
+    for (name, members) in groups {
+        let members = match layout {
+            Layout::Packed => in_stacking_order(family, &name, &members),
+            Layout::Plain => Some(members),
+        };
+        let members = members.ok_or_else(|| does_not_pack(checkpoint, &name))?;
+        ordered.push((name, members));
+    }
+    Ok(ordered)
 }
 
 /// The tensors of a stack, each once; of any other tensor, itself.
@@ -116,7 +129,11 @@ fn does_not_pack(checkpoint: &Checkpoint, name: &str) -> Error {
     Error::file(checkpoint.path(), reason)
 }
 
-fn output<'a>(
+/// The tensor of this name that `members` become, in the type `float` or as they are.
+///
+/// # Errors
+/// When they do not fit together.
+pub(super) fn output<'a>(
     checkpoint: &Checkpoint,
     name: String,
     members: &[(&str, &'a CheckpointTensor)],
@@ -124,6 +141,9 @@ fn output<'a>(
 ) -> Result<OutputTensor<'a>> {
     let tensors: Vec<_> = members.iter().map(|(_, tensor)| *tensor).collect();
     let first = tensors[0];
+    // Their scales would stand beside them under names of their own.
+    let is_eight_bit = tensors.iter().any(|tensor| tensor.decoding().is_some());
+    let float = float.or(is_eight_bit.then_some(Float::Bf16));
     let fits = |tensor: &&CheckpointTensor| {
         (float.is_some() || tensor.dtype() == first.dtype()) && tensor.shape().get(1..) == first.shape().get(1..)
     };
@@ -140,7 +160,7 @@ fn output<'a>(
     let mut same = true;
     if let Some(float) = float {
         for tensor in &tensors {
-            same &= tensor.float()? == float;
+            same &= tensor.float()? == float && tensor.decoding().is_none();
         }
     }
     Ok(OutputTensor {

@@ -1,4 +1,4 @@
-//! Weights that are NaN or infinite: looked for in all of a checkpoint's floating-point tensors, by all threads, at the speed of
+//! Weights that are NaN or infinite: looked for in all of a checkpoint's tensors, those of eight bits as they are decoded, by all threads, at the speed of
 //! memory or of the disk, whichever is slower.
 
 use std::fmt;
@@ -64,9 +64,10 @@ impl Checkpoint {
     pub fn first_not_finite(&self, observer: &mut dyn WriteObserver) -> Result<Option<NotFinite>> {
         let floats = || {
             let tensors = self.tensors().values();
-            tensors.filter_map(|tensor| Some((tensor, Float::stored(tensor.dtype())?)))
+            tensors.filter_map(|tensor| Some((tensor, tensor.float().ok()?)))
         };
-        observer.begin(floats().map(|(tensor, _)| tensor.byte_count() as u64).sum());
+        let bytes = |(tensor, float): (&CheckpointTensor, Float)| (tensor.elements() * float.size()) as u64;
+        observer.begin(floats().map(bytes).sum());
         let mut found: Option<NotFinite> = None;
         for (tensor, float) in floats() {
             let elements = count(tensor, float, observer)?;
@@ -92,13 +93,14 @@ impl Checkpoint {
 fn count(tensor: &CheckpointTensor, float: Float, observer: &mut dyn WriteObserver) -> Result<u64> {
     tensor.read_ahead();
     let found = AtomicU64::new(0);
-    for first in (0..tensor.byte_count()).step_by(REPORT_BYTES) {
-        let part = REPORT_BYTES.min(tensor.byte_count() - first);
+    let bytes = tensor.elements() * float.size();
+    for first in (0..bytes).step_by(REPORT_BYTES) {
+        let part = REPORT_BYTES.min(bytes - first);
         let tasks = (0..part.div_ceil(TASK_BYTES)).into_par_iter();
         tasks.try_for_each_init(Vec::new, |buffer, task| {
             let start = task * TASK_BYTES;
             buffer.resize(TASK_BYTES.min(part - start), 0);
-            tensor.read_at(first + start, buffer)?;
+            tensor.read_numbers(first + start, buffer)?;
             found.fetch_add(count_in(buffer, float), Ordering::Relaxed);
             Ok(())
         })?;

@@ -51,12 +51,7 @@ pub fn init<'a>(source: &'a Transformer, options: &InitOptions) -> Result<InitPl
         for Published { name, shape } in meta.parts {
             let stored = source.checkpoint.tensors().get(&name);
             tensors.push(match stored.filter(|stored| stored.shape() == shape) {
-                Some(stored) => OutputTensor {
-                    dtype: stored.dtype(),
-                    content: Content::Copied(vec![stored]),
-                    name,
-                    shape,
-                },
+                Some(stored) => OutputTensor::of(name, stored),
                 None if matches!(meta.group, Group::Input | Group::Output) => {
                     random.push(name.clone());
                     maker.random(name, shape)

@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::audit::{Audit, is_delta, is_whole, missing_parts, read};
+use super::eight_bit::EightBit;
 use super::estimate::{EstimateInput, MemoryEstimate};
 use super::finite::NotFinite;
 use super::parts::{open_text_encoder, open_vae};
@@ -50,6 +51,8 @@ pub struct PartReport {
     pub parameters: u64,
     /// Bytes of these.
     pub bytes: u64,
+    /// Its weights of eight bits, where it has some.
+    pub eight_bit: Option<EightBit>,
     /// Why it cannot be used, if so.
     pub problem: Option<String>,
 }
@@ -73,8 +76,10 @@ pub struct Inspection {
     pub base: Option<PathBuf>,
     /// Whether everything of the transformer is there, in the right shape and a type that can be read, and nothing is left over.
     pub complete: bool,
-    /// How the transformer's weights are quantised, where they are.
+    /// How the transformer's weights are quantised, where they are in a way that is not read.
     pub quantised: Option<String>,
+    /// The transformer's weights of eight bits, where it has some.
+    pub eight_bit: Option<EightBit>,
     /// Latent or pixel.
     pub kind: Option<ModelKind>,
     /// Side of a patch.
@@ -169,6 +174,7 @@ pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
         base: over_base.map(|base| base.path.clone()),
         complete: spec.is_some() && audit.is_whole() && problem.is_none(),
         quantised: checkpoint.quantisation(),
+        eight_bit: checkpoint.eight_bit(),
         kind: ends.kind,
         patch: ends.patch,
         resolution,
@@ -312,6 +318,7 @@ fn part(
         path: path.into(),
         parameters: parameters(&checkpoint),
         bytes: bytes(&checkpoint),
+        eight_bit: checkpoint.eight_bit(),
         problem: check(path).err().map(|error| error.to_string()),
     }))
 }

@@ -15,7 +15,7 @@ impl Checkpoint {
     /// # Errors
     /// When the base is itself a delta, or a tensor of the delta's trunk is not in the base with the same shape.
     pub fn over(mut self, mut base: Checkpoint) -> Result<Self> {
-        base.ensure_plain_weights()?;
+        base.ensure_readable_weights()?;
         if !is_whole(&base) {
             let reason = "is a delta, or damaged; the base must be a whole model";
             return Err(Error::file(base.path(), reason));

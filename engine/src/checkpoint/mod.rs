@@ -5,6 +5,7 @@
 //! tensors. Detection is by content: names and shapes decide, file names never do.
 
 mod audit;
+mod eight_bit;
 mod elements;
 mod encoded;
 mod estimate;
@@ -29,6 +30,9 @@ mod values;
 mod write;
 
 pub use audit::{Audit, Transformer, WrongShape, is_delta, is_whole, missing_parts};
+pub use eight_bit::{
+    EightBit, EightBitFormat, EightBitKind, LayerError, QuantiseOptions, QuantisePlan, ScaleName, quantise,
+};
 pub use elements::Float;
 pub use estimate::{EstimateInput, MemoryEstimate, SamplingMemory, TrainingMemory};
 pub use export::{ExportOptions, ensure_found_again, export};

@@ -54,7 +54,7 @@ impl ParamSource for Checkpoint {
             .ok_or_else(|| wrong_shape(name, tensor, "[outputs, inputs, height, width]"))?;
         // Its elements come from all over the file's tensor; no convolution has more than some megabytes.
         let (source, from, to) = (
-            tensor.bytes()?,
+            tensor.numbers()?,
             tensor.float()?,
             Float::computed(device.compute_dtype()),
         );
@@ -126,7 +126,12 @@ fn fill(sources: &[(&CheckpointTensor, Float)], first: usize, target: &mut [u8],
         if here > 0 {
             let (target, after) = rest.split_at_mut(here * to.size());
             let start = skip * from.size();
-            read_converted(&|byte, bytes| source.read_at(start + byte, bytes), *from, target, to)?;
+            read_converted(
+                &|byte, bytes| source.read_numbers(start + byte, bytes),
+                *from,
+                target,
+                to,
+            )?;
             rest = after;
         }
         skip = skip.saturating_sub(elements);

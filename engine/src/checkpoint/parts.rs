@@ -83,7 +83,7 @@ fn ensure_agreement(
     sizes: &[Size],
     is_known: &dyn Fn(&str) -> bool,
 ) -> Result<()> {
-    checkpoint.ensure_plain_weights()?;
+    checkpoint.ensure_readable_weights()?;
     let refuse = |reason: String| Err(Error::file(checkpoint.path(), reason));
     for (entry, said, found) in sizes {
         match found {

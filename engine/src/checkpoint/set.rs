@@ -10,6 +10,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use super::eight_bit::{self, EightBit, Named};
 use super::encoded::{self, Quantised};
 use super::file::SafetensorsFile;
 use super::names;
@@ -30,11 +31,8 @@ pub enum Layout {
     Packed,
 }
 
-/// The canonical name of a tensor, and the tensor as it is then.
-type Rename<'a> = &'a dyn Fn(&str, CheckpointTensor) -> (String, CheckpointTensor);
-
-/// The tensor by which some quantised files are marked.
-const SCALED_MARKER: &str = "scaled_fp8";
+/// A tensor of this canonical name in the shape that it has here.
+type Reshape<'a> = &'a dyn Fn(&str, CheckpointTensor) -> CheckpointTensor;
 
 /// A set of named tensors; see the module's head comment.
 #[derive(Clone, Debug)]
@@ -47,8 +45,10 @@ pub struct Checkpoint {
     layout: Layout,
     /// The prefixes that were stripped.
     prefixes: BTreeSet<String>,
-    /// How its weights are quantised, where they are.
+    /// How its weights are quantised, where they are in a way that is not read.
     quantised: Option<Quantised>,
+    /// What besides scales marks weights of eight bits.
+    marks: BTreeSet<&'static str>,
     files: Vec<Arc<SafetensorsFile>>,
 }
 
@@ -79,9 +79,12 @@ impl Checkpoint {
     /// # Errors
     /// When a file is missing, damaged or a LoRA, or shards do not belong together.
     pub fn open_text_encoder(path: &Path) -> Result<Self> {
-        let mut checkpoint = Self::renamed(path, &|name, tensor| (names::text_encoder(name), tensor))?;
-        checkpoint.ensure_weights(None)?;
-        Ok(checkpoint)
+        Self::part(
+            path,
+            shards::open(path)?,
+            &|name| names::text_encoder(name),
+            &|_, tensor| tensor,
+        )
     }
 
     /// Opens a VAE with the names of diffusers or those of the original autoencoders.
@@ -94,16 +97,16 @@ impl Checkpoint {
         let bare: Vec<_> = all.map(|name| names::vae_bare(name)).collect();
         let up_blocks = names::vae::up_blocks(bare.iter().map(|name| name.as_ref()));
         drop(bare);
-        let mut checkpoint = Self::renamed_files(path, files, &|name, tensor| {
-            let canonical = names::vae::canonical(&names::vae_bare(name), up_blocks);
-            let tensor = match names::vae::is_matrix(&canonical) {
+        let canonical = |name: &str| names::vae::canonical(&names::vae_bare(name), up_blocks);
+        Self::part(
+            path,
+            files,
+            &canonical,
+            &|canonical, tensor| match names::vae::is_matrix(canonical) {
                 true => tensor.without_trailing_ones(),
                 false => tensor,
-            };
-            (canonical, tensor)
-        })?;
-        checkpoint.ensure_weights(None)?;
-        Ok(checkpoint)
+            },
+        )
     }
 
     /// Opens files whose names stand as they are: inputs and outputs of a check.
@@ -111,20 +114,52 @@ impl Checkpoint {
     /// # Errors
     /// When a file is missing or damaged, or shards do not belong together.
     pub fn open_plain(path: &Path) -> Result<Self> {
-        Self::renamed(path, &|name, tensor| (name.to_owned(), tensor))
-    }
-
-    fn renamed(path: &Path, rename: Rename<'_>) -> Result<Self> {
-        Self::renamed_files(path, shards::open(path)?, rename)
-    }
-
-    fn renamed_files(path: &Path, files: Vec<Arc<SafetensorsFile>>, rename: Rename<'_>) -> Result<Self> {
-        let mut checkpoint = Self::empty(path, files);
+        let mut checkpoint = Self::empty(path, shards::open(path)?);
         for (name, tensor) in checkpoint.stored() {
-            let (canonical, tensor) = rename(&name, tensor);
-            checkpoint.insert(canonical, tensor)?;
+            checkpoint.insert(name, tensor)?;
         }
         Ok(checkpoint)
+    }
+
+    /// Opens a part beside the transformer: `canonical` gives names, `reshaped` a tensor of that name the shape that it has here.
+    fn part(
+        path: &Path,
+        files: Vec<Arc<SafetensorsFile>>,
+        canonical: &dyn Fn(&str) -> String,
+        reshaped: Reshape<'_>,
+    ) -> Result<Self> {
+        let mut checkpoint = Self::empty(path, files);
+        let named = checkpoint.stored().into_iter();
+        let named = named.map(|(name, tensor)| {
+            let canonical = canonical(&name);
+            let tensor = reshaped(&canonical, tensor);
+            (canonical, name, tensor)
+        });
+        for (canonical, _, tensor) in checkpoint.attach(named.collect(), &|_| true, canonical)? {
+            checkpoint.insert(canonical, tensor)?;
+        }
+        checkpoint.ensure_weights()?;
+        Ok(checkpoint)
+    }
+
+    /// Brings weights of eight bits together with their scales, and notes how weights are quantised.
+    fn attach(
+        &mut self,
+        named: Vec<Named>,
+        owns: &dyn Fn(&str) -> bool,
+        bare: &dyn Fn(&str) -> String,
+    ) -> Result<Vec<Named>> {
+        let files = self.files.iter();
+        let metadata = files.filter_map(|file| file.metadata().get(encoded::QUANTIZATION_METADATA));
+        let source = eight_bit::Source {
+            owns,
+            bare,
+            metadata: metadata.map(String::as_str).collect(),
+        };
+        let attached = eight_bit::attach(named, &source)?;
+        self.marks = attached.marks;
+        self.quantised = attached.unread;
+        Ok(attached.tensors)
     }
 
     fn transformer(path: &Path, files: Vec<Arc<SafetensorsFile>>) -> Result<Self> {
@@ -135,14 +170,11 @@ impl Checkpoint {
         let family = family_of(stored.iter().map(|(bare, ..)| bare.as_str()));
         let patch = |(bare, _, tensor): &(String, String, CheckpointTensor)| family.packed_patch(bare, tensor.shape());
         let patch = stored.iter().find_map(patch);
-        let mut marker = None;
-        for (bare, name, tensor) in stored {
+        let owns = |bare: &str| family.meaning(bare, patch) != Meaning::Foreign;
+        for (bare, name, tensor) in checkpoint.attach(stored, &owns, &bare_name)? {
             let prefix = names::split_prefix(&name).0;
             match family.meaning(&bare, patch) {
                 Meaning::Foreign => {
-                    if bare == SCALED_MARKER {
-                        marker = Some(name.clone());
-                    }
                     checkpoint.foreign.push(name);
                     continue;
                 }
@@ -170,7 +202,7 @@ impl Checkpoint {
                 checkpoint.prefixes.insert(prefix.into());
             }
         }
-        checkpoint.ensure_weights(marker.as_deref())?;
+        checkpoint.ensure_weights()?;
         checkpoint.ensure_transformer()?;
         Ok(checkpoint)
     }
@@ -183,6 +215,7 @@ impl Checkpoint {
             layout: Layout::Plain,
             prefixes: BTreeSet::new(),
             quantised: None,
+            marks: BTreeSet::new(),
             files,
         }
     }
@@ -220,18 +253,15 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Refuses changes to a model, and notes how its weights are quantised; `marker` is a tensor that shows it.
-    fn ensure_weights(&mut self, marker: Option<&str>) -> Result<()> {
+    /// Refuses changes to a model.
+    fn ensure_weights(&self) -> Result<()> {
         let own = self.tensors.values().map(|tensor| tensor.stored_name());
         let others = self.foreign.iter().map(String::as_str);
         let others = others.filter(|_| self.tensors.is_empty());
-        if let Some(name) = own.chain(others).find(|name| encoded::is_low_rank(name)) {
-            return Err(Error::file(&self.path, encoded::low_rank(name)));
+        match own.chain(others).find(|name| encoded::is_low_rank(name)) {
+            None => Ok(()),
+            Some(name) => Err(Error::file(&self.path, encoded::low_rank(name))),
         }
-        let mut metadata = self.files.iter().map(|file| file.metadata());
-        let metadata = metadata.find_map(|metadata| metadata.get(encoded::QUANTIZATION_METADATA));
-        self.quantised = Quantised::find(&self.tensors, marker, metadata.map(String::as_str))?;
-        Ok(())
     }
 
     /// Something must be part of a transformer.
@@ -257,18 +287,23 @@ impl Checkpoint {
         ))
     }
 
-    /// Refuses quantised weights, by their name.
+    /// Refuses weights that are quantised in a way that is not read, by its name.
     ///
     /// # Errors
-    /// When they are quantised.
-    pub fn ensure_plain_weights(&self) -> Result<()> {
+    /// When they are.
+    pub fn ensure_readable_weights(&self) -> Result<()> {
         match self.quantisation() {
             Some(reason) => Err(Error::file(&self.path, reason)),
             None => Ok(()),
         }
     }
 
-    /// A sentence on how the weights are quantised, which begins with its verb; `None` where they are not.
+    /// What is to be known of weights of eight bits; `None` where there are none.
+    pub fn eight_bit(&self) -> Option<EightBit> {
+        EightBit::of(self.tensors.values(), &self.marks)
+    }
+
+    /// A sentence on how the weights are quantised, which begins with its verb; `None` where it is not in a way that cannot be read.
     pub fn quantisation(&self) -> Option<String> {
         self.quantised.as_ref().map(ToString::to_string)
     }
@@ -342,6 +377,9 @@ impl Checkpoint {
                 tensor.read_at(first, end)?;
                 hash.update(&*end);
             }
+            for scale in tensor.decoding().into_iter().flat_map(|decoding| &decoding.scales) {
+                hash.update(scale.to_le_bytes());
+            }
         }
         Ok(hash.finalize().into())
     }
@@ -357,6 +395,7 @@ impl Checkpoint {
             self.tensors.entry(name).or_insert(tensor);
         }
         self.quantised = self.quantised.take().or(other.quantised);
+        self.marks.extend(other.marks);
         self.files.extend(other.files);
         self.foreign.extend(other.foreign);
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use safetensors::Dtype;
 
+use super::eight_bit::{Code, Decoding};
 use super::elements::Float;
 use super::file::SafetensorsFile;
 use super::header::StoredTensor;
@@ -19,6 +20,8 @@ pub struct CheckpointTensor {
     /// The name in the file.
     stored_name: String,
     file: Arc<SafetensorsFile>,
+    /// How its bytes become numbers, where they are none as they stand.
+    decoding: Option<Arc<Decoding>>,
 }
 
 impl CheckpointTensor {
@@ -28,7 +31,19 @@ impl CheckpointTensor {
             stored,
             stored_name,
             file,
+            decoding: None,
         }
+    }
+
+    /// The same tensor, whose bytes become numbers in this way.
+    pub(super) fn decoded(mut self, decoding: Decoding) -> Self {
+        self.decoding = Some(Arc::new(decoding));
+        self
+    }
+
+    /// How its bytes become numbers, where they are none as they stand.
+    pub(super) fn decoding(&self) -> Option<&Decoding> {
+        self.decoding.as_deref()
     }
 
     /// The extents, outermost first.
@@ -78,14 +93,21 @@ impl CheckpointTensor {
         &self.stored_name
     }
 
-    /// The element type, where it is one that can be computed with.
+    /// The type of its numbers: the file's element type, or F32 where those of eight bits are decoded.
     ///
     /// # Errors
-    /// Naming file, tensor and type where it is not.
+    /// Naming file, tensor and type where it is none that can be computed with.
     pub fn float(&self) -> Result<Float> {
+        if self.decoding.is_some() {
+            return Ok(Float::F32);
+        }
         Float::stored(self.stored.dtype).ok_or_else(|| {
+            let way_out = match Code::of(self.stored.dtype) {
+                Some(_) => "which is not decoded here; BF16, F16 and F32 are read",
+                None => "which cannot be read; BF16, F16 and F32 can",
+            };
             let reason = format!(
-                "tensor `{}` holds {}, which cannot be read; BF16, F16 and F32 can",
+                "tensor `{}` holds {}, {way_out}",
                 shown_name(&self.stored_name),
                 self.stored.dtype
             );
@@ -93,9 +115,32 @@ impl CheckpointTensor {
         })
     }
 
+    /// Fills `target` with its numbers in the type of [`CheckpointTensor::float`], from the byte `first` on, counted in that type.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub(super) fn read_numbers(&self, first: usize, target: &mut [u8]) -> Result<()> {
+        let Some(decoding) = &self.decoding else {
+            return self.read_at(first, target);
+        };
+        let size = Float::F32.size();
+        debug_assert!(first.is_multiple_of(size) && target.len().is_multiple_of(size));
+        decoding.read(first / size, target, &|first, bytes| self.read_at(first, bytes))
+    }
+
     /// Asks the system to start reading the bytes from the disk.
     pub(super) fn read_ahead(&self) {
         self.file.read_ahead(&self.stored.range);
+    }
+
+    /// All its numbers in the type of [`CheckpointTensor::float`].
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub(super) fn numbers(&self) -> Result<Vec<u8>> {
+        let mut numbers = vec![0; self.elements() * self.float()?.size()];
+        self.read_numbers(0, &mut numbers)?;
+        Ok(numbers)
     }
 
     /// Hands the bytes over one after the other, in pieces of at most `most`.
@@ -103,11 +148,35 @@ impl CheckpointTensor {
     /// # Errors
     /// When they cannot be read, or `take` says so.
     pub(super) fn for_each_piece(&self, most: usize, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        self.in_pieces(
+            self.byte_count(),
+            most,
+            &|first, piece| self.read_at(first, piece),
+            take,
+        )
+    }
+
+    /// Hands its numbers over one after the other, in the type of [`CheckpointTensor::float`] and in pieces of at most `most` bytes of it.
+    ///
+    /// # Errors
+    /// When they cannot be read, or `take` says so.
+    pub(super) fn for_each_numbers(&self, most: usize, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let bytes = self.elements() * self.float()?.size();
+        self.in_pieces(bytes, most, &|first, piece| self.read_numbers(first, piece), take)
+    }
+
+    fn in_pieces(
+        &self,
+        bytes: usize,
+        most: usize,
+        read: &dyn Fn(usize, &mut [u8]) -> Result<()>,
+        take: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         self.read_ahead();
-        let mut piece = vec![0; self.byte_count().min(most)];
-        for first in (0..self.byte_count()).step_by(most) {
-            let piece = &mut piece[..(self.byte_count() - first).min(most)];
-            self.read_at(first, piece)?;
+        let mut piece = vec![0; bytes.min(most)];
+        for first in (0..bytes).step_by(most) {
+            let piece = &mut piece[..(bytes - first).min(most)];
+            read(first, piece)?;
             take(piece)?;
         }
         Ok(())
@@ -137,6 +206,10 @@ impl CheckpointTensor {
                 shape,
                 range: start..start + bytes / parts,
             },
+            decoding: self.decoding.as_ref().map(|decoding| {
+                let rows = rows / parts;
+                Arc::new(decoding.rows(rows * part..rows * (part + 1)))
+            }),
             ..self.clone()
         })
     }

@@ -70,6 +70,28 @@ pub enum Content<'a> {
     Values(&'a [f32]),
     /// f32 numbers that are fetched when their turn comes, converted to another type.
     Fetched(Fetch<'a>, Float),
+    /// Bytes that are made when their turn comes.
+    Made(Make<'a>),
+}
+
+/// Takes bytes, piece by piece.
+pub type Put<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
+
+/// Makes the bytes of a tensor.
+#[derive(Clone)]
+pub struct Make<'a>(Rc<dyn Fn(Put<'_>) -> Result<()> + 'a>);
+
+impl<'a> Make<'a> {
+    /// Bytes that `make` hands over one after the other: those of the whole tensor.
+    pub fn new(make: impl Fn(Put<'_>) -> Result<()> + 'a) -> Self {
+        Make(Rc::new(make))
+    }
+}
+
+impl fmt::Debug for Make<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Make")
+    }
 }
 
 /// Gets numbers from somewhere, such as a device.
@@ -102,6 +124,22 @@ pub struct OutputTensor<'a> {
     pub content: Content<'a>,
 }
 
+impl<'a> OutputTensor<'a> {
+    /// A tensor of a checkpoint as it is; one of eight bits, whose scales stand beside it, as BF16.
+    pub fn of(name: String, tensor: &'a CheckpointTensor) -> Self {
+        let (dtype, content) = match tensor.decoding() {
+            None => (tensor.dtype(), Content::Copied(vec![tensor])),
+            Some(_) => (Dtype::BF16, Content::Converted(vec![tensor], Float::Bf16)),
+        };
+        OutputTensor {
+            name,
+            dtype,
+            shape: tensor.shape().to_vec(),
+            content,
+        }
+    }
+}
+
 impl OutputTensor<'_> {
     fn bytes(&self) -> u64 {
         let elements: usize = self.shape.iter().product();
@@ -124,7 +162,7 @@ impl OutputTensor<'_> {
                 let mut buffer = Vec::new();
                 for source in sources {
                     let from = source.float()?;
-                    source.for_each_piece(CHUNK_BYTES, &mut |piece| {
+                    source.for_each_numbers(CHUNK_BYTES, &mut |piece| {
                         self.ensure_to_fit(piece, from, *to, source)?;
                         buffer.resize(piece.len() / from.size() * to.size(), 0);
                         convert(piece, from, &mut buffer, *to);
@@ -155,6 +193,7 @@ impl OutputTensor<'_> {
                     put(&buffer)?;
                 }
             }
+            Content::Made(make) => (make.0)(&mut put)?,
             Content::Random(init, to) => {
                 let elements: usize = self.shape.iter().product();
                 let per_chunk = CHUNK_BYTES / to.size();

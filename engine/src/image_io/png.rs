@@ -3,14 +3,22 @@
 //! The picture is cut into bands of rows. Each band is filtered and deflated on its own and ends on a byte boundary (a
 //! "sync flush"), so that the bands, put one after another between a zlib header and an empty last block, are one valid
 //! stream; its Adler-32 is combined from those of the bands. Only the 32 KiB of history are lost at each cut. Bands have a
-//! size of their own, whatever the number of threads: a picture always gives the same bytes.
+//! size of their own, whatever the number of threads: a picture always gives the same bytes. A band is written while others after it
+//! are still compressed, so that the disk waits for no more than the last ones.
+//!
+//! Each band is deflated in one of two ways, whichever makes less of a piece of it: a photograph's filtered bytes hold no repeats but by
+//! chance, and to look for them takes most of the time and gives up some of what codes of single bytes save; drawings and text are all
+//! repeats.
 //!
 //! Source: PNG specification (third edition) §5, §9, §10; RFC 1950 and 1951.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, TryRecvError};
 
-use flate2::{Compress, Compression, FlushCompress};
-use rayon::prelude::*;
+use zlib_rs::{Deflate, DeflateConfig, DeflateFlush, Status, Strategy};
 
 use super::RgbImage;
 
@@ -19,11 +27,16 @@ pub(super) const SIGNATURE: [u8; 8] = *b"\x89PNG\r\n\x1a\n";
 
 /// Bytes of pixels that a band holds at least: small enough to keep 16 cores busy with a 4K picture, large enough that the
 /// lost history costs little.
-const BAND_BYTES: usize = 256 << 10;
+const BAND_BYTES: usize = 512 << 10;
 
-/// zlib's level: the first of those that find a poster's repeats. A photograph's filtered bytes hold few; higher levels take
-/// longer there and save nothing.
-const LEVEL: u32 = 4;
+/// Bytes of a band on which both ways are tried: some rows of a picture of any size, for repeats are in the row above.
+const SAMPLE_BYTES: usize = 64 << 10;
+
+/// zlib's level where repeats are looked for: the first of those that find a poster's. Higher ones take longer and save little.
+const LEVEL: i32 = 4;
+
+/// A deflate stream without header, with the largest window.
+const RAW_WINDOW_BITS: i32 = -15;
 
 const BYTES_PER_PIXEL: usize = 3;
 
@@ -67,35 +80,89 @@ fn international_text(text: &Text<'_>) -> Vec<u8> {
 
 fn write_pixels(image: &RgbImage, output: &mut impl Write) -> io::Result<()> {
     let rows_per_band = BAND_BYTES.div_ceil(image.width * BYTES_PER_PIXEL);
-    let bands: Vec<Band> = (0..image.height.div_ceil(rows_per_band))
-        .into_par_iter()
-        .map_init(Encoder::new, |encoder, index| {
-            let first = index * rows_per_band;
-            encoder.encode(image, first..image.height.min(first + rows_per_band))
-        })
-        .collect::<io::Result<_>>()?;
+    let bands = image.height.div_ceil(rows_per_band);
+    let encode = |encoder: &mut Encoder, index: usize| {
+        let first = index * rows_per_band;
+        encoder.encode(image, first..image.height.min(first + rows_per_band))
+    };
     // Deflate with a window of 32 KiB, a fast level; the two bytes are a multiple of 31.
     write_chunk(output, b"IDAT", &[0x78, 0x5e])?;
     let mut checksum = Adler32::EMPTY;
-    for band in &bands {
-        write_framed(output, b"IDAT", &band.deflated, band.crc)?;
+    in_order(bands, &encode, &mut |band| {
         checksum = checksum.join(band.checksum, band.filtered_bytes);
-    }
+        output.write_all(&band.chunk)
+    })?;
     // An empty last block with fixed codes ends the stream.
     let [a, b, c, d] = checksum.value().to_be_bytes();
     write_chunk(output, b"IDAT", &[0x03, 0x00, a, b, c, d])
 }
 
-fn write_chunk(output: &mut impl Write, kind: &[u8; 4], data: &[u8]) -> io::Result<()> {
-    write_framed(output, kind, data, chunk_crc(kind, data))
+/// Lets all threads encode bands 0 to `bands`, and hands them to `take` on this thread in their order, each as soon as it and those
+/// before it are there.
+fn in_order(
+    bands: usize,
+    encode: &(dyn Fn(&mut Encoder, usize) -> io::Result<Band> + Sync),
+    take: &mut dyn FnMut(Band) -> io::Result<()>,
+) -> io::Result<()> {
+    let next = AtomicUsize::new(0);
+    let (sender, receiver) = mpsc::channel();
+    let work = |sender: mpsc::Sender<(usize, io::Result<Band>)>| {
+        let mut encoder = Encoder::new();
+        loop {
+            // In their order, so that few have to wait for one that is late.
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            // Nobody receives any more after an error.
+            if index >= bands || sender.send((index, encode(&mut encoder, index))).is_err() {
+                return;
+            }
+        }
+    };
+    let work = &work;
+    // What receives ends with the closure, so that after an error nobody goes on.
+    rayon::in_place_scope(move |scope| {
+        for _ in 0..rayon::current_num_threads().min(bands) {
+            let sender = sender.clone();
+            scope.spawn(move |_| work(sender));
+        }
+        drop(sender);
+        let mut early = BTreeMap::new();
+        for wanted in 0..bands {
+            let band = loop {
+                if let Some(band) = early.remove(&wanted) {
+                    break band;
+                }
+                let (index, band) = receive(&receiver)?;
+                early.insert(index, band);
+            };
+            take(band?)?;
+        }
+        Ok(())
+    })
 }
 
-fn write_framed(output: &mut impl Write, kind: &[u8; 4], data: &[u8], crc: u32) -> io::Result<()> {
+/// Waits for the next band. Where this thread is one of those that encode, it does so instead of only waiting.
+fn receive<T>(receiver: &Receiver<T>) -> io::Result<T> {
+    loop {
+        match receiver.try_recv() {
+            Ok(received) => return Ok(received),
+            Err(TryRecvError::Disconnected) => return Err(io::Error::other("the encoding threads ended early")),
+            Err(TryRecvError::Empty) => {}
+        }
+        if rayon::yield_now().is_none() {
+            return receiver.recv().map_err(io::Error::other);
+        }
+    }
+}
+
+fn write_chunk(output: &mut impl Write, kind: &[u8; 4], data: &[u8]) -> io::Result<()> {
+    output.write_all(&chunk(kind, data)?)
+}
+
+/// A whole chunk: length, type, data, checksum.
+fn chunk(kind: &[u8; 4], data: &[u8]) -> io::Result<Vec<u8>> {
     let length = u32::try_from(data.len()).map_err(io::Error::other)?;
-    output.write_all(&length.to_be_bytes())?;
-    output.write_all(kind)?;
-    output.write_all(data)?;
-    output.write_all(&crc.to_be_bytes())
+    let crc = chunk_crc(kind, data);
+    Ok([&length.to_be_bytes()[..], kind, data, &crc.to_be_bytes()].concat())
 }
 
 /// The checksum of a chunk's type and data.
@@ -108,9 +175,8 @@ pub(super) fn chunk_crc(kind: &[u8; 4], data: &[u8]) -> u32 {
 
 /// Some rows, compressed.
 struct Band {
-    deflated: Vec<u8>,
-    /// Of the `IDAT` chunk that holds them.
-    crc: u32,
+    /// The `IDAT` chunk that holds them.
+    chunk: Vec<u8>,
     /// Of the filtered bytes.
     checksum: Adler32,
     filtered_bytes: usize,
@@ -118,21 +184,35 @@ struct Band {
 
 /// What one thread needs to compress bands.
 struct Encoder {
-    compress: Compress,
+    /// Looks for repeats of any kind.
+    repeats: Deflate,
+    /// Codes of single bytes, and of runs of one.
+    runs: Deflate,
     filtered: Vec<u8>,
+    deflated: Vec<u8>,
     candidates: [Vec<u8>; 5],
 }
 
 impl Encoder {
     fn new() -> Self {
+        let deflate = |strategy| {
+            Deflate::new_with_config(DeflateConfig {
+                level: LEVEL,
+                window_bits: RAW_WINDOW_BITS,
+                strategy,
+                ..DeflateConfig::default()
+            })
+        };
         Encoder {
-            compress: Compress::new(Compression::new(LEVEL), false),
+            repeats: deflate(Strategy::Default),
+            runs: deflate(Strategy::Rle),
             filtered: Vec::new(),
+            deflated: Vec::new(),
             candidates: Default::default(),
         }
     }
 
-    fn encode(&mut self, image: &RgbImage, rows: std::ops::Range<usize>) -> io::Result<Band> {
+    fn encode(&mut self, image: &RgbImage, rows: Range<usize>) -> io::Result<Band> {
         let stride = image.width * BYTES_PER_PIXEL;
         self.filtered.clear();
         let zeros = vec![0; if rows.start == 0 { stride } else { 0 }];
@@ -144,10 +224,9 @@ impl Encoder {
             };
             self.filter_row(&image.pixels[start..start + stride], above);
         }
-        let deflated = self.deflate()?;
+        self.deflate()?;
         Ok(Band {
-            crc: chunk_crc(b"IDAT", &deflated),
-            deflated,
+            chunk: chunk(b"IDAT", &self.deflated)?,
             checksum: Adler32::of(&self.filtered),
             filtered_bytes: self.filtered.len(),
         })
@@ -166,22 +245,36 @@ impl Encoder {
         self.filtered.extend_from_slice(&self.candidates[best.1]);
     }
 
-    /// Deflates the filtered bytes up to a byte boundary.
-    fn deflate(&mut self) -> io::Result<Vec<u8>> {
-        self.compress.reset();
-        let mut output = Vec::with_capacity(self.filtered.len() / 2 + 1024);
-        loop {
-            let consumed = self.compress.total_in() as usize;
-            self.compress
-                .compress_vec(&self.filtered[consumed..], &mut output, FlushCompress::Sync)
-                .map_err(io::Error::other)?;
-            // Room that is left over says that nothing more is to come.
-            if output.len() < output.capacity() {
-                return Ok(output);
-            }
-            output.reserve(self.filtered.len() / 4 + 1024);
-        }
+    /// Deflates the filtered bytes up to a byte boundary, in the way that makes less of a piece from their middle.
+    fn deflate(&mut self) -> io::Result<()> {
+        let middle = self.filtered.len().saturating_sub(SAMPLE_BYTES) / 2;
+        let sample = &self.filtered[middle..self.filtered.len().min(middle + SAMPLE_BYTES)];
+        let output = &mut self.deflated;
+        let runs = deflate(&mut self.runs, sample, output)?;
+        let repeats = deflate(&mut self.repeats, sample, output)?;
+        let better = if repeats < runs {
+            &mut self.repeats
+        } else {
+            &mut self.runs
+        };
+        deflate(better, &self.filtered, output).map(drop)
     }
+}
+
+/// Puts the deflated bytes, up to a byte boundary, in `output`'s place; gives back how many they are.
+fn deflate(stream: &mut Deflate, bytes: &[u8], output: &mut Vec<u8>) -> io::Result<usize> {
+    stream.reset();
+    // Room for everything: what does not get smaller is stored in blocks, each of some bytes more.
+    output.resize(bytes.len() + bytes.len() / 8 + 1024, 0);
+    let status = stream.compress(bytes, output, DeflateFlush::SyncFlush);
+    let (taken, length) = (stream.total_in() as usize, stream.total_out() as usize);
+    match status {
+        // Room that is left over says that nothing more is to come.
+        Ok(Status::Ok) if taken == bytes.len() && length < output.len() => {}
+        other => return Err(io::Error::other(format!("deflate ended early: {other:?}"))),
+    }
+    output.truncate(length);
+    Ok(length)
 }
 
 /// Filter type `kind` of PNG: none, left, above, mean of both, Paeth's choice.

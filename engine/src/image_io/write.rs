@@ -117,7 +117,7 @@ pub fn encode_image(image: &RgbImage, format: ImageFormat, options: &WriteOption
     format.check(image.width, image.height).map_err(Error::invalid)?;
     let mut bytes = Vec::new();
     match format {
-        ImageFormat::Png => encode_png(image, options, &mut bytes)?,
+        ImageFormat::Png => encode_png(image, options, &mut bytes)?.map_err(refused)?,
         ImageFormat::Jpeg => encode_jpeg(image, options.jpeg_quality, &mut bytes)?,
         ImageFormat::WebP => encode_webp(image, &mut bytes)?,
     }
@@ -132,11 +132,14 @@ pub fn encode_image(image: &RgbImage, format: ImageFormat, options: &WriteOption
 /// kind `AlreadyExists`).
 pub fn write_image(path: &Path, image: &RgbImage, options: &WriteOptions<'_>) -> Result<()> {
     ensure_writable(path, image.width, image.height)?;
-    let bytes = encode_image(image, ImageFormat::of(path)?, options)?;
+    let format = ImageFormat::of(path)?;
     let file = new_beside(path)?;
-    file.as_file()
-        .write_all(&bytes)
-        .map_err(|source| Error::io(path, source))?;
+    let written = match format {
+        // Straight to the disk, which takes what is ready while the rest is compressed.
+        ImageFormat::Png => encode_png(image, options, &mut file.as_file())?,
+        _ => file.as_file().write_all(&encode_image(image, format, options)?),
+    };
+    written.map_err(|source| Error::io(path, source))?;
     if options.durable {
         // Before the rename: a name that outlives a crash must not be that of a file that does not.
         file.as_file().sync_all().map_err(|source| Error::io(path, source))?;
@@ -173,10 +176,11 @@ fn refused(reason: impl fmt::Display) -> Error {
     Error::invalid(format!("the picture cannot be encoded: {reason}"))
 }
 
-fn encode_png(image: &RgbImage, options: &WriteOptions<'_>, output: &mut Vec<u8>) -> Result<()> {
+/// Writes a PNG with the settings in it; the inner error is that of `output`.
+fn encode_png(image: &RgbImage, options: &WriteOptions<'_>, output: &mut impl Write) -> Result<io::Result<()>> {
     let texts = options.settings.map(Settings::texts).transpose()?;
     let texts: Vec<png::Text<'_>> = texts.iter().flatten().map(png::Text::from).collect();
-    png::encode(image, &texts, output).map_err(|error: io::Error| refused(error))
+    Ok(png::encode(image, &texts, output))
 }
 
 fn encode_jpeg(image: &RgbImage, quality: u8, output: &mut Vec<u8>) -> Result<()> {

@@ -155,32 +155,6 @@ impl NamedParameter {
     }
 }
 
-/// Whether `name` fits a pattern of literal characters, `*` and `?`.
-pub fn fits(pattern: &str, name: &str) -> bool {
-    let (pattern, name) = (pattern.as_bytes(), name.as_bytes());
-    let (mut at, mut here) = (0, 0);
-    // The last star met, and where in the name what it stands for ends so far.
-    let mut star: Option<(usize, usize)> = None;
-    while here < name.len() {
-        match pattern.get(at) {
-            Some(b'*') => {
-                star = Some((at, here));
-                at += 1;
-            }
-            Some(&byte) if byte == b'?' || byte == name[here] => {
-                at += 1;
-                here += 1;
-            }
-            _ => {
-                let Some((back, taken)) = star else { return false };
-                star = Some((back, taken + 1));
-                (at, here) = (back + 1, taken + 1);
-            }
-        }
-    }
-    pattern[at..].iter().all(|&byte| byte == b'*')
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

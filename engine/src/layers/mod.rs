@@ -17,7 +17,7 @@ mod streamed;
 pub use conv::{ConvLayer, ConvMeta, ConvSlots};
 pub use linear::{Linear, Weight};
 pub use load::Loader;
-pub use meta::{Group, NamedParameter, Published, fits};
+pub use meta::{Group, NamedParameter, Published};
 pub use norm::{Bare, GroupNorm, Norm};
 pub use source::{MemoryParams, ParamSource};
 pub use streamed::{Pass, Streamed, block_of, room_for};

@@ -9,8 +9,9 @@ use std::sync::Arc;
 
 use crate::device::{Device, PLACES, format_bytes};
 use crate::error::{Error, Result};
-use crate::layers::{NamedParameter, ParamSource, Streamed, Weight, block_of, fits, room_for};
+use crate::layers::{NamedParameter, ParamSource, Streamed, Weight, block_of, room_for};
 use crate::ops::quantise::Coding;
+use crate::patterns::fits;
 use crate::tensor::Tensor;
 
 /// How the weights of a model's blocks are kept; see the module's head comment. The default is the compute type.

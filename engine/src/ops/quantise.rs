@@ -315,7 +315,7 @@ fn cpu_quantise(x: &Tensor, result: &mut Quantised) -> Result<()> {
 fn cpu_decode(x: &Quantised, back: bool, result: &mut Tensor) -> Result<()> {
     let width = x.shape().last();
     let (codes, scales) = (x.codes.as_slice::<u8>()?, x.scales.as_slice::<f32>()?);
-    let table = x.coding.table();
+    let table = x.coding.numbers();
     let rows = result
         .as_mut_slice::<f32>()?
         .par_chunks_mut(width)

@@ -6,7 +6,8 @@ use std::str::FromStr;
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::layers::{Group, NamedParameter, fits};
+use crate::layers::{Group, NamedParameter};
+use crate::patterns;
 
 /// Main blocks that the published recipe trains at either end.
 pub const DEFAULT_ENDS: usize = 5;
@@ -51,7 +52,9 @@ impl Policy {
             Policy::Released { ends } => Ok(at_the_border || conditions || at_an_end(*ends)),
             Policy::Full => Ok(!matches!(meta.group, Group::Layer { .. } | Group::Other)),
             Policy::HeadOnly => Ok(meta.group == Group::Output),
-            Policy::Patterns(patterns) => meta.trained(&|name| patterns.iter().any(|pattern| fits(pattern, name))),
+            Policy::Patterns(patterns) => {
+                meta.trained(&|name| patterns.iter().any(|pattern| patterns::fits(pattern, name)))
+            }
         }
     }
 
@@ -60,10 +63,7 @@ impl Policy {
         let Policy::Patterns(patterns) = self else {
             return Vec::new();
         };
-        let unused = patterns
-            .iter()
-            .filter(|pattern| !names.iter().any(|name| fits(pattern, name)));
-        unused.map(String::as_str).collect()
+        patterns::unused(patterns, names)
     }
 }
 
@@ -84,10 +84,7 @@ impl FromStr for Policy {
             ("released", _) => Ok(Policy::Released { ends: ends()? }),
             (_, "full") => Ok(Policy::Full),
             (_, "head-only") => Ok(Policy::HeadOnly),
-            _ if text.contains(['.', '*', '_']) => {
-                let patterns = text.split(',').map(str::trim).filter(|pattern| !pattern.is_empty());
-                Ok(Policy::Patterns(patterns.map(String::from).collect()))
-            }
+            _ if text.contains(['.', '*', '_']) => Ok(Policy::Patterns(patterns::split(text))),
             _ => Err(Error::invalid(format!(
                 "`{text}` is no freeze policy; use paper, released (paper:N, released:N for N end blocks), full, head-only, \
                  or patterns of tensor names such as layers.0.*,local_decoder.*"

@@ -60,6 +60,11 @@ pub fn pixel(case: &mut Case) -> Ended {
     }
 }
 
+/// A pixel model of eight bits of which something was changed.
+pub fn eight_bit(case: &mut Case) -> Ended {
+    sample(case, "eight-bit", &["--prompt", "a fox"])
+}
+
 /// Noise and caption features from files.
 pub fn inputs(case: &mut Case) -> Ended {
     let path = |name: &str| case.path(name).display().to_string();

@@ -100,66 +100,40 @@ fn cases() -> Vec<Case> {
             bytes: text.as_bytes().to_vec(),
         }
     };
-    let mut marked = fp8.clone();
-    marked.insert(
-        "model.diffusion_model.scaled_fp8".into(),
-        bytes(Dtype::F8_E4M3, &[2], 0),
-    );
-    let rotated = note("{\"format\": \"int8_tensorwise\", \"convrot\": true, \"convrot_groupsize\": 256}");
     let case = |name, tensors, metadata, how| Case {
         name,
         tensors,
         metadata,
         how,
     };
-    const SCALED: &str = "to 8-bit floats with scales beside them";
-    const INTEGERS: &str = "to 8-bit integers with scales beside them";
     vec![
         case(
-            "plain_fp8",
+            "mxfp8",
             fp8.clone(),
-            None,
-            "to 8-bit floats without scales (F8_E4M3)",
-        ),
-        case(
-            "plain_e5m2",
-            narrowed(&plain, Dtype::F8_E5M2),
-            None,
-            "to 8-bit floats without scales (F8_E5M2)",
-        ),
-        case(
-            "scale_weight",
-            beside(fp8.clone(), "scale_weight", &scalar),
-            None,
-            SCALED,
-        ),
-        case("weight_scale", beside(fp8.clone(), "weight_scale", &rows), None, SCALED),
-        case(
-            "input_scale",
-            beside(beside(fp8.clone(), "input_scale", &scalar), "weight_scale", &scalar),
-            None,
-            SCALED,
-        ),
-        case("scale_input", beside(fp8.clone(), "scale_input", &scalar), None, SCALED),
-        case("marker", marked, None, SCALED),
-        case(
-            "comfy_fp8",
-            beside(fp8.clone(), "comfy_quant", &note("{\"format\": \"float8_e4m3fn\"}")),
-            None,
-            SCALED,
-        ),
-        case(
-            "metadata",
-            fp8,
             Some("{\"layers\": {\"layers.0.feed_forward.w1\": {\"format\": \"mxfp8\"}}}"),
             "as `mxfp8`",
         ),
-        case("int8", beside(int8.clone(), "weight_scale", &rows), None, INTEGERS),
         case(
-            "convrot",
-            beside(beside(int8, "weight_scale", &rows), "comfy_quant", &rotated),
+            "metadata",
+            fp8.clone(),
+            Some("{\"layers\": {}, \"rotation\": \"all\"}"),
+            "with the setting `rotation`",
+        ),
+        case(
+            "no_json",
+            fp8,
+            Some("eight bits"),
+            "in a way that it does not tell in a form that is known",
+        ),
+        case(
+            "convrot_w4a4",
+            beside(
+                beside(int8, "weight_scale", &rows),
+                "comfy_quant",
+                &note("{\"format\": \"convrot_w4a4\", \"convrot_groupsize\": 256}"),
+            ),
             None,
-            "to 8-bit integers with scales beside them, its inputs rotated (ConvRot)",
+            "as `convrot_w4a4`",
         ),
         case(
             "nvfp4",
@@ -168,6 +142,12 @@ fn cases() -> Vec<Case> {
                 "weight_scale_2",
                 &scalar,
             ),
+            None,
+            "to 4 bits",
+        ),
+        case(
+            "four_bits",
+            beside(narrowed(&plain, Dtype::U8), "weight_scale", &rows),
             None,
             "to 4 bits",
         ),
@@ -192,7 +172,8 @@ fn quantised_models_are_named() -> Outcome {
             .collect();
         save_with(&folder.join(&file), &tensors, &metadata)?;
         let said = format!("is quantised {how} (it holds `");
-        let way_out = "which this program does not read; use the model's BF16, F16 or F32 file";
+        let way_out =
+            "which this program does not read; use the model's BF16, F16 or F32 file, or one of 8 bits with scales";
         for arguments in [
             format!("init --source {file} --patch 64 --out o.safetensors"),
             format!("export --in {file} --out o.safetensors --layout plain"),
@@ -231,10 +212,10 @@ fn so_are_quantised_parts() -> Outcome {
             let weight = tensors
                 .get_mut(&format!("{matrix}.weight"))
                 .expect("a matrix of the demo");
-            *weight = bytes(Dtype::F8_E4M3, &weight.shape.clone(), 0x38);
-            tensors.insert(format!("{matrix}.scale_weight"), model::stored("s", Dtype::F32, &[]));
+            *weight = bytes(Dtype::U8, &weight.shape.clone(), 0x38);
+            tensors.insert(format!("{matrix}.weight_scale"), model::stored("s", Dtype::F32, &[]));
         })?;
-        let message = "is quantised to 8-bit floats with scales beside them";
+        let message = "is quantised to 4 bits";
         super::demo::expect_refused(folder.path(), "source", &[], message)?;
         let text = convert(folder.path(), "inspect source")?.success()?.stdout;
         assert!(text.contains(message), "{text}");

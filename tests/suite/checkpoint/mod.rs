@@ -3,6 +3,7 @@
 mod config;
 pub mod damage;
 pub mod demo;
+mod eight_bit;
 mod encoded;
 mod header;
 pub mod layouts;
@@ -17,6 +18,7 @@ use l2p_tests::Suite;
 pub fn register(suite: &mut Suite) {
     config::register(suite);
     damage::register(suite);
+    eight_bit::register(suite);
     encoded::register(suite);
     header::register(suite);
     layouts::register(suite);

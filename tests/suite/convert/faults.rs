@@ -224,6 +224,10 @@ fn a_full_disk_leaves_nothing_behind() -> Outcome {
         run_without_room(folder.path(), &arguments)?.failure(1, message)?;
         assert_eq!(names(folder.path())?, before, "{out}");
     }
+    let arguments = "quantize m.safetensors --to int8 --force --out o.safetensors";
+    let message = "o.safetensors: no room for 1.77 MB: File too large (os error 27)";
+    run_without_room(folder.path(), arguments)?.failure(1, message)?;
+    assert_eq!(names(folder.path())?, before);
     assert_eq!(std::fs::read_to_string(folder.path().join("o.safetensors"))?, "mine");
     Ok(())
 }
