@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Parser;
-use l2p_engine::device::{MemoryTag, format_bytes};
+use l2p_engine::device::{MemoryReport, MemoryTag, format_bytes};
 use l2p_engine::flow::sampler::{Conditioning, Walk};
 use l2p_engine::flow::schedule::Schedule;
 use l2p_engine::layers::{ParamSource, Streamed};
@@ -238,6 +238,31 @@ impl Setup {
         pass.end()
     }
 
+    /// Steps that are replayed, against what the same gave call by call, and the memory that they take.
+    fn replayed(&self, called: &[f32]) -> Result<Replay> {
+        let device = self.dit.device();
+        device.synchronize()?;
+        device.reset_memory_peaks();
+        let resident = device.memory_report().total.current;
+        let replayed = self.drawn(WARM_STEPS)?;
+        device.synchronize()?;
+        Ok(Replay {
+            resident,
+            memory: device.memory_report(),
+            driver: driver_bytes(device)?,
+            error: replay_error(&replayed.to_vec::<f32>()?, called),
+        })
+    }
+
+    /// Adds what is copied in every step, and how long that takes by itself.
+    fn describe_copies(&self, details: &mut Map<String, Value>) -> Result<()> {
+        let Some(streamed) = &self.streamed else { return Ok(()) };
+        let copies = samples(self.dit.device(), 1, 5, || self.copy_blocks())?;
+        details.insert("streamed_bytes".into(), json!(streamed.host_bytes()));
+        details.insert("copy_ms".into(), json!(median(&copies)));
+        Ok(())
+    }
+
     /// What `steps` steps give.
     fn drawn(&self, steps: usize) -> Result<Tensor> {
         let mut walk = self.walk(steps)?;
@@ -257,6 +282,16 @@ impl Setup {
         let ((), profile) = measure(self.dit.device(), || walk.advance())?;
         Ok((walk.finish(), profile))
     }
+}
+
+/// What replayed steps give and take.
+struct Replay {
+    error: f64,
+    /// Bytes before them.
+    resident: u64,
+    memory: MemoryReport,
+    /// Bytes as the driver counts them.
+    driver: Option<u64>,
 }
 
 fn run_step(
@@ -282,20 +317,13 @@ fn run_step(
             ..trunk.clone()
         };
         let twin = twin::step_error(&device, model, &resident, seed)?;
-        let metas = model.spec.metas();
-        let streamed: usize = trunk
-            .streamed_blocks(&metas, device.compute_dtype().size())
-            .iter()
-            .sum();
-        device.synchronize()?;
-        device.reset_memory_peaks();
-        let resident = device.memory_report().total.current;
-        let replayed = setup.drawn(WARM_STEPS)?;
-        device.synchronize()?;
-        let memory = device.memory_report();
-        let driver = driver_bytes(&device)?;
-        let error = worse(replay_error(&replayed.to_vec::<f32>()?, &called), twin);
-        drop(replayed);
+        let Replay {
+            error,
+            resident,
+            memory,
+            driver,
+        } = setup.replayed(&called)?;
+        let error = worse(error, twin);
 
         let sizes = json!({
             "model": name, "side": model.side, "tokens": setup.conditioning.prompt.tokens(), "caption": caption, "tiny": arguments.tiny,
@@ -325,11 +353,7 @@ fn run_step(
         row.peers = turns.peers;
         let details = &mut row.details;
         details.insert("load_seconds".into(), json!(load_seconds));
-        if setup.streamed.is_some() {
-            let copies = samples(&device, 1, 5, || setup.copy_blocks())?;
-            details.insert("streamed_bytes".into(), json!(streamed));
-            details.insert("copy_ms".into(), json!(median(&copies)));
-        }
+        setup.describe_copies(details)?;
         let tags = MemoryTag::ALL.map(|tag| (tag.name().to_owned(), json!(memory.tag(tag).peak)));
         details.insert("peak_bytes_by_tag".into(), Value::Object(Map::from_iter(tags)));
         details.insert("driver_bytes".into(), json!(driver));
@@ -340,11 +364,9 @@ fn run_step(
             true => trace::of_steps(&setup),
             false => Ok(None),
         };
-        let (idle, kernels, reason) = match trace {
-            Ok(Some(trace)) => (Some(trace.idle), trace.kernels, None),
-            Ok(None) => (None, Vec::new(), None),
-            Err(error) => (None, Vec::new(), Some(error.to_string())),
-        };
+        let reason = trace.as_ref().err().map(ToString::to_string);
+        let (idle, kernels) = trace.ok().flatten().map(|trace| (trace.idle, trace.kernels)).unzip();
+        let kernels = kernels.unwrap_or_default();
         details.insert("idle".into(), json!(idle));
         details.insert("kernels".into(), json!(kernels));
         bench.add(row)?;

@@ -80,22 +80,8 @@ fn synthesize_set(arguments: &Synthesize, device: Device, world: &World) -> anyh
         cache: arguments.cache.clone().unwrap_or_else(|| arguments.out.join("cache")),
     };
     agree(arguments, &jobs, &settings, world)?;
-    say(format_args!(
-        "{} pictures of {}x{} on {}{}, {batch} at once: {} steps, shift {}, cfg {}",
-        jobs.len(),
-        settings.width,
-        settings.height,
-        match world.size() {
-            1 => String::new(),
-            ranks => format!("{ranks} ranks, the first on "),
-        },
-        pipeline.device(),
-        settings.steps,
-        settings.shift,
-        settings.cfg
-    ));
-    if let Some(word) = prompts::word_on_guidance(settings.cfg) {
-        say(format_args!("note: {word}"));
+    if world.is_first() {
+        announce(jobs.len(), batch, &settings, pipeline.device(), world);
     }
     let started = Instant::now();
     let mut display = PhaseBar::new();
@@ -126,6 +112,24 @@ fn synthesize_set(arguments: &Synthesize, device: Device, world: &World) -> anyh
     match world.is_first() {
         true => tell(arguments, &report, started.elapsed()),
         false => Ok(()),
+    }
+}
+
+fn announce(pictures: usize, batch: usize, settings: &Settings, device: &Device, world: &World) {
+    crate::say(format_args!(
+        "{pictures} pictures of {}x{} on {}{device}, {batch} at once: {} steps, shift {}, cfg {}",
+        settings.width,
+        settings.height,
+        match world.size() {
+            1 => String::new(),
+            ranks => format!("{ranks} ranks, the first on "),
+        },
+        settings.steps,
+        settings.shift,
+        settings.cfg
+    ));
+    if let Some(word) = prompts::word_on_guidance(settings.cfg) {
+        crate::say(format_args!("note: {word}"));
     }
 }
 
