@@ -20,11 +20,12 @@ pub struct ModelName {
 
 impl ModelName {
     /// All that are measured; the latent model at 8K would have a quarter of a million tokens.
-    pub const ALL: [ModelName; 7] = [
+    pub const ALL: [ModelName; 8] = [
         ModelName::new(ModelKind::Pixel, 1),
         ModelName::new(ModelKind::Pixel, 2),
         ModelName::new(ModelKind::Pixel, 4),
         ModelName::new(ModelKind::Pixel, 8),
+        ModelName::new(ModelKind::Pixel, 10),
         ModelName::new(ModelKind::Latent, 1),
         ModelName::new(ModelKind::Latent, 2),
         ModelName::new(ModelKind::Latent, 4),
@@ -42,6 +43,7 @@ impl ModelName {
             (ModelKind::Latent, _) => 2,
             (ModelKind::Pixel, 4) => 64,
             (ModelKind::Pixel, 8) => 128,
+            (ModelKind::Pixel, 10) => 160,
             (ModelKind::Pixel, _) => 16,
         }
     }

@@ -10,6 +10,7 @@ use l2p_engine::checkpoint::{ModelPaths, PathOverrides};
 use l2p_engine::device::{MemoryReport, MemoryTag, format_bytes};
 use l2p_engine::flow::sampler::sample;
 use l2p_engine::flow::schedule::Schedule;
+use l2p_engine::model::Precision;
 use l2p_engine::model::config::{ModelKind, VaeConfig};
 use l2p_engine::{Device, Result};
 use serde_json::{Map, Value, json};
@@ -21,7 +22,7 @@ use crate::record::{Row, Timing, milliseconds};
 use crate::runner::Bench;
 use crate::step::driver_bytes;
 use crate::timing::median;
-use source::Source;
+use source::{Source, Weights};
 use studio::{PARTS, Parts, SHIFT, Studio};
 
 const HELP: &str = "\
@@ -53,7 +54,7 @@ Exit code: 0 when all results are right, 1 when one is not or on an error.";
 #[derive(Parser, Debug)]
 #[command(name = "bench-sample", version, after_help = HELP)]
 pub struct Arguments {
-    /// Sizes of the picture: 1k, 2k, 4k, 8k
+    /// Sizes of the picture: 1k, 2k, 4k, 8k, 10k
     #[arg(long, value_name = "NAME,..", value_delimiter = ',', value_enum, default_values_t = [Size::FourK])]
     sizes: Vec<Size>,
     /// The latent model and its decoder instead of the pixel model
@@ -83,11 +84,56 @@ pub struct Arguments {
     /// Where the pictures are written, one over the other [default: a temporary folder]
     #[arg(long, value_name = "FILE.png")]
     out: Option<PathBuf>,
+    /// How the weights of the transformer's main blocks are kept: bf16, int8 or fp8
+    #[arg(long, value_name = "TYPE", default_value_t = Precision::default())]
+    trunk: Precision,
+    /// The same for the text encoder's blocks
+    #[arg(long, value_name = "TYPE", default_value_t = Precision::default())]
+    text_weights: Precision,
+    /// Main blocks whose weights stay in host memory; the last ones
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    stream: usize,
+    /// Layers of the text encoder whose weights stay in host memory; the last ones
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    stream_text: usize,
     /// Small models of the same structure
     #[arg(long)]
     tiny: bool,
     #[command(flatten)]
     common: Common,
+}
+
+impl Arguments {
+    /// How weights are kept, and what a row's name says of it.
+    fn weights(&self, source: &Source) -> anyhow::Result<(Weights, String)> {
+        let streamed = |precision: &Precision, count: usize, of: usize, flag: &str| -> anyhow::Result<Precision> {
+            anyhow::ensure!(count <= of, "{flag} {count}: there are {of}");
+            Ok(Precision {
+                stream_from: (count > 0).then_some(of - count),
+                ..precision.clone()
+            })
+        };
+        let weights = Weights {
+            trunk: streamed(&self.trunk, self.stream, source.spec.main_blocks(), "--stream")?,
+            text: streamed(
+                &self.text_weights,
+                self.stream_text,
+                source.text_layers(),
+                "--stream-text",
+            )?,
+        };
+        let mut name = String::new();
+        if self.trunk.coding.is_some() {
+            name += &format!("-{}", self.trunk);
+        }
+        if self.text_weights.coding.is_some() {
+            name += &format!("-text-{}", self.text_weights);
+        }
+        if self.stream + self.stream_text > 0 {
+            name += "-streamed";
+        }
+        Ok((weights, name))
+    }
 }
 
 /// 96 tokens of Qwen3's tokenizer, the chat template's included.
@@ -111,6 +157,9 @@ enum Size {
     /// 8192 x 8192
     #[value(name = "8k")]
     EightK,
+    /// 10240 x 10240
+    #[value(name = "10k")]
+    TenK,
 }
 
 impl Size {
@@ -120,6 +169,7 @@ impl Size {
             Size::TwoK => "2k",
             Size::FourK => "4k",
             Size::EightK => "8k",
+            Size::TenK => "10k",
         }
     }
 
@@ -129,6 +179,7 @@ impl Size {
             Size::TwoK => 2048,
             Size::FourK => 4096,
             Size::EightK => 8192,
+            Size::TenK => 10240,
         }
     }
 }
@@ -168,6 +219,10 @@ fn passed_on(name: &str, arguments: &Arguments) -> Vec<String> {
         passed.extend(path.iter().map(|path| format!("{flag}={}", path.display())));
     }
     passed.extend(arguments.side.map(|side| format!("--side={side}")));
+    passed.push(format!("--trunk={}", arguments.trunk));
+    passed.push(format!("--text-weights={}", arguments.text_weights));
+    passed.push(format!("--stream={}", arguments.stream));
+    passed.push(format!("--stream-text={}", arguments.stream_text));
     let flags = [(arguments.latent, "--latent"), (arguments.tiny, "--tiny")];
     passed.extend(flags.iter().filter(|(set, _)| *set).map(|(_, flag)| (*flag).to_owned()));
     passed
@@ -196,6 +251,8 @@ fn run_size(size: Size, arguments: &Arguments) -> anyhow::Result<()> {
             )
         }
     };
+    let (weights, kept) = arguments.weights(&source)?;
+    let source = source.kept_in(weights);
     side = arguments.side.unwrap_or(side);
     let multiple = source.size_multiple();
     anyhow::ensure!(
@@ -207,7 +264,7 @@ fn run_size(size: Size, arguments: &Arguments) -> anyhow::Result<()> {
         None => size.label().to_owned(),
     };
     let geometry = source.spec.geometry();
-    let name = format!("sample-{}-{size}", geometry.kind);
+    let name = format!("sample-{}-{size}{kept}", geometry.kind);
     let mut bench = Bench::start("sample", &arguments.common, "sample.py")?;
     let cell = source.vae.as_ref().map_or(1, VaeConfig::downsampling);
     let tokens = geometry.image_tokens([side / cell; 2]);
@@ -315,7 +372,8 @@ fn draw(bench: &mut Bench, name: &str, source: &Source, side: usize, arguments: 
     drop(studio.draw(None)?);
     let sizes = json!({
         "model": name.strip_prefix("sample-"), "side": side, "steps": arguments.steps,
-        "caption": caption_tokens, "tiny": arguments.tiny,
+        "caption": caption_tokens, "tiny": arguments.tiny, "trunk": arguments.trunk.to_string(),
+        "text_weights": arguments.text_weights.to_string(), "streamed": arguments.stream, "streamed_text": arguments.stream_text,
     });
     let mut samples: Vec<Parts> = Vec::new();
     let turns = bench.take_turns(Some(&sizes), &mut || {

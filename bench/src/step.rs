@@ -23,6 +23,7 @@ use crate::check::{relative_error, worse};
 use crate::children;
 use crate::inputs::{random, random_f32};
 use crate::params::RandomParams;
+use crate::peer::Turns;
 use crate::published::{Model, ModelName};
 use crate::record::{Row, Timing, percent};
 use crate::runner::Bench;
@@ -284,6 +285,27 @@ impl Setup {
     }
 }
 
+/// Device times in alternation with the peer's, and the host's time for each step, in milliseconds.
+fn timed(bench: &mut Bench, setup: &Setup, sizes: &Value) -> anyhow::Result<(Turns, Vec<f64>)> {
+    let device = bench.device.clone();
+    let repeats = bench.common.repeats as usize;
+    let mut walk = setup.walk(WARM_STEPS + repeats)?;
+    for _ in 0..WARM_STEPS {
+        walk.advance()?;
+    }
+    device.synchronize()?;
+    let mut host_ms = Vec::with_capacity(repeats);
+    let turns = bench.take_turns(Some(sizes), &mut || {
+        sample(&device, &mut || {
+            let start = Instant::now();
+            walk.advance()?;
+            host_ms.push(start.elapsed().as_secs_f64() * 1e3);
+            Ok(())
+        })
+    })?;
+    Ok((turns, host_ms))
+}
+
 /// What replayed steps give and take.
 struct Replay {
     error: f64,
@@ -329,23 +351,7 @@ fn run_step(
             "model": name, "side": model.side, "tokens": setup.conditioning.prompt.tokens(), "caption": caption, "tiny": arguments.tiny,
             "trunk": trunk.to_string(), "streamed": arguments.stream,
         });
-        let repeats = bench.common.repeats as usize;
-        let mut walk = setup.walk(WARM_STEPS + repeats)?;
-        for _ in 0..WARM_STEPS {
-            walk.advance()?;
-        }
-        device.synchronize()?;
-        let mut host_ms = Vec::with_capacity(repeats);
-        let turns = bench.take_turns(Some(&sizes), &mut || {
-            sample(&device, &mut || {
-                let start = Instant::now();
-                walk.advance()?;
-                host_ms.push(start.elapsed().as_secs_f64() * 1e3);
-                Ok(())
-            })
-        })?;
-        drop(walk);
-
+        let (turns, host_ms) = timed(bench, &setup, &sizes)?;
         let mut row =
             Row::new(name, sizes, Timing::of(turns.ours), profile.work(), bench.ceilings()).checked(error, 3e-2);
         row.peak_bytes = memory.total.peak;

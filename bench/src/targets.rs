@@ -257,7 +257,8 @@ fn parts(arguments: &Arguments) -> anyhow::Result<Vec<Part>> {
         }
     }
     // The CPU's weights are in host memory as it is.
-    let usual = |part: &Part| arguments.only.is_empty() && (arguments.device != "cpu" || part.name != "streamed");
+    let streams = ["streamed", "sample-8gb", "sample-4gb"];
+    let usual = |part: &Part| arguments.only.is_empty() && (arguments.device != "cpu" || !streams.contains(&part.name));
     let wanted = |part: &Part| usual(part) || arguments.only.iter().any(|name| name == part.name);
     Ok(PARTS.into_iter().filter(wanted).collect())
 }

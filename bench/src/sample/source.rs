@@ -9,10 +9,11 @@ use flate2::read::GzDecoder;
 use l2p_engine::Device;
 use l2p_engine::checkpoint::{Checkpoint, ModelPaths, Transformer};
 use l2p_engine::device::MemoryTag;
+use l2p_engine::layers::{NamedParameter, ParamSource, metas};
 use l2p_engine::model::config::{ModelKind, TextConfig, VaeConfig};
 use l2p_engine::model::text::TextEncoder;
 use l2p_engine::model::vae::VaeDecoder;
-use l2p_engine::model::{Denoiser, Spec};
+use l2p_engine::model::{Denoiser, Precision, Spec};
 use l2p_engine::text::PromptTokenizer;
 
 use crate::params::RandomParams;
@@ -26,6 +27,16 @@ pub struct Source {
     pub vae: Option<VaeConfig>,
     text: TextConfig,
     parts: Parts,
+    weights: Weights,
+}
+
+/// How the weights of blocks are kept.
+#[derive(Clone, Debug, Default)]
+pub struct Weights {
+    /// The transformer's.
+    pub trunk: Precision,
+    /// The text encoder's.
+    pub text: Precision,
 }
 
 enum Parts {
@@ -46,7 +57,18 @@ impl Source {
             vae: model.vae.clone(),
             text: published::text(tiny.then_some(model.spec.caption_width())),
             parts: Parts::Random { seed },
+            weights: Weights::default(),
         }
+    }
+
+    /// The same with its weights kept so.
+    pub fn kept_in(self, weights: Weights) -> Self {
+        Source { weights, ..self }
+    }
+
+    /// The text encoder's layers that are run.
+    pub fn text_layers(&self) -> usize {
+        self.text.layers.saturating_sub(1)
     }
 
     /// A model's files.
@@ -64,6 +86,7 @@ impl Source {
             vae,
             text: TextConfig::read(paths.text_encoder()?)?,
             parts: Parts::Files(Box::new(Files { paths, transformer })),
+            weights: Weights::default(),
         })
     }
 
@@ -99,14 +122,18 @@ impl Source {
     /// When it is missing or damaged, or the device has no room.
     pub fn text(&self, device: &Device) -> anyhow::Result<TextEncoder> {
         let _tag = MemoryTag::Weights.scope();
+        let described = TextEncoder::describe(&self.text, "")?;
+        let metas: Vec<NamedParameter> = metas(&described).into_iter().cloned().collect();
+        let load = |params: &dyn ParamSource| {
+            TextEncoder::load(
+                &self.weights.text.over_blocks(params, &metas, device)?,
+                device,
+                &self.text,
+            )
+        };
         Ok(match &self.parts {
-            Parts::Random { seed, .. } => {
-                TextEncoder::load(&RandomParams::text(*seed, &self.text), device, &self.text)?
-            }
-            Parts::Files(files) => {
-                let checkpoint = Checkpoint::open_text_encoder(files.paths.text_encoder()?)?;
-                TextEncoder::load(&checkpoint, device, &self.text)?
-            }
+            Parts::Random { seed, .. } => load(&RandomParams::text(*seed, &self.text))?,
+            Parts::Files(files) => load(&Checkpoint::open_text_encoder(files.paths.text_encoder()?)?)?,
         })
     }
 
@@ -115,13 +142,13 @@ impl Source {
     /// # Errors
     /// When it is damaged, or the device has no room.
     pub fn dit(&self, device: &Device) -> anyhow::Result<Box<dyn Denoiser>> {
-        let loaded = &mut |_, _| Ok(());
+        let load = |params: &dyn ParamSource| {
+            let params = self.weights.trunk.over_blocks(params, &self.spec.metas(), device)?;
+            self.spec.load(&params, device, &mut |_, _| Ok(()))
+        };
         Ok(match &self.parts {
-            Parts::Random { seed, .. } => {
-                let params = RandomParams::transformer(*seed, &*self.spec);
-                self.spec.load(&params, device, loaded)?
-            }
-            Parts::Files(files) => self.spec.load(&files.transformer.checkpoint, device, loaded)?,
+            Parts::Random { seed, .. } => load(&RandomParams::transformer(*seed, &*self.spec))?,
+            Parts::Files(files) => load(&files.transformer.checkpoint)?,
         })
     }
 

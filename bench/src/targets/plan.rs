@@ -39,7 +39,7 @@ pub struct Part {
 }
 
 /// All parts, in the order in which they are measured: first what must be alone on the GPU.
-pub const PARTS: [Part; 10] = [
+pub const PARTS: [Part; 13] = [
     Part {
         name: "sample",
         program: "bench-sample",
@@ -79,6 +79,21 @@ pub const PARTS: [Part; 10] = [
         name: "streamed",
         program: "bench-step",
         about: "the 4K step with all main blocks in host memory, in int8",
+    },
+    Part {
+        name: "sample-8gb",
+        program: "bench-sample",
+        about: "8 steps of 4K with 8 GB: int8, twelve blocks in host memory",
+    },
+    Part {
+        name: "sample-4gb",
+        program: "bench-sample",
+        about: "8 steps of 4K with 4 GB: int8, all blocks in host memory, the text encoder's too",
+    },
+    Part {
+        name: "sample-8k",
+        program: "bench-sample",
+        about: "8 steps of 8K in int8",
     },
     Part {
         name: "step-1k",
@@ -133,6 +148,17 @@ impl Part {
                 vec!["--tiny", "--stream=2"],
                 10,
             ),
+            "sample-8gb" => (
+                sample("4k", &["--stream=12"]),
+                vec!["--tiny", "--steps=2", "--stream=1"],
+                7,
+            ),
+            "sample-4gb" => (
+                sample("4k", &["--stream=30", "--stream-text=35"]),
+                vec!["--tiny", "--steps=2", "--stream=2", "--stream-text=1"],
+                5,
+            ),
+            "sample-8k" => (sample("8k", &[]), vec!["--tiny", "--steps=2"], 5),
             "latent-4k" => (vec!["--model=latent-4k".into()], vec!["--tiny"], 3),
             step => (
                 vec![format!("--model={}", step.replace("step", "pixel"))],
@@ -153,11 +179,26 @@ impl Part {
             _ => "none",
         };
         // Elementwise work is compared with the copy, and whole pictures with nothing.
-        if peers && !matches!(self.name, "sample" | "elementwise" | "streamed") {
+        if peers
+            && !matches!(
+                self.name,
+                "sample" | "elementwise" | "streamed" | "sample-8gb" | "sample-4gb" | "sample-8k"
+            )
+        {
             arguments.extend(["--peer".to_owned(), format!("--peer-compile={compiled}")]);
         }
         arguments
     }
+}
+
+/// Arguments of `bench-sample` for pictures with weights in int8.
+fn sample(size: &str, more: &[&str]) -> Vec<String> {
+    let own = ["--steps=8", "--trunk=int8", "--text-weights=int8"];
+    let size = format!("--sizes={size}");
+    [size]
+        .into_iter()
+        .chain(own.iter().chain(more).map(|text| (*text).to_owned()))
+        .collect()
 }
 
 fn same_flag(a: &str, b: &str) -> bool {

@@ -173,6 +173,19 @@ fn in_host_memory(row: &Row, resident: Option<&Row>) -> Vec<TargetRow> {
     ]
 }
 
+/// Memory of whole pictures as the driver counts it, and their time.
+fn with_less(row: &Row, what: &str, most: f64) -> Vec<TargetRow> {
+    let driver = row.details.get("driver_bytes").and_then(|bytes| bytes.as_u64());
+    let own = |ours| Pair { ours, peer: None };
+    let memory = own(driver.map_or(f64::INFINITY, gigabytes));
+    vec![TargetRow::own(
+        format!("{what}, peak as the driver counts it"),
+        "GB",
+        memory,
+        Bound::AtMost(most),
+    )]
+}
+
 /// The rows that follow from what was measured, in the table's order.
 pub fn rows(measured: &Measurements, sizes: &Sizes) -> Vec<TargetRow> {
     let mut rows = Vec::new();
@@ -207,6 +220,18 @@ pub fn rows(measured: &Measurements, sizes: &Sizes) -> Vec<TargetRow> {
     let streamed = part("streamed").and_then(|record| record.row("pixel-4k-int8-streamed"));
     let resident = part("eight-bit").and_then(|record| record.row("pixel-4k-int8"));
     rows.extend(streamed.into_iter().flat_map(|row| in_host_memory(row, resident)));
+    for (name, what, most) in [
+        ("sample-8gb", "4K sampling in int8, 12 of 30 blocks in host memory", 8.0),
+        ("sample-4gb", "4K sampling in int8, all blocks in host memory", 4.0),
+        ("sample-8k", "8K sampling in int8", 16.0),
+    ] {
+        rows.extend(
+            part(name)
+                .and_then(|record| record.rows.first())
+                .into_iter()
+                .flat_map(|row| with_less(row, what, most)),
+        );
+    }
     rows.extend(step_1k.map(|row| step(row, "1K")));
     rows.extend(step_4k.into_iter().flat_map(submission));
     let sample = part("sample").and_then(|record| record.row("sample-pixel-4k"));
