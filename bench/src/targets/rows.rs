@@ -186,6 +186,31 @@ fn with_less(row: &Row, what: &str, most: f64) -> Vec<TargetRow> {
     )]
 }
 
+/// Weights in eight bits, and in host memory.
+fn in_less_memory(measured: &Measurements) -> Vec<TargetRow> {
+    let part = |name: &str| measured.get(name);
+    let mut rows = Vec::new();
+    if let Some(record) = part("eight-bit") {
+        rows.extend(["int8", "fp8"].iter().flat_map(|coding| eight_bits(record, coding)));
+    }
+    let streamed = part("streamed").and_then(|record| record.row("pixel-4k-int8-streamed"));
+    let resident = part("eight-bit").and_then(|record| record.row("pixel-4k-int8"));
+    rows.extend(streamed.into_iter().flat_map(|row| in_host_memory(row, resident)));
+    for (name, what, most) in [
+        ("sample-8gb", "4K sampling in int8, 12 of 30 blocks in host memory", 8.0),
+        ("sample-4gb", "4K sampling in int8, all blocks in host memory", 4.0),
+        ("sample-8k", "8K sampling in int8", 16.0),
+    ] {
+        rows.extend(
+            part(name)
+                .and_then(|record| record.rows.first())
+                .into_iter()
+                .flat_map(|row| with_less(row, what, most)),
+        );
+    }
+    rows
+}
+
 /// The rows that follow from what was measured, in the table's order.
 pub fn rows(measured: &Measurements, sizes: &Sizes) -> Vec<TargetRow> {
     let mut rows = Vec::new();
@@ -214,24 +239,7 @@ pub fn rows(measured: &Measurements, sizes: &Sizes) -> Vec<TargetRow> {
     let decode = latent.and_then(|record| record.row("latent-4k-decode"));
     rows.extend(step_4k.map(|row| step(row, "4K")));
     rows.extend(step_4k.zip(latent_step).map(|(ours, latent)| speed_up(ours, latent)));
-    if let Some(record) = part("eight-bit") {
-        rows.extend(["int8", "fp8"].iter().flat_map(|coding| eight_bits(record, coding)));
-    }
-    let streamed = part("streamed").and_then(|record| record.row("pixel-4k-int8-streamed"));
-    let resident = part("eight-bit").and_then(|record| record.row("pixel-4k-int8"));
-    rows.extend(streamed.into_iter().flat_map(|row| in_host_memory(row, resident)));
-    for (name, what, most) in [
-        ("sample-8gb", "4K sampling in int8, 12 of 30 blocks in host memory", 8.0),
-        ("sample-4gb", "4K sampling in int8, all blocks in host memory", 4.0),
-        ("sample-8k", "8K sampling in int8", 16.0),
-    ] {
-        rows.extend(
-            part(name)
-                .and_then(|record| record.rows.first())
-                .into_iter()
-                .flat_map(|row| with_less(row, what, most)),
-        );
-    }
+    rows.extend(in_less_memory(measured));
     rows.extend(step_1k.map(|row| step(row, "1K")));
     rows.extend(step_4k.into_iter().flat_map(submission));
     let sample = part("sample").and_then(|record| record.row("sample-pixel-4k"));

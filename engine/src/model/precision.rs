@@ -131,12 +131,13 @@ impl Precision {
         )))
     }
 
-    /// Refuses patterns that fit none of these parameters.
+    /// Refuses patterns that fit none of these parameters' weights that would be in eight bits.
     ///
     /// # Errors
     /// Naming the first such pattern.
     pub fn ensure_used(&self, metas: &[NamedParameter]) -> Result<()> {
-        let parts = || metas.iter().flat_map(|meta| &meta.parts);
+        let weights = || metas.iter().filter(|meta| is_weight_of_block(meta));
+        let parts = || weights().flat_map(|meta| &meta.parts);
         match self
             .keep
             .iter()
@@ -144,7 +145,9 @@ impl Precision {
         {
             None => Ok(()),
             Some(pattern) => Err(Error::invalid(format!(
-                "no tensor of the model fits the pattern `{pattern}` of those to keep in the compute type"
+                "no weight of a main block fits the pattern `{pattern}` of those to keep in the compute type; they have names such as \
+                 `{}`",
+                parts().next().map_or("", |part| &part.name)
             ))),
         }
     }
@@ -228,5 +231,115 @@ impl ParamSource for Over<'_> {
 
     fn coding(&self, meta: &NamedParameter) -> Option<Coding> {
         self.precision.of(meta).or_else(|| self.params.coding(meta))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Spec;
+    use crate::model::config::ModelKind;
+    use crate::model::detailer::DetailerLayout;
+    use crate::model::zimage::{DitConfig, ZImage};
+
+    fn metas() -> Vec<NamedParameter> {
+        let config = DitConfig {
+            kind: ModelKind::Pixel,
+            dim: 256,
+            heads: 2,
+            head_dim: 128,
+            layers: 4,
+            refiner_layers: 1,
+            ffn_hidden: 512,
+            caption_width: 128,
+            patch: 16,
+            in_channels: 3,
+            rope_theta: 256.0,
+            axes_dims: [32, 48, 48],
+            norm_eps: 1e-5,
+            t_scale: 1000.0,
+            t_frequencies: 64,
+            t_hidden: 64,
+            adaln_width: 64,
+        };
+        let head = DetailerLayout::for_patch(16, Some(&[8, 8, 8, 8]), Some(16), 256).ok();
+        ZImage { config, head }.metas()
+    }
+
+    fn of(coding: Option<Coding>, stream_from: Option<usize>) -> Precision {
+        Precision {
+            coding,
+            stream_from,
+            ..Precision::default()
+        }
+    }
+
+    /// q, k, v, out, w1, w3 and w2 of each of the four main blocks, and nothing else.
+    #[test]
+    fn weights_of_main_blocks_are_kept_in_eight_bits() {
+        let metas = metas();
+        let int8 = of(Some(Coding::Int8), None);
+        let kept: Vec<&str> = metas
+            .iter()
+            .filter(|meta| int8.of(meta).is_some())
+            .map(NamedParameter::name)
+            .collect();
+        assert_eq!(kept.len(), 4 * 4, "{kept:?}");
+        assert!(
+            kept.iter()
+                .all(|name| name.starts_with("layers.") && !name.contains("adaLN")),
+            "{kept:?}"
+        );
+        let weights = 4.0 * (256.0 * 256.0 * 4.0 + 256.0 * 512.0 * 3.0);
+        let rows = 4.0 * 4.0 * (4.0 * 256.0 + 2.0 * 512.0 + 256.0);
+        let [dense, halved] = [Precision::default(), int8.clone()].map(|precision| precision.bytes(&metas, 2));
+        assert_eq!(dense - halved, weights - rows);
+        let but_one = Precision {
+            keep: vec!["layers.3.feed_forward.w2.weight".into()],
+            ..int8
+        };
+        assert!(but_one.ensure_used(&metas).is_ok());
+        assert_eq!(but_one.bytes(&metas, 2) - halved, 256.0 * 512.0 - 4.0 * 256.0);
+        let unused = Precision {
+            keep: vec!["x_pad_token".into()],
+            ..but_one
+        };
+        assert!(
+            unused
+                .ensure_used(&metas)
+                .unwrap_err()
+                .to_string()
+                .contains("`x_pad_token`")
+        );
+    }
+
+    #[test]
+    fn blocks_in_host_memory_leave_their_places() {
+        let metas = metas();
+        let all = of(None, Some(0)).streamed_blocks(&metas, 2);
+        assert_eq!(all, vec![2 * (256 * 256 * 4 + 256 * 512 * 3); 4]);
+        assert_eq!(of(None, Some(3)).streamed_blocks(&metas, 2), all[3..]);
+        let here = |stream_from| of(None, stream_from).bytes(&metas, 2);
+        assert_eq!(
+            here(None) - here(Some(0)),
+            all[0] as f64,
+            "three places stand for four blocks"
+        );
+        assert_eq!(here(None), here(Some(2)), "places for both");
+    }
+
+    /// As few as it takes, and a limit that nothing helps to reach is an error.
+    #[test]
+    fn as_few_blocks_as_needed_stay_in_host_memory() {
+        let metas = metas();
+        let all = Precision::default().bytes(&metas, 4);
+        let fit = |limit: f64| Precision::default().fit("it", &metas, 4, &Device::Cpu, 1e6, limit as u64);
+        assert_eq!(fit(all + 1e6).unwrap(), 0);
+        assert_eq!(fit(all + 1e6 - 1.0).unwrap(), 4, "three blocks need as many places");
+        let message = fit(1e6).unwrap_err().to_string();
+        assert!(
+            message.starts_with("it takes at least") && message.contains("--vram"),
+            "{message}"
+        );
     }
 }
