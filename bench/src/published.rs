@@ -242,6 +242,9 @@ mod tests {
             assert!(tiny.spec.caption_width() < model.spec.caption_width() && tiny.canvas()[0].is_multiple_of(patch));
         }
         let message = "pixel-3k".parse::<ModelName>().unwrap_err().to_string();
-        assert!(message.contains("pixel-4k, pixel-8k, latent-1k"), "{message}");
+        assert!(
+            message.contains("pixel-4k, pixel-8k, pixel-10k, latent-1k"),
+            "{message}"
+        );
     }
 }

@@ -56,7 +56,7 @@ const SHIFT: f64 = 3.0;
 #[derive(Parser, Debug)]
 #[command(name = "bench-step", version, after_help = HELP, after_long_help = format!("{HELP}\n\n{COLUMNS}"))]
 pub struct Arguments {
-    /// Which models: pixel-1k, pixel-2k (the model for 1K at 2048 x 2048), pixel-4k, pixel-8k, latent-1k, latent-2k,
+    /// Which models: pixel-1k, pixel-2k (the model for 1K at 2048 x 2048), pixel-4k, pixel-8k, pixel-10k, latent-1k, latent-2k,
     /// latent-4k, or all
     #[arg(long, value_name = "NAME,..", value_delimiter = ',', default_values_t = ["pixel-1k", "pixel-4k", "latent-1k"].map(String::from))]
     model: Vec<String>,

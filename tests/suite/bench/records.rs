@@ -145,7 +145,7 @@ fn refusals() -> Outcome {
         (
             "bench-step",
             &["--model", "pixel-3k"],
-            "`pixel-3k` names no model; there are pixel-1k, pixel-2k, pixel-4k, pixel-8k, latent-1k, latent-2k, latent-4k",
+            "`pixel-3k` names no model; there are pixel-1k, pixel-2k, pixel-4k, pixel-8k, pixel-10k, latent-1k, latent-2k, latent-4k",
         ),
         (
             "bench-sample",
