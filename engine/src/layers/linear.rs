@@ -2,7 +2,9 @@
 
 use std::borrow::Cow;
 
-use super::{Described, Gradients, Group, Kind, Loaded, Module, NamedParameter, Place, PlaceMut, Slot, Transform};
+use super::{
+    Balance, Described, Gradients, Group, Kind, Loaded, Module, NamedParameter, Place, PlaceMut, Slot, Transform,
+};
 use crate::error::Result;
 use crate::ops::linear::{
     InputActivation, LinearGradients, linear, linear_backward_input, linear_backward_weight, linear_vectors,
@@ -128,6 +130,14 @@ impl Linear<Described> {
             weight: NamedParameter::stacked(group, shapes.iter().map(|(name, shape)| (name.clone(), &shape[..]))),
             bias: None,
         }
+    }
+
+    /// Says of this layer and the next that part `part` of its outputs, multiplied by something, are the next one's inputs.
+    pub fn feeds(mut self, part: usize, mut next: Self) -> (Self, Self) {
+        let (rows, columns) = (Box::new(self.weight.clone()), Box::new(next.weight.clone()));
+        self.weight.balance = Some(Balance::Rows { part, of: columns });
+        next.weight.balance = Some(Balance::Columns { of: rows });
+        (self, next)
     }
 
     /// The same layer, whose weight stays in the compute type where others are kept in eight bits.

@@ -9,8 +9,8 @@ use crate::tensor::Tensor;
 
 /// Brings described parameters onto a device.
 pub struct Loader<'a> {
-    params: &'a dyn ParamSource,
-    device: &'a Device,
+    pub(super) params: &'a dyn ParamSource,
+    pub(super) device: &'a Device,
     /// Told how many parameters are read, and how many there are.
     loaded: &'a mut dyn FnMut(usize, usize) -> Result<()>,
     done: usize,
@@ -82,7 +82,9 @@ impl Transform<Described, Loaded> for Loader<'_> {
                 meta.shape()
             )));
         }
-        let weight = Weight::of(self.read(meta)?, coding)?;
+        let values = self.read(meta)?;
+        let values = self.balanced(meta, values, coding)?;
+        let weight = Weight::of(values, coding)?;
         self.params.keep(meta, weight)
     }
 

@@ -57,6 +57,26 @@ pub struct NamedParameter {
     pub flat: bool,
     /// Stays in the compute type where others are kept in eight bits: what it makes is used by every token.
     pub precise: bool,
+    /// What shares factors with it that cancel out.
+    pub balance: Option<Balance>,
+}
+
+/// Two weights between which factors may be moved, for one's outputs are the other's inputs, with nothing but products between them:
+/// the rows of SwiGLU's second half and the columns of the layer after it. See [`super::balance`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Balance {
+    /// The rows of part `part` make the inputs of `of`.
+    Rows {
+        /// Which of its parts.
+        part: usize,
+        /// The weight that takes them.
+        of: Box<NamedParameter>,
+    },
+    /// Its inputs are made by `of`.
+    Columns {
+        /// The weight that makes them.
+        of: Box<NamedParameter>,
+    },
 }
 
 impl NamedParameter {
@@ -76,6 +96,7 @@ impl NamedParameter {
             group,
             flat: false,
             precise: false,
+            balance: None,
         }
     }
 

@@ -6,6 +6,7 @@
 //! checking, planning, gradients, optimizer and checkpoints are [`Module::transform`]s and [`Module::visit`]s over that one list,
 //! and a gradient has the same name in `Block<Gradients>` as its weight in `Block`.
 
+mod balance;
 mod conv;
 mod linear;
 mod load;
@@ -17,7 +18,7 @@ mod streamed;
 pub use conv::{ConvLayer, ConvMeta, ConvSlots};
 pub use linear::{Linear, Weight};
 pub use load::Loader;
-pub use meta::{Group, NamedParameter, Published};
+pub use meta::{Balance, Group, NamedParameter, Published};
 pub use norm::{Bare, GroupNorm, Norm};
 pub use source::{MemoryParams, ParamSource};
 pub use streamed::{Pass, Streamed, block_of, room_for};

@@ -107,6 +107,8 @@ impl Layer<Described> {
             let layers: Vec<(&str, usize)> = layers.iter().map(|(name, rows)| (name.as_str(), *rows)).collect();
             Linear::of_rows(group, &layers, dim)
         };
+        let gate_up = stacked(&[("mlp.gate_proj", ffn_hidden), ("mlp.up_proj", ffn_hidden)]);
+        let (gate_up, down) = gate_up.feeds(1, Linear::new(group, &name("mlp.down_proj"), dim, ffn_hidden));
         Layer {
             input_norm: norm("input_layernorm", dim),
             qkv: stacked(&[
@@ -118,8 +120,8 @@ impl Layer<Described> {
             k_norm: norm("self_attn.k_norm", head_dim),
             out: Linear::new(group, &name("self_attn.o_proj"), dim, heads * head_dim),
             post_attention_norm: norm("post_attention_layernorm", dim),
-            gate_up: stacked(&[("mlp.gate_proj", ffn_hidden), ("mlp.up_proj", ffn_hidden)]),
-            down: Linear::new(group, &name("mlp.down_proj"), dim, ffn_hidden),
+            gate_up,
+            down,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The whole transformer, latent and pixel.
 
 use l2p_engine::layers::MemoryParams;
+use l2p_engine::model::Precision;
 use l2p_engine::model::config::ModelKind;
 use l2p_engine::model::family::TransformerConfig;
 use l2p_engine::model::zimage::DitConfig;
@@ -46,7 +47,12 @@ pub fn config(case: &Case<'_>, params: &MemoryParams) -> Result<DitConfig> {
 }
 
 pub fn load(params: &MemoryParams, config: &DitConfig, device: &Device) -> Result<Dit> {
-    Dit::load(&ZImage::read(params, config)?, params, device, &mut |_, _| Ok(()))
+    load_over(params, config, &Precision::default(), device)
+}
+
+pub fn load_over(params: &MemoryParams, config: &DitConfig, precision: &Precision, device: &Device) -> Result<Dit> {
+    let spec = ZImage::read(params, config)?;
+    Dit::load(&spec, &precision.over(params), device, &mut |_, _| Ok(()))
 }
 
 /// The caption `name`, `[1, tokens, width]`.

@@ -3,6 +3,7 @@
 mod block;
 mod detailer;
 pub mod dit;
+mod eight_bit;
 mod limits;
 mod rope;
 mod text;
@@ -22,6 +23,7 @@ pub fn register(suite: &mut Suite) {
     block::register(suite);
     detailer::register(suite);
     dit::register(suite);
+    eight_bit::register(suite);
     limits::register(suite);
     rope::register(suite);
     text::register(suite);

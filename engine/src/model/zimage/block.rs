@@ -86,6 +86,8 @@ impl Block<Described> {
                 .precise()
                 .with_bias()
         };
+        let w13 = stacked(&["feed_forward.w1", "feed_forward.w3"], ffn_dim);
+        let (w13, w2) = w13.feeds(1, Linear::new(group, &name("feed_forward.w2"), dim, ffn_dim));
         Block {
             qkv: stacked(&["attention.to_q", "attention.to_k", "attention.to_v"], dim),
             out: Linear::new(group, &name("attention.to_out.0"), dim, dim),
@@ -95,8 +97,8 @@ impl Block<Described> {
             attention_norm2: norm("attention_norm2", dim),
             ffn_norm1: norm("ffn_norm1", dim),
             ffn_norm2: norm("ffn_norm2", dim),
-            w13: stacked(&["feed_forward.w1", "feed_forward.w3"], ffn_dim),
-            w2: Linear::new(group, &name("feed_forward.w2"), dim, ffn_dim),
+            w13,
+            w2,
             modulation: modulated.then(modulation),
             attention: Attention {
                 heads: config.heads,
