@@ -105,8 +105,10 @@ fn section(name: &str, gpus: &[Gpu], plots: &[(PathBuf, String)]) -> Option<Stri
         ),
         "eight-bit" => Some(
             gpus.iter()
-                .filter_map(|gpu| gpu.eight_bit.as_ref())
-                .map(target_table)
+                .flat_map(|gpu| {
+                    let table = gpu.eight_bit.as_ref().map(target_table);
+                    table.into_iter().chain(gpu.eight_bit_parity.as_ref().map(parity))
+                })
                 .collect(),
         ),
         "train" => Some(

@@ -70,6 +70,8 @@ pub struct Gpu {
     pub targets: Option<Targets>,
     /// The target table of weights in eight bits and in host memory.
     pub eight_bit: Option<Targets>,
+    /// The comparison with PyTorch with weights in eight bits.
+    pub eight_bit_parity: Option<Parity>,
     /// Training steps beside PyTorch's.
     pub training: Option<train::record::Record>,
     /// Records of single benchmarks, those of the target table's parts among them, the newest last.
@@ -83,12 +85,14 @@ impl Gpu {
     /// When a file cannot be read or is no record.
     fn read(path: &Path) -> anyhow::Result<Self> {
         let folder = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let (mut parity, mut table, mut eight_bit, mut training, mut records) = (None, None, None, None, Vec::new());
+        let (mut parity, mut table, mut training, mut records) = (None, None, None, Vec::new());
+        let (mut eight_bit, mut eight_bit_parity) = (None, None);
         for path in entries(path)? {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             match name.as_str() {
                 "parity.json" => parity = Some(read(&path)?),
                 targets::FILE => table = Some(Targets::read(&path)?),
+                "eight-bit-parity.json" => eight_bit_parity = Some(read(&path)?),
                 targets::EIGHT_BIT_FILE => eight_bit = Some(Targets::read(&path)?),
                 "train.json" => training = Some(train::record::Record::read(&path)?),
                 // Of every gradient: too long for the README.
@@ -109,6 +113,7 @@ impl Gpu {
             parity,
             targets: table,
             eight_bit,
+            eight_bit_parity,
             training,
             records,
         })

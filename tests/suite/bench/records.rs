@@ -162,7 +162,7 @@ fn refusals() -> Outcome {
         (
             "bench-targets",
             &["--only", "everything"],
-            "there is no part `everything`; there are sample, attention, elementwise, products, head, step-4k, step-1k, latent-4k",
+            "there is no part `everything`; there are sample, attention, elementwise, products, head, step-4k, eight-bit, streamed, sample-8gb, sample-4gb, sample-8k, step-1k, latent-4k",
         ),
     ];
     for (program, arguments, message) in cases {
