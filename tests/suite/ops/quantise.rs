@@ -54,7 +54,11 @@ fn weight(device: &Device, name: &str, [outputs, inputs]: [usize; 2]) -> Result<
 
 /// Element (i, j) of Sylvester's matrix of ±1.
 fn sylvester(i: usize, j: usize) -> f64 {
-    if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 }
+    if (i & j).count_ones().is_multiple_of(2) {
+        1.0
+    } else {
+        -1.0
+    }
 }
 
 /// By the definition, in f64: what is rounded, and the scale of each element.

@@ -183,3 +183,56 @@ fn what_was_not_measured_makes_no_row() {
     let rows = rows(&measured, &Sizes::published());
     assert!(rows.iter().all(|row| !row.name.contains("latent")), "{rows:#?}");
 }
+
+/// Against the same in bf16, against PyTorch's sequence, and against the longer of copying and computing.
+#[test]
+fn eight_bits_and_host_memory_are_judged() {
+    let nothing = Work::default();
+    let with = |mut row: Row, details: &[(&str, Value)]| {
+        let details = details.iter().cloned();
+        row.details
+            .extend(details.map(|(name, value)| (name.to_owned(), value)));
+        row
+    };
+    let driver = |bytes: u64| ("driver_bytes", Value::from(bytes));
+    let sequence = [("fp8 products and attention", 60.0, 0)];
+    let steps = vec![
+        with(row("pixel-4k", 90.0, nothing, &[]), &[driver(14_000_000_000)]),
+        with(row("pixel-4k-int8", 54.0, nothing, &sequence), &[driver(9_000_000_000)]),
+        with(row("pixel-4k-fp8", 60.0, nothing, &sequence), &[driver(7_000_000_000)]),
+    ];
+    let streamed = row("pixel-4k-int8-streamed", 103.0, nothing, &[]);
+    let streamed = with(streamed, &[driver(3_900_000_000), ("copy_ms", json!(95.0))]);
+    let picture = with(
+        row("sample-pixel-8k-int8", 1000.0, nothing, &[]),
+        &[driver(15_000_000_000)],
+    );
+    let measured: Measurements = [
+        ("eight-bit", steps),
+        ("streamed", vec![streamed]),
+        ("sample-8k", vec![picture]),
+    ]
+    .into_iter()
+    .map(|(name, rows)| (name.to_owned(), record(rows)))
+    .collect();
+    let rows = rows(&measured, &Sizes::published());
+    for (name, ratio, pass) in [
+        ("4K step, int8 trunk", Some(0.6), true),
+        ("4K step, int8 trunk, against fp8", Some(0.9), true),
+        ("4K step, int8 trunk, memory", Some(9.0 / 14.0), false),
+        ("4K step, fp8 trunk", Some(60.0 / 90.0), false),
+        ("4K step, fp8 trunk, against fp8", Some(1.0), false),
+        ("4K step, fp8 trunk, memory", Some(0.5), true),
+        ("4K step, int8 trunk in host memory", Some(103.0 / 95.0), true),
+        ("4K step, int8 trunk in host memory, memory", None, true),
+        ("8K sampling in int8", None, true),
+    ] {
+        let exact = rows.iter().find(|row| row.name == name);
+        let row = exact.unwrap_or_else(|| found(&rows, name));
+        match (row.ratio, ratio) {
+            (Some(a), Some(b)) => assert!((a - b).abs() < 1e-9, "{row:#?}"),
+            (a, b) => assert_eq!(a, b, "{row:#?}"),
+        }
+        assert_eq!(row.pass, pass, "{row:#?}");
+    }
+}
