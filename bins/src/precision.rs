@@ -25,6 +25,11 @@ pub struct PrecisionFlags {
     /// How the weights of the text encoder's blocks are kept: bf16, int8 or fp8
     #[arg(long, value_name = "TYPE", default_value_t = Precision::default())]
     pub text_weights: Precision,
+}
+
+/// Where weights are kept.
+#[derive(Args, Clone, Debug)]
+pub struct VramFlag {
     /// The most GPU memory to take, as the driver counts it: a size such as 4GB, or auto for what is free. Weights of blocks that do
     /// not fit stay in locked host memory, and every step copies them while it computes
     #[arg(long, value_name = "SIZE|auto")]
@@ -71,6 +76,19 @@ impl PrecisionFlags {
     ///
     /// # Errors
     /// When there are patterns of what to keep, but nothing is changed.
+    fn precisions(&self) -> Result<[Precision; 2]> {
+        if self.trunk.coding.is_none() && !self.trunk_keep.is_empty() {
+            return Err(Error::invalid(
+                "--trunk-keep names what stays in the compute type, but --trunk bf16 keeps all of it there: give --trunk int8 or fp8",
+            ));
+        }
+        let mut trunk = self.trunk.clone();
+        trunk.keep.clone_from(&self.trunk_keep);
+        Ok([trunk, self.text_weights.clone()])
+    }
+}
+
+impl VramFlag {
     /// Keeps what does not fit into --vram in host memory, for `batch` pictures of this size at once, and says so.
     ///
     /// # Errors
@@ -89,17 +107,6 @@ impl PrecisionFlags {
                 format_bytes(files.host_bytes())
             )
         }))
-    }
-
-    fn precisions(&self) -> Result<[Precision; 2]> {
-        if self.trunk.coding.is_none() && !self.trunk_keep.is_empty() {
-            return Err(Error::invalid(
-                "--trunk-keep names what stays in the compute type, but --trunk bf16 keeps all of it there: give --trunk int8 or fp8",
-            ));
-        }
-        let mut trunk = self.trunk.clone();
-        trunk.keep.clone_from(&self.trunk_keep);
-        Ok([trunk, self.text_weights.clone()])
     }
 }
 

@@ -9,7 +9,7 @@ use l2p_engine::flow::noise_source::NoiseSource;
 use l2p_engine::limits::{Batch, Pictures, Side, Steps};
 
 use crate::launch::{RANKS_HELP, RankFlags};
-use crate::precision::PrecisionFlags;
+use crate::precision::{PrecisionFlags, VramFlag};
 
 /// Makes data sets for training.
 #[derive(Parser, Clone, Debug)]
@@ -97,6 +97,9 @@ pub struct Synthesize {
     /// How weights are kept.
     #[command(flatten)]
     pub weights: PrecisionFlags,
+    /// Where they are kept.
+    #[command(flatten)]
+    pub memory: VramFlag,
     /// The text encoder, where the model names none: its folder, or its file with config.json beside it
     #[arg(long, value_name = "DIR|FILE")]
     pub text_encoder: Option<PathBuf>,

@@ -61,12 +61,12 @@ fn synthesize_set(arguments: &Synthesize, device: Device, world: &World) -> anyh
     }
     let batch = match arguments.batch {
         Some(batch) => batch.get().min(jobs.len()),
-        None if arguments.weights.vram.is_some() => 1,
+        None if arguments.memory.vram.is_some() => 1,
         None => files.batch_size(&settings, jobs.len(), Batching::BULK)?,
     };
     // All draw the same batches.
     let batch = world.decide("batch", || Ok(batch))?;
-    if let Some(note) = arguments.weights.fit(&mut files, &settings, batch)? {
+    if let Some(note) = arguments.memory.fit(&mut files, &settings, batch)? {
         say(format_args!("note: {note}"));
     }
     files.ensure_room(&settings, batch)?;

@@ -11,7 +11,7 @@ use l2p_engine::image_io::Settings as PictureSettings;
 use l2p_engine::limits::{Batch, Pictures, Quality, Side, Steps};
 
 use crate::launch::{RANKS_HELP, RankFlags};
-use crate::precision::PrecisionFlags;
+use crate::precision::{PrecisionFlags, VramFlag};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -108,6 +108,9 @@ pub struct Arguments {
     /// How weights are kept.
     #[command(flatten)]
     pub weights: PrecisionFlags,
+    /// Where they are kept.
+    #[command(flatten)]
+    pub memory: VramFlag,
     /// The text encoder, where the model names none: its folder, or its file with config.json beside it
     #[arg(long, value_name = "DIR|FILE")]
     pub text_encoder: Option<PathBuf>,

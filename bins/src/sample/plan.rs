@@ -55,12 +55,12 @@ impl Plan {
         let batch = match arguments.batch.map(Batch::get) {
             Some(batch) => batch.min(most),
             // So that every rank has something to draw, if there is enough.
-            None if arguments.weights.vram.is_some() => 1,
+            None if arguments.memory.vram.is_some() => 1,
             None => files.batch_size(&settings, most.div_ceil(world.size()), Batching::PROMPT)?,
         };
         let batch = world.decide("batch", || Ok(batch))?;
         if let Some(note) = arguments
-            .weights
+            .memory
             .fit(files, &settings, batch)?
             .filter(|_| world.is_first())
         {
