@@ -136,13 +136,9 @@ impl Arguments {
 /// Runs the benchmark as one rank, or alone.
 fn run(arguments: &Arguments, launch: Option<Launch>) -> anyhow::Result<()> {
     let (device, world) = arguments.ranks.join(launch, arguments.device)?;
-    match work(arguments, &device, &world) {
-        Ok(()) => Ok(world.leave()?),
-        Err(error) => {
-            world.give_up(&format!("{error:#}"));
-            Err(error)
-        }
-    }
+    let outcome = work(arguments, &device, &world);
+    // Ranks that were asked to stop agree on it, and leave together: the first to leave is not lost to the others.
+    l2p_bins::launch::part(&world, outcome)
 }
 
 fn work(arguments: &Arguments, device: &Device, world: &World) -> anyhow::Result<()> {
