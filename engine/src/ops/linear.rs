@@ -140,7 +140,8 @@ fn ensure_linear(
     Ok((x.shape().rows(), inputs, outputs))
 }
 
-fn with_last(shape: Shape, last: usize) -> Shape {
+/// The shape with another innermost extent.
+pub(super) fn with_last(shape: Shape, last: usize) -> Shape {
     let mut extents = shape.to_vec();
     if let Some(extent) = extents.last_mut() {
         *extent = last;

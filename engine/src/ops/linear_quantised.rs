@@ -9,13 +9,12 @@
 
 use std::sync::Arc;
 
-use super::linear::linear;
+use super::linear::{linear, with_last};
 use super::linear_hopper::{blocks, matrix_map};
 use super::quantise::{Activation, Coding, GROUP, Quantised, Scaling, dequantise};
 use super::swiglu::swiglu;
 use crate::device::{Args, CudaDevice, Kernel};
 use crate::error::{Error, Result};
-use crate::shape::Shape;
 use crate::tensor::Tensor;
 
 const IMAGE: &str = "linear_quantised_hopper";
@@ -141,12 +140,4 @@ fn choose(device: &CudaDevice, x: &Quantised, outputs: usize) -> Result<Arc<Kern
     } else {
         wide
     })
-}
-
-fn with_last(shape: Shape, last: usize) -> Shape {
-    let mut extents = shape.to_vec();
-    if let Some(extent) = extents.last_mut() {
-        *extent = last;
-    }
-    Shape::new(&extents)
 }

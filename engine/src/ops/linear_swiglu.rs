@@ -4,12 +4,11 @@
 //! [`super::linear`] and [`super::swiglu`] in one: on Hopper, where the sizes suit, gate and up projection meet in registers and
 //! are never stored, hence not rounded.
 
-use super::linear::linear;
+use super::linear::{linear, with_last};
 use super::linear_hopper::{self, blocks, matrix_map};
 use super::swiglu::swiglu;
 use crate::device::{Args, CudaDevice};
 use crate::error::{Error, Result};
-use crate::shape::Shape;
 use crate::tensor::Tensor;
 
 /// `silu(x · w1ᵀ) · (x · w3ᵀ)`; see the module's head comment.
@@ -44,9 +43,7 @@ pub fn linear_swiglu(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 
 fn launch(op: &'static str, device: &CudaDevice, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (rows, hidden, depth) = (x.shape().rows(), weight.dim(0) / 2, weight.dim(1));
-    let mut extents = x.shape().to_vec();
-    extents[x.shape().len() - 1] = hidden;
-    let mut output = Tensor::empty(&x.device(), Shape::new(&extents), x.dtype())?;
+    let mut output = Tensor::empty(&x.device(), with_last(x.shape(), hidden), x.dtype())?;
     let bytes = x.bytes() + weight.bytes() + output.bytes();
     let _op = crate::profile::op(op, x, 2 * rows * depth * 2 * hidden, bytes);
     let kernel = device.kernel(linear_hopper::IMAGE, op)?;
