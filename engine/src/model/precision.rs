@@ -11,7 +11,7 @@ use crate::device::{Device, PLACES, format_bytes};
 use crate::error::{Error, Result};
 use crate::layers::{NamedParameter, ParamSource, Streamed, Weight, block_of, room_for};
 use crate::ops::quantise::Coding;
-use crate::patterns::fits;
+use crate::patterns::{self, fits};
 use crate::tensor::Tensor;
 
 /// How the weights of a model's blocks are kept; see the module's head comment. The default is the compute type.
@@ -136,18 +136,15 @@ impl Precision {
     /// # Errors
     /// Naming the first such pattern.
     pub fn ensure_used(&self, metas: &[NamedParameter]) -> Result<()> {
-        let weights = || metas.iter().filter(|meta| is_weight_of_block(meta));
-        let parts = || weights().flat_map(|meta| &meta.parts);
-        match self
-            .keep
-            .iter()
-            .find(|pattern| !parts().any(|part| fits(pattern, &part.name)))
-        {
+        let weights = metas.iter().filter(|meta| is_weight_of_block(meta));
+        let parts = weights.flat_map(|meta| &meta.parts);
+        let names: Vec<&str> = parts.map(|part| part.name.as_str()).collect();
+        match patterns::unused(&self.keep, &names).first() {
             None => Ok(()),
             Some(pattern) => Err(Error::invalid(format!(
                 "no weight of a main block fits the pattern `{pattern}` of those to keep in the compute type; they have names such as \
                  `{}`",
-                parts().next().map_or("", |part| &part.name)
+                names.first().copied().unwrap_or_default()
             ))),
         }
     }
