@@ -44,7 +44,7 @@ class ZeroTrainer(Trainer):
 def measure(way: str, arguments: argparse.Namespace, device: torch.device) -> dict:
     cuda = device.type == "cuda"
     generator = torch.Generator(device).manual_seed(1)
-    config = pixel_config(arguments.tiny)
+    config = pixel_config(arguments.model, arguments.tiny)
     dtype = torch.bfloat16 if cuda else torch.float32
     model = build(config, device, dtype, generator)
     policy, _, ends = arguments.policy.partition(":")
@@ -82,6 +82,7 @@ def measure(way: str, arguments: argparse.Namespace, device: torch.device) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="pixel-1k")
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--caption", type=int, default=96)
     parser.add_argument("--policy", default="released")

@@ -38,7 +38,7 @@ from peer import Context, Way, serve, use_fixtures
 
 use_fixtures()
 
-from pixel_model import L2PPixelModel, PixelConfig, freeze  # noqa: E402
+from pixel_model import LAYOUTS, L2PPixelModel, PixelConfig, freeze  # noqa: E402
 
 #: The published recipe.
 OPTIMIZER = {"lr": 5e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -54,8 +54,11 @@ TINY_TRUNK = {"dim": 256, "n_heads": 2, "n_layers": 2, "n_refiner_layers": 1, "c
 LARGEST_RATIO = 1.25
 
 
-def pixel_config(tiny: bool) -> PixelConfig:
-    return PixelConfig("1k", (8, 8, 8, 8), 16, **TINY_TRUNK) if tiny else PixelConfig.published("1k")
+def pixel_config(model: str, tiny: bool) -> PixelConfig:
+    layout = model.removeprefix("pixel-")
+    if not tiny:
+        return PixelConfig.published(layout)
+    return PixelConfig(layout, (8,) * len(LAYOUTS[layout].stages), 16, **TINY_TRUNK)
 
 
 def distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
@@ -143,7 +146,7 @@ def make(case: dict, context: Context) -> dict[str, Way]:
     if case["recompute"] not in ("none", "all"):
         raise ValueError(f"diffusers recomputes no or all blocks, not {case['recompute']}")
     policy, _, ends = case["policy"].partition(":")
-    config = pixel_config(case["tiny"])
+    config = pixel_config(case["model"], case["tiny"])
     # The server forbids gradients.
     with torch.inference_mode(False):
         model = build(config, context.device, context.dtype, context.generator)
@@ -255,7 +258,7 @@ def torch_runs(arguments: argparse.Namespace, device: torch.device) -> dict:
         print(f"{what}: {now - clock:.1f} s", flush=True)
         clock = now
 
-    config = pixel_config(arguments.tiny)
+    config = pixel_config("pixel-1k", arguments.tiny)
     generator = torch.Generator(device).manual_seed(arguments.seed)
     model = build(config, device, torch.float32, generator)
     names = list(freeze(model, arguments.train, arguments.ends))

@@ -5,11 +5,13 @@ mod studio;
 
 use std::path::PathBuf;
 
+use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use l2p_engine::checkpoint::{ModelPaths, PathOverrides};
 use l2p_engine::device::{MemoryReport, MemoryTag, format_bytes};
 use l2p_engine::flow::sampler::sample;
 use l2p_engine::flow::schedule::Schedule;
+use l2p_engine::layers::Spread;
 use l2p_engine::model::Precision;
 use l2p_engine::model::config::{ModelKind, VaeConfig};
 use l2p_engine::{Device, Result};
@@ -107,9 +109,8 @@ impl Arguments {
     /// How weights are kept, and what a row's name says of it.
     fn weights(&self, source: &Source) -> anyhow::Result<(Weights, String)> {
         let streamed = |precision: &Precision, count: usize, of: usize, flag: &str| -> anyhow::Result<Precision> {
-            anyhow::ensure!(count <= of, "{flag} {count}: there are {of}");
             Ok(Precision {
-                stream_from: (count > 0).then_some(of - count),
+                stream: Spread::of(count, of).with_context(|| format!("{flag} {count}"))?,
                 ..precision.clone()
             })
         };

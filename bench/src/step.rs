@@ -10,7 +10,7 @@ use clap::Parser;
 use l2p_engine::device::{MemoryReport, MemoryTag, format_bytes};
 use l2p_engine::flow::sampler::{Conditioning, Walk};
 use l2p_engine::flow::schedule::Schedule;
-use l2p_engine::layers::{ParamSource, Streamed};
+use l2p_engine::layers::{ParamSource, Spread, Streamed};
 use l2p_engine::model::config::VaeConfig;
 use l2p_engine::model::vae::VaeDecoder;
 use l2p_engine::model::{Denoiser, Precision};
@@ -154,7 +154,7 @@ fn run_model(name: ModelName, trunk: &Precision, arguments: &Arguments) -> anyho
         if model.spec.streams() { "all" } else { "none" }
     );
     let trunk = &Precision {
-        stream_from: (arguments.stream > 0).then_some(blocks - arguments.stream),
+        stream: Spread::of(arguments.stream, blocks)?,
         ..trunk.clone()
     };
     let mut bench = Bench::start("step", &arguments.common, "step.py")?;
@@ -189,7 +189,6 @@ pub struct Setup {
     noise: Tensor,
     /// Main blocks in host memory.
     streamed: Option<Arc<Streamed>>,
-    blocks: usize,
 }
 
 impl Setup {
@@ -216,7 +215,6 @@ impl Setup {
             },
             noise: random_f32(device, [1, height, width, channels], seed, 2)?,
             streamed: params.streamed(),
-            blocks: model.spec.main_blocks(),
             dit,
         })
     }
@@ -232,7 +230,7 @@ impl Setup {
     fn copy_blocks(&self) -> Result<()> {
         let Some(streamed) = &self.streamed else { return Ok(()) };
         let mut pass = streamed.pass()?;
-        for block in streamed.first()..self.blocks {
+        for block in streamed.spread().chosen() {
             pass.before(block)?;
             pass.after(block)?;
         }
@@ -335,7 +333,7 @@ fn run_step(
         let called = called.to_vec::<f32>()?;
         // The small model has one block of each kind, which it holds.
         let resident = Precision {
-            stream_from: None,
+            stream: None,
             ..trunk.clone()
         };
         let twin = twin::step_error(&device, model, &resident, seed)?;

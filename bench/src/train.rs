@@ -11,6 +11,8 @@ use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use l2p_bins::launch::RankFlags;
 use l2p_engine::device::{MemoryTag, format_bytes};
+use l2p_engine::model::Precision;
+use l2p_engine::model::config::ModelKind;
 use l2p_engine::train::{
     AdamWOptions, Batch, PlanInput, Policy, Ranks, Recompute, TrainOptions, TrainableModel, TrainingPlan,
 };
@@ -69,7 +71,13 @@ pub struct Arguments {
     /// Tokens of the caption
     #[arg(long, value_name = "N", default_value_t = 96, value_parser = clap::value_parser!(u32).range(1..))]
     caption: u32,
-    /// Side of the picture, a multiple of 16 [default: 1024, --tiny 64]
+    /// How the weights of main blocks that are not trained are kept: bf16, int8 or fp8; what is not bf16 ends the row's name
+    #[arg(long, value_name = "TYPE", default_value_t = Precision::default())]
+    trunk: Precision,
+    /// The pixel model that is trained: pixel-1k or pixel-4k
+    #[arg(long, value_name = "MODEL", default_value_t = ModelName::new(ModelKind::Pixel, 1))]
+    model: ModelName,
+    /// Side of the picture, a multiple of the model's patch [default: the model's own, 1024 or 4096; --tiny four patches]
     #[arg(long, value_name = "PIXELS")]
     side: Option<usize>,
     /// A small model of the same structure
@@ -162,7 +170,12 @@ fn run_each(arguments: &Arguments) -> anyhow::Result<Option<Record>> {
 impl Arguments {
     /// The model that is trained, with the side of the picture.
     fn model(&self) -> anyhow::Result<Model> {
-        let mut model = ModelName::model("pixel-1k".parse()?, self.tiny)?;
+        anyhow::ensure!(
+            self.model.kind == ModelKind::Pixel,
+            "--model {}: only pixel models are trained here",
+            self.model
+        );
+        let mut model = self.model.model(self.tiny)?;
         model.side = self.side.unwrap_or(model.side);
         let patch = model.spec.geometry().patch;
         anyhow::ensure!(
@@ -184,6 +197,7 @@ impl Arguments {
                 adamw: AdamWOptions::default(),
                 clip_norm: None,
                 ema_decay: None,
+                trunk: self.trunk.clone(),
             },
         }
     }
@@ -198,11 +212,13 @@ fn passed_on(arguments: &Arguments) -> Vec<String> {
         format!("--seed={}", common.seed),
         format!("--caption={}", arguments.caption),
         format!("--policy={}", arguments.policy),
+        format!("--trunk={}", arguments.trunk),
     ];
     let how = common.peer_compile.to_possible_value();
     passed.extend(how.map(|how| format!("--peer-compile={}", how.get_name())));
     let folder = arguments.checkpoints.as_ref();
     passed.extend(folder.map(|folder| format!("--checkpoints={}", folder.display())));
+    passed.push(format!("--model={}", arguments.model));
     passed.extend(arguments.side.map(|side| format!("--side={side}")));
     passed.extend(common.once.as_ref().map(|name| format!("--once={name}")));
     let flags = [(common.peer, "--peer"), (arguments.tiny, "--tiny")];
@@ -212,13 +228,17 @@ fn passed_on(arguments: &Arguments) -> Vec<String> {
 
 fn run_one(recompute: Recompute, arguments: &Arguments) -> anyhow::Result<Option<Record>> {
     let model = arguments.model()?;
-    let name = format!("train-{recompute}");
+    let name = match arguments.trunk.coding {
+        None => format!("train-{recompute}"),
+        Some(coding) => format!("train-{recompute}-{coding}"),
+    };
     let mut bench = Bench::start("train", &arguments.common, "train.py")?;
     let case = arguments.case(&model, recompute);
     let plan = case.plan(&bench.device, &Ranks::solo())?;
     bench.ensure_feasible(&name, plan.operations(), "give --tiny, or a GPU")?;
     let sizes = json!({
-        "model": "pixel-1k", "side": model.side, "caption": arguments.caption, "policy": arguments.policy.to_string(),
+        "model": arguments.model.to_string(), "side": model.side, "caption": arguments.caption, "policy": arguments.policy.to_string(),
+        "trunk": arguments.trunk.to_string(),
         "recompute": recompute.to_string(), "tiny": arguments.tiny, "learning_rate": LEARNING_RATE,
     });
     let repeats = arguments.common.repeats as usize;

@@ -87,10 +87,10 @@ __device__ __forceinline__ void update(float& weight, float& first, float& secon
 // sums are made anew for every step. `average` may be null.
 template <typename G>
 __device__ __forceinline__ void step_chunk(
-    const Segment<G>& segment, const float* control, float* master, float* first_moment, float* second_moment, float* average,
-    const Step& step) {
+    const Segment<G>& segment, unsigned chunk, const float* control, float* master, float* first_moment, float* second_moment,
+    float* average, const Step& step) {
     constexpr bool IN_PLACE = sizeof(G) == sizeof(bf16);
-    const unsigned long long chunk_start = (blockIdx.x - segment.first_chunk) * CHUNK;
+    const unsigned long long chunk_start = (chunk - segment.first_chunk) * CHUNK;
     const bool skip = control[1] != 0.0f;
     const float factor = control[2];
 #pragma unroll 1
@@ -135,15 +135,17 @@ __device__ __forceinline__ void step_chunk(
     }
 }
 
-// Both kinds of gradients take the same arguments.
+// Both kinds of gradients take the same arguments; blocks handle the chunks from `first_chunk` on.
 #define ADAMW_STEP(NAME, G)                                                                                                        \
     extern "C" __global__ __launch_bounds__(THREADS) void NAME(                                                                    \
-        const Segment<G>* segments, const int* segment_of_chunk, const float* control, float* master, float* first_moment,         \
-        float* second_moment, float* average, float keep, float first_keep, float first_take, float second_keep,                   \
-        float second_take, float rate, float second_scale, float epsilon, float average_keep, float average_take) {                \
+        const Segment<G>* segments, const int* segment_of_chunk, int first_chunk, const float* control, float* master,             \
+        float* first_moment, float* second_moment, float* average, float keep, float first_keep, float first_take,                 \
+        float second_keep, float second_take, float rate, float second_scale, float epsilon, float average_keep,                   \
+        float average_take) {                                                                                                      \
         const Step step{keep,         {first_keep, first_take}, {second_keep, second_take}, rate, second_scale, epsilon,           \
                         {average_keep, average_take}};                                                                             \
-        step_chunk(segments[segment_of_chunk[blockIdx.x]], control, master, first_moment, second_moment, average, step);           \
+        const unsigned chunk = first_chunk + blockIdx.x;                                                                           \
+        step_chunk(segments[segment_of_chunk[chunk]], chunk, control, master, first_moment, second_moment, average, step);         \
     }                                                                                                                              \
     L2P_LAUNCH(NAME, THREADS, 0, CHUNK)
 

@@ -153,6 +153,7 @@ fn measured(arguments: &Arguments, device: &Device) -> anyhow::Result<(Outcome, 
             let training = Training {
                 policy: arguments.train.clone().context("--train is missing")?,
                 recompute: arguments.recompute,
+                trunk: weights.clone(),
                 steps: arguments.steps,
                 learning_rate: arguments.learning_rate,
                 write: arguments.write.clone(),

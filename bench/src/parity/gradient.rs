@@ -7,6 +7,7 @@ use half::bf16;
 use l2p_engine::checkpoint::{
     Content, Fetch, Float, ModelPaths, OutputFile, OutputTensor, PathOverrides, read_values, write_file,
 };
+use l2p_engine::model::Precision;
 use l2p_engine::train::{AdamWOptions, Batch, Policy, Recompute, StatePart, TrainOptions, TrainableModel};
 use l2p_engine::{DType, Device, Error, Result, Tensor};
 use rayon::prelude::*;
@@ -21,6 +22,8 @@ pub struct Training {
     pub policy: Policy,
     /// Which blocks are computed twice.
     pub recompute: Recompute,
+    /// How the weights of main blocks that are not trained are kept.
+    pub trunk: Precision,
     /// Optimizer steps on the same batch after the comparison.
     pub steps: usize,
     /// Their learning rate; the optimizer's other settings are the published ones.
@@ -72,6 +75,7 @@ pub fn check_gradients(
         adamw: AdamWOptions::default(),
         clip_norm: None,
         ema_decay: None,
+        trunk: training.trunk.clone(),
     };
     let mut model = TrainableModel::load(
         &*transformer.spec,
@@ -231,6 +235,8 @@ fn digests(model: &TrainableModel) -> Result<Vec<(String, u64)>> {
         .map(|(name, tensor)| {
             let digest = match tensor.dtype() {
                 DType::Bf16 => digest(&tensor.to_vec::<bf16>()?, |value| value.to_bits().into()),
+                // Codes of eight bits.
+                DType::U8 => digest(&tensor.to_vec::<u8>()?, |value| u64::from(*value)),
                 _ => digest(&tensor.to_vec::<f32>()?, |value| value.to_bits().into()),
             };
             Ok((name, digest))

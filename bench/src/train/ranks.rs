@@ -6,10 +6,10 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use l2p_engine::Device;
 use l2p_engine::device::format_bytes;
 use l2p_engine::dist::{Launch, Peer, World};
 use l2p_engine::train::{BUCKET_BYTES, Ranks, Sharding};
+use l2p_engine::{DType, Device, Shape};
 use serde::{Deserialize, Serialize};
 
 use super::{Arguments, Case, LEARNING_RATE, Trained, WARM_STEPS};
@@ -29,6 +29,9 @@ struct Way {
     step: Timing,
     /// Of the exchange of gradients, AdamW and the exchange of weights by themselves, with nothing to hide behind.
     update: Timing,
+    /// Gradients, and weights or sums, with nothing beside them; where ranks divide something.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    exchange: Option<Timing>,
     /// The largest of a rank's ledger.
     peak_bytes: u64,
     /// What the plan says of it.
@@ -62,6 +65,7 @@ struct Record {
     ranks: Vec<Peer>,
     policy: String,
     recompute: String,
+    model: String,
     side: usize,
     tiny: bool,
     trained_parameters: u64,
@@ -112,7 +116,7 @@ fn work(arguments: &Arguments, device: &Device, world: &Rc<World>) -> anyhow::Re
     let model = arguments.model()?;
     world.agree(
         "arguments",
-        format!("{} {} {recompute}", model.side, arguments.policy).as_bytes(),
+        format!("{} {} {} {recompute}", arguments.model, model.side, arguments.policy).as_bytes(),
     )?;
     let peers = match arguments.common.peer {
         true => peers(arguments, model.side, world)?,
@@ -125,9 +129,10 @@ fn work(arguments: &Arguments, device: &Device, world: &Rc<World>) -> anyhow::Re
         false => Ok(()),
     };
     show(&format!(
-        "{} ranks on {}, side {}, policy {}, recompute {recompute}: {:.2} G parameters trained",
+        "{} ranks on {}, {}, side {}, policy {}, recompute {recompute}: {:.2} G parameters trained",
         world.size(),
         Environment::of(device).gpu,
+        arguments.model,
         model.side,
         arguments.policy,
         plan.trained_parameters as f64 / 1e9
@@ -152,6 +157,7 @@ fn work(arguments: &Arguments, device: &Device, world: &Rc<World>) -> anyhow::Re
         ranks: world.peers().to_vec(),
         policy: arguments.policy.to_string(),
         recompute: recompute.to_string(),
+        model: arguments.model.to_string(),
         side: model.side,
         tiny: arguments.tiny,
         trained_parameters: plan.trained_parameters,
@@ -179,8 +185,8 @@ fn work(arguments: &Arguments, device: &Device, world: &Rc<World>) -> anyhow::Re
     Ok(())
 }
 
-/// What a rank has measured: milliseconds of steps and of updates, the largest memory by ledger and by driver.
-type Times = (Vec<f64>, Vec<f64>, u64, Option<u64>);
+/// What a rank has measured: milliseconds of steps, of updates and of exchanges, the largest memory by ledger and by driver.
+type Times = (Vec<f64>, Vec<f64>, Vec<f64>, u64, Option<u64>);
 
 /// Times steps of one way on all ranks.
 fn measure(
@@ -211,13 +217,19 @@ fn measure(
         update.push(timed(device, world, &mut || trained.update())?);
     }
     let peak = device.memory_report().total.peak;
+    let plan = case.plan(device, ranks)?;
+    let exchange = match ranks.world.size() {
+        1 => Vec::new(),
+        _ => exchanges(device, world, ranks, plan.trained_parameters as usize, repeats)?,
+    };
     let driver = match device {
         Device::Cpu => None,
         Device::Cuda(device) => Some(device.driver_memory_in_use()?),
     };
-    let all: Vec<Times> = world.share("times", (step, update, peak, driver))?;
+    let all: Vec<Times> = world.share("times", (step, update, exchange, peak, driver))?;
     let slowest = |times: fn(&Times) -> &Vec<f64>| {
-        let samples = (0..repeats).map(|index| all.iter().map(|rank| times(rank)[index]).fold(0.0, f64::max));
+        let samples = all.iter().map(|rank| times(rank).len()).max().unwrap_or(0);
+        let samples = (0..samples).map(|index| all.iter().map(|rank| times(rank)[index]).fold(0.0, f64::max));
         Timing::of(samples.collect())
     };
     let losses = losses.iter().map(|loss| Ok(loss.to_vec::<f32>()?[0]));
@@ -231,11 +243,48 @@ fn measure(
         name: name.into(),
         step: slowest(|rank| &rank.0),
         update: slowest(|rank| &rank.1),
-        peak_bytes: all.iter().map(|rank| rank.2).max().unwrap_or(0),
-        planned_peak_bytes: case.plan(device, ranks)?.memory.peak,
-        driver_bytes: all.iter().filter_map(|rank| rank.3).max(),
+        exchange: (ranks.world.size() > 1).then(|| slowest(|rank| &rank.2)),
+        peak_bytes: all.iter().map(|rank| rank.3).max().unwrap_or(0),
+        planned_peak_bytes: plan.memory.peak,
+        driver_bytes: all.iter().filter_map(|rank| rank.4).max(),
         losses,
     })
+}
+
+/// Milliseconds of what travels in a step, bucket after bucket and with nothing beside it: gradients, and what is gathered after them.
+fn exchanges(
+    device: &Device,
+    world: &World,
+    ranks: &Ranks,
+    trained: usize,
+    repeats: usize,
+) -> anyhow::Result<Vec<f64>> {
+    let communicator = world.communicator();
+    let compute = device.compute_dtype();
+    let gathered = match ranks.sharding {
+        Sharding::Optimizer => compute,
+        Sharding::None => DType::F32,
+    };
+    let elements = ranks.bucket_bytes / compute.size();
+    let shape = Shape::new(&[world.size(), elements.div_ceil(world.size())]);
+    let buckets = trained.div_ceil(elements);
+    let lost = || l2p_engine::Error::invalid("the exchange before failed");
+    let [parts, part] = [compute, gathered].map(|dtype| communicator.buffer(device, shape, dtype));
+    let (parts, part) = (parts?, part?.narrow(0, 1)?.into_shape([shape[1]])?);
+    let [mut received, mut whole] = [compute, gathered].map(|dtype| communicator.buffer(device, shape, dtype).ok());
+    let mut once = || -> l2p_engine::Result<()> {
+        for _ in 0..buckets {
+            let target = received.take().ok_or_else(lost)?;
+            received = Some(communicator.all_to_all(&parts, target)?.wait()?);
+        }
+        for _ in 0..buckets {
+            let target = whole.take().ok_or_else(lost)?;
+            whole = Some(communicator.all_gather(&part, target)?.wait()?);
+        }
+        Ok(())
+    };
+    once()?;
+    (0..repeats).map(|_| timed(device, world, &mut once)).collect()
 }
 
 /// Milliseconds of some work, which all ranks begin together, to the end of this one's part.
@@ -264,7 +313,7 @@ fn scaling(alone: &Way, way: &Way, ranks: usize) -> Scaling {
     };
     let passes = alone.step.milliseconds - alone.update.milliseconds;
     let own = alone.update.milliseconds * share;
-    let exchange = way.update.milliseconds - own;
+    let exchange = way.exchange.as_ref().map_or(0.0, |exchange| exchange.milliseconds);
     let exposed = way.step.milliseconds - passes - own;
     Scaling {
         name: way.name.clone(),
@@ -364,6 +413,7 @@ fn run_peers(arguments: &Arguments, side: usize, world: &World) -> anyhow::Resul
 fn peer_arguments(arguments: &Arguments, side: usize, out: &Path) -> Vec<PathBuf> {
     let device = if arguments.tiny { "cpu" } else { "cuda" };
     let mut all = vec![
+        format!("--model={}", arguments.model),
         format!("--side={side}"),
         format!("--caption={}", arguments.caption),
         format!("--policy={}", arguments.policy),

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use cudarc::driver::{CudaContext, CudaStream, sys};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, sys};
 
 use super::driver::{Event, OLDEST_CAPABILITY, check, describe, memory_in_use, too_old};
 use super::memory::{BesidePool, Ledger, MemoryReport, format_bytes};
@@ -227,14 +227,25 @@ impl Gpu {
     /// thread can submit work, which would be recorded too.
     pub(super) fn begin_recording(&self) -> Result<()> {
         let _alone = self.turn.write().unwrap_or_else(PoisonError::into_inner);
+        let mut pool = lock(&self.pool);
         let mut recording = self.recording();
         if recording.is_some() {
             return Err(Error::invalid("work is being recorded on this device already"));
         }
+        // What was done before has left holes, and what is recorded now keeps its memory: it is to find one block.
+        self.compact(&mut pool)?;
         *recording = Some(Recorded::new());
         self.recordings.fetch_add(1, Ordering::Relaxed);
         self.is_recording.store(true, Ordering::SeqCst);
         Ok(())
+    }
+
+    /// Takes physical memory from under what is free, for other addresses; says whether there was any. What uses free memory has ended by
+    /// then, and nothing becomes free meanwhile, since the pool is held.
+    fn compact(&self, pool: &mut Pool) -> Result<bool> {
+        self.bind()?;
+        self.synchronize()?;
+        Ok(pool.compact())
     }
 
     /// Ends what [`Gpu::begin_recording`] began.
@@ -311,12 +322,17 @@ impl Gpu {
         let outcome = {
             let mut pool = lock(&self.pool);
             match &mut *self.recording() {
-                Some(recorded) if recorded.is_mine() => recorded.blocks.allocate(&mut pool, bytes as u64),
-                _ => pool.allocate(bytes as u64),
+                Some(recorded) if recorded.is_mine() => pool.allocate_recorded(&mut recorded.blocks, bytes as u64),
+                // While another thread records, nothing can be waited for.
+                Some(_) => pool.allocate(bytes as u64),
+                None => match pool.allocate(bytes as u64) {
+                    Err(error) if is_out_of_memory(error) && self.compact(&mut pool)? => pool.allocate(bytes as u64),
+                    outcome => outcome,
+                },
             }
         };
         outcome.map_err(|error| {
-            if error.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            if !is_out_of_memory(error) {
                 return Error::Cuda {
                     call: "allocating device memory".into(),
                     reason: describe(error),
@@ -331,4 +347,8 @@ impl Gpu {
             }
         })
     }
+}
+
+fn is_out_of_memory(error: DriverError) -> bool {
+    error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY
 }

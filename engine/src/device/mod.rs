@@ -5,7 +5,7 @@
 //! * `engine/src/device/`: calls of the driver and of CUDA's libraries, and the memory of both kinds of device
 //! * `engine/src/dist/nccl/`: NCCL's functions, and calls of them
 //! * `engine/src/ops/`: launches of kernels and products
-//! * `engine/src/train/adamw.rs`: launches of its kernels
+//! * `engine/src/train/adamw/`: launches of its kernels
 //! * `engine/src/nvtx.rs`: the profiler's table of functions
 //! * `tests/fuzz/memory.rs`: an allocator that counts
 

@@ -21,7 +21,7 @@ pub use load::Loader;
 pub use meta::{Balance, Group, NamedParameter, Published};
 pub use norm::{Bare, GroupNorm, Norm};
 pub use source::{MemoryParams, ParamSource};
-pub use streamed::{Pass, Streamed, block_of, room_for};
+pub use streamed::{Pass, Spread, Streamed, block_of, room_for};
 
 use crate::error::{Error, Result};
 use crate::ops::conv::Conv;

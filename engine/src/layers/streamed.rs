@@ -1,4 +1,4 @@
-//! Weights that stay in host memory: the last blocks of a model, whose linear layers find them on the GPU when it is their turn.
+//! Weights that stay in host memory: those of some of a model's blocks, whose linear layers find them on the GPU when it is their turn.
 //!
 //! A block's weights lie one after the other in the host's memory and, while it runs, in one of the places on the GPU
 //! ([`HostBlocks`]). A weight's tensor is a view of its block's place; layers know nothing of this. Whoever runs the blocks takes a
@@ -15,10 +15,44 @@ use crate::tensor::Tensor;
 /// Bytes to whose multiples weights are aligned.
 const ALIGNMENT: usize = 256;
 
+/// Which blocks of a model have their weights in host memory: so many of all, as far from each other as that allows, so that each copy
+/// has the time of the blocks between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spread {
+    streamed: usize,
+    blocks: usize,
+}
+
+impl Spread {
+    /// `streamed` of `blocks`; `None` for none.
+    ///
+    /// # Errors
+    /// When there are not as many.
+    pub fn of(streamed: usize, blocks: usize) -> Result<Option<Self>> {
+        match streamed <= blocks {
+            true => Ok((streamed > 0).then_some(Spread { streamed, blocks })),
+            false => Err(Error::invalid(format!(
+                "{streamed} blocks are to stay in host memory, but there are {blocks}"
+            ))),
+        }
+    }
+
+    /// The block's number among those in host memory, if it is one of them.
+    pub fn place(&self, block: usize) -> Option<usize> {
+        let before = |block: usize| block * self.streamed / self.blocks;
+        (block < self.blocks && before(block + 1) > before(block)).then(|| before(block))
+    }
+
+    /// The blocks in host memory, in their order.
+    pub fn chosen(&self) -> impl Iterator<Item = usize> + use<> {
+        let spread = *self;
+        (0..self.blocks).filter(move |&block| spread.place(block).is_some())
+    }
+}
+
 /// Weights in host memory; see the module's head comment.
 pub struct Streamed {
-    /// The first block whose weights are here; so are those of all that follow.
-    first: usize,
+    spread: Spread,
     /// Bytes.
     places: Tensor,
     stride: usize,
@@ -45,17 +79,16 @@ pub fn block_of(meta: &NamedParameter) -> Option<usize> {
 }
 
 impl Streamed {
-    /// Takes memory on the host for the blocks from `first` on, of which these are the sizes in bytes, and places for some of them on the
-    /// device.
+    /// Takes memory on the host for these blocks, of which `sizes` are the bytes, and places for some of them on the device.
     ///
     /// # Errors
     /// When the host or the device has too little memory.
-    pub fn new(device: &Arc<CudaDevice>, first: usize, sizes: &[usize]) -> Result<Self> {
+    pub fn new(device: &Arc<CudaDevice>, spread: Spread, sizes: &[usize]) -> Result<Self> {
         let stride = sizes.iter().copied().max().unwrap_or(0);
         let _tag = MemoryTag::Weights.scope();
         let places = stride * PLACES.min(sizes.len());
         Ok(Streamed {
-            first,
+            spread,
             places: Tensor::empty(&Device::Cuda(device.clone()), [places], DType::U8)?,
             stride,
             state: Mutex::new(State {
@@ -70,7 +103,7 @@ impl Streamed {
     /// # Errors
     /// When a copy fails, or the block holds more than was said.
     pub fn keep(&self, meta: &NamedParameter, weight: Weight) -> Result<Weight> {
-        let Some(block) = block_of(meta).and_then(|block| block.checked_sub(self.first)) else {
+        let Some(block) = block_of(meta).and_then(|block| self.spread.place(block)) else {
             return Ok(weight);
         };
         weight.map(|tensor| self.keep_tensor(block, tensor))
@@ -101,7 +134,7 @@ impl Streamed {
         state.blocks.begin(places)?;
         Ok(Pass {
             state,
-            first: self.first,
+            spread: self.spread,
             places,
         })
     }
@@ -111,9 +144,9 @@ impl Streamed {
         self.lock().blocks.host_bytes()
     }
 
-    /// The first block whose weights are in host memory.
-    pub fn first(&self) -> usize {
-        self.first
+    /// The blocks whose weights are in host memory.
+    pub fn spread(&self) -> Spread {
+        self.spread
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -124,7 +157,7 @@ impl Streamed {
 /// One run through a model's blocks. If it is not ended, because of an error, the next one begins anew.
 pub struct Pass<'a> {
     state: MutexGuard<'a, State>,
-    first: usize,
+    spread: Spread,
     places: u64,
 }
 
@@ -134,7 +167,7 @@ impl Pass<'_> {
     /// # Errors
     /// When the driver refuses.
     pub fn before(&mut self, block: usize) -> Result<()> {
-        match block.checked_sub(self.first) {
+        match self.spread.place(block) {
             Some(block) => self.state.blocks.before(block),
             None => Ok(()),
         }
@@ -145,7 +178,7 @@ impl Pass<'_> {
     /// # Errors
     /// When a copy cannot be submitted.
     pub fn after(&mut self, block: usize) -> Result<()> {
-        match block.checked_sub(self.first) {
+        match self.spread.place(block) {
             Some(block) => self.state.blocks.after(block, self.places),
             None => Ok(()),
         }
@@ -157,5 +190,31 @@ impl Pass<'_> {
     /// When the driver refuses.
     pub fn end(mut self) -> Result<()> {
         self.state.blocks.end()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As many as asked for, numbered in their order, and no two gaps that differ by more than one.
+    #[test]
+    fn blocks_in_host_memory_are_spread_over_the_model() {
+        for blocks in 1..=36 {
+            assert_eq!(Spread::of(0, blocks).unwrap(), None);
+            for streamed in 1..=blocks {
+                let spread = Spread::of(streamed, blocks).unwrap().unwrap();
+                let chosen: Vec<usize> = spread.chosen().collect();
+                let places: Vec<usize> = chosen.iter().filter_map(|&block| spread.place(block)).collect();
+                assert_eq!(places, (0..streamed).collect::<Vec<_>>());
+                // The next pass begins where this one ends.
+                let next = chosen.iter().skip(1).copied().chain([chosen[0] + blocks]);
+                let gaps: Vec<usize> = chosen.iter().zip(next).map(|(block, next)| next - block).collect();
+                let [least, most] = [gaps.iter().min(), gaps.iter().max()].map(|gap| *gap.unwrap());
+                assert!(most - least <= 1, "{streamed} of {blocks}: {chosen:?}");
+            }
+            assert_eq!(Spread::of(1, blocks).unwrap().unwrap().place(blocks), None);
+            assert!(Spread::of(blocks + 1, blocks).is_err());
+        }
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::device::{Device, PLACES, format_bytes};
 use crate::error::{Error, Result};
-use crate::layers::{NamedParameter, ParamSource, Streamed, Weight, block_of, room_for};
+use crate::layers::{NamedParameter, ParamSource, Spread, Streamed, Weight, block_of, room_for};
 use crate::ops::quantise::Coding;
 use crate::patterns::{self, fits};
 use crate::tensor::Tensor;
@@ -21,8 +21,8 @@ pub struct Precision {
     pub coding: Option<Coding>,
     /// Patterns of names (`*` stands for any characters, `?` for any one) of weights that stay in the compute type.
     pub keep: Vec<String>,
-    /// Blocks from this one on whose weights stay in host memory and are brought to the GPU when they run; `None` for none.
-    pub stream_from: Option<usize>,
+    /// Blocks whose weights stay in host memory and are brought to the GPU when they run; `None` for none.
+    pub stream: Option<Spread>,
 }
 
 impl fmt::Display for Precision {
@@ -71,10 +71,10 @@ impl Precision {
         }
     }
 
-    /// The block in host memory, counted from the first such one, that a parameter is part of.
+    /// The block in host memory that a parameter is part of, counted among those there.
     fn streamed_block(&self, meta: &NamedParameter) -> Option<usize> {
-        let first = self.stream_from.filter(|_| is_weight_of_block(meta))?;
-        block_of(meta)?.checked_sub(first)
+        let spread = self.stream.filter(|_| is_weight_of_block(meta))?;
+        spread.place(block_of(meta)?)
     }
 
     /// Bytes of each block in host memory.
@@ -100,8 +100,8 @@ impl Precision {
         here + (place * PLACES.min(streamed.len())) as f64
     }
 
-    /// Keeps as few blocks in host memory as let the rest and `beside` bytes of activations fit into `limit` bytes of the device; how many.
-    /// The last ones stay there, of `count` in all.
+    /// Keeps as few of `count` blocks in host memory as let the rest and `beside` bytes of activations fit into `limit` bytes of the device;
+    /// how many.
     ///
     /// # Errors
     /// When it does not fit however many stay there.
@@ -116,13 +116,13 @@ impl Precision {
     ) -> Result<usize> {
         let element = device.compute_dtype().size();
         for kept in 0..=count {
-            self.stream_from = (kept > 0).then_some(count - kept);
+            self.stream = Spread::of(kept, count)?;
             if self.bytes(metas, element) + beside <= limit as f64 {
                 return Ok(kept);
             }
         }
         let least = self.bytes(metas, element) + beside;
-        self.stream_from = None;
+        self.stream = None;
         Err(Error::invalid(format!(
             "{what} takes at least {} of GPU memory even with all of its blocks in host memory, but there are only {}: allow more \
              (--vram), draw smaller or fewer pictures at once, or keep weights in eight bits",
@@ -168,7 +168,7 @@ impl Precision {
         metas: &[NamedParameter],
         device: &Device,
     ) -> Result<Over<'a>> {
-        let Some(first) = self.stream_from else {
+        let Some(spread) = self.stream else {
             return Ok(self.over(params));
         };
         let Device::Cuda(cuda) = device else {
@@ -180,7 +180,7 @@ impl Precision {
         Ok(Over {
             precision: self,
             params,
-            streamed: Some(Arc::new(Streamed::new(cuda, first, &sizes)?)),
+            streamed: Some(Arc::new(Streamed::new(cuda, spread, &sizes)?)),
         })
     }
 }
@@ -263,10 +263,11 @@ mod tests {
         ZImage { config, head }.metas()
     }
 
-    fn of(coding: Option<Coding>, stream_from: Option<usize>) -> Precision {
+    /// With so many of the four blocks in host memory.
+    fn of(coding: Option<Coding>, streamed: usize) -> Precision {
         Precision {
             coding,
-            stream_from,
+            stream: Spread::of(streamed, 4).unwrap(),
             ..Precision::default()
         }
     }
@@ -275,7 +276,7 @@ mod tests {
     #[test]
     fn weights_of_main_blocks_are_kept_in_eight_bits() {
         let metas = metas();
-        let int8 = of(Some(Coding::Int8), None);
+        let int8 = of(Some(Coding::Int8), 0);
         let kept: Vec<&str> = metas
             .iter()
             .filter(|meta| int8.of(meta).is_some())
@@ -313,16 +314,12 @@ mod tests {
     #[test]
     fn blocks_in_host_memory_leave_their_places() {
         let metas = metas();
-        let all = of(None, Some(0)).streamed_blocks(&metas, 2);
+        let all = of(None, 4).streamed_blocks(&metas, 2);
         assert_eq!(all, vec![2 * (256 * 256 * 4 + 256 * 512 * 3); 4]);
-        assert_eq!(of(None, Some(3)).streamed_blocks(&metas, 2), all[3..]);
-        let here = |stream_from| of(None, stream_from).bytes(&metas, 2);
-        assert_eq!(
-            here(None) - here(Some(0)),
-            all[0] as f64,
-            "three places stand for four blocks"
-        );
-        assert_eq!(here(None), here(Some(2)), "places for both");
+        assert_eq!(of(None, 1).streamed_blocks(&metas, 2), all[3..]);
+        let here = |streamed| of(None, streamed).bytes(&metas, 2);
+        assert_eq!(here(0) - here(4), all[0] as f64, "three places stand for four blocks");
+        assert_eq!(here(0), here(2), "places for both");
     }
 
     /// As few as it takes, and a limit that nothing helps to reach is an error.

@@ -74,6 +74,11 @@ impl<'a> PromptFiles<'a> {
         self
     }
 
+    /// The encoder's layers that features come out of.
+    pub fn layers(&self) -> usize {
+        self.config.layers.saturating_sub(1)
+    }
+
     /// Keeps as many of the encoder's layers in host memory as lets the rest, and what encoding takes, fit into `limit` bytes of the
     /// device; how many.
     ///
@@ -82,14 +87,8 @@ impl<'a> PromptFiles<'a> {
     pub(super) fn fit(&mut self, limit: u64, device: &Device) -> Result<usize> {
         let metas = text_metas(&self.config)?;
         let what = "the text encoder";
-        self.weights.fit(
-            what,
-            &metas,
-            self.config.layers.saturating_sub(1),
-            device,
-            ENCODING_BYTES,
-            limit,
-        )
+        let layers = self.layers();
+        self.weights.fit(what, &metas, layers, device, ENCODING_BYTES, limit)
     }
 
     /// Brings the encoder onto the device.

@@ -11,27 +11,27 @@
 //! ```
 //!
 //! t counts steps from 1, skipped ones included. A step whose N is not finite is skipped: nothing changes but that the
-//! gradients are zero afterwards, as after every step. Where gradients are sums over ranks ([`AdamW::step_sums`]), a state may be kept of
-//! some elements of the tensors alone ([`Place`]), and N comes of the squares that all ranks bring. On CUDA w is a master copy in f32, which the bf16 weight follows, and all
-//! decisions are taken on the device; on the CPU w is the weight itself. Sums have a fixed order. A decay stands for the decimal
+//! gradients are zero afterwards, as after every step. Where gradients are sums over ranks ([`AdamW::begin_sums`]), a state may be kept of
+//! some elements of the tensors alone ([`Place`]), N comes of the squares that all ranks bring, and weights may be changed part by part. On
+//! CUDA w is a master copy in f32, which the bf16 weight follows, and all decisions are taken on the device; on the CPU w is the weight
+//! itself. Sums have a fixed order. A decay stands for the decimal
 //! that it was written as: 1 − 0.999 is 0.001, where the f32 nearest to 0.999 would leave 1.3e-5 less of it. Sources: Loshchilov and
 //! Hutter, "Decoupled Weight Decay Regularization" (2019); formulas as in PyTorch's `AdamW` and `clip_grad_norm_`.
 
-use std::ops::Range;
-use std::sync::Arc;
+mod table;
+mod update;
 
-use rayon::prelude::*;
+use std::ops::Range;
 
 use super::AdamWOptions;
-use crate::device::{Args, CudaDevice, Device, MemoryTag};
+use crate::device::{Device, MemoryTag};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::cast::cast;
-use crate::ops::sum_rows::cpu_row_sums;
 use crate::tensor::Tensor;
-
-/// Added to a norm before it is divided by, when gradients are clipped.
-const CLIP_EPSILON: f32 = 1e-6;
+use table::Table;
+use update::Source;
+pub use update::Update;
 
 /// Elements to whose multiples a tensor's place in the state is aligned; kernels move eight at a time.
 const ALIGNMENT: usize = 8;
@@ -79,36 +79,6 @@ pub struct AdamW {
     /// The kernels' tables; `None` on the CPU.
     table: Option<Table>,
     steps: u64,
-}
-
-/// What the kernels know of the tensors.
-struct Table {
-    /// One [`Segment`] per place: where it was when it was stepped last.
-    known: Vec<Segment>,
-    /// The same on the device.
-    segments: Tensor,
-    /// i32, the segment of each chunk.
-    segment_of_chunk: Tensor,
-    chunks: usize,
-}
-
-/// Where the gradients of a step are.
-enum Source<'a, 'b> {
-    /// A tensor of the compute type for each weight; set to zero.
-    Slots(&'a mut [&'b mut Tensor]),
-    /// f32, the gradient of every element of the state at its place.
-    Sums(&'a Tensor),
-}
-
-/// As in `adamw.cu`.
-#[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
-struct Segment {
-    weight: u64,
-    gradient: u64,
-    offset: u64,
-    elements: u64,
-    first_chunk: u64,
 }
 
 /// The arrays of the state.
@@ -175,6 +145,9 @@ impl AdamW {
         options: &super::TrainOptions,
     ) -> Result<Self> {
         check(options)?;
+        if !places.is_sorted_by_key(|place| place.offset) {
+            return Err(Error::invalid("adamw: places must be in the order of the state"));
+        }
         for place in &places {
             let within = weights
                 .get(place.tensor)
@@ -286,22 +259,24 @@ impl AdamW {
     /// When the learning rate is not a number, the tensors are others than the state was made for, or the device refuses the work.
     pub fn step(&mut self, weights: &mut [&mut Tensor], gradients: &mut [&mut Tensor], rate: f32) -> Result<Tensor> {
         ensure_pairs(&self.first_moment.device(), weights, gradients)?;
-        self.step_from(weights, Source::Slots(gradients), None, rate)
+        let mut gradients = Source::Slots(gradients);
+        let update = self.begin(weights, &mut gradients, None, rate)?;
+        self.change(&update, self.all(), weights, &mut gradients)?;
+        Ok(update.values().clone())
     }
 
-    /// As [`AdamW::step`], for gradients that were summed over ranks: `sums` (f32) holds the gradient of every element of the state at
-    /// its place, and `squares` (f32 `[ranks]`) what each rank adds to the square of the norm. Of weights that have no state here nothing
-    /// changes.
+    /// Begins a step by gradients that were summed over ranks: `sums` (f32) holds the gradient of every element of the state at its place,
+    /// and `squares` (f32 `[ranks]`) what each rank adds to the square of the norm. Nothing changes before [`AdamW::change_by_sums`].
     ///
     /// # Errors
     /// As for [`AdamW::step`].
-    pub fn step_sums(
+    pub fn begin_sums(
         &mut self,
         weights: &mut [&mut Tensor],
         sums: &Tensor,
         squares: &Tensor,
         rate: f32,
-    ) -> Result<Tensor> {
+    ) -> Result<Update> {
         sums.ensure_shape("adamw", "sums", self.first_moment.shape())?;
         squares.ensure_rank("adamw", "squares", 1, "[ranks]")?;
         for tensor in [sums, squares] {
@@ -309,187 +284,28 @@ impl AdamW {
             tensor.ensure_device("adamw", "sums or squares", &self.first_moment.device())?;
         }
         ensure_weights(&self.first_moment.device(), weights)?;
-        self.step_from(weights, Source::Sums(sums), Some(squares), rate)
+        self.begin(weights, &mut Source::Sums(sums), Some(squares), rate)
     }
 
-    fn step_from(
+    /// Changes the weights whose state begins in `state` of the arrays, by the sums with which the step was begun, so that they can be sent
+    /// while others are changed. Of weights that have no state here nothing changes.
+    ///
+    /// # Errors
+    /// When the device refuses the work.
+    pub fn change_by_sums(
         &mut self,
+        update: &Update,
+        state: Range<usize>,
         weights: &mut [&mut Tensor],
-        mut gradients: Source<'_, '_>,
-        squares: Option<&Tensor>,
-        rate: f32,
-    ) -> Result<Tensor> {
-        if !rate.is_finite() || rate < 0.0 {
-            return Err(Error::invalid(format!("a learning rate of {rate} makes no sense")));
-        }
-        if !weights
-            .iter()
-            .map(|weight| weight.elements())
-            .eq(self.sizes.iter().copied())
-        {
-            return Err(Error::invalid(
-                "adamw: the weights are not of the number and sizes that the state was made for",
-            ));
-        }
-        self.steps += 1;
-        let AdamWOptions {
-            beta1,
-            beta2,
-            weight_decay,
-            ..
-        } = self.options;
-        let correction = |beta: f32| 1.0 - decimal(beta).powf(self.steps as f64);
-        let scalars = Scalars {
-            keep: (1.0 - decimal(rate) * decimal(weight_decay)) as f32,
-            first: Decay::new(beta1),
-            second: Decay::new(beta2),
-            rate: (decimal(rate) / correction(beta1)) as f32,
-            second_scale: (1.0 / correction(beta2).sqrt()) as f32,
-            average: Decay::new(self.ema_decay.unwrap_or(0.0)),
-        };
-        match self.first_moment.device() {
-            Device::Cpu => self.cpu_step(weights, gradients, squares, &scalars),
-            Device::Cuda(device) => {
-                if let Some(table) = &mut self.table {
-                    table.find(&self.places, weights, &mut gradients)?;
-                }
-                self.cuda_step(&device, squares, &scalars)
-            }
-        }
+        sums: &Tensor,
+    ) -> Result<()> {
+        self.change(update, state, weights, &mut Source::Sums(sums))
     }
 
-    fn cpu_step(
-        &mut self,
-        weights: &mut [&mut Tensor],
-        mut gradients: Source<'_, '_>,
-        squares: Option<&Tensor>,
-        scalars: &Scalars,
-    ) -> Result<Tensor> {
-        let squares: f64 = match (squares, &gradients) {
-            (Some(squares), _) => squares.as_slice::<f32>()?.iter().copied().map(f64::from).sum(),
-            (None, Source::Slots(gradients)) => cpu_squares(gradients)?,
-            (None, Source::Sums(_)) => return Err(Error::invalid("adamw: sums without their squares")),
-        };
-        let norm = squares.sqrt() as f32;
-        let factor = match self.clip_norm {
-            Some(largest) => (largest / (norm + CLIP_EPSILON)).min(1.0),
-            None => 1.0,
-        };
-        let skip = !norm.is_finite();
-        let epsilon = self.options.epsilon;
-        for place in self.places.iter().filter(|_| !skip) {
-            let range = place.in_state();
-            let gradient = match &gradients {
-                Source::Slots(gradients) => &gradients[place.tensor].as_slice::<f32>()?[place.elements.clone()],
-                Source::Sums(sums) => &sums.as_slice::<f32>()?[range.clone()],
-            };
-            let weight = &mut weights[place.tensor].as_mut_slice::<f32>()?[place.elements.clone()];
-            let moments = self.first_moment.as_mut_slice::<f32>()?[range.clone()]
-                .par_iter_mut()
-                .zip(&mut self.second_moment.as_mut_slice::<f32>()?[range.clone()]);
-            let weights = weight.par_iter_mut().zip(gradient);
-            weights.zip(moments).for_each(|((weight, gradient), (first, second))| {
-                let gradient = gradient * factor;
-                *weight *= scalars.keep;
-                *first = scalars.first.mix(*first, gradient);
-                *second = scalars.second.mix(*second, gradient * gradient);
-                *weight -= scalars.rate * *first / (second.sqrt() * scalars.second_scale + epsilon);
-            });
-            if let Some(average) = &mut self.average {
-                let average = average.as_mut_slice::<f32>()?[range].par_iter_mut();
-                average
-                    .zip(&*weight)
-                    .for_each(|(average, weight)| *average = scalars.average.mix(*average, *weight));
-            }
-        }
-        if let Source::Slots(gradients) = &mut gradients {
-            for gradient in gradients.iter_mut() {
-                gradient.as_mut_slice::<f32>()?.fill(0.0);
-            }
-        }
-        Tensor::from_slice(&Device::Cpu, &[norm, f32::from(u8::from(skip))], [2])
+    /// All elements of the arrays.
+    pub fn all(&self) -> Range<usize> {
+        0..self.first_moment.elements()
     }
-
-    fn cuda_step(&mut self, device: &Arc<CudaDevice>, squares: Option<&Tensor>, scalars: &Scalars) -> Result<Tensor> {
-        let (Some(table), Some(master)) = (&self.table, &mut self.master) else {
-            return Err(Error::invalid("the optimizer was made for the CPU"));
-        };
-        let owner = Device::Cuda(device.clone());
-        let chunks = crate::ops::grid("adamw", table.chunks)?;
-        let partial = match squares {
-            Some(squares) => squares.clone(),
-            None => {
-                let mut partial = Tensor::empty(&owner, [table.chunks], DType::F32)?;
-                let args = Args::new()
-                    .input(&table.segments)?
-                    .input(&table.segment_of_chunk)?
-                    .output(&mut partial)?;
-                let kernel = device.kernel("adamw", "gradient_squares")?;
-                // SAFETY: the arguments are those of `gradient_squares`; the table says where this step's tensors are, which are of the
-                // sizes in it (both checked by `step`); one block per chunk.
-                unsafe { kernel.launch(device, [chunks, 1, 1], args)? };
-                partial
-            }
-        };
-        let mut control = Tensor::empty(&owner, [3], DType::F32)?;
-        let args = Args::new()
-            .input(&partial)?
-            .output(&mut control)?
-            .int(partial.elements())
-            .float(self.clip_norm.unwrap_or(f32::INFINITY));
-        let kernel = device.kernel("adamw", "gradient_norm")?;
-        // SAFETY: the arguments are those of `gradient_norm`; one block.
-        unsafe { kernel.launch(device, [1, 1, 1], args)? };
-        if table.chunks == 0 {
-            return control.narrow(0, 2);
-        }
-        let args = Args::new()
-            .input(&table.segments)?
-            .input(&table.segment_of_chunk)?
-            .input(&control)?
-            .output(master)?
-            .output(&mut self.first_moment)?
-            .output(&mut self.second_moment)?
-            .optional_output(self.average.as_mut())?
-            .float(scalars.keep)
-            .float(scalars.first.keep)
-            .float(scalars.first.take)
-            .float(scalars.second.keep)
-            .float(scalars.second.take)
-            .float(scalars.rate)
-            .float(scalars.second_scale)
-            .float(self.options.epsilon)
-            .float(scalars.average.keep)
-            .float(scalars.average.take);
-        let kernel = device.kernel(
-            "adamw",
-            if squares.is_some() {
-                "adamw_step_sums"
-            } else {
-                "adamw_step"
-            },
-        )?;
-        // SAFETY: the arguments are those of both kernels; the state holds every segment at its offset, and the weights and gradients
-        // of the table are this step's, which nobody shares, of the type that the kernel takes (`find`).
-        unsafe { kernel.launch(device, [chunks, 1, 1], args)? };
-        control.narrow(0, 2)
-    }
-}
-
-/// The sum of the squares of all gradients.
-fn cpu_squares(gradients: &[&mut Tensor]) -> Result<f64> {
-    /// Elements that one task handles.
-    const RUN: usize = 4096;
-    let mut squares = 0.0;
-    for gradient in gradients {
-        let values = gradient.as_slice::<f32>()?;
-        let sum = cpu_row_sums(0..values.len().div_ceil(RUN), 1, |run, sum| {
-            let run = &values[run * RUN..values.len().min((run + 1) * RUN)];
-            sum[0] += run.iter().map(|value| value * value).sum::<f32>();
-        });
-        squares += f64::from(sum[0]);
-    }
-    Ok(squares)
 }
 
 /// Elements of a tensor, as a view.
@@ -497,90 +313,6 @@ fn flat_part(tensor: &Tensor, elements: &Range<usize>) -> Result<Tensor> {
     tensor
         .reshape([tensor.elements()])?
         .narrow(elements.start, elements.len())
-}
-
-/// The scalars of a step's formulas.
-struct Scalars {
-    /// Of the weight, after weight decay.
-    keep: f32,
-    first: Decay,
-    second: Decay,
-    /// lr / (1 − β₁ᵗ)
-    rate: f32,
-    /// 1 / √(1 − β₂ᵗ)
-    second_scale: f32,
-    average: Decay,
-}
-
-/// A running mean's decay d, and 1 − d.
-struct Decay {
-    keep: f32,
-    take: f32,
-}
-
-impl Decay {
-    fn new(decay: f32) -> Self {
-        Decay {
-            keep: decay,
-            take: (1.0 - decimal(decay)) as f32,
-        }
-    }
-
-    fn mix(&self, mean: f32, value: f32) -> f32 {
-        self.keep * mean + self.take * value
-    }
-}
-
-/// The shortest decimal that has `value` as its nearest f32, to the precision of f64: what the setting was written as.
-fn decimal(value: f32) -> f64 {
-    value.to_string().parse().unwrap_or(f64::from(value))
-}
-
-impl Table {
-    fn new(device: &Device, cuda: &Arc<CudaDevice>, places: &[Place]) -> Result<Self> {
-        let chunk = cuda.kernel("adamw", "adamw_step")?.info().tile[0] as usize;
-        let mut known = Vec::with_capacity(places.len());
-        let mut segment_of_chunk = Vec::new();
-        for (index, place) in places.iter().enumerate() {
-            let elements = place.elements.len();
-            known.push(Segment {
-                weight: 0,
-                gradient: 0,
-                offset: place.offset as u64,
-                elements: elements as u64,
-                first_chunk: segment_of_chunk.len() as u64,
-            });
-            segment_of_chunk.extend(std::iter::repeat_n(index as i32, elements.div_ceil(chunk)));
-        }
-        let bytes: &[u8] = bytemuck::cast_slice(&known);
-        Ok(Table {
-            segments: Tensor::from_slice(device, bytes, [bytes.len()])?,
-            chunks: segment_of_chunk.len(),
-            segment_of_chunk: Tensor::from_slice(device, &segment_of_chunk, [segment_of_chunk.len()])?,
-            known,
-        })
-    }
-
-    /// Notes where the tensors of a step are; they are of the sizes in the table.
-    fn find(&mut self, places: &[Place], weights: &mut [&mut Tensor], gradients: &mut Source<'_, '_>) -> Result<()> {
-        let mut found = self.known.clone();
-        for (segment, place) in found.iter_mut().zip(places) {
-            let weight = &mut weights[place.tensor];
-            segment.weight = weight.device_ptr_mut()? + (place.elements.start * weight.dtype().size()) as u64;
-            segment.gradient = match gradients {
-                Source::Slots(gradients) => {
-                    let gradient = &mut gradients[place.tensor];
-                    gradient.device_ptr_mut()? + (place.elements.start * gradient.dtype().size()) as u64
-                }
-                Source::Sums(sums) => sums.device_ptr()? + (place.offset * sums.dtype().size()) as u64,
-            };
-        }
-        if found != self.known {
-            self.segments.copy_from_slice::<u8>(bytemuck::cast_slice(&found))?;
-            self.known = found;
-        }
-        Ok(())
-    }
 }
 
 /// Checks that every weight has a gradient of its shape, both in the compute type of `device` and on it.
@@ -636,25 +368,4 @@ fn check(options: &super::TrainOptions) -> Result<()> {
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn decays_are_the_decimals_that_they_were_written_as() {
-        for (value, expected) in [
-            (0.999f32, 0.999),
-            (0.9, 0.9),
-            (5e-5, 5e-5),
-            (0.9999, 0.9999),
-            (0.0, 0.0),
-            (1e-8, 1e-8),
-        ] {
-            assert_eq!(decimal(value), expected);
-        }
-        assert_eq!(Decay::new(0.999).take, 1e-3);
-        assert_ne!(1.0 - 0.999f32, 1e-3);
-    }
 }

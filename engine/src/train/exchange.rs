@@ -9,13 +9,11 @@
 //! ranks, bucket by bucket. With [`Sharding::None`] the sums are gathered instead, and every rank updates everything; the sums, the norm
 //! and the updates are the same, bit for bit. Tensors that are not trained are never sent.
 
-use std::collections::VecDeque;
-use std::fmt;
-use std::ops::Range;
-use std::rc::Rc;
-use std::str::FromStr;
+mod division;
+mod ring;
 
-use serde::{Serialize, Serializer};
+use std::collections::VecDeque;
+use std::ops::Range;
 
 use super::adamw::Place;
 use crate::device::{Device, MemoryTag};
@@ -27,124 +25,8 @@ use crate::ops::sum_parts::sum_parts;
 use crate::ops::sum_squares::sum_squares;
 use crate::profile;
 use crate::tensor::Tensor;
-
-/// Bytes of gradients that a bucket holds at least: enough that sending takes much longer than starting to send.
-pub const BUCKET_BYTES: usize = 64 << 20;
-
-/// Buckets that are on their way at most; each takes twice its bytes.
-const IN_FLIGHT: usize = 3;
-
-/// What ranks divide among them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Sharding {
-    /// Nothing: each keeps the whole state of the optimizer.
-    None,
-    /// The state of the optimizer.
-    #[default]
-    Optimizer,
-}
-
-impl FromStr for Sharding {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "none" => Ok(Sharding::None),
-            "optimizer" => Ok(Sharding::Optimizer),
-            _ => Err(Error::invalid(format!(
-                "`{text}` is nothing that ranks can divide among them; use optimizer or none"
-            ))),
-        }
-    }
-}
-
-impl fmt::Display for Sharding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Sharding::None => "none",
-            Sharding::Optimizer => "optimizer",
-        })
-    }
-}
-
-/// How many ranks divide what among them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Division {
-    /// The ranks.
-    pub ranks: usize,
-    /// What they divide.
-    #[serde(serialize_with = "as_text")]
-    pub sharding: Sharding,
-}
-
-fn as_text<S: Serializer>(sharding: &Sharding, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-    serializer.collect_str(sharding)
-}
-
-impl Default for Division {
-    /// One alone.
-    fn default() -> Self {
-        Division {
-            ranks: 1,
-            sharding: Sharding::default(),
-        }
-    }
-}
-
-impl Division {
-    /// Bytes that a rank holds beside gradients and optimizer, where `trained` parameters of `element` bytes each are trained and the
-    /// largest of them has `largest` elements: sums of gradients, and buckets on their way.
-    pub fn exchange_bytes(&self, trained: u64, element: u64, largest: u64) -> u64 {
-        if self.ranks == 1 {
-            return 0;
-        }
-        let own = 4 * trained.div_ceil(self.ranks as u64);
-        let all = match self.sharding {
-            Sharding::None => 4 * trained,
-            Sharding::Optimizer => 0,
-        };
-        let bucket = (BUCKET_BYTES as u64 + largest * element).min(trained * element);
-        own + all + 2 * (IN_FLIGHT as u64 + 1) * bucket
-    }
-
-    /// The parameters of which a rank keeps the optimizer's state.
-    pub fn kept(&self, trained: u64) -> u64 {
-        match self.sharding {
-            Sharding::None => trained,
-            Sharding::Optimizer => trained.div_ceil(self.ranks as u64),
-        }
-    }
-}
-
-/// How the ranks of a run share its work.
-#[derive(Clone)]
-pub struct Ranks {
-    /// The ranks.
-    pub world: Rc<World>,
-    /// What they divide among them.
-    pub sharding: Sharding,
-    /// Bytes of gradients that are sent together at least.
-    pub bucket_bytes: usize,
-}
-
-impl Ranks {
-    /// How many they are, and what they divide.
-    pub fn division(&self) -> Division {
-        Division {
-            ranks: self.world.size(),
-            sharding: self.sharding,
-        }
-    }
-
-    /// A rank that is alone.
-    pub fn solo() -> Self {
-        Ranks {
-            world: Rc::new(World::solo()),
-            sharding: Sharding::default(),
-            bucket_bytes: BUCKET_BYTES,
-        }
-    }
-}
+pub use division::{BUCKET_BYTES, Division, Ranks, Sharding};
+use ring::{IN_FLIGHT, Ring};
 
 /// A bucket that is being filled.
 struct Filling {
@@ -161,45 +43,14 @@ struct Sent {
     received: Pending,
 }
 
-/// Tensors of the compute type to send from and to receive in, as long as the longest bucket, kept so that no step waits for memory.
-#[derive(Default)]
-struct Ring {
-    parts: Vec<Tensor>,
-    received: Vec<Tensor>,
-    /// Of each.
-    elements: usize,
-}
+/// Changes the weights whose optimizer state lies in a part of its arrays.
+type Change<'a> = dyn FnMut(&mut [&mut Tensor], Range<usize>) -> Result<()> + 'a;
 
-impl Ring {
-    fn new(device: &Device, elements: usize) -> Result<Self> {
-        let buffers = || {
-            let buffer = |_| Tensor::empty(device, [elements], device.compute_dtype());
-            (0..=IN_FLIGHT).map(buffer).collect::<Result<Vec<_>>>()
-        };
-        Ok(Ring {
-            parts: buffers()?,
-            received: buffers()?,
-            elements,
-        })
-    }
-
-    /// A tensor of this shape to send from; where all are on their way, a new one.
-    fn part(&mut self, device: &Device, shape: &[usize]) -> Result<Tensor> {
-        Self::take(self.parts.pop(), device, self.elements, shape)
-    }
-
-    /// One to receive in.
-    fn target(&mut self, device: &Device, shape: &[usize]) -> Result<Tensor> {
-        Self::take(self.received.pop(), device, self.elements, shape)
-    }
-
-    fn take(buffer: Option<Tensor>, device: &Device, elements: usize, shape: &[usize]) -> Result<Tensor> {
-        let buffer = match buffer {
-            Some(buffer) => buffer,
-            None => Tensor::empty(device, [elements], device.compute_dtype())?,
-        };
-        buffer.within_buffer(shape)
-    }
+/// Weights that are being changed and gathered.
+struct Renewal<'a, 'b, 'c> {
+    weights: &'a mut [&'b mut Tensor],
+    ring: Ring,
+    change: &'a mut Change<'c>,
 }
 
 /// See the module's head comment. Tensors are known by their numbers among the trained ones.
@@ -267,7 +118,7 @@ impl Exchange {
             filling: Vec::new(),
             taken: Vec::new(),
             sent: VecDeque::new(),
-            ring: Ring::new(device, longest)?,
+            ring: Ring::new(&ranks.world, device, longest)?,
             device: device.clone(),
             arena,
             ranks,
@@ -387,11 +238,11 @@ impl Exchange {
     }
 
     /// Takes the gradients that no backward pass has finished, and waits for all sums. Returns the sums that belong to the elements of the
-    /// optimizer's state, and what each rank adds to the square of their norm.
+    /// optimizer's state, to be let go before the next step, and what each rank adds to the square of their norm.
     ///
     /// # Errors
     /// As for [`Exchange::take`].
-    pub fn finish(&mut self, gradients: &mut [&mut Tensor]) -> Result<(&Tensor, Tensor)> {
+    pub fn finish(&mut self, gradients: &mut [&mut Tensor]) -> Result<(Tensor, Tensor)> {
         let _range = profile::range(c"exchange");
         for tensor in 0..self.taken.len() {
             if !self.taken[tensor] {
@@ -408,11 +259,10 @@ impl Exchange {
         let own = sum_squares(&self.sums)?;
         let squares = self.world().communicator().all_gather(&own, squares)?.wait()?;
         let squares = squares.into_shape([ranks])?;
-        if self.all_sums.is_none() {
-            return Ok((&self.sums, squares));
+        if self.all_sums.is_some() {
+            self.gather_sums()?;
         }
-        self.gather_sums()?;
-        Ok((self.all_sums.as_ref().unwrap_or(&self.sums), squares))
+        Ok((self.all_sums.as_ref().unwrap_or(&self.sums).clone(), squares))
     }
 
     fn gather_sums(&mut self) -> Result<()> {
@@ -492,28 +342,31 @@ impl Exchange {
         self.ranks.sharding == Sharding::Optimizer
     }
 
-    /// Brings the weights that other ranks have updated here; `weights` are all trained ones.
+    /// Has all trained weights changed: `change` those whose state lies in a part of the optimizer's arrays, the other ranks theirs, which
+    /// are brought here. A bucket travels while the next ones are changed.
     ///
     /// # Errors
-    /// When the device has no room, or a rank was lost.
-    pub fn gather_weights(&mut self, weights: &mut [&mut Tensor]) -> Result<()> {
+    /// Those of `change`; when the device has no room, or a rank was lost.
+    pub fn renew_weights(&mut self, weights: &mut [&mut Tensor], change: &mut Change<'_>) -> Result<()> {
         if self.ranks.sharding == Sharding::None {
-            return Ok(());
+            return change(weights, 0..self.arena.elements());
         }
-        let _range = profile::range(c"gather weights");
-        let mut context = (weights, std::mem::take(&mut self.ring));
+        let _range = profile::range(c"renew weights");
+        let mut context = Renewal {
+            weights,
+            ring: std::mem::take(&mut self.ring),
+            change,
+        };
         let outcome = self.gather(&mut context, Self::own_weights, Self::put_weights);
-        self.ring = context.1;
+        self.ring = context.ring;
         outcome
     }
 
     /// This rank's slice of a bucket of weights, and where to gather them.
-    fn own_weights(
-        &self,
-        (weights, ring): &mut (&mut [&mut Tensor], Ring),
-        bucket: &Bucket,
-    ) -> Result<(Tensor, Tensor)> {
+    fn own_weights(&self, renewal: &mut Renewal<'_, '_, '_>, bucket: &Bucket) -> Result<(Tensor, Tensor)> {
+        let Renewal { weights, ring, change } = renewal;
         let slice = bucket.shards.slice();
+        change(weights, bucket.kept_at..bucket.kept_at + slice)?;
         let mut part = ring.part(&self.device, &[slice])?;
         for piece in self
             .pieces
@@ -532,7 +385,7 @@ impl Exchange {
     /// Overwrites the weights of a bucket with what was gathered.
     fn put_weights(
         &self,
-        (weights, ring): &mut (&mut [&mut Tensor], Ring),
+        Renewal { weights, ring, .. }: &mut Renewal<'_, '_, '_>,
         bucket: &Bucket,
         [part, whole]: [Tensor; 2],
     ) -> Result<()> {

@@ -15,6 +15,8 @@ mod snapshot;
 mod source;
 mod trainable;
 
+use crate::model::Precision;
+
 pub use adamw::{AdamW, Place, StateArray};
 pub use exchange::{BUCKET_BYTES, Division, Ranks, Sharding};
 pub use plan::{Arithmetic, PlanInput, PlannedMemory, TrainingPlan};
@@ -61,4 +63,11 @@ pub struct TrainOptions {
     pub clip_norm: Option<f32>,
     /// The decay of the average of the trained weights, if one is kept.
     pub ema_decay: Option<f32>,
+    /// How the weights of main blocks that are not trained are kept.
+    #[serde(serialize_with = "shown")]
+    pub trunk: Precision,
+}
+
+fn shown<S: serde::Serializer>(trunk: &Precision, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(trunk)
 }

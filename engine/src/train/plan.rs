@@ -4,7 +4,7 @@
 //!
 //! | tag | bytes |
 //! | --- | --- |
-//! | weights | e · P |
+//! | weights | e · P; of blocks that are not trained 1 for a weight in eight bits |
 //! | gradients | e · T |
 //! | optimizer | 8 · T for the moments, 4 · T for a master copy on CUDA, 4 · T for an average; of N ranks that divide it each holds one N-th |
 //! | exchange | with N ranks: 4 · T / N for sums of gradients (and 4 · T where nothing is divided), and what is on its way |
@@ -131,6 +131,7 @@ impl TrainingPlan {
         let (all, trained_parameters) = (elements(&mut metas.iter()), elements(&mut changing.clone()));
         let work = options.with_choice(|choice| spec.work(choice, input.size, input.caption_tokens))?;
         let largest = changing.clone().map(|meta| meta.elements() as u64).max().unwrap_or(0);
+        let weights = options.trunk_of(&metas)?.bytes(&metas, if input.cuda { 2 } else { 4 });
         let counter = Counter { input, work };
         Ok(TrainingPlan {
             trained_parameters,
@@ -138,7 +139,7 @@ impl TrainingPlan {
             trained: changing
                 .flat_map(|meta| meta.parts.iter().map(|part| part.name.clone()))
                 .collect(),
-            memory: counter.memory(all, trained_parameters, largest),
+            memory: counter.memory(weights, trained_parameters, largest),
             arithmetic: counter.arithmetic(),
         })
     }
@@ -155,7 +156,7 @@ struct Counter<'a> {
 }
 
 impl Counter<'_> {
-    fn memory(&self, all: u64, trained: u64, largest: u64) -> PlannedMemory {
+    fn memory(&self, weights: f64, trained: u64, largest: u64) -> PlannedMemory {
         let input = self.input;
         let element = if input.cuda { 2 } else { 4 };
         let pass = Pass {
@@ -168,7 +169,7 @@ impl Counter<'_> {
         let pass = pass.training(input.options.recompute != Recompute::All);
         let element = element as u64;
         let copies = 2 + u64::from(input.cuda) + u64::from(input.options.ema_decay.is_some());
-        let (weights, gradients) = (element * all, element * trained);
+        let (weights, gradients) = (bytes(weights), element * trained);
         let optimizer = 4 * copies * input.division.kept(trained);
         let exchange = input.division.exchange_bytes(trained, element, largest);
         let (saved, activations) = (bytes(pass.saved), bytes(pass.activations));

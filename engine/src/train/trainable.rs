@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::layers::{NamedParameter, ParamSource, Slot};
 use crate::model::denoiser::{Noisy, TrainingChoice};
 use crate::model::objective::Objective;
-use crate::model::{Denoiser, Spec, Trainable};
+use crate::model::{Denoiser, Precision, Spec, Trainable};
 use crate::ops::cast::cast;
 use crate::ops::finite::count_not_finite;
 use crate::ops::flow_loss::{flow_loss, noisy_image};
@@ -185,7 +185,9 @@ impl TrainableModel {
             .iter()
             .enumerate()
             .for_each(|(place, &parameter)| number[parameter] = Some(place));
-        let mut model = options.with_choice(|choice| spec.load_trainable(params, device, choice, loaded))?;
+        let trunk = options.trunk_of(&parameters)?;
+        let params = trunk.over(params);
+        let mut model = options.with_choice(|choice| spec.load_trainable(&params, device, choice, loaded))?;
         let exchange = match ranks.world.is_solo() {
             true => None,
             false => {
@@ -282,9 +284,12 @@ impl TrainableModel {
             None => self.optimizer.step(&mut weights, &mut slots, learning_rate)?,
             Some(exchange) => {
                 let (sums, squares) = exchange.finish(&mut slots)?;
-                let values = self.optimizer.step_sums(&mut weights, sums, &squares, learning_rate)?;
-                exchange.gather_weights(&mut weights)?;
-                values
+                let optimizer = &mut self.optimizer;
+                let update = optimizer.begin_sums(&mut weights, &sums, &squares, learning_rate)?;
+                exchange.renew_weights(&mut weights, &mut |weights, state| {
+                    optimizer.change_by_sums(&update, state, weights, &sums)
+                })?;
+                update.values().clone()
             }
         };
         self.model.rearrange()?;
@@ -562,6 +567,26 @@ fn pick(model: &mut dyn Trainable) -> (Vec<&mut Tensor>, Vec<&mut Tensor>) {
 }
 
 impl TrainOptions {
+    /// How the weights of a model with these parameters are kept: as [`TrainOptions::trunk`] says, but for those that are trained.
+    ///
+    /// # Errors
+    /// When all that could be in eight bits is trained.
+    pub(super) fn trunk_of(&self, parameters: &[NamedParameter]) -> Result<Precision> {
+        let mut trunk = self.trunk.clone();
+        for index in choose(parameters, &self.policy)? {
+            let names = parameters[index].parts.iter().map(|part| part.name.clone());
+            trunk.keep.extend(names);
+        }
+        match trunk.coding.is_none() || parameters.iter().any(|meta| trunk.of(meta).is_some()) {
+            true => Ok(trunk),
+            false => Err(Error::invalid(format!(
+                "trunk = \"{trunk}\" is about the weights of main blocks that are not trained, but the policy `{}` trains all of them: \
+                 leave it out, or train fewer",
+                self.policy
+            ))),
+        }
+    }
+
     /// Runs `work` with what a model has to know of these options.
     pub(super) fn with_choice<T>(&self, work: impl FnOnce(&TrainingChoice<'_>) -> T) -> T {
         work(&TrainingChoice {

@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use l2p_engine::checkpoint::{Float, WriteObserver};
+use l2p_engine::model::Precision;
 use l2p_engine::model::config::ModelKind;
 use l2p_engine::model::zimage::{DitConfig, ZImage};
 use l2p_engine::train::run::checkpoint::{Checkpoint, RunState, SaveOptions, list, save};
@@ -52,6 +53,7 @@ fn model(device: &Device) -> l2p_engine::Result<TrainableModel> {
         adamw: AdamWOptions::default(),
         clip_norm: Some(1.0),
         ema_decay: Some(0.9),
+        trunk: Precision::default(),
     };
     let spec = ZImage::read(&params, &config)?;
     TrainableModel::load(&spec, &params, device, &options, &mut |_, _| Ok(()))

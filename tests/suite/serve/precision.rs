@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use l2p_engine::Device;
 use l2p_engine::image_io::RgbImage;
+use l2p_engine::layers::Spread;
 use l2p_engine::model::Precision;
 use l2p_engine::ops::quantise::Coding;
 use l2p_engine::pipeline::Settings;
@@ -22,10 +23,10 @@ pub fn register(suite: &mut Suite) {
     suite.cuda("serve::precision::weights_in_host_memory_draw_the_same", in_host_memory);
 }
 
-fn of(coding: Option<Coding>, stream_from: Option<usize>) -> Precision {
+fn of(coding: Option<Coding>, stream: Option<Spread>) -> Precision {
     Precision {
         coding,
-        stream_from,
+        stream,
         ..Precision::default()
     }
 }
@@ -111,11 +112,15 @@ fn in_host_memory(device: &Device) -> Outcome {
         };
         let expected = all(&resident)?;
         drop(resident);
-        for first in [0, 1, 2, 4] {
-            let streamed = worker(name, device, of(coding, Some(first)), of(None, Some(0)))?;
+        let files = opened(name, device)?;
+        let (blocks, layers) = (files.spec().main_blocks(), files.prompt_files()?.layers());
+        drop(files);
+        for count in [1, blocks / 2, blocks - 1, blocks] {
+            let [trunk, text] = [Spread::of(count, blocks)?, Spread::of(layers, layers)?];
+            let streamed = worker(name, device, of(coding, trunk), of(None, text))?;
             assert!(
                 all(&streamed)? == expected,
-                "{name}, {coding:?}: blocks from {first} on draw other bits"
+                "{name}, {coding:?}: {count} of {blocks} blocks in host memory draw other bits"
             );
         }
     }
@@ -126,7 +131,7 @@ fn refused() -> Outcome {
     let unused = Precision {
         coding: Some(Coding::Int8),
         keep: vec!["layers.0.attention.*".into(), "no.such.*".into()],
-        stream_from: None,
+        stream: None,
     };
     let files = || opened("pixel", &Device::Cpu);
     let refused = files()?.kept_in(unused, Precision::default()).err();
@@ -139,7 +144,7 @@ fn refused() -> Outcome {
         message.contains("--vram") && message.contains("--device cuda"),
         "{message}"
     );
-    let on_cpu = files()?.kept_in(of(None, Some(0)), Precision::default())?;
+    let on_cpu = files()?.kept_in(of(None, Spread::of(1, 2)?), Precision::default())?;
     let worker = Worker::start(Arc::new(on_cpu), WorkerOptions::default())?;
     let message = worker.load()?.wait().unwrap_err().to_string();
     assert!(message.contains("for a GPU only"), "{message}");

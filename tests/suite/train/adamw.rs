@@ -1,3 +1,5 @@
+use l2p_engine::ops::cast::cast;
+use l2p_engine::ops::sum_squares::sum_squares;
 use l2p_engine::train::{AdamW, AdamWOptions, Recompute, StateArray, TrainOptions};
 use l2p_engine::{DType, Device, Result, Tensor};
 use l2p_tests::fixtures::{Case, Group};
@@ -13,6 +15,8 @@ pub fn register(suite: &mut Suite) {
     );
     suite.cpu("train::adamw::nonsense_is_refused", nonsense_is_refused);
     suite.cpu("train::adamw::other_tensors_are_refused", other_tensors_are_refused);
+    suite.cpu("train::adamw::parts_equal_the_whole", || parts(&Device::Cpu));
+    suite.cuda("train::adamw::cuda_parts_equal_the_whole", parts);
     suite.cuda("train::adamw::cuda_equals_cpu", cuda_equals_cpu);
     suite.cuda(
         "train::adamw::tensors_that_moved_are_followed",
@@ -197,6 +201,39 @@ fn cuda_equals_cpu(device: &Device) -> Outcome {
                 "a gradient is left"
             );
         }
+    }
+    Ok(())
+}
+
+/// Steps by sums: all weights at once, and tensor by tensor, where those whose turn has not come are as they were.
+fn parts(device: &Device) -> Outcome {
+    let (mut whole, mut parted) = (Run::new(device, Some(3.0))?, Run::new(device, Some(3.0))?);
+    let values = |tensors: &[Tensor]| -> Result<Vec<Vec<f32>>> { tensors.iter().map(Tensor::to_vec_f32).collect() };
+    for step in 0..3 {
+        let all = whole.optimizer.all();
+        let sums = Tensor::from_f32(device, &random(&format!("sums{step}"), all.len()), [all.len()])?;
+        let sums = cast(&sums, DType::F32)?;
+        let squares = sum_squares(&sums)?;
+        let weights = &mut references(&mut whole.weights);
+        let update = whole.optimizer.begin_sums(weights, &sums, &squares, 1e-2)?;
+        whole.optimizer.change_by_sums(&update, all.clone(), weights, &sums)?;
+
+        let before = values(&parted.weights)?;
+        let starts: Vec<usize> = parted.optimizer.places().iter().map(|place| place.offset).collect();
+        let update = {
+            let weights = &mut references(&mut parted.weights);
+            parted.optimizer.begin_sums(weights, &sums, &squares, 1e-2)?
+        };
+        for (part, &start) in starts.iter().enumerate() {
+            let end = starts.get(part + 1).copied().unwrap_or(all.end);
+            let weights = &mut references(&mut parted.weights);
+            parted.optimizer.change_by_sums(&update, start..end, weights, &sums)?;
+            let now = values(&parted.weights)?;
+            assert!(now[part] != before[part], "part {part} has not changed");
+            assert!(now[part + 1..] == before[part + 1..], "part {part} has changed another");
+        }
+        assert!(values(&parted.weights)? == values(&whole.weights)?, "step {step}");
+        assert_eq!(update.values().to_vec::<f32>()?[1], 0.0, "nothing of this is infinite");
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ mod ranks;
 mod snapshot;
 
 use l2p_engine::layers::MemoryParams;
+use l2p_engine::model::Precision;
 use l2p_engine::model::zimage::DitConfig;
 use l2p_engine::model::zimage::ZImage;
 use l2p_engine::train::{AdamWOptions, Batch, Policy, Recompute, TrainOptions, TrainableModel};
@@ -32,6 +33,7 @@ fn options(policy: &str, recompute: Recompute) -> TrainOptions {
         adamw: AdamWOptions::default(),
         clip_norm: None,
         ema_decay: None,
+        trunk: Precision::default(),
     }
 }
 

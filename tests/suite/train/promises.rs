@@ -8,7 +8,7 @@ use l2p_engine::model::config::ModelKind;
 use l2p_engine::model::zimage::DitConfig;
 use l2p_engine::ops::cast::cast;
 use l2p_engine::train::{Recompute, StatePart, TrainOptions, TrainableModel};
-use l2p_engine::{Device, Result, Tensor};
+use l2p_engine::{DType, Device, Result, Tensor};
 use l2p_tests::{Outcome, Suite, expect_close, relative_error};
 
 use super::{Inputs, load, options, trains};
@@ -27,6 +27,13 @@ pub fn register(suite: &mut Suite) {
     suite.cpu("train::promises::a_trained_model_is_its_weights", || {
         a_trained_model_is_its_weights(&Device::Cpu)
     });
+    suite.cpu("train::promises::a_frozen_trunk_may_be_in_eight_bits", || {
+        eight_bit_trunk(&Device::Cpu)
+    });
+    suite.cuda(
+        "train::promises::cuda_a_frozen_trunk_may_be_in_eight_bits",
+        eight_bit_trunk,
+    );
     suite.cpu("train::promises::micro_batches_add_up", micro_batches_add_up);
     suite.cpu("train::promises::the_loss_falls", the_loss_falls);
     suite.cpu("train::promises::mistakes_are_named", mistakes_are_named);
@@ -105,6 +112,63 @@ fn frozen_weights_stay(device: &Device) -> Outcome {
             );
         }
     }
+    Ok(())
+}
+
+/// Blocks that are not trained compute in eight bits: the loss and the gradients are nearly the same, with whatever is recomputed, and steps
+/// leave their weights as they are.
+fn eight_bit_trunk(device: &Device) -> Outcome {
+    let (config, params) = model();
+    let run = |trunk: &str, recompute: Recompute| -> Result<(f32, Vec<(String, Vec<f32>)>)> {
+        let options = TrainOptions {
+            trunk: trunk.parse()?,
+            ..options("paper:1", recompute)
+        };
+        let mut model = load(&params, device, &config, &options)?;
+        let codes = |model: &TrainableModel| -> Result<Vec<Vec<u8>>> {
+            let frozen = model.frozen().into_iter();
+            let codes = frozen.filter(|(_, tensor)| tensor.dtype() == DType::U8);
+            codes.map(|(_, tensor)| tensor.to_vec::<u8>()).collect()
+        };
+        let before = codes(&model)?;
+        assert_eq!(before.is_empty(), trunk == "bf16", "{trunk}");
+        let inputs = Inputs::new(device, "a", &config, SIZE, &LENGTHS)?;
+        let loss = inputs.batch(|batch| model.accumulate(batch, 1.0))?.to_vec_f32()?[0];
+        let gradients = model.trained().into_iter().map(|tensor| {
+            let gradient = tensor.read(StatePart::Gradient)?;
+            Ok((tensor.name.clone(), gradient.expect("it is trained")))
+        });
+        let gradients = gradients.collect::<Result<Vec<_>>>()?;
+        model.step(1e-3)?;
+        assert!(codes(&model)? == before, "{trunk}: frozen weights have changed");
+        Ok((loss, gradients))
+    };
+    let (loss, gradients) = run("bf16", Recompute::None)?;
+    for (trunk, bound) in [("int8", 0.05), ("fp8", 0.15)] {
+        for recompute in Recompute::ALL {
+            let (found, others) = run(trunk, recompute)?;
+            let off = (found - loss).abs() / loss;
+            assert!(
+                off > 0.0 && off < bound,
+                "{trunk}, recompute {recompute}: the loss is off by {off}"
+            );
+            for ((name, expected), (_, found)) in gradients.iter().zip(&others) {
+                let error = relative_error(found, expected);
+                assert!(
+                    error < f64::from(bound),
+                    "{trunk}, recompute {recompute}: {name} is off by {error}"
+                );
+            }
+        }
+    }
+    let options = TrainOptions {
+        trunk: "int8".parse()?,
+        ..options("full", Recompute::None)
+    };
+    let refused = load(&params, device, &config, &options)
+        .err()
+        .map(|error| error.to_string());
+    assert!(refused.is_some_and(|message| message.contains("trains all of them")));
     Ok(())
 }
 

@@ -15,8 +15,8 @@ use crate::flow::noise_source::NoiseSource;
 use crate::flow::sampler::{Conditioning, sample};
 use crate::flow::schedule::Schedule;
 use crate::layers::MemoryParams;
-use crate::model::Spec;
 use crate::model::objective::Objective;
+use crate::model::{Precision, Spec};
 use crate::pipeline::{Captions, Pipeline, Settings};
 use crate::tensor::Tensor;
 use crate::train::{
@@ -262,6 +262,7 @@ fn options(policy: &str, recompute: Recompute) -> TrainOptions {
         adamw: AdamWOptions::default(),
         clip_norm: None,
         ema_decay: None,
+        trunk: Precision::default(),
     }
 }
 

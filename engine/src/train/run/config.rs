@@ -17,6 +17,7 @@ use super::numbers;
 use crate::data::{PictureSize, Sizing};
 use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
+use crate::model::Precision;
 use crate::train::{AdamWOptions, Policy, Recompute, Sharding, TrainOptions};
 
 configuration! {
@@ -107,6 +108,10 @@ configuration! {
         /// Blocks that are computed twice to save memory: `none`, `frozen` or `all`.
         #[serde(deserialize_with = "parsed", serialize_with = "shown")]
         recompute: Recompute = Recompute::None => "WHICH",
+        /// How the weights of main blocks that are not trained are kept: `bf16` (the compute type), `int8` or `fp8` (half the memory, and
+        /// on Hopper products of the forward pass at twice the rate).
+        #[serde(deserialize_with = "parsed", serialize_with = "shown")]
+        trunk: Precision = Precision::default() => "TYPE",
         /// What ranks divide among them: `optimizer` (each keeps its part of the optimizer's state) or `none` (each keeps all of it);
         /// the result is the same.
         #[serde(deserialize_with = "parsed", serialize_with = "shown")]
@@ -201,6 +206,7 @@ impl TrainConfig {
             },
             clip_norm: self.clip_norm,
             ema_decay: self.ema,
+            trunk: self.trunk.clone(),
         }
     }
 
