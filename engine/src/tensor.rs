@@ -61,30 +61,6 @@ impl Tensor {
         })
     }
 
-    /// A tensor with undefined elements in `bytes` bytes of memory at `address` that a library has given, or the start of them; `owner`
-    /// gives it back.
-    ///
-    /// # Errors
-    /// When the elements do not fit.
-    pub(crate) fn of_library(
-        device: &Arc<CudaDevice>,
-        shape: impl Into<Shape>,
-        dtype: DType,
-        (address, bytes): (u64, usize),
-        owner: Box<dyn Send + Sync>,
-    ) -> Result<Self> {
-        let shape = shape.into();
-        match shape.checked_bytes(dtype.size()) {
-            Some(needed) if needed <= bytes => Ok(Tensor {
-                storage: Arc::new(Storage::Cuda(CudaBuffer::of_library(device, address, bytes, owner))),
-                offset: 0,
-                shape,
-                dtype,
-            }),
-            _ => Err(too_large(shape)),
-        }
-    }
-
     /// A tensor like [`Tensor::empty`] in the device's compute type: f32 on the CPU, bf16 on CUDA.
     pub fn empty_compute(device: &Device, shape: impl Into<Shape>) -> Result<Self> {
         Self::empty(device, shape, device.compute_dtype())

@@ -28,35 +28,24 @@ pub fn tensor(device: &Device, dtype: DType, rank: usize, first: usize, count: u
     }
 }
 
-/// These elements in memory that the communicator gives.
-pub fn travelling(world: &World, tensor: &Tensor) -> Result<Tensor> {
-    let mut buffer = world
-        .communicator()
-        .buffer(&tensor.device(), tensor.shape(), tensor.dtype())?;
-    buffer.copy_from(tensor)?;
-    Ok(buffer)
-}
-
 /// Checks all operations with about `size` elements of `dtype`.
 pub fn all(world: &World, device: &Device, size: usize, dtype: DType) -> anyhow::Result<()> {
     let (rank, ranks) = (world.rank(), world.size());
     let slice = size.div_ceil(ranks);
     let communicator = world.communicator();
+    let empty = || Tensor::empty(device, [ranks, slice], dtype);
     let parts = tensor(device, dtype, rank, 0, ranks * slice)?.into_shape([ranks, slice])?;
-    // In plain memory, and in what the communicator gives.
-    let plain = Tensor::empty(device, parts.shape(), dtype)?;
-    let given = communicator.buffer(device, parts.shape(), dtype)?;
-    for (parts, empty) in [(parts.clone(), plain), (travelling(world, &parts)?, given)] {
-        let received = communicator.all_to_all(&parts, empty)?.wait()?;
-        expect("all_to_all", &received, |index| {
-            value(dtype, index / slice, rank * slice + index % slice)
-        })?;
-        let gathered = communicator.all_gather(&parts.narrow(rank, 1)?.into_shape([slice])?, received)?;
-        expect("all_gather", &gathered.wait()?, |index| {
-            let from = index / slice;
-            value(dtype, from, from * slice + index % slice)
-        })?;
-    }
+
+    let received = communicator.all_to_all(&parts, empty()?)?.wait()?;
+    expect("all_to_all", &received, |index| {
+        value(dtype, index / slice, rank * slice + index % slice)
+    })?;
+
+    let gathered = communicator.all_gather(&parts.narrow(rank, 1)?.into_shape([slice])?, empty()?)?;
+    expect("all_gather", &gathered.wait()?, |index| {
+        let from = index / slice;
+        value(dtype, from, from * slice + index % slice)
+    })?;
 
     for root in [0, ranks - 1] {
         let own = tensor(device, dtype, rank, 0, size)?;

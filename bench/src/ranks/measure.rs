@@ -6,7 +6,7 @@ use l2p_engine::dist::World;
 use l2p_engine::{DType, Device, Result, Tensor};
 use serde::Serialize;
 
-use super::check::{tensor, travelling};
+use super::check::tensor;
 use crate::record::Timing;
 
 /// Untimed runs of each case: connections are made in the first.
@@ -36,25 +36,18 @@ impl Row {
     }
 }
 
-/// Says that a tensor which an operation should have given back is not there.
-pub fn kept() -> l2p_engine::Error {
-    l2p_engine::Error::invalid("the operation before failed")
-}
-
 /// Times all operations with about `size` elements of `dtype`.
 pub fn all(world: &World, device: &Device, size: usize, dtype: DType, repeats: usize) -> Result<Vec<Row>> {
     let (rank, ranks) = (world.rank(), world.size());
     let slice = size.div_ceil(ranks);
     let elements = ranks * slice;
     let communicator = world.communicator();
-    let parts = travelling(
-        world,
-        &tensor(device, dtype, rank, 0, elements)?.into_shape([ranks, slice])?,
-    )?;
+    let parts = tensor(device, dtype, rank, 0, elements)?.into_shape([ranks, slice])?;
     let part = parts.narrow(rank, 1)?.into_shape([slice])?;
     // Owned by an operation while it runs, and kept for the next.
-    let mut target = Some(communicator.buffer(device, parts.shape(), dtype)?);
+    let mut target = Some(Tensor::empty(device, [ranks, slice], dtype)?);
     let mut whole = Some(Tensor::zeros(device, [elements], dtype)?);
+    let kept = || l2p_engine::Error::invalid("the operation before failed");
     let (others, bytes) = ((ranks - 1) as f64, (slice * dtype.size()) as f64);
     let sums = (slice * DType::F32.size()) as f64;
     let mut rows = Vec::new();

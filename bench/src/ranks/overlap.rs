@@ -5,8 +5,8 @@ use l2p_engine::ops::linear::linear;
 use l2p_engine::{DType, Device, Result, Tensor};
 use serde::Serialize;
 
-use super::check::{tensor, travelling};
-use super::measure::{kept, samples};
+use super::check::tensor;
+use super::measure::samples;
 use crate::inputs::random;
 use crate::timing::median;
 
@@ -24,7 +24,7 @@ pub struct Overlap {
     dtype: String,
     /// Matrix products alone.
     compute_ms: f64,
-    /// all_to_all alone, between memory that communicators give.
+    /// reduce_scatter alone.
     exchange_ms: f64,
     /// Both, the exchange started first and waited for last.
     both_ms: f64,
@@ -36,7 +36,7 @@ impl Overlap {
     /// For people.
     pub fn lines(&self) -> String {
         format!(
-            "overlap: products {:.3} ms, all_to_all of {} {} {:.3} ms, both {:.3} ms: {:.0} % of the shorter one hidden\n",
+            "overlap: products {:.3} ms, reduce_scatter of {} {} {:.3} ms, both {:.3} ms: {:.0} % of the shorter one hidden\n",
             self.compute_ms,
             self.elements,
             self.dtype,
@@ -47,7 +47,7 @@ impl Overlap {
     }
 }
 
-/// Measures products and all_to_all, alone and together, and checks that what arrived is right in the end.
+/// Measures products and reduce_scatter, alone and together, and checks that the sum is right in the end.
 pub fn measure(world: &World, device: &Device, repeats: usize) -> anyhow::Result<Overlap> {
     let (rank, ranks) = (world.rank(), world.size());
     let Sizes {
@@ -68,13 +68,7 @@ pub fn measure(world: &World, device: &Device, repeats: usize) -> anyhow::Result
     };
     let dtype = DType::Bf16;
     let slice = elements.div_ceil(ranks);
-    let communicator = world.communicator();
-    let parts = travelling(
-        world,
-        &tensor(device, dtype, rank, 0, ranks * slice)?.into_shape([ranks, slice])?,
-    )?;
-    // Owned by an operation while it runs, and kept for the next.
-    let mut target = Some(communicator.buffer(device, parts.shape(), dtype)?);
+    let parts = tensor(device, dtype, rank, 0, ranks * slice)?.into_shape([ranks, slice])?;
     let x = random(device, [1, width, width], 0, rank as u64)?;
     let weight = random(device, [width, width], 1, 0)?;
     let compute = || -> Result<Tensor> {
@@ -84,22 +78,27 @@ pub fn measure(world: &World, device: &Device, repeats: usize) -> anyhow::Result
         }
         Ok(y)
     };
-    let mut beside = |compute: &dyn Fn() -> Result<()>| -> Result<()> {
-        let receive = target.take().ok_or_else(kept)?;
-        let pending = communicator.all_to_all(&parts, receive)?;
-        compute()?;
-        target = Some(pending.wait()?);
-        Ok(())
-    };
+    let communicator = world.communicator();
+    let exchange = || communicator.reduce_scatter(&parts);
     let compute_ms = median(&samples(world, device, repeats, &mut || compute().map(|_| ()))?);
-    let exchange_ms = median(&samples(world, device, repeats, &mut || beside(&|| Ok(())))?);
-    let both_ms = median(&samples(world, device, repeats, &mut || {
-        beside(&|| compute().map(|_| ()))
+    let exchange_ms = median(&samples(world, device, repeats, &mut || {
+        exchange()?.wait(1.0).map(|_| ())
     })?);
-    let received = target.ok_or_else(kept)?;
-    super::check::expect("all_to_all beside products", &received, |index| {
-        super::check::value(dtype, index / slice, rank * slice + index % slice)
-    })?;
+    let mut sum = None;
+    let both_ms = median(&samples(world, device, repeats, &mut || {
+        let pending = exchange()?;
+        let _y = compute()?;
+        sum = Some(pending.wait(1.0)?);
+        Ok(())
+    })?);
+    if let Some(sum) = &sum {
+        super::check::expect("reduce_scatter beside products", sum, |index| {
+            let place = rank * slice + index;
+            (0..ranks)
+                .map(|from| super::check::value(dtype, from, place))
+                .fold(-0.0, |sum, value| sum + value)
+        })?;
+    }
     Ok(Overlap {
         elements: ranks * slice,
         dtype: dtype.to_string(),

@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use l2p_engine::device::format_bytes;
 use l2p_engine::dist::{Launch, Peer, World};
 use l2p_engine::train::{BUCKET_BYTES, Ranks, Sharding};
-use l2p_engine::{DType, Device, Shape};
+use l2p_engine::{DType, Device, Shape, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::{Arguments, Case, LEARNING_RATE, Trained, WARM_STEPS};
@@ -269,9 +269,9 @@ fn exchanges(
     let shape = Shape::new(&[world.size(), elements.div_ceil(world.size())]);
     let buckets = trained.div_ceil(elements);
     let lost = || l2p_engine::Error::invalid("the exchange before failed");
-    let [parts, part] = [compute, gathered].map(|dtype| communicator.buffer(device, shape, dtype));
+    let [parts, part] = [compute, gathered].map(|dtype| Tensor::zeros(device, shape, dtype));
     let (parts, part) = (parts?, part?.narrow(0, 1)?.into_shape([shape[1]])?);
-    let [mut received, mut whole] = [compute, gathered].map(|dtype| communicator.buffer(device, shape, dtype).ok());
+    let [mut received, mut whole] = [compute, gathered].map(|dtype| Tensor::zeros(device, shape, dtype).ok());
     let mut once = || -> l2p_engine::Result<()> {
         for _ in 0..buckets {
             let target = received.take().ok_or_else(lost)?;

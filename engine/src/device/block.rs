@@ -16,8 +16,6 @@ pub(super) struct Block {
     address: u64,
     bytes: usize,
     tag: MemoryTag,
-    /// Whose the memory is, where it is not the pool's.
-    owner: Option<Box<dyn Send + Sync>>,
 }
 
 impl Block {
@@ -34,25 +32,11 @@ impl Block {
             address,
             bytes,
             tag,
-            owner: None,
         });
         if poison_new_buffers() {
             block.fill(POISON_BYTE)?;
         }
         Ok(block)
-    }
-
-    /// A block of memory that a library has given; `owner` gives it back when dropped, after the device's work so far.
-    pub fn of_library(gpu: &Arc<Gpu>, address: u64, bytes: usize, owner: Box<dyn Send + Sync>) -> Arc<Self> {
-        let tag = MemoryTag::current();
-        gpu.ledger().add(tag, bytes as u64);
-        Arc::new(Block {
-            gpu: gpu.clone(),
-            address,
-            bytes,
-            tag,
-            owner: Some(owner),
-        })
     }
 
     /// Its address. Work that is being recorded may use it as long as the recording lives.
@@ -84,11 +68,7 @@ impl Block {
 impl Drop for Block {
     fn drop(&mut self) {
         self.gpu.ledger().remove(self.tag, self.bytes as u64);
-        if self.owner.is_some() {
-            // What still uses it ends first; where that fails, the device is of no more use.
-            let _ = self.gpu.bind().and_then(|()| self.gpu.synchronize());
-            self.owner = None;
-        } else if self.gpu.bind().is_ok() {
+        if self.gpu.bind().is_ok() {
             self.gpu.free(self.address, self.bytes as u64);
         }
     }

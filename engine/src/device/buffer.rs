@@ -24,19 +24,6 @@ impl CudaBuffer {
         })
     }
 
-    /// `bytes` bytes that a library has given; see [`Block::of_library`].
-    pub(crate) fn of_library(
-        device: &Arc<CudaDevice>,
-        address: u64,
-        bytes: usize,
-        owner: Box<dyn Send + Sync>,
-    ) -> Self {
-        CudaBuffer {
-            block: Block::of_library(device, address, bytes, owner),
-            device: device.clone(),
-        }
-    }
-
     pub(crate) fn device(&self) -> &Arc<CudaDevice> {
         &self.device
     }

@@ -1,6 +1,5 @@
 //! What every data plane offers.
 
-use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::sum_parts::sum_parts;
@@ -16,15 +15,6 @@ pub trait Communicator: Send {
 
     /// The number of ranks.
     fn world(&self) -> usize;
-
-    /// A tensor with undefined elements in memory from which and to which tensors travel best. All ranks make the same ones, in the same
-    /// order; they are for keeping, since making them takes long.
-    ///
-    /// # Errors
-    /// When the device has no room, or a rank was lost.
-    fn buffer(&self, device: &Device, shape: Shape, dtype: DType) -> Result<Tensor> {
-        Tensor::empty(device, shape, dtype)
-    }
 
     /// Row j of `parts` `[world, …]` goes to rank j; row i of the result, in `receive` of the same shape and type, comes from rank i.
     ///

@@ -118,7 +118,7 @@ impl Exchange {
             filling: Vec::new(),
             taken: Vec::new(),
             sent: VecDeque::new(),
-            ring: Ring::new(&ranks.world, device, longest)?,
+            ring: Ring::new(device, longest)?,
             device: device.clone(),
             arena,
             ranks,

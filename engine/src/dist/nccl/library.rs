@@ -53,17 +53,17 @@ impl Config {
 pub type Comm = *mut c_void;
 
 macro_rules! functions {
-    ($(#[$doc:meta])* $functions:ident; $($field:ident = $name:literal: fn($($argument:ty),*) -> $result:ty;)*) => {
-        $(#[$doc])*
-        pub struct $functions {
+    ($($field:ident = $name:literal: fn($($argument:ty),*) -> $result:ty;)*) => {
+        /// The functions, by the names of NCCL without their prefix.
+        pub struct Library {
             $(pub $field: unsafe extern "C" fn($($argument),*) -> $result,)*
             // Last: the functions are its own.
             _library: libloading::Library,
         }
 
-        impl $functions {
+        impl Library {
             fn new(library: libloading::Library) -> std::result::Result<Self, libloading::Error> {
-                Ok($functions {
+                Ok(Library {
                     $(
                         // SAFETY: the type is that of the function in nccl.h.
                         $field: *unsafe { library.get(concat!($name, "\0").as_bytes()) }?,
@@ -76,8 +76,6 @@ macro_rules! functions {
 }
 
 functions! {
-    /// The functions, by the names of NCCL without their prefix.
-    Library;
     get_version = "ncclGetVersion": fn(*mut c_int) -> c_int;
     get_unique_id = "ncclGetUniqueId": fn(*mut UniqueId) -> c_int;
     comm_init_rank_config = "ncclCommInitRankConfig": fn(*mut Comm, c_int, UniqueId, c_int, *mut Config) -> c_int;
@@ -95,26 +93,6 @@ functions! {
     broadcast = "ncclBroadcast": fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, *mut c_void) -> c_int;
 }
 
-functions! {
-    /// What takes memory that all ranks have registered, and can move it without a multiprocessor; since version 2.28.
-    Windows;
-    mem_alloc = "ncclMemAlloc": fn(*mut *mut c_void, usize) -> c_int;
-    mem_free = "ncclMemFree": fn(*mut c_void) -> c_int;
-    window_register = "ncclCommWindowRegister": fn(Comm, *mut c_void, usize, *mut *mut c_void, c_int) -> c_int;
-    window_deregister = "ncclCommWindowDeregister": fn(Comm, *mut c_void) -> c_int;
-    all_to_all = "ncclAlltoAll": fn(*const c_void, *mut c_void, usize, c_int, Comm, *mut c_void) -> c_int;
-}
-
-/// `NCCL_WIN_COLL_SYMMETRIC`
-pub const SYMMETRIC: c_int = 1;
-
-/// Those functions; `None` where the library has none of them.
-pub fn windows() -> Result<Option<&'static Windows>> {
-    static WINDOWS: OnceLock<Option<Windows>> = OnceLock::new();
-    library()?;
-    Ok(WINDOWS.get_or_init(|| Windows::new(load_nccl().ok()?).ok()).as_ref())
-}
-
 /// The library, opened on first use.
 ///
 /// # Errors
@@ -122,7 +100,7 @@ pub fn windows() -> Result<Option<&'static Windows>> {
 pub fn library() -> Result<&'static Library> {
     static LIBRARY: OnceLock<std::result::Result<Library, String>> = OnceLock::new();
     let loaded = LIBRARY.get_or_init(|| {
-        set_defaults();
+        keep_multicast_off();
         let library = Library::new(load_nccl()?).map_err(|error| format!("NCCL is too old: {error}"))?;
         match version(&library) {
             version if version >= OLDEST => Ok(library),
@@ -155,16 +133,13 @@ fn printed(version: c_int) -> String {
     format!("{major}.{}.{}", rest / 100, rest % 100)
 }
 
-/// Sets what NCCL reads from the environment, unless the user has. Multicast over NVLink holds resources of the switch that outlive a
-/// process that dies, which ranks may do; nothing here uses it. Copy engines move tensors where they can (`NCCL_CTA_POLICY_ZERO`), so
-/// that products keep all multiprocessors.
-fn set_defaults() {
-    for (name, value) in [("NCCL_NVLS_ENABLE", "0"), ("NCCL_CTA_POLICY", "2")] {
-        if std::env::var_os(name).is_none() {
-            // SAFETY: NCCL, which is about to be loaded, reads its variables when a communicator is made, later and on this thread's
-            // behalf; Rust's own readers take a lock, and the CUDA driver has read its variables when the device was opened.
-            unsafe { std::env::set_var(name, value) };
-        }
+/// Multicast over NVLink holds resources of the switch that outlive a process that dies, which ranks may do; nothing here uses it.
+fn keep_multicast_off() {
+    const NAME: &str = "NCCL_NVLS_ENABLE";
+    if std::env::var_os(NAME).is_none() {
+        // SAFETY: NCCL, which is about to be loaded, reads its variables when a communicator is made, later and on this thread's
+        // behalf; Rust's own readers take a lock, and the CUDA driver has read its variables when the device was opened.
+        unsafe { std::env::set_var(NAME, "0") };
     }
 }
 

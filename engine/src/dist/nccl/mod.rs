@@ -13,15 +13,13 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use library::{BYTES, Comm, Config, ID_BYTES, IN_PROGRESS, Library, SUCCESS, UniqueId, Windows, library};
+use library::{BYTES, Comm, Config, ID_BYTES, IN_PROGRESS, Library, SUCCESS, UniqueId, library};
 
 use super::communicator::{Communicator, Pending, Running, ensure_all_gather, ensure_all_to_all, ensure_broadcast};
 use super::control::{Control, Shared, Ticket};
 use crate::device::{CudaDevice, Device, SideStream, StreamMark, keep_out_of_recordings};
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::lock::lock;
-use crate::shape::Shape;
 use crate::tensor::Tensor;
 
 /// Between two looks at what runs.
@@ -241,48 +239,6 @@ impl Nccl {
         }))
     }
 
-    /// A tensor in memory that is registered with all ranks, who call this together.
-    fn window(&self, windows: &'static Windows, shape: Shape, dtype: DType) -> Result<Tensor> {
-        /// What NCCL rounds allocations to, so that all of it is registered.
-        const GRANULARITY: usize = 2 << 20;
-        let device = self.stream.device();
-        let bytes = shape.elements() * dtype.size();
-        let bytes = bytes.max(1).next_multiple_of(GRANULARITY);
-        let _ticket = self.shared.enter("registration")?;
-        device.bind()?;
-        let mut window = Window {
-            windows,
-            handle: self.handle.clone(),
-            address: std::ptr::null_mut(),
-            registration: std::ptr::null_mut(),
-        };
-        device.charged_to_library(|| {
-            // SAFETY: a plain out-parameter.
-            let code = unsafe { (windows.mem_alloc)(&mut window.address, bytes) };
-            self.handle.checked("ncclMemAlloc", code)?;
-            let comm = self.handle.lock();
-            if comm.0.is_null() {
-                self.shared.check()?;
-                return Err(Error::invalid("NCCL's communicator has ended"));
-            }
-            // SAFETY: the memory was allocated above with that size; the out-parameter outlives the call, which is waited for.
-            let code = unsafe {
-                (windows.window_register)(
-                    comm.0,
-                    window.address,
-                    bytes,
-                    &mut window.registration,
-                    library::SYMMETRIC,
-                )
-            };
-            self.handle.checked("ncclCommWindowRegister", code)?;
-            self.handle
-                .finish("ncclCommWindowRegister", &comm, || self.shared.check())
-        })?;
-        let address = window.address as u64;
-        Tensor::of_library(device, shape, dtype, (address, bytes), Box::new(window))
-    }
-
     fn ensure_here(&self, op: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
         tensor.ensure_device(op, name, &Device::Cuda(self.stream.device().clone()))
     }
@@ -309,13 +265,6 @@ impl Communicator for Nccl {
         self.world
     }
 
-    fn buffer(&self, device: &Device, shape: Shape, dtype: DType) -> Result<Tensor> {
-        match library::windows()? {
-            Some(windows) if self.world > 1 => self.window(windows, shape, dtype),
-            _ => Tensor::empty(device, shape, dtype),
-        }
-    }
-
     fn all_to_all(&self, parts: &Tensor, mut receive: Tensor) -> Result<Pending> {
         const OP: &str = "all_to_all";
         ensure_all_to_all(self.world, parts, &receive)?;
@@ -323,13 +272,6 @@ impl Communicator for Nccl {
         let row = parts.bytes() / self.world;
         let (from, to) = (parts.device_ptr()?, receive.device_ptr_mut()?);
         let world = self.world;
-        if let (Some(windows), true) = (library::windows()?, row > 0) {
-            return self.submit(OP, receive, Some(parts.clone()), |_, comm, stream| {
-                // SAFETY: both tensors have a row of `row` bytes for every rank, on this communicator's device, and live until the
-                // operation was waited for.
-                unsafe { (windows.all_to_all)(from as *const c_void, to as *mut c_void, row, BYTES, comm, stream) }
-            });
-        }
         self.submit(OP, receive, Some(parts.clone()), |library, comm, stream| {
             // SAFETY: both tensors have a row of `row` bytes for every rank, on this communicator's device, and live until the
             // operation was waited for; the group is closed whatever happens in it.
@@ -434,35 +376,6 @@ impl Drop for Nccl {
         }
         drop(comm);
         self.handle.abort();
-    }
-}
-
-/// Memory that is registered with all ranks.
-struct Window {
-    windows: &'static Windows,
-    handle: Arc<Handle>,
-    address: *mut c_void,
-    registration: *mut c_void,
-}
-
-// SAFETY: the addresses are not looked through on the host, and NCCL allows calls from any thread, one at a time (`Handle::lock`).
-unsafe impl Send for Window {}
-// SAFETY: nothing can be done with a shared one.
-unsafe impl Sync for Window {}
-
-impl Drop for Window {
-    fn drop(&mut self) {
-        let comm = self.handle.lock();
-        // SAFETY: both are this window's own, given back once; a communicator that was aborted has forgotten its windows. Nothing
-        // depends on how that ends.
-        unsafe {
-            if !comm.0.is_null() && !self.registration.is_null() {
-                (self.windows.window_deregister)(comm.0, self.registration);
-            }
-            if !self.address.is_null() {
-                (self.windows.mem_free)(self.address);
-            }
-        }
     }
 }
 

@@ -1,9 +1,7 @@
 //! Memory for buckets on their way.
 
 use crate::device::Device;
-use crate::dist::World;
 use crate::error::Result;
-use crate::shape::Shape;
 use crate::tensor::Tensor;
 
 /// Buckets that are on their way at most; each takes twice its bytes.
@@ -19,11 +17,10 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    /// All ranks make theirs together.
-    pub fn new(world: &World, device: &Device, elements: usize) -> Result<Self> {
+    /// With tensors of `elements` elements.
+    pub fn new(device: &Device, elements: usize) -> Result<Self> {
         let buffers = || {
-            let shape = Shape::new(&[elements]);
-            let buffer = |_| world.communicator().buffer(device, shape, device.compute_dtype());
+            let buffer = |_| Tensor::empty(device, [elements], device.compute_dtype());
             (0..=IN_FLIGHT).map(buffer).collect::<Result<Vec<_>>>()
         };
         Ok(Ring {
