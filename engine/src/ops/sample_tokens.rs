@@ -170,7 +170,7 @@ fn choose(logits: &[f32], choice: TokenChoice, may: impl Fn(usize) -> bool) -> i
         }
     }
     let all: u64 = kept.iter().map(|token| token.weight).sum();
-    let mut left = (u128::from(all) * u128::from(choice.random) >> 32) as u64;
+    let mut left = ((u128::from(all) * u128::from(choice.random)) >> 32) as u64;
     let drawn = kept.iter().find(|token| match left < token.weight {
         true => true,
         false => {

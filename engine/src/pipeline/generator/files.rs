@@ -57,6 +57,7 @@ impl<'a> LanguageFiles<'a> {
         paths.tokenizer()?;
         let (config, checkpoint) = open_text_encoder(folder)?;
         config.ensure_runs_on(device)?;
+        let ends = ends(folder)?;
         let parameters = parameters(&config)?;
         if parameters < FEWEST_PARAMETERS {
             return Err(Error::file(
@@ -69,10 +70,10 @@ impl<'a> LanguageFiles<'a> {
             ));
         }
         Ok(LanguageFiles {
-            ends: ends(folder)?,
             paths,
             config,
             checkpoint,
+            ends,
         })
     }
 
@@ -135,7 +136,7 @@ mod tests {
     fn ends_are_one_or_several_or_none() {
         let folder = tempfile::tempdir().unwrap();
         assert!(ends(folder.path()).unwrap().is_empty());
-        let mut read = |text: &str| {
+        let read = |text: &str| {
             std::fs::write(folder.path().join(GENERATION_CONFIG), text).unwrap();
             ends(folder.path())
         };
