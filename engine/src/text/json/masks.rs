@@ -37,7 +37,7 @@ impl TokenTable {
     /// When a byte that may come in an answer has no token of its own, so that an answer might not go on.
     pub fn new(vocabulary: &Vocabulary, entries: usize) -> Result<Self> {
         let bytes = |id: usize| vocabulary.bytes(id as u32).filter(|bytes| !bytes.is_empty());
-        let mut tokens: Vec<(u32, Box<[u8]>, usize)> = (0..entries)
+        let tokens: Vec<(u32, Box<[u8]>, usize)> = (0..entries)
             .filter_map(|id| Some((id as u32, bytes(id)?.into(), 0)))
             .collect();
         let single = |byte: u8| tokens.iter().any(|(_, bytes, _)| **bytes == [byte]);
@@ -48,18 +48,22 @@ impl TokenTable {
                  tokenizer"
             )));
         }
+        Ok(Self::of(tokens, entries))
+    }
+
+    fn of(mut tokens: Vec<(u32, Box<[u8]>, usize)>, vocabulary: usize) -> Self {
         tokens.sort_unstable_by(|a, b| a.1.cmp(&b.1));
         for index in 1..tokens.len() {
             let (before, after) = (&tokens[index - 1].1, &tokens[index].1);
             tokens[index].2 = before.iter().zip(after.iter()).take_while(|(a, b)| a == b).count();
         }
         let quotes = |bytes: &[u8]| bytes.iter().filter(|&&byte| byte == b'"').count();
-        Ok(TokenTable {
-            vocabulary: entries,
+        TokenTable {
+            vocabulary,
             longest: tokens.iter().map(|(_, bytes, _)| bytes.len()).max().unwrap_or(0),
             quotes: tokens.iter().map(|(_, bytes, _)| quotes(bytes)).max().unwrap_or(0),
             tokens,
-        })
+        }
     }
 
     /// Words of a mask.
@@ -119,5 +123,121 @@ impl Masks {
         let mask = table.mask(grammar, alike, usize::MAX);
         self.kept.insert((index, alike), mask.clone());
         mask
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::super::{JsonKind, JsonShape};
+    use super::*;
+
+    /// A vocabulary of all bytes and of tokens that end, begin and join texts.
+    fn table() -> TokenTable {
+        let joined = [
+            "ab",
+            "abc",
+            "\"]",
+            "\",\"",
+            "\", \"",
+            "a\"",
+            "[\"",
+            "\",\"\",\"",
+            "\\u",
+            "\\n",
+            "é",
+            "日本",
+            "true",
+            "\":",
+        ];
+        let single = (0..=u8::MAX).map(|byte| vec![byte]);
+        let all = single.chain(joined.iter().map(|token| token.as_bytes().to_vec()));
+        TokenTable::of(
+            all.enumerate()
+                .map(|(id, bytes)| (id as u32, bytes.into(), 0))
+                .collect(),
+            300,
+        )
+    }
+
+    /// All places that tokens lead to.
+    fn places(table: &TokenTable, grammar: &Grammar) -> HashSet<State> {
+        let mut seen = HashSet::from([Grammar::START]);
+        let mut open = vec![Grammar::START];
+        while let Some(state) = open.pop() {
+            for (_, bytes, _) in &table.tokens {
+                let next = bytes.iter().try_fold(state, |state, &byte| grammar.step(state, byte));
+                if let Some(next) = next.filter(|next| seen.insert(*next)) {
+                    open.push(next);
+                }
+            }
+        }
+        seen
+    }
+
+    fn shapes() -> Vec<JsonShape> {
+        let texts = |count, characters| JsonShape::Texts { count, characters };
+        let reason = ("reason".to_owned(), JsonKind::Text(0..=30));
+        vec![
+            texts(0..=12, 0..=3),
+            texts(9..=9, 20..=40),
+            texts(2..=30, 1..=2),
+            texts(1..=1, 0..=60),
+            JsonShape::Object(vec![("ok".into(), JsonKind::Flag), reason]),
+        ]
+    }
+
+    #[test]
+    fn places_that_count_as_alike_allow_the_same_tokens() {
+        let table = table();
+        for shape in shapes() {
+            let guide = Guide::new(&shape).unwrap();
+            let places = places(&table, &guide.grammar);
+            let mut classes = HashSet::new();
+            for &state in &places {
+                let alike = guide.grammar.alike(state, table.longest, table.quotes);
+                classes.insert(alike);
+                let [own, shared] = [state, alike].map(|state| table.mask(&guide.grammar, state, usize::MAX));
+                assert_eq!(own, shared, "{shape:?}: {state:?} as {alike:?}");
+            }
+            assert!(classes.len() < places.len(), "{shape:?}");
+        }
+    }
+
+    /// Where an answer may have as many tokens as it has bytes at least, there is always one that leaves it so; and far from its end
+    /// nothing is held back that a mask without end lets through.
+    #[test]
+    fn there_is_always_a_token_in_time() {
+        let table = table();
+        for shape in shapes() {
+            let guide = Guide::new(&shape).unwrap();
+            let mut masks = Masks::default();
+            for state in places(&table, &guide.grammar) {
+                let guide = Guide { state, ..guide.clone() };
+                if guide.is_done() {
+                    continue;
+                }
+                let least = guide.least_bytes();
+                let tight = masks.allowed(&table, &guide, least);
+                assert!(
+                    tight.iter().any(|&word| word != 0),
+                    "{shape:?}: {state:?} with {least} left"
+                );
+                for (token, bytes, _) in &table.tokens {
+                    if tight[*token as usize / 32] >> (token % 32) & 1 == 0 {
+                        continue;
+                    }
+                    let mut next = guide.clone();
+                    assert!(next.advance(bytes) && next.least_bytes() < least);
+                }
+                let far = masks.allowed(&table, &guide, 1 << 20);
+                assert_eq!(
+                    far,
+                    table.mask(&guide.grammar, state, usize::MAX),
+                    "{shape:?}: {state:?}"
+                );
+            }
+        }
     }
 }
