@@ -131,7 +131,7 @@ pub static READERS: [Reader; 25] = [
     reader(
         "language model",
         15,
-        &["latent/text_encoder/", "latent/tokenizer/", "latent/model_index"],
+        &["latent/"],
         &["text_encoder/config.json", "generation_config.json", "tokenizer"],
         files::language,
     ),
