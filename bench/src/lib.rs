@@ -4,6 +4,7 @@ pub mod arguments;
 pub mod attention;
 pub mod check;
 mod children;
+pub mod decode;
 pub mod elementwise;
 pub mod environment;
 pub mod gemm;

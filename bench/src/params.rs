@@ -217,7 +217,10 @@ fn text_tensors(config: &TextConfig) -> Tensors {
         ffn_hidden,
         ..
     } = *config;
-    let mut tensors: Tensors = vec![("embed_tokens.weight".into(), vec![config.vocabulary, dim])];
+    let mut tensors: Tensors = vec![
+        ("embed_tokens.weight".into(), vec![config.vocabulary, dim]),
+        ("norm.weight".into(), vec![dim]),
+    ];
     for layer in 0..config.layers {
         let shapes = [
             ("input_layernorm", vec![dim]),

@@ -4,8 +4,9 @@
 use std::process::Command;
 
 /// The programs, each with words that its help must hold.
-const PROGRAMS: [(&str, &[&str]); 9] = [
+const PROGRAMS: [(&str, &[&str]); 10] = [
     (env!("CARGO_BIN_EXE_bench-attention"), &["--tokens", "--peer"]),
+    (env!("CARGO_BIN_EXE_bench-decode"), &["--batch", "--peer"]),
     (env!("CARGO_BIN_EXE_bench-elementwise"), &["--ops", "--peer"]),
     (env!("CARGO_BIN_EXE_bench-gemm"), &["--shape", "--peer"]),
     (env!("CARGO_BIN_EXE_bench-head"), &["--heads", "--peer"]),

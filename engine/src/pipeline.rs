@@ -10,6 +10,7 @@
 
 mod blame;
 mod files;
+pub mod generator;
 mod loaded;
 mod prompts;
 mod report;

@@ -193,6 +193,8 @@ fn text_encoder(folder: &Path) -> anyhow::Result<()> {
         "vocab_size": vocabulary::TOKENS, "max_position_embeddings": 512,
     });
     write_json(&folder.join("config.json"), &config)?;
+    let generation = json!({"eos_token_id": [vocabulary::TOKENS - 1], "top_k": 20, "top_p": 0.8});
+    write_json(&folder.join("generation_config.json"), &generation)?;
     let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![vocabulary::TOKENS, WIDTH])];
     tensors.push(("model.norm.weight".into(), vec![WIDTH]));
     for layer in 0..layers {

@@ -70,7 +70,7 @@ const SET: &[&str] = &[
 ];
 
 /// All of them. Weights follow cost: what takes microseconds is read most often.
-pub static READERS: [Reader; 24] = [
+pub static READERS: [Reader; 25] = [
     reader(
         "safetensors",
         130,
@@ -127,6 +127,13 @@ pub static READERS: [Reader; 24] = [
         &["latent/"],
         &["config.json", "model_index", "scheduler", "tokenizer"],
         draws::latent,
+    ),
+    reader(
+        "language model",
+        15,
+        &["latent/"],
+        &["text_encoder/config.json", "generation_config.json", "tokenizer"],
+        files::language,
     ),
     reader("latent weights", 20, &["latent/"], &[".safetensors"], draws::latent),
     reader("pixel model", 40, PIXEL, &["l2p.json", "config.json"], draws::pixel),

@@ -221,6 +221,11 @@ impl Case<'_> {
         self.check_to(name, found, None)
     }
 
+    /// The stored values of an output, all of them where it is small.
+    pub fn stored(&self, name: &str) -> Vec<f32> {
+        self.group.stored_f32(&format!("{}/{name}", self.name()))
+    }
+
     /// As [`Case::check`], to within another tolerance.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ mod doors;
 mod environment;
 mod flow;
 mod fuzz;
+mod generate;
 mod graph;
 mod image_io;
 mod kernels;
@@ -36,6 +37,7 @@ fn main() -> std::process::ExitCode {
     environment::register(&mut suite);
     flow::register(&mut suite);
     fuzz::register(&mut suite);
+    generate::register(&mut suite);
     graph::register(&mut suite);
     image_io::register(&mut suite);
     models::register(&mut suite);

@@ -100,6 +100,12 @@ impl CudaDevice {
         !self.portable
     }
 
+    /// Whether kernels that are made for it begin while the one ahead of them still runs: where there are Hopper kernels, unless
+    /// [`DeviceOptions::overlap`] turns it off.
+    pub fn overlaps_kernels(&self) -> bool {
+        self.has_hopper_kernels() && self.options.overlap
+    }
+
     /// The kernel `name` of the image `image`, loaded on first use.
     ///
     /// # Errors

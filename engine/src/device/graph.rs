@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaGraph, sys};
 
+use super::Device;
 use super::cuda::CudaDevice;
 use super::driver::check;
 use super::recording::Recorded;
@@ -96,5 +97,42 @@ impl Drop for Graph {
     fn drop(&mut self) {
         // The stream's order keeps replays that still run ahead of whatever gets the blocks next.
         self.device.release_blocks(&self.blocks);
+    }
+}
+
+/// Work that is submitted again and again, recorded when it is met for the second time: the first time loads every kernel.
+pub enum Recording {
+    /// It runs call by call each time.
+    Off,
+    /// Nothing is recorded yet.
+    Pending(Arc<CudaDevice>),
+    /// It is replayed.
+    Ready(Graph),
+}
+
+impl Recording {
+    /// Work that is to be recorded where the device and its options allow that.
+    pub fn new(device: &Device) -> Self {
+        match device {
+            Device::Cuda(device) if device.options().graphs => Recording::Pending(device.clone()),
+            _ => Recording::Off,
+        }
+    }
+
+    /// Submits the work, which has run before if `ran` is set.
+    ///
+    /// # Errors
+    /// Those of `work`, and as for [`Graph::record`].
+    pub fn run(&mut self, ran: bool, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        match self {
+            Recording::Ready(graph) => graph.launch(),
+            Recording::Pending(device) if ran => {
+                let mut graph = Graph::record(device, work)?;
+                graph.launch()?;
+                *self = Recording::Ready(graph);
+                Ok(())
+            }
+            _ => work(),
+        }
     }
 }

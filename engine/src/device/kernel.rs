@@ -124,22 +124,77 @@ impl Kernel {
     ///
     /// # Safety
     /// As for [`Kernel::launch`].
-    pub unsafe fn launch_with(&self, device: &Gpu, grid: [u32; 3], threads: u32, mut args: Args) -> Result<()> {
+    pub unsafe fn launch_with(&self, device: &Gpu, grid: [u32; 3], threads: u32, args: Args) -> Result<()> {
+        // SAFETY: by the caller's promise.
+        unsafe { self.submit(device, grid, threads, args, &mut []) }
+    }
+
+    /// As [`Kernel::launch`], for kernels that may begin while the one ahead of them still runs (`cuda/common/overlap.cuh`). Hopper and
+    /// later.
+    ///
+    /// # Errors
+    /// As for [`Kernel::launch`].
+    ///
+    /// # Safety
+    /// As for [`Kernel::launch`]; and before the kernel reads what work ahead of it writes, or writes anything, it must wait for that
+    /// work, whatever path it takes.
+    pub unsafe fn launch_overlapped(&self, device: &Gpu, grid: [u32; 3], args: Args) -> Result<()> {
+        let mut attributes = [sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        }];
+        // SAFETY: by the caller's promise.
+        unsafe { self.submit(device, grid, self.info.threads, args, &mut attributes) }
+    }
+
+    /// Checks the arguments and launches.
+    ///
+    /// # Safety
+    /// As for [`Kernel::launch`], and what the attributes ask for.
+    unsafe fn submit(
+        &self,
+        device: &Gpu,
+        grid: [u32; 3],
+        threads: u32,
+        mut args: Args,
+        attributes: &mut [sys::CUlaunchAttribute],
+    ) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
         }
         self.check(&args)?;
         let mut pointers = args.pointers();
-        // SAFETY: by the caller's promise; the argument pointers live until the call returns, which copies them.
+        let [x, y, z] = grid;
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.info.dynamic_shared_memory,
+            hStream: device.stream().cu_stream(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
+        };
+        // SAFETY: by the caller's promise; configuration, attributes and argument pointers live until the call returns, which copies them.
         let launch = || unsafe {
-            result::launch_kernel(
-                self.function,
-                grid.into(),
-                (threads, 1, 1),
-                self.info.dynamic_shared_memory,
-                device.stream().cu_stream(),
-                &mut pointers,
-            )
+            match config.numAttrs {
+                0 => result::launch_kernel(
+                    self.function,
+                    grid.into(),
+                    (threads, 1, 1),
+                    config.sharedMemBytes,
+                    config.hStream,
+                    &mut pointers,
+                ),
+                _ => {
+                    sys::cuLaunchKernelEx(&config, self.function, pointers.as_mut_ptr(), std::ptr::null_mut()).result()
+                }
+            }
         };
         let outcome = device.submit(launch)?;
         check(

@@ -45,7 +45,7 @@ pub use cpu::{CpuBuffer, set_poison_new_buffers};
 pub use cuda::CudaDevice;
 pub use driver::Event;
 pub use gpu::Gpu;
-pub use graph::Graph;
+pub use graph::{Graph, Recording};
 pub use host_blocks::{HostBlocks, PLACES};
 pub use host_copies::HostCopies;
 pub use kernel::{Kernel, LaunchInfo};

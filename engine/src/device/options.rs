@@ -29,6 +29,8 @@ pub struct DeviceOptions {
     pub fused_linear: bool,
     /// `L2P_GRAPH`: record steps.
     pub graphs: bool,
+    /// `L2P_OVERLAP`: let kernels that are made for it begin while the one ahead of them still runs.
+    pub overlap: bool,
     /// `L2P_GEMM_SEARCH`: search for the algorithms of matrix products, and take those that were found before.
     pub matmul_search: bool,
     /// `L2P_POOL`: where tensors' memory comes from.
@@ -49,6 +51,7 @@ impl Default for DeviceOptions {
             portable: false,
             fused_linear: true,
             graphs: true,
+            overlap: true,
             matmul_search: true,
             pool: PoolKind::Arena,
             cache_folder: None,
@@ -86,6 +89,7 @@ impl DeviceOptions {
             portable: read.switch("L2P_PORTABLE", usual.portable)?,
             fused_linear: read.switch("L2P_FUSED_LINEAR", usual.fused_linear)?,
             graphs: read.switch("L2P_GRAPH", usual.graphs)?,
+            overlap: read.switch("L2P_OVERLAP", usual.overlap)?,
             matmul_search: read.switch("L2P_GEMM_SEARCH", usual.matmul_search)?,
             pool: read.one_of(
                 "L2P_POOL",
@@ -174,6 +178,7 @@ mod tests {
             portable: true,
             fused_linear: false,
             graphs: false,
+            overlap: false,
             matmul_search: false,
             pool: PoolKind::Direct,
             cache_folder: Some("/c".into()),
@@ -185,6 +190,7 @@ mod tests {
             ("L2P_PORTABLE", "1"),
             ("L2P_FUSED_LINEAR", "0"),
             ("L2P_GRAPH", "0"),
+            ("L2P_OVERLAP", "0"),
             ("L2P_GEMM_SEARCH", "0"),
             ("L2P_POOL", "direct"),
             ("L2P_CACHE_DIR", "/c"),
@@ -197,10 +203,16 @@ mod tests {
         ];
         assert_eq!(of(&all).unwrap(), changed);
         let folder = |pairs: &[(&str, &str)]| of(pairs).unwrap().cache_folder;
-        assert_eq!(folder(&all[6..]), Some("/x/l2p".into()));
-        assert_eq!(folder(&all[7..]), Some("/h/.cache/l2p".into()));
-        let usual = ["1", "1", "1", "arena"];
-        let names = ["L2P_FUSED_LINEAR", "L2P_GRAPH", "L2P_GEMM_SEARCH", "L2P_POOL"];
+        assert_eq!(folder(&all[7..]), Some("/x/l2p".into()));
+        assert_eq!(folder(&all[8..]), Some("/h/.cache/l2p".into()));
+        let usual = ["1", "1", "1", "1", "arena"];
+        let names = [
+            "L2P_FUSED_LINEAR",
+            "L2P_GRAPH",
+            "L2P_OVERLAP",
+            "L2P_GEMM_SEARCH",
+            "L2P_POOL",
+        ];
         let said: Vec<(&str, &str)> = names.into_iter().zip(usual).collect();
         assert_eq!(of(&said).unwrap(), DeviceOptions::default());
     }
@@ -211,6 +223,7 @@ mod tests {
             ("L2P_PORTABLE", "yes", "set it to 0 or 1, or not at all"),
             ("L2P_FUSED_LINEAR", "2", "set it to 0 or 1, or not at all"),
             ("L2P_GRAPH", "off", "set it to 0 or 1, or not at all"),
+            ("L2P_OVERLAP", "on", "set it to 0 or 1, or not at all"),
             ("L2P_GEMM_SEARCH", " 0", "set it to 0 or 1, or not at all"),
             ("L2P_POOL", "Direct", "set it to arena or direct, or not at all"),
         ] {

@@ -10,9 +10,9 @@
 use std::collections::VecDeque;
 
 use super::schedule::Schedule;
+use super::walk::Step;
 pub use super::walk::{Conditioning, Walk};
-use super::walk::{Recording, Step};
-use crate::device::Marker;
+use crate::device::{Marker, Recording};
 use crate::error::Result;
 use crate::model::Denoiser;
 use crate::profile;

@@ -3,10 +3,8 @@
 //! On CUDA the first step runs call by call, which loads every kernel; the second is recorded and replayed for all others,
 //! with the step's own modulation vectors and factors copied to fixed addresses. The device's options may turn recording off.
 
-use std::sync::Arc;
-
 use super::schedule::Schedule;
-use crate::device::{CudaDevice, Device, Graph};
+use crate::device::Recording;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::model::{Denoiser, Modulations, Prepared};
@@ -229,37 +227,5 @@ impl State {
             model.paint(image, prepared, &self.modulations, canvas)?;
         }
         Ok(())
-    }
-}
-
-/// A step's work, recorded when it is met for the second time.
-pub(super) enum Recording {
-    /// Every step runs call by call.
-    Off,
-    /// Nothing is recorded yet.
-    Pending(Arc<CudaDevice>),
-    /// Steps are replayed.
-    Ready(Graph),
-}
-
-impl Recording {
-    pub(super) fn new(device: &Device) -> Self {
-        match device {
-            Device::Cuda(device) if device.options().graphs => Recording::Pending(device.clone()),
-            _ => Recording::Off,
-        }
-    }
-
-    fn run(&mut self, ran: bool, work: impl FnOnce() -> Result<()>) -> Result<()> {
-        match self {
-            Recording::Ready(graph) => graph.launch(),
-            Recording::Pending(device) if ran => {
-                let mut graph = Graph::record(device, work)?;
-                graph.launch()?;
-                *self = Recording::Ready(graph);
-                Ok(())
-            }
-            _ => work(),
-        }
     }
 }

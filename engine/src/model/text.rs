@@ -43,27 +43,27 @@ module! {
 
 module! {
     /// One decoder layer. Query, key and value projections are stacked (packed qkv), as are the two inputs of SwiGLU.
-    struct Layer<K> {
+    pub(super) struct Layer<K> {
         /// `[dim]`
-        input_norm: Norm<K>,
+        pub(super) input_norm: Norm<K>,
         /// `[(heads + 2 · kv_heads) · head_dim, dim]`
-        qkv: Linear<K>,
+        pub(super) qkv: Linear<K>,
         /// `[head_dim]` each
-        q_norm: Norm<K>,
-        k_norm: Norm<K>,
+        pub(super) q_norm: Norm<K>,
+        pub(super) k_norm: Norm<K>,
         /// `[dim, heads · head_dim]`
-        out: Linear<K>,
+        pub(super) out: Linear<K>,
         /// `[dim]`
-        post_attention_norm: Norm<K>,
+        pub(super) post_attention_norm: Norm<K>,
         /// `[2 · ffn_hidden, dim]`
-        gate_up: Linear<K>,
+        pub(super) gate_up: Linear<K>,
         /// `[dim, ffn_hidden]`
-        down: Linear<K>,
+        pub(super) down: Linear<K>,
     }
 }
 
 /// The table of embeddings in `Qwen3Model`.
-const EMBEDDINGS: &str = "embed_tokens.weight";
+pub(super) const EMBEDDINGS: &str = "embed_tokens.weight";
 
 impl TextEncoder<Described> {
     /// The parameters of an encoder of these sizes, named as in `Qwen3Model` after `prefix`.
@@ -90,7 +90,8 @@ impl TextEncoder<Described> {
 }
 
 impl Layer<Described> {
-    fn describe(config: &TextConfig, prefix: &str, index: usize) -> Self {
+    /// The parameters of layer `index`, named after `prefix`.
+    pub(super) fn describe(config: &TextConfig, prefix: &str, index: usize) -> Self {
         let group = Group::Layer { index };
         let TextConfig {
             dim,
@@ -150,8 +151,8 @@ impl TextEncoder {
     pub fn encode(&self, ids: &[u32]) -> Result<Tensor> {
         let _range = profile::range(c"text encoder");
         let device = self.embeddings.tensor().device();
-        let ids = Tensor::from_slice(&device, &self.checked(ids)?, [1, ids.len()])?;
-        let rotation = self.rotation(&device, ids.dim(1))?;
+        let ids = Tensor::from_slice(&device, &checked(ids, self.config.vocabulary)?, [1, ids.len()])?;
+        let rotation = rotation(&self.config, &device, ids.dim(1))?;
         let epsilon = self.config.norm_eps;
         let mut stream = embedding(self.embeddings.tensor(), &ids)?;
         let Some(first) = self.layers.first() else {
@@ -174,72 +175,79 @@ impl TextEncoder {
         pass.map_or(Ok(()), Pass::end)?;
         Ok(stream)
     }
+}
 
-    /// The ids as a kernel reads them, all within the vocabulary.
-    fn checked(&self, ids: &[u32]) -> Result<Vec<i32>> {
-        if ids.is_empty() {
-            return Err(Error::invalid("text encoder: a prompt has at least one token"));
-        }
-        let vocabulary = self.config.vocabulary;
-        ids.iter()
-            .map(|&id| match i32::try_from(id) {
-                Ok(found) if (id as usize) < vocabulary => Ok(found),
-                _ => Err(Error::invalid(format!(
-                    "text encoder: token {id} is not in a vocabulary of {vocabulary}; tokenizer and text encoder are of \
-                     different models"
-                ))),
-            })
-            .collect()
+/// The ids as a kernel reads them, all within the vocabulary.
+pub(super) fn checked(ids: &[u32], vocabulary: usize) -> Result<Vec<i32>> {
+    if ids.is_empty() {
+        return Err(Error::invalid("text encoder: a prompt has at least one token"));
     }
+    ids.iter()
+        .map(|&id| match i32::try_from(id) {
+            Ok(found) if (id as usize) < vocabulary => Ok(found),
+            _ => Err(Error::invalid(format!(
+                "text encoder: token {id} is not in a vocabulary of {vocabulary}; tokenizer and text encoder are of \
+                 different models"
+            ))),
+        })
+        .collect()
+}
 
-    /// Cosine and sine of every angle, `[1, tokens, head_dim / 2, 2]`: pair `i` of the token at position `p` turns by
-    /// `p · θ^(−2i / head_dim)`. Like the reference, frequencies and angles are rounded to f32 on the way, which at position
-    /// 500 is more than the last bits of the result.
-    fn rotation(&self, device: &Device, tokens: usize) -> Result<Tensor> {
-        let pairs = self.config.head_dim / 2;
-        let frequency = |pair: usize| {
-            let exponent = (2 * pair) as f64 / self.config.head_dim as f64;
-            1.0 / self.config.rope_theta.powf(exponent) as f32
-        };
-        let frequencies: Vec<f32> = (0..pairs).map(frequency).collect();
-        let turn = |position: usize, frequency: f32| {
-            let angle = f64::from(position as f32 * frequency);
-            [angle.cos() as f32, angle.sin() as f32]
-        };
-        let table: Vec<f32> = (0..tokens)
-            .flat_map(|position| frequencies.iter().flat_map(move |&frequency| turn(position, frequency)))
-            .collect();
-        Tensor::from_slice(device, &table, [1, tokens, pairs, 2])
-    }
+/// Cosine and sine of every angle, `[1, tokens, head_dim / 2, 2]`: pair `i` of the token at position `p` turns by
+/// `p · θ^(−2i / head_dim)`. Like the reference, frequencies and angles are rounded to f32 on the way, which at position
+/// 500 is more than the last bits of the result.
+pub(super) fn rotation(config: &TextConfig, device: &Device, tokens: usize) -> Result<Tensor> {
+    let pairs = config.head_dim / 2;
+    let frequency = |pair: usize| {
+        let exponent = (2 * pair) as f64 / config.head_dim as f64;
+        1.0 / config.rope_theta.powf(exponent) as f32
+    };
+    let frequencies: Vec<f32> = (0..pairs).map(frequency).collect();
+    let turn = |position: usize, frequency: f32| {
+        let angle = f64::from(position as f32 * frequency);
+        [angle.cos() as f32, angle.sin() as f32]
+    };
+    let table: Vec<f32> = (0..tokens)
+        .flat_map(|position| frequencies.iter().flat_map(move |&frequency| turn(position, frequency)))
+        .collect();
+    Tensor::from_slice(device, &table, [1, tokens, pairs, 2])
 }
 
 impl Layer {
     /// The attention sublayer without its residual sum.
     fn attend(&self, input: &Tensor, config: &TextConfig, rotation: &Tensor) -> Result<Tensor> {
-        let TextConfig {
-            heads,
-            kv_heads,
-            head_dim,
-            ..
-        } = *config;
+        self.attended(&self.turned(input, config, rotation)?, config)
+    }
+
+    /// Packed queries, keys and values of the normalised stream, queries and keys normalised and turned.
+    pub(super) fn turned(&self, input: &Tensor, config: &TextConfig, rotation: &Tensor) -> Result<Tensor> {
         let mut qkv = self.qkv.forward(input)?;
-        let norm_and_turn = QkNormRope {
-            heads,
-            kv_heads,
-            head_dim,
+        qk_norm_rope(&mut qkv, &self.norm_and_turn(config), rotation)?;
+        Ok(qkv)
+    }
+
+    /// How queries and keys are normalised and turned.
+    pub(super) fn norm_and_turn<'a>(&'a self, config: &TextConfig) -> QkNormRope<'a> {
+        QkNormRope {
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
             q_weight: self.q_norm.tensor(),
             k_weight: self.k_norm.tensor(),
             epsilon: config.norm_eps,
             rotation: Rotation::HalfSplit,
-        };
-        qk_norm_rope(&mut qkv, &norm_and_turn, rotation)?;
+        }
+    }
+
+    /// The attention sublayer of these, without its residual sum.
+    pub(super) fn attended(&self, qkv: &Tensor, config: &TextConfig) -> Result<Tensor> {
         let heads = Attention {
-            heads,
-            kv_heads,
-            head_dim,
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
             causal: true,
-            scale: 1.0 / (head_dim as f32).sqrt(),
+            scale: 1.0 / (config.head_dim as f32).sqrt(),
         };
-        self.out.forward(&attention(&qkv, &heads, None)?)
+        self.out.forward(&attention(qkv, &heads, None)?)
     }
 }

@@ -8,6 +8,7 @@ pub mod add_rms_norm;
 pub mod attention;
 pub mod cast;
 pub mod conv;
+pub mod decode_attention;
 pub mod detail_stage;
 pub mod downsample_conv;
 mod elementwise;
@@ -20,6 +21,7 @@ pub mod guidance;
 pub mod latent;
 pub mod layer_norm;
 pub mod linear;
+pub mod linear_few;
 mod linear_hopper;
 pub mod linear_quantised;
 pub mod linear_swiglu;
@@ -30,6 +32,7 @@ pub mod qk_norm_rope;
 pub mod quantise;
 pub mod resize;
 pub mod rms_norm;
+pub mod sample_tokens;
 pub mod sum_parts;
 pub mod sum_rows;
 pub mod sum_squares;
@@ -41,6 +44,7 @@ pub mod unpatchify;
 
 pub use modulation::{Modulation, VectorGradient};
 
+use crate::device::{Args, CudaDevice, Kernel};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -113,4 +117,20 @@ pub(crate) fn threads_per_row(op: &'static str, dim: usize, per_thread: u32) -> 
         )));
     }
     Ok(threads as u32)
+}
+
+/// Launches a kernel that may begin while the one ahead of it still runs, so far as the device allows that.
+///
+/// # Errors
+/// As for [`Kernel::launch`].
+///
+/// # Safety
+/// As for [`Kernel::launch_overlapped`].
+pub(crate) unsafe fn launch_overlapped(device: &CudaDevice, kernel: &Kernel, grid: [u32; 3], args: Args) -> Result<()> {
+    match device.overlaps_kernels() {
+        // SAFETY: by the caller's promise.
+        true => unsafe { kernel.launch_overlapped(device, grid, args) },
+        // SAFETY: as above.
+        false => unsafe { kernel.launch(device, grid, args) },
+    }
 }

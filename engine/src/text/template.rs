@@ -23,6 +23,15 @@ const PLAIN: &str = "_plain";
 
 const TIME: Duration = Duration::from_secs(PROMPT_SECONDS);
 
+/// What a language model is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conversation {
+    /// What it is to be and to observe.
+    pub system: Option<String>,
+    /// The question.
+    pub user: String,
+}
+
 /// A compiled chat template. Templates are written for Jinja2 in Python; the environment offers them what they use of it:
 /// string methods, `raise_exception`, a `tojson` that does not escape HTML, and white space trimmed around blocks.
 #[derive(Debug)]
@@ -51,9 +60,23 @@ impl ChatTemplate {
     /// # Errors
     /// The template's own complaint, or the template engine's with its line; or which bound it exceeds.
     pub fn render(&self, prompt: &str) -> Result<String, String> {
+        self.render_messages(vec![("user", prompt.to_owned())], true)
+    }
+
+    /// The text for a conversation, up to the point where the assistant answers without thinking aloud.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn render_conversation(&self, conversation: &Conversation) -> Result<String, String> {
+        let system = conversation.system.iter().map(|text| ("system", text.clone()));
+        let messages = system.chain([("user", conversation.user.clone())]);
+        self.render_messages(messages.collect(), false)
+    }
+
+    /// The text for messages, each with its role.
+    fn render_messages(&self, messages: Vec<(&'static str, String)>, thinking: bool) -> Result<String, String> {
         let (environment, tokens) = (self.environment.clone(), self.special_tokens.clone());
-        let prompt = prompt.to_owned();
-        let text = contained(TIME, move || rendered(&environment, tokens, &prompt));
+        let text = contained(TIME, move || rendered(&environment, tokens, messages, thinking));
         let text = text.map_err(|failure| failure.reason())??;
         match text.len() > LONGEST_RENDERED {
             true => Err(format!(
@@ -91,15 +114,16 @@ fn compiled(source: &str) -> Result<Environment<'static>, String> {
 fn rendered(
     environment: &Environment<'static>,
     special_tokens: Vec<(String, String)>,
-    prompt: &str,
+    messages: Vec<(&'static str, String)>,
+    thinking: bool,
 ) -> Result<String, String> {
-    let message = context! { role => "user", content => prompt };
+    let message = |(role, content)| context! { role => role, content => content };
     let conversation = context! {
-        messages => vec![message],
+        messages => messages.into_iter().map(message).collect::<Vec<Value>>(),
         tools => Value::from(()),
         documents => Value::from(()),
         add_generation_prompt => true,
-        enable_thinking => true,
+        enable_thinking => thinking,
     };
     let tokens = Value::from_pairs(special_tokens);
     environment
@@ -163,6 +187,24 @@ mod tests {
         ] {
             assert_eq!(render(source).as_deref(), Ok(expected), "{source}");
         }
+    }
+
+    #[test]
+    fn conversations_have_their_roles_and_no_thoughts() {
+        let source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ enable_thinking }}{{ add_generation_prompt }}";
+        let template = ChatTemplate::compile(source, Vec::new()).unwrap();
+        let mut conversation = Conversation {
+            system: Some("be brief".into()),
+            user: "why <b>?".into(),
+        };
+        let text = template.render_conversation(&conversation).unwrap();
+        assert_eq!(text, "<system>be brief<user>why <b>?FalseTrue");
+        conversation.system = None;
+        assert_eq!(
+            template.render_conversation(&conversation).unwrap(),
+            "<user>why <b>?FalseTrue"
+        );
+        assert_eq!(template.render("x").unwrap(), "<user>xTrueTrue");
     }
 
     #[test]

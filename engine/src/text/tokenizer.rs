@@ -8,10 +8,10 @@ use std::time::Duration;
 use serde_json::Value;
 use tokenizers::{PostProcessor, Tokenizer, TruncationDirection};
 
-use super::ChatTemplate;
 use super::contained::{Failure, contained};
 use super::growth::Growth;
 use super::outline::{Outline, ensure_few_added};
+use super::{ChatTemplate, Conversation};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::limits::{Budget, LONGEST_NORMALIZED, LONGEST_PROMPT, PROMPT_SECONDS, TOKENIZER_SECONDS};
@@ -34,6 +34,8 @@ pub struct PromptTokenizer {
     template_file: PathBuf,
     max_tokens: usize,
     cut_side: TruncationDirection,
+    /// The `eos_token` of its configuration.
+    end_token: Option<String>,
     /// A text took too long, and whatever works on it may still go on.
     given_up: AtomicBool,
 }
@@ -69,7 +71,10 @@ impl PromptTokenizer {
             .map_err(|error| Error::file(&path, format!("not valid JSON: {error}")))?;
         ensure_same_tokens(&tokenizer, &config).map_err(|reason| Error::file(&path, reason))?;
         let (template_file, source) = read_template(dir, &config)?;
-        let template = ChatTemplate::compile(&source, special_tokens(&config))
+        let special = special_tokens(&config);
+        let end_token = special.iter().find(|(name, _)| name == "eos_token");
+        let end_token = end_token.map(|(_, token)| token.clone());
+        let template = ChatTemplate::compile(&source, special)
             .map_err(|reason| Error::file(&template_file, format!("the chat template cannot be used: {reason}")))?;
         Ok(PromptTokenizer {
             dir: dir.to_owned(),
@@ -79,6 +84,7 @@ impl PromptTokenizer {
             template_file,
             max_tokens: Self::DEFAULT_MAX_TOKENS,
             cut_side: cut_side(&config),
+            end_token,
             given_up: AtomicBool::new(false),
         })
     }
@@ -104,14 +110,50 @@ impl PromptTokenizer {
     /// # Errors
     /// When it is too long, or the template refuses it.
     pub fn render(&self, prompt: &str) -> Result<String> {
-        if prompt.len() > LONGEST_PROMPT {
-            return Err(self.refusal(format!(
-                "the prompt has {} bytes, more than the {LONGEST_PROMPT} that one may have",
-                prompt.len()
-            )));
+        self.ensure_short(prompt.len())?;
+        self.template
+            .render(prompt)
+            .map_err(|reason| self.template_failed(&reason))
+    }
+
+    fn ensure_short(&self, bytes: usize) -> Result<()> {
+        match bytes > LONGEST_PROMPT {
+            true => Err(self.refusal(format!(
+                "the prompt has {bytes} bytes, more than the {LONGEST_PROMPT} that one may have"
+            ))),
+            false => Ok(()),
         }
-        let failed = |reason| Error::file(&self.template_file, format!("the chat template failed: {reason}"));
-        self.template.render(prompt).map_err(failed)
+    }
+
+    fn template_failed(&self, reason: &str) -> Error {
+        Error::file(&self.template_file, format!("the chat template failed: {reason}"))
+    }
+
+    /// The token ids of a conversation, up to where the answer begins. Nothing is cut, whatever the tokenizer's limit.
+    ///
+    /// # Errors
+    /// As [`PromptTokenizer::encode`].
+    pub fn encode_conversation(&self, conversation: &Conversation) -> Result<Vec<u32>> {
+        let system = conversation.system.as_ref().map_or(0, String::len);
+        self.ensure_short(system.saturating_add(conversation.user.len()))?;
+        let text = self.template.render_conversation(conversation);
+        let text = text.map_err(|reason| self.template_failed(&reason))?;
+        Ok(self.tokenized(text, usize::MAX)?.ids)
+    }
+
+    /// The library's own.
+    pub(super) fn library(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Its file, for messages.
+    pub(super) fn file(&self) -> PathBuf {
+        self.dir.join(TOKENIZER)
+    }
+
+    /// The `eos_token` of its configuration.
+    pub(super) fn end_token(&self) -> Option<&str> {
+        self.end_token.as_deref()
     }
 
     /// The token ids of `prompt`.
@@ -120,7 +162,11 @@ impl PromptTokenizer {
     /// An [`Error::File`] when the prompt is too long, the template refuses it, or the tokenizer has no token for a part of it.
     /// When the tokenizer takes too long, [`Error::Invalid`], and from then on for every prompt.
     pub fn encode(&self, prompt: &str) -> Result<PromptTokens> {
-        let text = self.render(prompt)?;
+        self.tokenized(self.render(prompt)?, self.room())
+    }
+
+    /// The ids of a text, of which `room` are kept before the tokenizer adds its own.
+    fn tokenized(&self, text: String, room: usize) -> Result<PromptTokens> {
         let most = self.growth.of(text.len());
         if most > LONGEST_NORMALIZED {
             return Err(self.refusal(format!(
@@ -131,7 +177,7 @@ impl PromptTokenizer {
         if self.given_up.load(Ordering::Relaxed) {
             return Err(self.gave_up("it took too long for another one"));
         }
-        let (tokenizer, room, side) = (self.tokenizer.clone(), self.room(), self.cut_side);
+        let (tokenizer, side) = (self.tokenizer.clone(), self.cut_side);
         match contained(PROMPT_TIME, move || tokens(&tokenizer, text, room, side)) {
             Ok(outcome) => outcome.map_err(|error| self.refusal(shown_name(&error.to_string()))),
             Err(failure @ Failure::TooLong(_)) => {

@@ -1,13 +1,17 @@
 //! Readers that read and draw nothing.
 
 use clap::Parser;
+use l2p_engine::Device;
 use l2p_engine::checkpoint::{
     self, Checkpoint, ExportOptions, InitOptions, ModelPaths, PathOverrides, Transformer, inspect as inspected,
     read_values, write_file,
 };
 use l2p_engine::data::{FeatureStore, Metadata};
 use l2p_engine::image_io::{read_header, read_image, read_settings};
-use l2p_engine::text::PromptTokenizer;
+use l2p_engine::model::language::LanguageModel;
+use l2p_engine::pipeline::generator::{Generator, LanguageFiles, SamplingOptions};
+use l2p_engine::text::json::JsonShape;
+use l2p_engine::text::{Conversation, PromptTokenizer};
 use l2p_engine::train::run::{KEYS, TrainConfig};
 
 use super::{Ended, ended};
@@ -29,6 +33,45 @@ pub fn shards(case: &mut Case) -> Ended {
     let folder = case.path("latent/transformer");
     let paths = ModelPaths::resolve(&folder, &PathOverrides::default());
     ended(paths.and_then(|paths| paths.open_transformer().map(|transformer| transformer.audit())))
+}
+
+/// A text encoder that writes a few words, held to a shape.
+pub fn language(case: &mut Case) -> Ended {
+    let write = || -> l2p_engine::Result<()> {
+        let paths = ModelPaths::resolve(&case.path("latent"), &PathOverrides::default())?;
+        // As small as it is, it is refused after everything in its folder was read.
+        let Err(refusal) = LanguageFiles::open(&paths, &Device::Cpu) else {
+            return Ok(());
+        };
+        if !refusal.to_string().contains("is no language model") {
+            return Err(refusal);
+        }
+        let (config, checkpoint) = checkpoint::open_text_encoder(paths.text_encoder()?)?;
+        let tokenizer = PromptTokenizer::open(paths.tokenizer()?)?;
+        let model = LanguageModel::load(&checkpoint, &Device::Cpu, &config, &mut |_, _| Ok(()))?;
+        let generator = Generator::of(tokenizer, model)?;
+        let question = Conversation {
+            system: Some("Be brief.".into()),
+            user: "a fox".into(),
+        };
+        let shape = JsonShape::Texts {
+            count: 1..=1,
+            characters: 0..=4,
+        };
+        for shape in [None, Some(shape)] {
+            let options = SamplingOptions {
+                max_tokens: 8,
+                shape,
+                ..SamplingOptions::default()
+            };
+            let answers = generator.generate(std::slice::from_ref(&question), &options, &mut |_| Ok(()))?;
+            if options.shape.is_some() {
+                serde_json::from_str::<Vec<String>>(&answers[0].text).expect("the answer has its shape");
+            }
+        }
+        Ok(())
+    };
+    ended(write())
 }
 
 /// What `l2p-convert inspect` says.

@@ -31,7 +31,7 @@ fn expect_row(row: &Value, repeats: usize) {
 
 fn every_benchmark() -> Outcome {
     let folder = tempfile::tempdir()?;
-    let small: [(&str, &[&str], &[&str]); 5] = [
+    let small: [(&str, &[&str], &[&str]); 6] = [
         (
             "bench-attention",
             &["--tokens", "70", "--heads", "2"],
@@ -56,6 +56,11 @@ fn every_benchmark() -> Outcome {
         ),
         ("bench-head", &["--tiny", "--heads", "1k"], &["head-1k"]),
         ("bench-step", &["--tiny", "--model", "pixel-1k"], &["pixel-1k"]),
+        (
+            "bench-decode",
+            &["--tiny", "--batch", "1,3", "--prompt", "5", "--tokens", "3"],
+            &["step-1", "decode-1", "step-3", "decode-3"],
+        ),
     ];
     for (program, arguments, names) in small {
         let common = ["--device", "cpu", "--repeats", "2", "--json", "record.json"];

@@ -4,6 +4,7 @@ mod block;
 mod detailer;
 pub mod dit;
 mod eight_bit;
+mod language;
 mod limits;
 mod rope;
 mod text;
@@ -24,6 +25,7 @@ pub fn register(suite: &mut Suite) {
     detailer::register(suite);
     dit::register(suite);
     eight_bit::register(suite);
+    language::register(suite);
     limits::register(suite);
     rope::register(suite);
     text::register(suite);

@@ -19,14 +19,14 @@ pub fn register(suite: &mut Suite) {
 const BF16_ENCODER_TOLERANCE: f64 = 1.05e-2;
 
 /// Reads a configuration as it stands on disk.
-fn read(config: &Value) -> l2p_engine::Result<TextConfig> {
+pub(super) fn read(config: &Value) -> l2p_engine::Result<TextConfig> {
     let dir = tempfile::tempdir().expect("a temporary folder can be made");
     std::fs::write(dir.path().join("config.json"), config.to_string()).expect("it can be written to");
     TextConfig::read(dir.path())
 }
 
 /// The sizes of a case, in the layout of older versions of transformers.
-fn config(case: &Case<'_>) -> Value {
+pub(super) fn config(case: &Case<'_>) -> Value {
     let mut config = case.config(&["config"]).clone();
     config["model_type"] = json!("qwen3");
     config
