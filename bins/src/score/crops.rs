@@ -88,7 +88,7 @@ fn places(arguments: &Crops) -> anyhow::Result<Vec<Place>> {
                 size[0]
             );
         }
-        let mut corner = |length: usize| (u64::from(words.word()) * (length - side + 1) as u64 >> 32) as usize;
+        let mut corner = |length: usize| ((u64::from(words.word()) * (length - side + 1) as u64) >> 32) as usize;
         let corners = (0..arguments.per_picture.get()).map(|_| size.map(&mut corner));
         Ok(Place {
             name,

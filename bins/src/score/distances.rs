@@ -74,7 +74,7 @@ impl Distances {
             None => ("-".into(), "-".into()),
         };
         let pictures = self.pictures.map_or("?".into(), |pictures| pictures.to_string());
-        vec![name.into(), pictures, format!("{:.4}", self.fid), kid, deviation]
+        vec![name.into(), pictures, significant(self.fid), kid, deviation]
     }
 
     fn json(&self, name: &str, path: &std::path::Path) -> Value {
@@ -118,6 +118,18 @@ fn kernel_distance(
 
 fn header() -> Vec<Vec<String>> {
     vec![["set", "pictures", "FID", "KID", "±"].map(String::from).to_vec()]
+}
+
+/// A number with five digits that mean something, of very small ones fewer.
+fn significant(value: f64) -> String {
+    const DIGITS: i32 = 5;
+    let before = if value == 0.0 {
+        0
+    } else {
+        value.abs().log10().floor() as i32
+    };
+    let after = (DIGITS - 1 - before).clamp(0, 8) as usize;
+    format!("{value:.after$}")
 }
 
 /// A word on sets of which the covariance has no full rank.
@@ -206,4 +218,23 @@ pub fn in_vae(arguments: &Vae) -> anyhow::Result<Scores> {
             "sets": values,
         }),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::significant;
+
+    #[test]
+    fn small_distances_have_digits_too() {
+        for (value, text) in [
+            (0.0, "0.0000"),
+            (3.277943e-5, "0.00003278"),
+            (0.0111096, "0.011110"),
+            (33.4567, "33.457"),
+            (123456.7, "123457"),
+            (-2.5e-12, "-0.00000000"),
+        ] {
+            assert_eq!(significant(value), text);
+        }
+    }
 }

@@ -46,7 +46,7 @@ impl Extractor {
         let (config, checkpoint) = open_vae(paths.vae()?)?;
         let side = side.or(paths.defaults.width).unwrap_or(SIDE);
         let multiple = config.downsampling() * grid;
-        if side % multiple != 0 {
+        if !side.is_multiple_of(multiple) {
             bail!(
                 "pictures of {side} pixels have no grid of {grid}x{grid} cells in this VAE: give a --side that is a multiple of \
                  {multiple}, such as {}",
