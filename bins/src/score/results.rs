@@ -127,6 +127,10 @@ impl Dpg {
                     place()
                 )
             })?;
+            let [pictures @ .., mean] = &scores[..] else { continue };
+            if (pictures.iter().sum::<f64>() / pictures.len() as f64 - mean).abs() > 1e-9 {
+                bail!("{}: its last number is not the mean of its scores", place());
+            }
             if *per_prompt.get_or_insert(scores.len() - 1) != scores.len() - 1 {
                 bail!(
                     "{}: has scores of {} pictures, the lines before of another number",
@@ -141,7 +145,7 @@ impl Dpg {
                     shown_name(name)
                 );
             }
-            sum += scores[scores.len() - 1];
+            sum += mean;
         }
         let Some(per_prompt) = per_prompt else {
             bail!(
@@ -201,19 +205,16 @@ impl Dpg {
     }
 }
 
-/// `path, score, score, …, mean`; a path may hold commas.
+/// `path, score, score, …, mean`; a path may hold commas, and ends with an extension.
 fn picture_line(line: &str) -> Option<(&str, Vec<f64>)> {
-    // No grid has more pictures, each has a score, and then comes the mean.
-    const MOST: usize = 5;
     let (mut rest, mut scores) = (line, Vec::new());
-    while scores.len() < MOST
-        && let Some((before, score)) = rest
-            .rsplit_once(", ")
-            .and_then(|(before, text)| Some((before, number(text, 1.0)?)))
+    while let Some((before, text)) = rest.rsplit_once(", ")
+        && let Some(score) = number(text, 1.0)
     {
-        scores.insert(0, score);
+        scores.push(score);
         rest = before;
     }
+    scores.reverse();
     (scores.len() >= 2 && !rest.is_empty()).then_some((rest, scores))
 }
 
@@ -303,6 +304,10 @@ mod tests {
             (
                 DPG.replace("0.25\nModel", "0.25, 0.25\nModel"),
                 "line 2: has scores of 5 pictures",
+            ),
+            (
+                DPG.replace("0.25\nModel", "0.5\nModel"),
+                "line 2: its last number is not the mean",
             ),
             (DPG.replace("out/c.png", "out/a, b.png"), "stands in line 1 too"),
             (DPG.replace("\tother: 40", "\tother"), "line 6: cannot be read"),
