@@ -11,6 +11,7 @@ mod progress;
 mod prompts;
 pub mod report;
 pub mod sample;
+mod score;
 mod signals;
 mod size;
 pub mod train;

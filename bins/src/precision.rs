@@ -1,5 +1,6 @@
 //! The flags that say how weights are kept on the device.
 
+use std::fmt;
 use std::str::FromStr;
 
 use clap::Args;
@@ -59,6 +60,16 @@ impl FromStr for Vram {
                 _ => text.parse().map(Vram::Most),
             },
         }
+    }
+}
+
+impl fmt::Display for PrecisionFlags {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "trunk {}", self.trunk)?;
+        if !self.trunk_keep.is_empty() {
+            write!(f, " but {}", self.trunk_keep.join(","))?;
+        }
+        write!(f, ", text {}", self.text_weights)
     }
 }
 

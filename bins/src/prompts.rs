@@ -20,6 +20,14 @@ pub struct Line<T> {
 /// # Errors
 /// When it cannot be read or is not UTF-8, naming the line at fault; when it holds no prompt, or too many.
 pub fn read<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Vec<Line<T>>> {
+    read_lines(path, "prompts", "{\"prompt\": \"...\"}")
+}
+
+/// The lines of a file with a JSON object a line, each such as `expected` shows one; `what` are they in words.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_lines<T: DeserializeOwned>(path: &Path, what: &str, expected: &str) -> anyhow::Result<Vec<Line<T>>> {
     let text = files::read_text(path, Budget::METADATA)?;
     let mut lines = Vec::new();
     for (index, line) in text.lines().enumerate() {
@@ -27,19 +35,19 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Vec<Line<T>>> {
             continue;
         }
         let number = index + 1;
-        let expected = || format!("{}, line {number}: expected {{\"prompt\": \"...\"}}", path.display());
+        let expected = || format!("{}, line {number}: expected {expected}", path.display());
         // Serde quotes names and values of the file.
         let content = serde_json::from_str(line)
             .map_err(|error| Error::invalid(error.to_string()))
             .with_context(expected)?;
         lines.push(Line { number, content });
         if lines.len() as u64 > Pictures::MOST {
-            bail!("{}: holds more than {} prompts", path.display(), Pictures::MOST);
+            bail!("{}: holds more than {} {what}", path.display(), Pictures::MOST);
         }
     }
     if lines.is_empty() {
         bail!(
-            "{}: holds no prompts; write one JSON object per line, {{\"prompt\": \"...\"}}",
+            "{}: holds no {what}; write one JSON object per line, {expected}",
             path.display()
         );
     }

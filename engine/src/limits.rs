@@ -237,6 +237,8 @@ impl Budget {
     pub const CHAT_TEMPLATE: Budget = Budget::new("chat template", MIB / 4);
     /// The metadata of a data set, or a file of prompts.
     pub const METADATA: Budget = Budget::new("metadata file", 1024 * MIB);
+    /// A file that holds one prompt or caption.
+    pub const CAPTION: Budget = Budget::new("caption", MIB / 4);
     /// A PNG, JPEG or WebP file; decoded pictures have a budget of their own.
     pub const PICTURE: Budget = Budget::new("picture", 512 * MIB);
     /// Features or latents that a model made, kept for later.
@@ -251,6 +253,15 @@ impl Budget {
         Budget { kind, bytes }
     }
 }
+
+/// The most numbers of an array of features: as many as 65 536 pictures have in 2048 dimensions.
+pub const FEATURE_VALUES: usize = 1 << 27;
+/// The most arrays of an archive of them.
+pub const FEATURE_ARRAYS: usize = 4096;
+/// The most bytes of the description of an array in NumPy's format; those in the world have about a hundred.
+pub const ARRAY_HEADER: usize = 1 << 16;
+/// The largest absolute value of a feature: beyond all of f32. What is computed with six of them multiplied stays within f64.
+pub const FEATURE_VALUE: f64 = 1e40;
 
 /// The most bytes of a prompt or caption.
 pub const LONGEST_PROMPT: usize = 1 << 16;

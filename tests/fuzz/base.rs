@@ -9,6 +9,8 @@
 //! | `templates/` | chat templates |
 //! | `data/` | a data set: pictures of each format, metadata of each kind |
 //! | `inputs/` | prompts, noise, caption features, a picture that carries settings |
+//! | `sets/` | prompts of scorers: GenEval's lines, a folder of captions |
+//! | `scores/` | features and results as other programs write them |
 //! | `run/` | a training run of two steps, its configuration beside it |
 //! | `tree/` | records of benchmarks, where the source tree has them |
 
@@ -81,6 +83,8 @@ pub fn make(folder: &Path) -> anyhow::Result<()> {
     )?;
     data(&folder.join("data"))?;
     inputs(&folder.join("inputs"))?;
+    sets(&folder.join("sets"))?;
+    scores(&folder.join("scores"))?;
     run(folder)?;
     records(&folder.join("tree"))
 }
@@ -340,6 +344,37 @@ fn inputs(folder: &Path) -> anyhow::Result<()> {
         ..WriteOptions::default()
     };
     Ok(write_image(&folder.join("like.png"), &picture(16, 1)?, &options)?)
+}
+
+fn sets(folder: &Path) -> anyhow::Result<()> {
+    let lines = "{\"tag\": \"counting\", \"include\": [{\"class\": \"fox\", \"count\": 2}], \"prompt\": \"two foxes\"}\n\
+                 {\"tag\": \"colors\", \"include\": [], \"exclude\": [], \"prompt\": \"a red fox\"}\n";
+    write(&folder.join("geneval.jsonl"), lines.as_bytes())?;
+    write(&folder.join("captions/partiprompts1.txt"), b"a fox\n")?;
+    write(&folder.join("captions/b.txt"), "a café\n".as_bytes())
+}
+
+fn scores(folder: &Path) -> anyhow::Result<()> {
+    write(
+        &folder.join("second.npz"),
+        include_bytes!("../fixtures/data/scores/second.npz"),
+    )?;
+    write(
+        &folder.join("moments.npz"),
+        include_bytes!("../fixtures/data/scores/second-moments.npz"),
+    )?;
+    write(
+        &folder.join("first.npy"),
+        include_bytes!("../fixtures/data/scores/first.npy"),
+    )?;
+    let line = "{\"filename\":\"0/0.png\",\"tag\":\"colors\",\"prompt\":\"p\",\"correct\":true,\"reason\":\"\",\"metadata\":\"{}\"}\n";
+    write(
+        &folder.join("geneval.jsonl"),
+        [line, &line.replace("0/0", "0/1")].concat().as_bytes(),
+    )?;
+    let dpg = "out/a.png, 1.0, 0.5, 0.75, 0.75, 0.75\nModel: out\nL1 category scores:\n\tentity: 60.0\nL2 category scores:\n\
+               \tentity - whole: 60.0\nImage path: out\nDPG-Bench score: 75.0\n";
+    write(&folder.join("dpg.txt"), dpg.as_bytes())
 }
 
 const TRAIN: &str = "\

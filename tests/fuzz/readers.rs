@@ -52,6 +52,7 @@ const fn reader(
 const PIXEL: &[&str] = &["pixel/", "latent/text_encoder/", "latent/tokenizer/"];
 const EIGHT_BIT: &[&str] = &["eight-bit/", "latent/text_encoder/", "latent/tokenizer/"];
 const PIXEL_AND_INPUTS: &[&str] = &["pixel/", "latent/text_encoder/", "latent/tokenizer/", "inputs/"];
+const PIXEL_AND_SETS: &[&str] = &["pixel/", "latent/text_encoder/", "latent/tokenizer/", "sets/"];
 const RUN: &[&str] = &[
     "pixel/",
     "latent/text_encoder/",
@@ -70,7 +71,7 @@ const SET: &[&str] = &[
 ];
 
 /// All of them. Weights follow cost: what takes microseconds is read most often.
-pub static READERS: [Reader; 25] = [
+pub static READERS: [Reader; 29] = [
     reader(
         "safetensors",
         130,
@@ -120,6 +121,16 @@ pub static READERS: [Reader; 25] = [
         &["inputs/"],
         &["prompts.jsonl", "data.jsonl"],
         draws::prompts,
+    ),
+    reader("evaluation sets", 50, &["sets/"], &["sets/"], draws::sets),
+    reader("manifests", 6, PIXEL_AND_SETS, &["geneval.jsonl"], draws::manifests),
+    reader("features", 60, &["scores/"], &[".npz", ".npy"], files::features),
+    reader(
+        "results",
+        50,
+        &["scores/"],
+        &["geneval.jsonl", "dpg.txt"],
+        files::results,
     ),
     reader(
         "latent model",

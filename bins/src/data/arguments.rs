@@ -10,21 +10,24 @@ use l2p_engine::limits::{Batch, Pictures, Side, Steps};
 
 use crate::launch::{RANKS_HELP, RankFlags};
 use crate::precision::{PrecisionFlags, VramFlag};
+use crate::score::Score;
 
-/// Makes data sets for training.
+/// Makes data sets for training, and scores pictures.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "l2p-data", version)]
 pub struct Arguments {
-    /// What to make.
+    /// What to do.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What `l2p-data` makes.
+/// What `l2p-data` does.
 #[derive(Subcommand, Clone, Debug)]
 pub enum Command {
     /// Have a model draw many prompts, into a folder that l2p-train reads
     Synthesize(Box<Synthesize>),
+    /// Score pictures: likeness, distances of features, tables of what other programs found
+    Score(Box<Score>),
 }
 
 const LONG_ABOUT: &str = "\

@@ -21,12 +21,13 @@ pub use arguments::Arguments;
 use arguments::{Command, Synthesize};
 
 use crate::progress::PhaseBar;
-use crate::{launch, prompts};
+use crate::{launch, prompts, score};
 
 /// Does what the arguments ask for, and returns the exit code. Errors are printed.
 pub fn main(arguments: &Arguments) -> ExitCode {
     match &arguments.command {
         Command::Synthesize(arguments) => arguments.ranks.run(|launch| synthesize_among(arguments, launch)),
+        Command::Score(arguments) => crate::run(|| score::score(arguments)),
     }
 }
 
@@ -37,6 +38,7 @@ pub fn main(arguments: &Arguments) -> ExitCode {
 pub fn data(arguments: Arguments) -> anyhow::Result<()> {
     match arguments.command {
         Command::Synthesize(arguments) => synthesize_among(&arguments, None),
+        Command::Score(arguments) => score::score(&arguments),
     }
 }
 

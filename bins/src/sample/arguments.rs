@@ -13,6 +13,8 @@ use l2p_engine::limits::{Batch, Pictures, Quality, Side, Steps};
 use crate::launch::{RANKS_HELP, RankFlags};
 use crate::precision::{PrecisionFlags, VramFlag};
 
+use super::sets::Layout;
+
 const EXAMPLES: &str = "\
 Examples:
   l2p-sample --model models/demo/source --prompt \"slice of pizza\" --out pizza.png
@@ -20,13 +22,17 @@ Examples:
              --prompt \"A lighthouse in a storm\" --steps 8 --shift 4 --out lighthouse.png --report text
   l2p-sample --model Z-Image-Turbo --prompts prompts.jsonl --count 4 --out pictures/
   l2p-sample --model Z-Image-Turbo --prompts prompts.jsonl --out pictures/ --gpus 8 --skip-existing
+  l2p-sample --model Z-Image-Turbo --prompts geneval/prompts/evaluation_metadata.jsonl --out geneval-turbo/ --gpus 8
   l2p-sample --model models/demo/source --like pizza.png --seed 7 --out another.png
   l2p-sample --model models/demo/source --prompt fox --report --profile
   l2p-sample devices
   l2p-sample warm --model Z-Image-Turbo --size 1024x1024 --batch 1,4
 
 A line of --prompts is a JSON object: {\"prompt\": \"...\", \"negative\": \"...\", \"seed\": 1, \"out\": \"name.png\"}, all but the
-prompt optional; \"out\" is a name within --out. Settings that are not given come from --like, then from the model.
+prompt optional; \"out\" is a name within --out. GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of prompts and a folder of
+captions (one .txt file each) are recognised, or told by --layout: their pictures go to --out as their scorers read them, and
+the same command given again draws what is missing. A manifest beside the pictures keeps other settings out (docs/evaluation.md).
+Settings that are not given come from --like, then from the model.
 
 Guidance by another scale: cfg = 1 + guidance_scale of diffusers' Z-Image pipelines, whose 0 (none) is 1 here.
 
@@ -57,9 +63,12 @@ pub struct Arguments {
     /// What to move away from; takes effect with --cfg other than 1 [default: nothing]
     #[arg(long)]
     pub negative: Option<String>,
-    /// A file with one JSON object per line, instead of --prompt
-    #[arg(long, value_name = "FILE.jsonl", conflicts_with = "prompt")]
+    /// A file with one JSON object per line, instead of --prompt; or the prompts of GenEval, of DPG-Bench, or a folder of captions
+    #[arg(long, value_name = "FILE.jsonl|DIR", conflicts_with = "prompt")]
     pub prompts: Option<PathBuf>,
+    /// What --prompts are, and so how pictures are laid out [default: what they are recognised as]
+    #[arg(long, value_enum, value_name = "NAME", requires = "prompts")]
+    pub layout: Option<Layout>,
     /// Guidance: 1 is none (one pass per step), more follows the prompt closer (two passes), 0 ignores the prompt; diffusers'
     /// guidance_scale plus 1 [default: the model's]
     #[arg(long, value_name = "SCALE", allow_negative_numbers = true)]
@@ -73,9 +82,9 @@ pub struct Arguments {
     /// Seed of the first picture's noise; each further picture takes the next [default: 0]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = crate::prompts::seed)]
     pub seed: Option<u64>,
-    /// Pictures per prompt
-    #[arg(long, value_name = "N", default_value = "1", allow_negative_numbers = true)]
-    pub count: Pictures,
+    /// Pictures per prompt [default: 1; 4 of GenEval's and DPG-Bench's]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub count: Option<Pictures>,
     /// Pictures drawn at once [default: as many as fill the device]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub batch: Option<Batch>,
@@ -217,7 +226,7 @@ impl Arguments {
     /// # Errors
     /// Naming the flag that cannot.
     pub fn ensure_shareable(&self, ranks: usize) -> anyhow::Result<()> {
-        if self.ranks.max_restarts.get() > 0 && !self.skip_existing {
+        if self.ranks.max_restarts.get() > 0 && !self.skip_existing && !self.draws_a_set() {
             bail!(
                 "--max-restarts would draw all pictures again: give --skip-existing too, so that those that are there stay"
             );
@@ -234,6 +243,32 @@ impl Arguments {
             }
             None => Ok(()),
         }
+    }
+
+    /// Whether the prompts are a scorer's set, whose pictures are never drawn twice. What is wrong with them is said when they are read.
+    fn draws_a_set(&self) -> bool {
+        let layout = self.prompts.as_deref().map(|path| Layout::of(path, self.layout));
+        matches!(layout, Some(Ok(layout)) if layout != Layout::Plain)
+    }
+
+    /// These, for the pictures of a scorer's set: those that are there stay.
+    ///
+    /// # Errors
+    /// Naming a flag that means nothing then.
+    pub fn for_a_set(mut self) -> anyhow::Result<Self> {
+        let others = [
+            ("--noise", self.noise.is_some()),
+            ("--embeds", self.embeds.is_some()),
+            ("--save-raw", self.save_raw.is_some()),
+            ("--profile", self.profile),
+        ];
+        if let Some((flag, _)) = others.into_iter().find(|(_, given)| *given) {
+            bail!(
+                "{flag} is not for the prompts of a scorer's set: leave it away, or give --prompts a file of prompts"
+            );
+        }
+        self.skip_existing = true;
+        Ok(self)
     }
 
     /// Whether something else than drawing is asked for.

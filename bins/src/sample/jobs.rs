@@ -14,6 +14,7 @@ use l2p_engine::printable;
 use serde::Deserialize;
 
 use super::arguments::Arguments;
+use super::sets::{self, Set};
 use crate::prompts;
 
 /// Characters of a prompt that fit beside a progress bar.
@@ -42,6 +43,16 @@ struct Line {
     negative: Option<String>,
     seed: Option<u64>,
     out: Option<PathBuf>,
+}
+
+impl Line {
+    /// A prompt and nothing more.
+    fn of(prompt: String) -> Self {
+        Line {
+            prompt,
+            ..Line::default()
+        }
+    }
 }
 
 impl Job {
@@ -80,26 +91,23 @@ pub fn published(model: &Path) -> String {
     }
 }
 
-/// The jobs that the arguments ask for: every prompt, `count` times, each with a seed of its own. The first of the ranks looks for what
-/// others the names go on behind.
-pub fn jobs(arguments: &Arguments, world: &World) -> anyhow::Result<Vec<Job>> {
+/// The jobs that the arguments ask for: every prompt, `count` times, each with a seed of its own; those of a set where there is one. The
+/// first of the ranks looks for what others the names go on behind.
+pub fn jobs(arguments: &Arguments, set: Option<&Set>, world: &World) -> anyhow::Result<Vec<Job>> {
+    if let Some(set) = set {
+        return jobs_of_set(arguments, set);
+    }
     let lines = match (&arguments.prompts, &arguments.prompt) {
-        (Some(path), _) => read_lines(path)?,
-        (None, Some(prompt)) => vec![Line {
-            prompt: prompt.clone(),
-            ..Line::default()
-        }],
+        (Some(path), _) => match arguments.layout.map_or(Ok(None), |_| sets::prompts_alone(path))? {
+            Some(prompts) => prompts.into_iter().map(Line::of).collect(),
+            None => read_lines(path)?,
+        },
+        (None, Some(prompt)) => vec![Line::of(prompt.clone())],
         (None, None) if arguments.embeds.is_some() => vec![Line::default()],
         (None, None) => bail!("nothing to draw: give --prompt TEXT or --prompts FILE.jsonl"),
     };
-    let copies = arguments.count.get();
-    let pictures = Pictures::new(lines.len().saturating_mul(copies) as u64).with_context(|| {
-        format!(
-            "{} with {copies} each (--count) are more pictures than the {} that one run draws",
-            super::count(lines.len(), "prompt"),
-            Pictures::MOST
-        )
-    })?;
+    let copies = arguments.count.map_or(1, Pictures::get);
+    let pictures = pictures_of(lines.len(), copies)?;
     let names = Names::new(&arguments.out, pictures.get())?;
     let first = match arguments.skip_existing {
         true => 1,
@@ -128,6 +136,35 @@ pub fn jobs(arguments: &Arguments, world: &World) -> anyhow::Result<Vec<Job>> {
         }
     }
     Ok(jobs)
+}
+
+/// Of a set every picture has its place, and the first one's seed is what the next ones' follow.
+fn jobs_of_set(arguments: &Arguments, set: &Set) -> anyhow::Result<Vec<Job>> {
+    let negative = arguments.negative.clone().unwrap_or_default();
+    let copies = set.entries.first().map_or(1, |entry| entry.pictures.len());
+    let mut jobs = Vec::with_capacity(pictures_of(set.entries.len(), copies)?.get());
+    for entry in &set.entries {
+        for picture in &entry.pictures {
+            jobs.push(Job {
+                prompt: entry.prompt.clone(),
+                negative: negative.clone(),
+                seed: arguments.seed.unwrap_or(0).wrapping_add(jobs.len() as u64),
+                out: set.folder.join(picture),
+                numbered: false,
+            });
+        }
+    }
+    Ok(jobs)
+}
+
+fn pictures_of(prompts: usize, copies: usize) -> anyhow::Result<Pictures> {
+    Pictures::new(prompts.saturating_mul(copies) as u64).with_context(|| {
+        format!(
+            "{} with {copies} each (--count) are more pictures than the {} that one run draws",
+            super::count(prompts, "prompt"),
+            Pictures::MOST
+        )
+    })
 }
 
 fn read_lines(path: &Path) -> anyhow::Result<Vec<Line>> {
@@ -248,7 +285,8 @@ impl Names {
     }
 }
 
-fn ends_with_separator(path: &Path) -> bool {
+/// Whether a path is written as a folder's.
+pub fn ends_with_separator(path: &Path) -> bool {
     let last = path.as_os_str().as_encoded_bytes().last();
     last.is_some_and(|byte| std::path::is_separator(char::from(*byte)))
 }
@@ -307,6 +345,7 @@ mod tests {
     fn jobs_of(arguments: &[&str]) -> anyhow::Result<Vec<Job>> {
         jobs(
             &Arguments::parse_from([&["l2p-sample"], arguments].concat()),
+            None,
             &World::solo(),
         )
     }

@@ -4,10 +4,13 @@ mod arguments;
 mod display;
 mod drawing;
 mod found;
+mod grids;
 mod inputs;
 mod jobs;
+mod manifest;
 mod plan;
 mod report;
+mod sets;
 mod warm;
 mod writer;
 
@@ -21,6 +24,7 @@ use l2p_engine::ceilings::Ceilings;
 use l2p_engine::checkpoint::ModelPaths;
 use l2p_engine::device::probe;
 use l2p_engine::dist::{Launch, World};
+use l2p_engine::files::FolderLock;
 use l2p_engine::limits::Ranks;
 use l2p_engine::pipeline::ModelFiles;
 use l2p_engine::serve::{Event, Worker, WorkerOptions};
@@ -30,10 +34,13 @@ pub use arguments::Arguments;
 use arguments::{Command, Precision};
 use drawing::{BATCHES_AHEAD, Work};
 use inputs::{Captions, RawImages};
+use manifest::Manifest;
 use plan::Plan;
 use report::{Report, Share};
+use sets::Set;
 
 use crate::launch;
+use crate::progress::PhaseBar;
 
 /// Does what the arguments ask for, alone or as one of many ranks, and returns the exit code. Errors are printed.
 pub fn main(arguments: Arguments) -> ExitCode {
@@ -75,23 +82,30 @@ fn sample_among(arguments: Arguments, launch: Option<Launch>) -> anyhow::Result<
         .map(l2p_engine::image_io::read_settings)
         .transpose()?;
     let named = arguments.model.is_some();
-    let arguments = arguments.completed(like.as_ref())?;
+    let mut arguments = arguments.completed(like.as_ref())?;
+    let set = match &arguments.prompts {
+        Some(path) => Set::open(path, arguments.layout, arguments.count, &arguments.out)?,
+        None => None,
+    };
+    if set.is_some() {
+        arguments = arguments.for_a_set()?;
+    }
     let (device, world) = arguments.ranks.join(launch, arguments.device_choice())?;
-    let outcome = sample_part(&arguments, named, device, &world, start);
+    let outcome = sample_part(&arguments, set.as_ref(), (named, start), device, &world);
     launch::part(&world, outcome)
 }
 
 /// What one of the ranks does; `named` where the arguments named the model themselves and not through a picture.
 fn sample_part(
     arguments: &Arguments,
-    named: bool,
+    set: Option<&Set>,
+    (named, start): (bool, Instant),
     device: Device,
     world: &World,
-    start: Instant,
 ) -> anyhow::Result<()> {
-    let jobs = jobs::jobs(arguments, world)?;
+    let jobs = jobs::jobs(arguments, set, world)?;
     let mut files = open_model(arguments, named, device)?;
-    let plan = Plan::new(arguments, jobs, &mut files, world)?;
+    let plan = Plan::new(arguments, set, jobs, &mut files, world)?;
     let files = Arc::new(files);
     let noise = arguments
         .noise
@@ -111,6 +125,9 @@ fn sample_part(
         arguments.save_raw.as_deref().map(RawImages::new).transpose()
     })?;
     let raw = raw.flatten();
+    let _held = set
+        .map(|set| prepare(arguments, set, &plan, &files, world))
+        .transpose()?;
     if world.is_first() {
         plan.announce(&files, world);
     }
@@ -147,11 +164,60 @@ fn sample_part(
     for file in report.drawn(&plan, shares, world) {
         crate::say(format_args!("{}", file.display()));
     }
+    if let Some(set) = set {
+        finish(set, &plan, world)?;
+    }
     report.total(start.elapsed());
     if let (true, Some(worker)) = (arguments.profile, &worker) {
         profile(worker, &work, &captions, &mut report)?;
     }
     crate::print(&report.finish(arguments.report)?)
+}
+
+/// Holds the folder of a set's pictures, and writes what stands beside them.
+fn prepare(
+    arguments: &Arguments,
+    set: &Set,
+    plan: &Plan,
+    files: &ModelFiles,
+    world: &World,
+) -> anyhow::Result<Option<FolderLock>> {
+    let prepared = world.on_first("set", || {
+        let held = FolderLock::acquire(&set.folder, "l2p-sample")?;
+        let manifest = Manifest::of(arguments, set, (&plan.model, &plan.settings, plan.rng), files)?;
+        // Another run may have drawn meanwhile.
+        manifest.ensure_same(&set.folder).map_err(crate::as_engine)?;
+        manifest.write(&set.folder)?;
+        for (name, text) in set.entries.iter().filter_map(|entry| entry.note.as_ref()) {
+            l2p_engine::files::replace(&set.folder.join(name), text.as_bytes())?;
+        }
+        if set.folder != set.out {
+            std::fs::create_dir_all(&set.out).map_err(|error| Error::io(&set.out, error))?;
+        }
+        Ok(held)
+    })?;
+    Ok(prepared)
+}
+
+/// Makes the grids of a set, and says what reads its folder.
+fn finish(set: &Set, plan: &Plan, world: &World) -> anyhow::Result<()> {
+    let mut display = PhaseBar::new();
+    let made = grids::make(set, &plan.missing, &mut |done, total| {
+        display.show("making grids", done as u64, total as u64);
+        // The others have ended, or wait for this one.
+        world.work();
+        match crate::stop_requested() {
+            true => Err(Error::Interrupted),
+            false => Ok(()),
+        }
+    });
+    display.clear();
+    if let made @ 1.. = made? {
+        crate::say(format_args!("{} in {}", count(made, "grid"), set.out.display()));
+    }
+    let side = plan.settings.width.max(plan.settings.height);
+    crate::say(format_args!("next: {}", set.next_command(side)));
+    Ok(())
 }
 
 /// The model of complete arguments; `named` where they named it themselves and not through a picture.

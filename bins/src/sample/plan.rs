@@ -11,6 +11,8 @@ use l2p_engine::serve::Event;
 
 use super::arguments::Arguments;
 use super::jobs::{self, Job};
+use super::manifest::Manifest;
+use super::sets::Set;
 use super::{count, found, go_on, notice};
 use crate::prompts;
 
@@ -36,11 +38,23 @@ impl Plan {
     /// # Errors
     /// When settings make no sense, a picture that is there was drawn otherwise, the device has no room, or ranks are to draw different
     /// things.
-    pub fn new(arguments: &Arguments, jobs: Vec<Job>, files: &mut ModelFiles, world: &World) -> anyhow::Result<Self> {
+    pub fn new(
+        arguments: &Arguments,
+        set: Option<&Set>,
+        jobs: Vec<Job>,
+        files: &mut ModelFiles,
+        world: &World,
+    ) -> anyhow::Result<Self> {
         let settings = settings(arguments, files, world)?;
         let rng = arguments.rng.unwrap_or_default();
         let model = jobs::published(arguments.model.as_deref().unwrap_or(Path::new("")));
         agree(&jobs, files, &settings, rng, world)?;
+        if let Some(set) = set {
+            world.on_first("manifest", || {
+                let manifest = Manifest::of(arguments, set, (&model, &settings, rng), files)?;
+                manifest.ensure_same(&set.folder).map_err(crate::as_engine)
+            })?;
+        }
         let missing = match arguments.skip_existing {
             true => world.first_decides("pictures that are there", || {
                 let expected = |job: &Job| job.settings(&settings, &model, rng);

@@ -6,4 +6,4 @@ pub mod schedule;
 mod torch_rng;
 mod walk;
 
-pub use torch_rng::TorchNormal;
+pub use torch_rng::{MersenneTwister, TorchNormal};

@@ -86,14 +86,15 @@ fn transform_block(block: &mut [f32; BLOCK]) {
     }
 }
 
-/// MT19937.
-struct MersenneTwister {
+/// MT19937: the words of PyTorch's CPU generator and of NumPy's `RandomState`.
+pub struct MersenneTwister {
     state: [u32; STATE_WORDS],
     next: usize,
 }
 
 impl MersenneTwister {
-    fn new(seed: u32) -> Self {
+    /// The generator started from a seed, as the paper's `init_genrand` does.
+    pub fn new(seed: u32) -> Self {
         let mut state = [seed; STATE_WORDS];
         for index in 1..STATE_WORDS {
             let previous = state[index - 1];
@@ -108,7 +109,7 @@ impl MersenneTwister {
     }
 
     /// The next word.
-    fn word(&mut self) -> u32 {
+    pub fn word(&mut self) -> u32 {
         if self.next == STATE_WORDS {
             self.renew();
         }

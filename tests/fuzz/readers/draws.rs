@@ -143,3 +143,81 @@ pub fn synthesis(case: &mut Case) -> Ended {
         Err(error) => Ended::Refused(format!("{error:#}")),
     }
 }
+
+/// The prompts of scorers. There is no model, so that nothing is drawn.
+pub fn sets(case: &mut Case) -> Ended {
+    let path = |name: &str| case.path(name).display().to_string();
+    let prompts = match case.changed[0].contains("captions") {
+        true => path("sets/captions"),
+        false => path("sets/geneval.jsonl"),
+    };
+    let (out, none) = (path("out/"), path("no-model"));
+    let fixed = [
+        "l2p-sample",
+        "--device",
+        "cpu",
+        "--model",
+        &none,
+        "--out",
+        &out,
+        "--prompts",
+        &prompts,
+    ];
+    let layout = case.random.pick(&["plain", "geneval", "dpg", "flat"]);
+    let layout: &[&str] = if case.random.one_in(3) {
+        &["--layout", layout]
+    } else {
+        &[]
+    };
+    match l2p_bins::sample::Arguments::try_parse_from([&fixed[..], layout].concat()) {
+        Err(error) => Ended::Wrong("the arguments do not fit", error.to_string()),
+        Ok(arguments) => match l2p_bins::sample::sample(arguments) {
+            Ok(()) => Ended::Wrong("drawn without a model", String::new()),
+            Err(error) => match format!("{error:#}") {
+                text if text.contains("no-model") => Ended::Accepted,
+                text => Ended::Refused(text),
+            },
+        },
+    }
+}
+
+/// A scorer's set that is drawn, then gone on with after a file beside the pictures changed.
+pub fn manifests(case: &mut Case) -> Ended {
+    let path = |name: &str| case.path(name).display().to_string();
+    let (model, prompts, out) = (path("pixel"), path("sets/geneval.jsonl"), path("set/"));
+    let run = || {
+        let fixed = [
+            "l2p-sample",
+            "--device",
+            "cpu",
+            "--model",
+            &model,
+            "--out",
+            &out,
+            "--prompts",
+            &prompts,
+        ];
+        let sizes = ["--width", SIDE, "--height", SIDE, "--steps", "1", "--count", "1"];
+        let arguments = l2p_bins::sample::Arguments::try_parse_from([&fixed[..], &sizes].concat());
+        arguments
+            .map_err(anyhow::Error::from)
+            .and_then(l2p_bins::sample::sample)
+    };
+    if let Err(error) = run() {
+        return Ended::Refused(format!("{error:#}"));
+    }
+    let names = [
+        "manifest.json",
+        "manifest.json",
+        "00000/samples/0000.png",
+        "00000/metadata.jsonl",
+    ];
+    let target = case.path("set").join(case.random.pick(&names));
+    let mut bytes = std::fs::read(&target).unwrap_or_default();
+    crate::lines::mutate(&mut bytes, &[], &mut case.random);
+    let _ = std::fs::write(&target, bytes);
+    match run() {
+        Ok(()) => Ended::Drawn,
+        Err(error) => Ended::Refused(format!("{error:#}")),
+    }
+}

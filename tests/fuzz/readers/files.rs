@@ -279,3 +279,41 @@ pub fn bench_records(case: &mut Case) -> Ended {
         Err(error) => Ended::Wrong("the arguments do not fit", error.to_string()),
     }
 }
+
+/// What `l2p-data score` says of these files.
+fn scored(case: &Case, arguments: &[&str]) -> Ended {
+    let paths = arguments.iter().map(|argument| match argument.starts_with("scores/") {
+        true => case.path(argument).display().to_string(),
+        false => (*argument).to_owned(),
+    });
+    let all = ["l2p-data", "score"].map(str::to_owned).into_iter().chain(paths);
+    match l2p_bins::data::Arguments::try_parse_from(all) {
+        Ok(arguments) => ended(l2p_bins::data::data(arguments).map_err(|error| format!("{error:#}"))),
+        Err(error) => Ended::Wrong("the arguments do not fit", error.to_string()),
+    }
+}
+
+/// Files of features, whatever they are taken for.
+pub fn features(case: &mut Case) -> Ended {
+    let changed = case.changed[0].clone();
+    let small = ["--subsets", "2", "--subset-size", "20", "--json"];
+    match case.random.below(3) {
+        0 => scored(case, &["inception", &changed, "--json"]),
+        1 => scored(case, &["clip", &changed, "--captions", &changed]),
+        _ => scored(
+            case,
+            &[&["features", &changed, "--against", "scores/first.npy"][..], &small].concat(),
+        ),
+    }
+}
+
+/// What the programs of GenEval and DPG-Bench wrote.
+pub fn results(case: &mut Case) -> Ended {
+    let which = if case.changed[0].contains("dpg") {
+        "dpg"
+    } else {
+        "geneval"
+    };
+    let changed = case.changed[0].clone();
+    scored(case, &[which, &changed, "--json"])
+}

@@ -4,6 +4,7 @@ mod finite;
 mod hostile;
 mod loader;
 mod metadata;
+mod score;
 mod stores;
 mod synthesis;
 
@@ -17,6 +18,7 @@ pub fn register(suite: &mut Suite) {
     hostile::register(suite);
     loader::register(suite);
     metadata::register(suite);
+    score::register(suite);
     stores::register(suite);
     synthesis::register(suite);
 }

@@ -204,7 +204,8 @@ fn prompt_files() -> Outcome {
     #[cfg(target_os = "linux")]
     try_draw(folder, &["--prompts", "/dev/zero"])?.failure(1, "/dev/zero: is a pipe or device, expected a file")?;
     try_draw(folder, &["--prompts", "gone.jsonl"])?.failure(1, "gone.jsonl: No such file or directory (os error 2)")?;
-    try_draw(folder, &["--prompts", "."])?.failure(1, ".: is a folder, expected a file")?;
+    try_draw(folder, &["--prompts", "."])?
+        .failure(1, ".: holds no .txt file; a folder of prompts has one prompt per file")?;
     assert_eq!(names(folder)?, ["p.jsonl"]);
     Ok(())
 }

@@ -9,6 +9,7 @@ mod inputs;
 mod interrupt;
 mod outputs;
 mod ranks;
+mod sets;
 mod warm;
 
 use std::path::{Path, PathBuf};
@@ -29,6 +30,7 @@ pub fn register(suite: &mut Suite) {
     interrupt::register(suite);
     outputs::register(suite);
     ranks::register(suite);
+    sets::register(suite);
     warm::register(suite);
 }
 
