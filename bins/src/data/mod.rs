@@ -1,6 +1,8 @@
 //! `l2p-data`: arguments, prompts and progress. The work itself is `l2p_engine::data`.
 
 mod arguments;
+mod dice;
+pub mod language;
 
 use std::fmt;
 use std::hash::{Hash, Hasher};

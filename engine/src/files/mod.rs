@@ -13,4 +13,5 @@ pub use lock::FolderLock;
 pub(crate) use read::read_exact_at;
 pub use read::{decode_text, from_json, open_regular, read, read_json, read_text};
 pub(crate) use read::{read_if_there, text_of, without_mark};
-pub(crate) use replace::{folder_of, relative, replace, sync_folder};
+pub use replace::replace;
+pub(crate) use replace::{folder_of, relative, sync_folder};

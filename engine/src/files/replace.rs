@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 ///
 /// # Errors
 /// When the disk does not take it.
-pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = folder_of(path);
     let failed = |error: std::io::Error| {
         // Without the temporary file's name, which means nothing to the user.

@@ -4,7 +4,14 @@
 //! (over HTTP, on a device, by a grammar) is its own matter; what an answer is worth is the stage's. Nothing here trusts an answer:
 //! it is text of unknown content until a stage has read it.
 
+pub mod endpoint;
+mod kept;
+pub mod writer;
+
+use std::ops::RangeInclusive;
+
 use clap::ValueEnum;
+pub use kept::Kept;
 use serde::{Deserialize, Serialize};
 
 /// A language that prompts are written in.
@@ -88,6 +95,8 @@ pub enum Task {
         language: Language,
         /// What they show.
         subjects: Vec<Subject>,
+        /// How many characters a prompt may have.
+        length: RangeInclusive<usize>,
     },
     /// Whether a prompt may be used.
     Verdict {
@@ -152,6 +161,11 @@ pub trait LanguageModel {
     /// Whether what it says depends on the request alone and costs nothing, so that keeping its answers is of no use.
     fn is_free(&self) -> bool {
         false
+    }
+
+    /// What happened since this was last asked that is worth a word, such as how often a server had to be asked again.
+    fn notes(&mut self) -> Vec<String> {
+        Vec::new()
     }
 
     /// Answers all requests, in any order, each once: as soon as an answer is there, `take` is told of it on the thread of the caller.
