@@ -43,7 +43,12 @@ impl Kept {
         hash.update(self.model.name().as_bytes());
         hash.update([0]);
         hash.update(serde_json::to_vec(request)?);
-        let name: String = hash.finalize().iter().take(20).map(|byte| format!("{byte:02x}")).collect();
+        let name: String = hash
+            .finalize()
+            .iter()
+            .take(20)
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         Ok(self.folder.join(&name[..2]).join(format!("{name}.json")))
     }
 }

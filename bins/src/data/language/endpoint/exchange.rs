@@ -27,7 +27,10 @@ pub(super) enum Outcome {
     /// This request is not served.
     Refused(String),
     /// It may be served later, not before the server said.
-    Again { reason: String, after: Option<Duration> },
+    Again {
+        reason: String,
+        after: Option<Duration>,
+    },
     /// None is served.
     Over(String),
 }
@@ -116,7 +119,10 @@ impl Exchange {
             Err(error) => return again(format!("{}: {}", self.url, in_words(&error))),
         };
         let status = response.status().as_u16();
-        let after = response.headers().get("retry-after").and_then(|value| value.to_str().ok());
+        let after = response
+            .headers()
+            .get("retry-after")
+            .and_then(|value| value.to_str().ok());
         let after = after.and_then(retry_after);
         let bytes = response.body_mut().with_config().limit(LARGEST).read_to_vec();
         if status == 200 {
@@ -142,7 +148,10 @@ impl Exchange {
                 }
             )),
             300..=399 => Outcome::Over(format!("{reason}: it is elsewhere; give the address that it has now")),
-            _ => Outcome::Over(format!("{reason}: is the address right, and `{}` a model there?", shown_name(&self.model))),
+            _ => Outcome::Over(format!(
+                "{reason}: is the address right, and `{}` a model there?",
+                shown_name(&self.model)
+            )),
         }
     }
 
@@ -225,8 +234,13 @@ fn full_url(text: &str) -> anyhow::Result<String> {
     if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none_or(str::is_empty) {
         bail!("--llm-url {shown}: expected a URL such as http://localhost:8000/v1");
     }
-    if uri.authority().is_some_and(|authority| authority.as_str().contains('@')) {
-        bail!("--llm-url: holds a name or password, which would show in logs; put the key into a variable (--llm-key-env)");
+    if uri
+        .authority()
+        .is_some_and(|authority| authority.as_str().contains('@'))
+    {
+        bail!(
+            "--llm-url: holds a name or password, which would show in logs; put the key into a variable (--llm-key-env)"
+        );
     }
     if uri.query().is_some() {
         return Ok(text.into());
@@ -274,7 +288,14 @@ mod tests {
         ] {
             assert_eq!(full_url(given).unwrap(), expected);
         }
-        for bad in ["", "localhost:8000", "ftp://host", "http://", "file:///etc/passwd", "http://a b"] {
+        for bad in [
+            "",
+            "localhost:8000",
+            "ftp://host",
+            "http://",
+            "file:///etc/passwd",
+            "http://a b",
+        ] {
             assert!(full_url(bad).is_err(), "{bad}");
         }
         let secret = full_url("https://me:secret@host").unwrap_err().to_string();

@@ -17,6 +17,7 @@ use std::time::Duration;
 use anyhow::{anyhow, bail};
 use l2p_engine::Error;
 
+pub(in crate::data) use self::exchange::is_this_machine;
 use self::exchange::{Exchange, Outcome};
 use self::pace::Pace;
 use super::{Answer, LanguageModel, Request, Take};

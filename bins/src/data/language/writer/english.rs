@@ -5,10 +5,37 @@ use super::{Kind, Look, Pools};
 
 /// Words that begin a name which takes no article: plurals, and what cannot be counted.
 const WITHOUT_ARTICLE: [&str; 31] = [
-    "bare feet", "basalt columns", "bibimbap", "campers", "chalk writing", "children", "fish and chips", "friends", "graffiti",
-    "hands", "ink on", "ink wash", "ivy", "mother and", "moss", "northern lights", "packaging", "pairs of", "people", "rain over",
-    "rapids", "runner's legs", "shakshuka", "sheet music", "skywriting", "students", "tofu", "twin sisters", "vegetable tempura",
-    "wild horses", "barn swallows",
+    "bare feet",
+    "basalt columns",
+    "bibimbap",
+    "campers",
+    "chalk writing",
+    "children",
+    "fish and chips",
+    "friends",
+    "graffiti",
+    "hands",
+    "ink on",
+    "ink wash",
+    "ivy",
+    "mother and",
+    "moss",
+    "northern lights",
+    "packaging",
+    "pairs of",
+    "people",
+    "rain over",
+    "rapids",
+    "runner's legs",
+    "shakshuka",
+    "sheet music",
+    "skywriting",
+    "students",
+    "tofu",
+    "twin sisters",
+    "vegetable tempura",
+    "wild horses",
+    "barn swallows",
 ];
 
 /// Words that begin with the letter of a vowel and the sound of a consonant, or the other way round.
@@ -419,12 +446,13 @@ const USE: &[&str] = &[
 
 /// What a shown text is put together from: one of each list, in this order.
 pub(super) const FIRST_WORDS: [&str; 24] = [
-    "Open", "Fresh", "Quiet", "Golden", "Grand", "Little", "Northern", "Open Air", "Old Town", "River", "Spring", "Summer",
-    "Autumn", "Winter", "Morning", "Midnight", "Sunday", "Blue", "Silver", "Garden", "Harbour", "Mountain", "Corner", "Second",
+    "Open", "Fresh", "Quiet", "Golden", "Grand", "Little", "Northern", "Open Air", "Old Town", "River", "Spring",
+    "Summer", "Autumn", "Winter", "Morning", "Midnight", "Sunday", "Blue", "Silver", "Garden", "Harbour", "Mountain",
+    "Corner", "Second",
 ];
 /// The second.
 pub(super) const SECOND_WORDS: [&str; 24] = [
-    "Market", "Bakery", "Lights", "Letters", "Journey", "Kitchen", "Workshop", "Stories", "Festival", "Gallery", "Concert",
-    "Library", "Harvest", "Evening", "Tea Room", "Express", "Gardens", "Opening", "Chapter", "Report", "Overview", "Lesson",
-    "Welcome", "Street",
+    "Market", "Bakery", "Lights", "Letters", "Journey", "Kitchen", "Workshop", "Stories", "Festival", "Gallery",
+    "Concert", "Library", "Harvest", "Evening", "Tea Room", "Express", "Gardens", "Opening", "Chapter", "Report",
+    "Overview", "Lesson", "Welcome", "Street",
 ];

@@ -196,7 +196,11 @@ fn write(dice: &mut Dice, kind: Kind, language: Language, subject: &Subject, quo
 /// A short text for a picture to show.
 fn quoted_text(dice: &mut Dice, in_chinese: bool) -> String {
     match in_chinese {
-        true => format!("{}{}", dice.pick(&chinese::FIRST_WORDS), dice.pick(&chinese::SECOND_WORDS)),
+        true => format!(
+            "{}{}",
+            dice.pick(&chinese::FIRST_WORDS),
+            dice.pick(&chinese::SECOND_WORDS)
+        ),
         false => {
             let (first, second) = (dice.pick(&english::FIRST_WORDS), dice.pick(&english::SECOND_WORDS));
             match dice.below(4) {
@@ -230,12 +234,32 @@ mod tests {
     #[test]
     fn every_sentence_of_every_pool_ends_and_names_what_it_must() {
         for kind in [
-            Kind::Thing, Kind::Dish, Kind::Plant, Kind::Place, Kind::Room, Kind::View, Kind::Animal, Kind::Person, Kind::Action,
-            Kind::Figure, Kind::Artwork, Kind::Cartoon, Kind::Design, Kind::Sheet, Kind::Screen, Kind::Sign,
+            Kind::Thing,
+            Kind::Dish,
+            Kind::Plant,
+            Kind::Place,
+            Kind::Room,
+            Kind::View,
+            Kind::Animal,
+            Kind::Person,
+            Kind::Action,
+            Kind::Figure,
+            Kind::Artwork,
+            Kind::Cartoon,
+            Kind::Design,
+            Kind::Sheet,
+            Kind::Screen,
+            Kind::Sign,
         ] {
             for (pools, end) in [(english::pools(kind), '.'), (chinese::pools(kind), '。')] {
-                assert!(pools.openings.iter().all(|text| text.matches("{a}").count() == 1), "{kind:?}");
-                assert!(pools.quoted.iter().all(|text| text.matches("{q}").count() == 1), "{kind:?}");
+                assert!(
+                    pools.openings.iter().all(|text| text.matches("{a}").count() == 1),
+                    "{kind:?}"
+                );
+                assert!(
+                    pools.quoted.iter().all(|text| text.matches("{q}").count() == 1),
+                    "{kind:?}"
+                );
                 for list in [pools.openings, pools.quoted, pools.light, pools.frame, pools.mood] {
                     for text in list {
                         let ends = text.matches(end).count();
