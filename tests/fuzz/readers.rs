@@ -1,6 +1,7 @@
 //! Everything that reads files from outside, each behind the door through which users come to it.
 
 mod draws;
+mod factory;
 mod files;
 mod planted;
 mod runs;
@@ -70,7 +71,7 @@ const SET: &[&str] = &[
 ];
 
 /// All of them. Weights follow cost: what takes microseconds is read most often.
-pub static READERS: [Reader; 24] = [
+pub static READERS: [Reader; 27] = [
     reader(
         "safetensors",
         130,
@@ -120,6 +121,15 @@ pub static READERS: [Reader; 24] = [
         &["inputs/"],
         &["prompts.jsonl", "data.jsonl"],
         draws::prompts,
+    ),
+    reader("taxonomy", 50, &["factory/taxonomy"], &["taxonomy"], factory::taxonomy),
+    reader("answers", 110, &["factory/answers/"], &["answers/"], factory::answers),
+    reader(
+        "factory",
+        30,
+        &["factory/set/", "factory/taxonomy"],
+        &[".jsonl", "set/factory.json"],
+        factory::folder,
     ),
     reader(
         "latent model",

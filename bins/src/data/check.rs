@@ -105,7 +105,11 @@ pub fn check(plan: &Plan, model: &mut dyn LanguageModel, bar: &mut PhaseBar) -> 
         }
     }
     let mut manifest = Manifest::open(&plan.out)?;
+    let before = manifest.stage("check").and_then(|stage| stage["tokens"].as_u64());
     let mut results = serde_json::to_value(&outcome)?;
+    // What is of this run alone says nothing about the folder.
+    results.as_object_mut().map(|results| results.remove("checked"));
+    results["tokens"] = json!(outcome.tokens as u64 + before.unwrap_or(0));
     results["unwanted_terms"] = json!(plan.rules.unwanted.len());
     manifest.finish("check", results)?;
     judged?;

@@ -8,10 +8,11 @@
 mod cells;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::bail;
 use l2p_engine::files::FolderLock;
+use l2p_engine::limits::Batch;
 use l2p_engine::{Error, shown_name};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -154,9 +155,34 @@ pub fn write(
     let written = writing.run(model, bar);
     bar.clear();
     let outcome = writing.outcome(before);
-    manifest.finish("prompts", serde_json::to_value(&outcome)?)?;
+    let mut results = serde_json::to_value(&outcome)?;
+    // What is of this run alone says nothing about the folder.
+    results.as_object_mut().map(|results| results.remove("written"));
+    manifest.finish("prompts", results)?;
     written?;
     Ok(outcome)
+}
+
+/// Refuses requests that cannot have been written one after the other.
+fn ensure_turns(out: &Path, turns: &[Turn]) -> anyhow::Result<()> {
+    let (mut lines, mut round) = (0usize, 0);
+    for (index, turn) in turns.iter().enumerate() {
+        let follows = turn.lines.checked_sub(turn.kept) == Some(lines);
+        if !follows
+            || turn.kept > turn.asked
+            || turn.round < round
+            || turn.round > index
+            || turn.asked as u64 > Batch::MOST
+        {
+            bail!(
+                "{}, line {}: does not follow from the lines before it; it was changed by hand, so use another folder",
+                out.join(folder::TURNS).display(),
+                index + 1
+            );
+        }
+        (lines, round) = (turn.lines, turn.round);
+    }
+    Ok(())
 }
 
 /// The state of a folder's prompts.
@@ -176,7 +202,8 @@ impl<'a> Writing<'a> {
         let prompts_path = plan.out.join(folder::PROMPTS);
         let (mut prompts_file, mut prompts) = Journal::open::<Prompt>(&prompts_path)?;
         let (turns_file, turns) = Journal::open::<Turn>(&plan.out.join(folder::TURNS))?;
-        let done = turns.last().map_or(0, |turn: &Turn| turn.lines);
+        ensure_turns(&plan.out, &turns)?;
+        let done = turns.last().map_or(0, |turn| turn.lines);
         if prompts.len() < done {
             bail!(
                 "{}: holds {} prompts, but {} says {done}: lines were taken away by hand; use another folder",
