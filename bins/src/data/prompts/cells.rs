@@ -39,8 +39,13 @@ pub(super) struct Cell<'a> {
 /// When a sub-class has no category with a name in a language.
 pub(super) fn cells<'a>(plan: &Plan, taxonomy: &'a Taxonomy) -> anyhow::Result<Vec<Cell<'a>>> {
     let mut cells = Vec::new();
-    for (class, sub_class) in taxonomy.sub_classes() {
-        for &language in &plan.languages {
+    let mut sub_classes: Vec<_> = taxonomy.sub_classes().collect();
+    // So that few prompts are of many classes.
+    Dice::new(plan.seed, "order of sub-classes", 0).shuffle(&mut sub_classes);
+    for pass in 0..plan.languages.len() {
+        for (index, &(class, sub_class)) in sub_classes.iter().enumerate() {
+            // All sub-classes before one comes again, and all languages in turn.
+            let language = plan.languages[(index + pass) % plan.languages.len()];
             let path = path(class, sub_class);
             let categories = sub_class.categories.0.iter();
             let subjects: Vec<Subject> = categories
@@ -77,8 +82,6 @@ pub(super) fn cells<'a>(plan: &Plan, taxonomy: &'a Taxonomy) -> anyhow::Result<V
             });
         }
     }
-    // So that few prompts are of many classes.
-    Dice::new(plan.seed, "order of cells", 0).shuffle(&mut cells);
     let count = cells.len();
     for (index, cell) in cells.iter_mut().enumerate() {
         cell.target = plan.count / count + usize::from(index < plan.count % count);

@@ -120,6 +120,9 @@ fn refused(content: &Content) -> anyhow::Result<String> {
         true => "<p>Nothing was refused.</p>".to_owned(),
         false => table(rows),
     };
+    if content.refused.is_empty() {
+        return Ok(counts);
+    }
     Ok(format!(
         "{counts}{}",
         list("refused", &["rule", "sub_class"], &content.refused)?

@@ -250,7 +250,7 @@ fn no_good() -> Outcome {
             .map(|subject| good_prompt(subject, &about))
             .collect();
         let texts: Vec<String> = match number {
-            0 => texts.iter().map(|text| text[..60].to_owned()).collect(),
+            0 => texts.iter().map(|text| text[..60].trim_end().to_owned()).collect(),
             1 => texts.iter().map(|text| format!("{text} {text}")).collect(),
             // Nearly the same as its neighbour.
             2 => vec![texts[0].clone(), texts[0].replace("stands", "rests"), texts[2].clone()],

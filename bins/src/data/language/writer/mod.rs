@@ -179,7 +179,7 @@ fn write(dice: &mut Dice, kind: Kind, language: Language, subject: &Subject, quo
         rest.push(dice.pick(pools.mood));
     }
     // Room for what is quoted, and now and then a shorter prompt.
-    if quotes.is_some() || dice.uniform() < 0.15 {
+    if dice.uniform() < if quotes.is_some() { 0.5 } else { 0.15 } {
         rest.remove(0);
     }
     if rest.len() < 2 && quotes.is_none() {
@@ -226,6 +226,8 @@ mod tests {
             ("unicorn postman", "a unicorn postman"),
             ("umbrella bat", "an umbrella bat"),
             ("children building a sandcastle", "children building a sandcastle"),
+            ("children's playroom", "a children's playroom"),
+            ("tofu workshop sign", "a tofu workshop sign"),
         ] {
             assert_eq!(english::with_article(name), expected);
         }
