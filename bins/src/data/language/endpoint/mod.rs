@@ -218,11 +218,11 @@ impl Shared {
                 }
                 // All others wait too: the limit is that of the key, not of a request.
                 Some(after) => self.pace.hold(after),
-                None => {
-                    if !pace::sleep(pace::back_off(request.seed ^ number as u64, tries), &stop) {
-                        return Ended::Dropped;
-                    }
-                }
+                None => {}
+            }
+            // In any case a while, for some servers ask for no wait at all.
+            if !pace::sleep(pace::back_off(request.seed ^ number as u64, tries), &stop) {
+                return Ended::Dropped;
             }
         }
     }

@@ -1,13 +1,13 @@
 //! What Chinese prompts are put together from; `{a}` is the subject, `{q}` a text to be shown, in its quotes.
 
-use super::{Kind, Look, Pools};
+use super::{Kind, Look, Pools, parts};
 
 /// The pools of a kind.
 pub(super) fn pools(kind: Kind) -> Pools {
     let (openings, light, frame, mood) = match kind.look() {
-        Look::Photograph => (openings(kind), &LIGHT[..], &FRAME[..], &MOOD[..]),
-        Look::Drawing => (DRAWN, &COLOUR[..], &HAND[..], &CHARM[..]),
-        Look::Layout => (LAID_OUT, &COLOUR_PLAN[..], &GRID[..], &USE[..]),
+        Look::Photograph => (openings(kind), LIGHT, FRAME, MOOD),
+        Look::Drawing => (DRAWN, COLOUR, HAND, CHARM),
+        Look::Layout => (LAID_OUT, COLOUR_PLAN, GRID, USE),
     };
     Pools {
         openings,
@@ -15,6 +15,10 @@ pub(super) fn pools(kind: Kind) -> Pools {
         light,
         frame,
         mood,
+        parts: match kind.look() {
+            Look::Photograph => &parts::CHINESE_LIGHT,
+            _ => &parts::CHINESE_COLOURS,
+        },
     }
 }
 

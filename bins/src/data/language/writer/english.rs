@@ -1,7 +1,7 @@
 //! What English prompts are put together from. Where subjects may be plural, they stand as an object or behind a preposition, so that no
 //! verb has to agree with them. `{a}` is the subject with its article, `{q}` a text to be shown, in its quotes.
 
-use super::{Kind, Look, Pools};
+use super::{Kind, Look, Pools, parts};
 
 /// Words that begin a name which takes no article: plurals, and what cannot be counted.
 const WITHOUT_ARTICLE: [&str; 27] = [
@@ -52,9 +52,9 @@ pub(super) fn with_article(name: &str) -> String {
 /// The pools of a kind.
 pub(super) fn pools(kind: Kind) -> Pools {
     let (light, frame, mood) = match kind.look() {
-        Look::Photograph => (&LIGHT[..], &FRAME[..], &MOOD[..]),
-        Look::Drawing => (&COLOUR[..], &HAND[..], &CHARM[..]),
-        Look::Layout => (&COLOUR_PLAN[..], &GRID[..], &USE[..]),
+        Look::Photograph => (LIGHT, FRAME, MOOD),
+        Look::Drawing => (COLOUR, HAND, CHARM),
+        Look::Layout => (COLOUR_PLAN, GRID, USE),
     };
     Pools {
         openings: openings(kind),
@@ -62,6 +62,10 @@ pub(super) fn pools(kind: Kind) -> Pools {
         light,
         frame,
         mood,
+        parts: match kind.look() {
+            Look::Photograph => &parts::ENGLISH_LIGHT,
+            _ => &parts::ENGLISH_COLOURS,
+        },
     }
 }
 

@@ -6,7 +6,9 @@
 
 mod chinese;
 mod english;
+mod parts;
 
+use self::parts::Parts;
 use super::{Answer, Language, LanguageModel, Request, Subject, Take, Task};
 use crate::data::dice::Dice;
 use crate::stop_requested;
@@ -85,6 +87,8 @@ struct Pools {
     light: &'static [&'static str],
     frame: &'static [&'static str],
     mood: &'static [&'static str],
+    /// A further sentence on light or colours.
+    parts: &'static Parts,
 }
 
 /// The writer.
@@ -173,23 +177,24 @@ fn write(dice: &mut Dice, kind: Kind, language: Language, subject: &Subject, quo
         };
         sentences.push(dice.pick(pools.quoted).replace("{q}", &quoted));
     }
-    let mut rest = vec![dice.pick(pools.light), dice.pick(pools.frame)];
+    // One sentence in two is put together, so that many thousand prompts do not become alike.
+    let light = match dice.below(2) {
+        0 => pools.parts.draw(dice),
+        _ => dice.pick(pools.light).to_owned(),
+    };
+    let mut rest = vec![light, dice.pick(pools.frame).to_owned()];
     dice.shuffle(&mut rest);
     if dice.uniform() < 0.7 {
-        rest.push(dice.pick(pools.mood));
+        rest.push(dice.pick(pools.mood).to_owned());
     }
-    // Room for what is quoted, and now and then a shorter prompt.
+    // Now and then a shorter prompt, and room for what is quoted.
     if dice.uniform() < if quotes.is_some() { 0.5 } else { 0.15 } {
         rest.remove(0);
     }
     if rest.len() < 2 && quotes.is_none() {
-        rest.push(dice.pick(pools.mood));
+        rest.push(dice.pick(pools.mood).to_owned());
     }
-    if quotes.is_some() && rest.is_empty() {
-        rest.push(dice.pick(pools.light));
-    }
-    rest.dedup();
-    sentences.extend(rest.into_iter().map(String::from));
+    sentences.extend(rest);
     sentences.join(gap)
 }
 
@@ -261,6 +266,11 @@ mod tests {
                 assert!(
                     pools.quoted.iter().all(|text| text.matches("{q}").count() == 1),
                     "{kind:?}"
+                );
+                let drawn = pools.parts.draw(&mut Dice::new(1, "parts", 0));
+                assert!(
+                    drawn.matches(end).count() == 1 && !drawn.contains(['{', '}']),
+                    "{drawn}"
                 );
                 for list in [pools.openings, pools.quoted, pools.light, pools.frame, pools.mood] {
                     for text in list {
