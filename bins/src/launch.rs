@@ -140,6 +140,11 @@ fn ensure_ranks(launch: &Launch, ranks: Option<Ranks>) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Whether this process is a rank that this project's own launcher started.
+pub fn is_own_rank() -> bool {
+    std::env::var_os(PARENT).is_some()
+}
+
 /// Starts ranks and watches over them.
 struct Launcher {
     world: usize,

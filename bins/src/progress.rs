@@ -66,6 +66,8 @@ const TICK: Duration = Duration::from_millis(500);
 pub struct PhaseBar {
     bar: ProgressBar,
     shown: &'static str,
+    /// What stands before the name of each thing, such as the number of a stage.
+    stage: &'static str,
     lines: Arc<Lines>,
     teller: Option<JoinHandle<()>>,
 }
@@ -78,6 +80,8 @@ struct Lines {
 
 /// Where the work is.
 struct Phase {
+    /// What stands before it.
+    stage: &'static str,
     what: &'static str,
     /// What is being done of the part that is next.
     detail: String,
@@ -112,8 +116,8 @@ impl Phase {
             }
         };
         Some(format!(
-            "{} {}/{}{}  {speed}",
-            self.what, self.done, self.total, self.detail
+            "{}{} {}/{}{}  {speed}",
+            self.stage, self.what, self.done, self.total, self.detail
         ))
     }
 }
@@ -141,6 +145,7 @@ impl PhaseBar {
     pub fn new() -> Self {
         let lines = Arc::new(Lines {
             state: Mutex::new(Phase {
+                stage: "",
                 what: "",
                 detail: String::new(),
                 done: 0,
@@ -158,9 +163,15 @@ impl PhaseBar {
         PhaseBar {
             bar: ProgressBar::hidden(),
             shown: "",
+            stage: "",
             lines,
             teller,
         }
+    }
+
+    /// From now on this stands before the name of each thing, such as `2/4 `.
+    pub fn stage(&mut self, stage: &'static str) {
+        self.stage = stage;
     }
 
     /// `done` of `total` of what is named; a new bar when that is something else than before.
@@ -168,7 +179,7 @@ impl PhaseBar {
         if self.shown != what {
             self.bar.finish_and_clear();
             let style = ProgressStyle::with_template("{prefix}{msg} [{bar:32}] {pos}/{len}  {per_sec}  {eta} left");
-            self.bar = ProgressBar::new(total).with_prefix(what);
+            self.bar = ProgressBar::new(total).with_prefix(format!("{}{what}", self.stage));
             self.bar
                 .set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             self.bar.enable_steady_tick(Duration::from_millis(200));
@@ -177,7 +188,7 @@ impl PhaseBar {
             self.bar.reset_eta();
             self.shown = what;
             let mut state = self.lines.state();
-            state.what = what;
+            (state.stage, state.what) = (self.stage, what);
             state.began = (Instant::now(), done);
         }
         self.bar.set_length(total);
@@ -225,6 +236,7 @@ mod tests {
     fn phase(done: u64, seconds: u64, quiet: u64) -> Phase {
         let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
         Phase {
+            stage: "",
             what: "training",
             detail: ", batch 40 of 1000".into(),
             done,

@@ -1,7 +1,7 @@
 //! The wish to stop, as it reaches a program: Ctrl-C, a request to terminate, a terminal that is closed.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, LazyLock, Once};
 
 use signal_hook::consts::signal;
 use signal_hook::flag;
@@ -15,9 +15,16 @@ const SIGNALS: [i32; 3] = [signal::SIGINT, signal::SIGTERM, signal::SIGHUP];
 #[cfg(not(unix))]
 const SIGNALS: [i32; 2] = [signal::SIGINT, signal::SIGTERM];
 
+/// Handlers are installed once, whatever a program runs one after the other: a second set would take the first signal for the second.
+static LISTENING: Once = Once::new();
+
 /// From now on these signals ask to stop, and a second one ends the program at once. One that whoever started the program has it
 /// ignore, as `nohup` does with the closing of the terminal, stays ignored.
 pub(crate) fn listen() {
+    LISTENING.call_once(install);
+}
+
+fn install() {
     let ignored = ignored();
     for signal in SIGNALS.into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0) {
         // In this order: the first signal finds the flag down, and raises it. Where a handler cannot be installed, the signal ends

@@ -11,6 +11,7 @@
 //! | `inputs/` | prompts, noise, caption features, a picture that carries settings |
 //! | `sets/` | prompts of scorers: GenEval's lines, a folder of captions |
 //! | `scores/` | features and results as other programs write them |
+//! | `factory/` | a taxonomy, answers of language models, prompts with verdicts |
 //! | `run/` | a training run of two steps, its configuration beside it |
 //! | `tree/` | records of benchmarks, where the source tree has them |
 
@@ -85,6 +86,7 @@ pub fn make(folder: &Path) -> anyhow::Result<()> {
     inputs(&folder.join("inputs"))?;
     sets(&folder.join("sets"))?;
     scores(&folder.join("scores"))?;
+    factory(&folder.join("factory"))?;
     run(folder)?;
     records(&folder.join("tree"))
 }
@@ -185,6 +187,35 @@ fn latent(folder: &Path) -> anyhow::Result<()> {
     text_encoder(&folder.join("text_encoder"))?;
     vocabulary::write_byte_pairs(&folder.join("tokenizer"))?;
     vae(&folder.join("vae"))
+}
+
+/// A small taxonomy, prompts that were written over it and checked, and answers as language models give them.
+fn factory(folder: &Path) -> anyhow::Result<()> {
+    let taxonomy = json!({"version": 1, "classes": [
+        {"name": "nature", "sub_classes": [{"name": "animals", "categories": {"fox": "狐狸", "owl": null, "newt": "蝾螈"}}]},
+        {"name": "synthetic", "sub_classes": [{"name": "signs", "renders_text": true, "categories": ["door plate", "trail sign"]}]},
+    ]});
+    write_json(&folder.join("taxonomy.json"), &taxonomy)?;
+    for (name, answer) in [
+        ("list.txt", "Sure:\n```json\n[\"a \\\"b\\\"\", \"c\",]\n```"),
+        (
+            "object.txt",
+            "<think>[]</think>{\"prompts\": [{\"prompt\": \"a\"}, \"b, [c]\"]}",
+        ),
+        ("verdict.txt", "{\"is_valid\": false, \"reason\": \"too short\"}"),
+    ] {
+        write(&folder.join("answers").join(name), answer.as_bytes())?;
+    }
+    let path = |name: &str| folder.join(name).display().to_string();
+    let (set, own) = (path("set"), path("taxonomy.json"));
+    for arguments in [
+        &["prompts", "--count", "6", "--taxonomy", &own, "--out", &set][..],
+        &["check", "--out", &set],
+    ] {
+        let arguments = ["l2p-data"].iter().chain(arguments);
+        l2p_bins::data::data(l2p_bins::data::Arguments::try_parse_from(arguments)?)?;
+    }
+    Ok(())
 }
 
 fn text_encoder(folder: &Path) -> anyhow::Result<()> {

@@ -1,6 +1,7 @@
 //! Everything that reads files from outside, each behind the door through which users come to it.
 
 mod draws;
+mod factory;
 mod files;
 mod planted;
 mod runs;
@@ -71,7 +72,7 @@ const SET: &[&str] = &[
 ];
 
 /// All of them. Weights follow cost: what takes microseconds is read most often.
-pub static READERS: [Reader; 29] = [
+pub static READERS: [Reader; 32] = [
     reader(
         "safetensors",
         130,
@@ -131,6 +132,15 @@ pub static READERS: [Reader; 29] = [
         &["scores/"],
         &["geneval.jsonl", "dpg.txt"],
         files::results,
+    ),
+    reader("taxonomy", 50, &["factory/taxonomy"], &["taxonomy"], factory::taxonomy),
+    reader("answers", 110, &["factory/answers/"], &["answers/"], factory::answers),
+    reader(
+        "factory",
+        30,
+        &["factory/set/", "factory/taxonomy"],
+        &[".jsonl", "set/factory.json"],
+        factory::folder,
     ),
     reader(
         "latent model",

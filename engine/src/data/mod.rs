@@ -19,6 +19,7 @@ mod random;
 mod set;
 mod sizing;
 mod synthesis;
+mod table;
 
 pub use crate::tensor::HostTensor as Features;
 pub use captions::{CaptionReport, encode_captions, encode_captions_among};
@@ -35,3 +36,4 @@ pub use set::DataSet;
 pub(crate) use set::damage_of;
 pub use sizing::{PictureSize, Sizing};
 pub use synthesis::{SynthesisJob, SynthesisOptions, SynthesisReport, synthesize};
+pub use table::write_table;

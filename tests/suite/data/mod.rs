@@ -1,5 +1,6 @@
 //! Data sets: what metadata says, in which order pictures come, and what is kept of them on disk.
 
+mod factory;
 mod finite;
 mod hostile;
 mod loader;
@@ -14,6 +15,7 @@ use l2p_engine::image_io::{RgbImage, WriteOptions, write_image};
 use l2p_tests::{Outcome, Suite};
 
 pub fn register(suite: &mut Suite) {
+    factory::register(suite);
     finite::register(suite);
     hostile::register(suite);
     loader::register(suite);

@@ -6,6 +6,8 @@
 //! | `prompt` or `text` | its caption; may be empty |
 //! | `seed` | optional: the seed of its noise |
 //!
+//! A folder that was drawn (`synthesis.json` is in it) has its list as a table too; then the list counts.
+//!
 //! Other columns are ignored. A line that cannot be used is damaged, like a picture that cannot be decoded.
 
 mod csv;
@@ -25,6 +27,9 @@ const FILES: [&str; 3] = ["metadata.jsonl", "metadata.json", "metadata.csv"];
 const IMAGE: [&str; 2] = ["image", "file_name"];
 const CAPTION: [&str; 2] = ["prompt", "text"];
 const SEED: &str = "seed";
+
+/// What a folder holds whose pictures were drawn, the table being made of the list.
+const DRAWN: &str = "synthesis.json";
 
 /// Damaged lines after which a file is taken for one of another kind.
 const MOST_DAMAGED: usize = 100_000;
@@ -112,6 +117,9 @@ fn find(path: &Path) -> Result<PathBuf> {
         .collect();
     match &found[..] {
         [one] => Ok(one.clone()),
+        [list, table] if path.join(DRAWN).is_file() && list.ends_with(FILES[0]) && table.ends_with(FILES[2]) => {
+            Ok(list.clone())
+        }
         [] => Err(Error::file(path, format!("holds none of {}", FILES.join(", ")))),
         [first, second, ..] => Err(Error::file(
             path,
