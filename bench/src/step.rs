@@ -66,7 +66,7 @@ pub struct Arguments {
     /// Side of the picture [default: that of the model's name]
     #[arg(long, value_name = "PIXELS")]
     side: Option<usize>,
-    /// Main blocks whose weights stay in host memory and are copied to the GPU in every step; the last ones. The row's name ends
+    /// Main blocks whose weights stay in host memory and are copied to the GPU in every step, spread over the model. The row's name ends
     /// with -streamed
     #[arg(long, value_name = "N", default_value_t = 0)]
     stream: usize,

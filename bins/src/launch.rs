@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
-use l2p_engine::dist::{Launch, Options, World};
+use l2p_engine::dist::{Launch, Options, World, derived_port};
 use l2p_engine::limits::{Count, Patience, Ranks};
 use l2p_engine::{Device, DeviceChoice, Error};
 
@@ -269,9 +269,20 @@ fn repeat(number: usize, output: impl Read + Send + 'static) -> JoinHandle<()> {
     })
 }
 
-/// A port that nobody listens at.
+/// A port that nobody listens at, outside the range from which the system takes ports for connections: one of those could take it before
+/// rank 0 listens there.
 fn free_port() -> std::io::Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
+    const TRIES: usize = 100;
+    let now = Instant::now();
+    let mut last = None;
+    for number in 0..TRIES {
+        let port = derived_port(&format!("{} {now:?} {number}", std::process::id()));
+        match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+            Ok(_) => return Ok(port),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(last.unwrap_or_else(|| std::io::ErrorKind::AddrInUse.into()))
 }
 
 /// Waits for all ranks to end, and sees to it that they do once one has failed.

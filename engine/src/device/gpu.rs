@@ -325,6 +325,10 @@ impl Gpu {
                 Some(recorded) if recorded.is_mine() => pool.allocate_recorded(&mut recorded.blocks, bytes as u64),
                 // While another thread records, nothing can be waited for.
                 Some(_) => pool.allocate(bytes as u64),
+                None if pool.should_compact(bytes as u64) => {
+                    self.compact(&mut pool)?;
+                    pool.allocate(bytes as u64)
+                }
                 None => match pool.allocate(bytes as u64) {
                     Err(error) if is_out_of_memory(error) && self.compact(&mut pool)? => pool.allocate(bytes as u64),
                     outcome => outcome,

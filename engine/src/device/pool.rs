@@ -78,6 +78,15 @@ impl Pool {
         }
     }
 
+    /// Whether a block of `bytes` bytes would take new memory from the driver although there is some under free blocks that could be moved.
+    /// After so many times that it is not: where sizes alternate, moving memory, which waits for the GPU, could go on for ever.
+    pub fn should_compact(&mut self, bytes: u64) -> bool {
+        match &mut self.0 {
+            Kind::Arena(arena) => arena.should_compact(block_size(bytes)),
+            Kind::Direct => false,
+        }
+    }
+
     /// Takes the physical memory from under what is free, to back other addresses with it. Nothing that uses free memory may be under way.
     /// Says whether there was any.
     pub fn compact(&mut self) -> bool {

@@ -24,7 +24,7 @@ mod tcp;
 mod world;
 
 pub use communicator::{Communicator, Pending, PendingSum};
-pub use launch::{Launch, Launcher, Variables};
+pub use launch::{Launch, Launcher, Variables, derived_port};
 pub use nccl::available as nccl_available;
 pub use shard::{ALIGNMENT, Arena, Bucket, Piece, Shards};
 pub use world::{Peer, World};

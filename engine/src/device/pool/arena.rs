@@ -15,6 +15,9 @@ use super::physical::{Outcome, Physical};
 /// Bytes of a piece of physical memory: small beside what a phase leaves, and so large that those of a whole card are few.
 pub(super) const PIECE: u64 = 32 << 20;
 
+/// How often memory is moved because a block is asked for; loading a model and a first step need it a few times.
+const MOST_COMPACTIONS: usize = 64;
+
 /// See the module's head comment.
 pub(super) struct Arena<P: Physical> {
     physical: P,
@@ -25,6 +28,8 @@ pub(super) struct Arena<P: Physical> {
     mapped: BTreeMap<u64, P::Piece>,
     /// Pieces that back nothing.
     spare: Vec<P::Piece>,
+    /// How often memory was moved because a block was asked for.
+    compactions: usize,
 }
 
 impl<P: Physical> Arena<P> {
@@ -36,6 +41,7 @@ impl<P: Physical> Arena<P> {
             free_blocks: FreeBlocks::default(),
             mapped: BTreeMap::new(),
             spare: Vec::new(),
+            compactions: 0,
         }
     }
 
@@ -47,6 +53,24 @@ impl<P: Physical> Arena<P> {
         let places = self.cheapest(size).ok_or_else(no_room)?;
         self.back(places)?;
         self.free_blocks.take(size).ok_or_else(no_room)
+    }
+
+    /// See [`super::Pool::should_compact`].
+    pub fn should_compact(&mut self, size: u64) -> bool {
+        let needed = self.growth(size);
+        let moves = self.compactions < MOST_COMPACTIONS
+            && needed > self.spare.len() as u64
+            && self.whole_places().next().is_some();
+        self.compactions += usize::from(moves);
+        moves
+    }
+
+    /// The places whose memory lies wholly in free blocks.
+    fn whole_places(&self) -> impl Iterator<Item = u64> + '_ {
+        let start = self.physical.start();
+        let whole =
+            move |(address, size): (u64, u64)| (address - start).div_ceil(PIECE)..(address + size - start) / PIECE;
+        self.free_blocks.iter().flat_map(whole)
     }
 
     /// Takes back what `allocate` has given.
@@ -66,9 +90,7 @@ impl<P: Physical> Arena<P> {
 
     /// Takes the pieces from under free memory, where nothing may be under way; says whether there were any.
     pub fn compact(&mut self) -> bool {
-        let start = self.physical.start();
-        let whole = |(address, size): (u64, u64)| (address - start).div_ceil(PIECE)..(address + size - start) / PIECE;
-        let places: Vec<u64> = self.free_blocks.iter().flat_map(whole).collect();
+        let places: Vec<u64> = self.whole_places().collect();
         let mut any = false;
         for place in places {
             let address = self.address(place);

@@ -400,7 +400,7 @@ fn is_loopback(host: &str) -> bool {
 }
 
 /// A port that is the same wherever `text` is, by the FNV-1a hash.
-fn derived_port(text: &str) -> u16 {
+pub fn derived_port(text: &str) -> u16 {
     let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
     });
