@@ -231,7 +231,11 @@ fn parts(device: &Device) -> Outcome {
             let weights = &mut references(&mut parted.weights);
             parted.optimizer.change_by_sums(&update, start..end, weights, &sums)?;
             let now = values(&parted.weights)?;
-            assert!(now[part] != before[part], "part {part} has not changed");
+            // A few weights in bf16 may stay where they are.
+            assert!(
+                SIZES[part] < 64 || now[part] != before[part],
+                "part {part} has not changed"
+            );
             assert!(now[part + 1..] == before[part + 1..], "part {part} has changed another");
         }
         assert!(values(&parted.weights)? == values(&whole.weights)?, "step {step}");
