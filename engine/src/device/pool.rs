@@ -179,8 +179,8 @@ impl Recording {
 
 #[cfg(test)]
 mod tests {
-    use super::arena::PIECE;
     use super::arena::tests::arena;
+    use super::physical::PIECE;
     use super::*;
 
     /// What the pool has behind a recording's block is taken as far as it is missing, and returns as two pieces that merge.

@@ -115,11 +115,14 @@ fn frozen_weights_stay(device: &Device) -> Outcome {
     Ok(())
 }
 
+/// A loss, and gradients by name.
+type Found = (f32, Vec<(String, Vec<f32>)>);
+
 /// Blocks that are not trained compute in eight bits: the loss and the gradients are nearly the same, with whatever is recomputed, and steps
 /// leave their weights as they are.
 fn eight_bit_trunk(device: &Device) -> Outcome {
     let (config, params) = model();
-    let run = |trunk: &str, recompute: Recompute| -> Result<(f32, Vec<(String, Vec<f32>)>)> {
+    let run = |trunk: &str, recompute: Recompute| -> Result<Found> {
         let options = TrainOptions {
             trunk: trunk.parse()?,
             ..options("paper:1", recompute)

@@ -10,10 +10,7 @@ use std::ops::Range;
 use cudarc::driver::{result, sys};
 
 use super::free_blocks::FreeBlocks;
-use super::physical::{Outcome, Physical};
-
-/// Bytes of a piece of physical memory: small beside what a phase leaves, and so large that those of a whole card are few.
-pub(super) const PIECE: u64 = 32 << 20;
+use super::physical::{Outcome, PIECE, Physical};
 
 /// How often memory is moved because a block is asked for; loading a model and a first step need it a few times.
 const MOST_COMPACTIONS: usize = 64;

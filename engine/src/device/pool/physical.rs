@@ -5,6 +5,9 @@ use cudarc::driver::{result, sys};
 use super::super::driver::check;
 use crate::error::Result;
 
+/// Bytes of a piece of physical memory: small beside what a phase leaves, and so large that those of a whole card are few.
+pub(super) const PIECE: u64 = 32 << 20;
+
 /// What a call of the driver gives.
 pub(super) type Outcome<T> = std::result::Result<T, result::DriverError>;
 
@@ -64,7 +67,7 @@ impl Driver {
         };
         check("cuMemGetAllocationGranularity", outcome.result())?;
         // Pieces are multiples of every granularity there is, 2 MiB.
-        let capacity = (2 * total).next_multiple_of(super::arena::PIECE.max(granularity as u64));
+        let capacity = (2 * total).next_multiple_of(PIECE.max(granularity as u64));
         let mut start = 0;
         // SAFETY: reserves addresses, touches no memory; released in `drop`.
         let outcome = unsafe { sys::cuMemAddressReserve(&mut start, capacity as usize, 0, 0, 0) };

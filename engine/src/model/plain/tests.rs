@@ -418,7 +418,7 @@ fn plans_and_estimates_count_it() {
         spec: &spec(),
         vae: None,
         text_parameters: 0,
-        trunk: &crate::model::Precision::default(),
+        trunk: &Precision::default(),
         width: SIZE[1],
         height: SIZE[0],
     });
