@@ -5,6 +5,9 @@ use std::borrow::Cow;
 /// Characters of a name that are shown before it is cut.
 const LONGEST_NAME: usize = 200;
 
+/// Characters of a reason: room for a list of names.
+const LONGEST_REASON: usize = 2000;
+
 /// `text` without control characters (they are written `\u{1b}`, as in Rust), so that a name in a file cannot move the cursor,
 /// colour or forge what a program prints. Line breaks become spaces.
 pub fn printable(text: &str) -> Cow<'_, str> {
@@ -24,9 +27,18 @@ pub fn printable(text: &str) -> Cow<'_, str> {
 
 /// A name from a file, printable and no longer than a message can hold.
 pub fn shown_name(name: &str) -> Cow<'_, str> {
-    match name.char_indices().nth(LONGEST_NAME) {
-        None => printable(name),
-        Some((end, _)) => Cow::Owned(format!("{}… ({} bytes)", printable(&name[..end]), name.len())),
+    shown(name, LONGEST_NAME)
+}
+
+/// What a library says of a file, which may repeat parts of it: printable and no longer than a message can hold.
+pub fn shown_reason(reason: &str) -> Cow<'_, str> {
+    shown(reason, LONGEST_REASON)
+}
+
+fn shown(text: &str, longest: usize) -> Cow<'_, str> {
+    match text.char_indices().nth(longest) {
+        None => printable(text),
+        Some((end, _)) => Cow::Owned(format!("{}… ({} bytes)", printable(&text[..end]), text.len())),
     }
 }
 

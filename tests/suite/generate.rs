@@ -21,6 +21,7 @@ pub fn register(suite: &mut Suite) {
     suite.cpu("generate::the_demo_is_no_language_model", the_demo_is_refused);
     suite.cpu("generate::the_template_has_a_system_and_no_thoughts", template);
     suite.cpu("generate::every_token_stands_for_bytes", tokens_stand_for_bytes);
+    suite.cpu("generate::ids_without_end_are_refused", ids_without_end);
     suite.cpu(
         "generate::answers_have_their_shape_whatever_the_weights",
         answers_have_their_shape,
@@ -133,6 +134,33 @@ fn tokens_stand_for_bytes() -> Outcome {
     }
     assert_eq!(vocabulary.bytes(u32::MAX), None);
     assert!(vocabulary.ends().len() >= 2);
+    Ok(())
+}
+
+/// An id costs no memory before it is known to be one.
+fn ids_without_end() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let own = source().join("tokenizer");
+    for entry in std::fs::read_dir(&own)? {
+        let entry = entry?;
+        std::fs::copy(entry.path(), folder.path().join(entry.file_name()))?;
+    }
+    let path = folder.path().join("tokenizer.json");
+    let mut tokenizer: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    let vocabulary = tokenizer["model"]["vocab"].as_object_mut().ok_or("no vocabulary")?;
+    let last = vocabulary
+        .iter()
+        .max_by_key(|(_, id)| id.as_u64())
+        .map(|(token, _)| token.clone());
+    vocabulary.insert(last.ok_or("no token")?, serde_json::json!(u32::MAX - 1));
+    std::fs::write(&path, tokenizer.to_string())?;
+    let message = Vocabulary::of(&PromptTokenizer::open(folder.path())?)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        message.contains("has the id 4294967294; ids lie below 4194304"),
+        "{message}"
+    );
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
 use crate::limits::Budget;
+use crate::printable::{shown_name, shown_reason};
 
 /// Opens a regular file for reading. A pipe or a device, which might never end or never begin, is refused without waiting.
 ///
@@ -155,10 +156,11 @@ pub fn read_json<T: DeserializeOwned>(path: &Path, budget: Budget) -> Result<T> 
 pub fn from_json<T: DeserializeOwned>(bytes: &[u8]) -> std::result::Result<T, String> {
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-        let entry = error.path().to_string();
+        let (entry, reason) = (error.path().to_string(), error.inner().to_string());
+        let reason = shown_reason(&reason);
         match entry.as_str() {
-            "." | "?" => format!("is not what was expected: {}", error.inner()),
-            entry => format!("is not what was expected: entry `{entry}`: {}", error.inner()),
+            "." | "?" => format!("is not what was expected: {reason}"),
+            entry => format!("is not what was expected: entry `{}`: {reason}", shown_name(entry)),
         }
     })?;
     json.end()
@@ -215,6 +217,12 @@ mod tests {
         let message = from_json::<Sizes>(br#"{"widths": [1, "two"]}"#).unwrap_err();
         assert!(message.contains("`widths[1]`"), "{message}");
         assert!(from_json::<Sizes>(br#"{"widths": []} x"#).is_err());
+        // A name without end is cut, wherever the message repeats it.
+        #[derive(Debug, serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Strict {}
+        let message = from_json::<Strict>(format!(r#"{{"{}": 1}}"#, "name".repeat(5000)).as_bytes()).unwrap_err();
+        assert!(message.contains("unknown field") && message.len() < 3000, "{message}");
         for text in [&b"{"[..], b"", b"7"] {
             let message = from_json::<Sizes>(text).unwrap_err();
             assert!(

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 
 use super::PromptTokenizer;
 use crate::error::{Error, Result};
+use crate::limits;
 use crate::printable::shown_name;
 
 /// Names of tokens at which models of the Qwen family end what they say, whatever their files say.
@@ -25,7 +26,8 @@ impl Vocabulary {
     /// Of a tokenizer.
     ///
     /// # Errors
-    /// Naming the file and the token, where the tokenizer is not of byte-level BPE or knows no token that ends a text.
+    /// Naming the file and the token, where the tokenizer is not of byte-level BPE, a token has a larger id than a vocabulary can have, or
+    /// none is known that ends a text.
     pub fn of(tokenizer: &PromptTokenizer) -> Result<Self> {
         let refused = |reason: String| Error::file(tokenizer.file(), reason);
         let bytes_of: HashMap<char, u8> = (0..=u8::MAX).map(|byte| (spelled(byte), byte)).collect();
@@ -33,6 +35,13 @@ impl Vocabulary {
         let added = library.get_added_tokens_decoder();
         let mut bytes: Vec<Option<Box<[u8]>>> = Vec::new();
         for (token, id) in library.get_vocab(true) {
+            if u64::from(id) >= limits::Vocabulary::MOST {
+                return Err(refused(format!(
+                    "the token {} has the id {id}; ids lie below {}",
+                    shown_name(&token),
+                    limits::Vocabulary::MOST
+                )));
+            }
             let stands_for = match added.get(&id) {
                 Some(added) if added.special => None,
                 Some(_) => Some(token.into_bytes().into_boxed_slice()),
