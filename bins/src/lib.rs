@@ -5,6 +5,7 @@
 pub mod data;
 pub mod launch;
 mod output;
+pub mod parts;
 pub mod precision;
 pub mod profile;
 mod progress;

@@ -269,9 +269,10 @@ fn exchanges(
     let shape = Shape::new(&[world.size(), elements.div_ceil(world.size())]);
     let buckets = trained.div_ceil(elements);
     let lost = || l2p_engine::Error::invalid("the exchange before failed");
-    let [parts, part] = [compute, gathered].map(|dtype| Tensor::zeros(device, shape, dtype));
-    let (parts, part) = (parts?, part?.narrow(0, 1)?.into_shape([shape[1]])?);
-    let [mut received, mut whole] = [compute, gathered].map(|dtype| Tensor::zeros(device, shape, dtype).ok());
+    let zeros = |dtype| Tensor::zeros(device, shape, dtype);
+    let (parts, part) = (zeros(compute)?, zeros(gathered)?.narrow(0, 1)?.into_shape([shape[1]])?);
+    // Owned by an operation while it runs, and kept for the next.
+    let (mut received, mut whole) = (Some(zeros(compute)?), Some(zeros(gathered)?));
     let mut once = || -> l2p_engine::Result<()> {
         for _ in 0..buckets {
             let target = received.take().ok_or_else(lost)?;

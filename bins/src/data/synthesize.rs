@@ -84,7 +84,7 @@ fn synthesize_set(order: &Order<'_>, device: Device, world: &World) -> anyhow::R
     };
     let jobs = jobs(order)?;
     let flags = order.draw;
-    let paths = ModelPaths::resolve(&flags.model, &flags.path_overrides())?;
+    let paths = ModelPaths::resolve(&flags.model, &flags.parts.overrides())?;
     let mut files = flags.weights.open(paths, device)?;
     let settings = settings(flags, &files)?;
     for note in files.notes()? {

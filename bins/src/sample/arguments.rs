@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use anyhow::bail;
 use clap::{Parser, Subcommand, ValueEnum};
 use l2p_engine::DeviceChoice;
-use l2p_engine::checkpoint::PathOverrides;
 use l2p_engine::flow::noise_source::NoiseSource;
 use l2p_engine::image_io::Settings as PictureSettings;
 use l2p_engine::limits::{Batch, Pictures, Quality, Side, Steps};
 
 use crate::launch::{RANKS_HELP, RankFlags};
+use crate::parts::PartFlags;
 use crate::precision::{PrecisionFlags, VramFlag};
 
 use super::sets::Layout;
@@ -120,18 +120,9 @@ pub struct Arguments {
     /// Where they are kept.
     #[command(flatten)]
     pub memory: VramFlag,
-    /// The text encoder, where the model names none: its folder, or its file with config.json beside it
-    #[arg(long, value_name = "DIR|FILE")]
-    pub text_encoder: Option<PathBuf>,
-    /// Folder of the tokenizer, where the model names none
-    #[arg(long, value_name = "DIR")]
-    pub tokenizer: Option<PathBuf>,
-    /// The VAE, where a latent model names none: its folder, or its file with config.json beside it
-    #[arg(long, value_name = "DIR|FILE")]
-    pub vae: Option<PathBuf>,
-    /// The model that a delta file was trained over
-    #[arg(long, value_name = "DIR|FILE")]
-    pub base: Option<PathBuf>,
+    /// Where parts are that the model does not bring along.
+    #[command(flatten)]
+    pub parts: PartFlags,
     /// Keep the text encoder in memory while drawing, instead of freeing it before the transformer is loaded
     #[arg(long)]
     pub keep_text_encoder: bool,
@@ -282,16 +273,6 @@ impl Arguments {
             // Asking for f32 is asking for the device that has it.
             (DeviceChoice::Auto, Precision::F32) => DeviceChoice::Cpu,
             (choice, _) => choice,
-        }
-    }
-
-    /// The parts of the model that were named.
-    pub fn path_overrides(&self) -> PathOverrides {
-        PathOverrides {
-            base: self.base.clone(),
-            text_encoder: self.text_encoder.clone(),
-            tokenizer: self.tokenizer.clone(),
-            vae: self.vae.clone(),
         }
     }
 }

@@ -233,7 +233,7 @@ fn open_model(arguments: &Arguments, named: bool, device: Device) -> anyhow::Res
             l2p_engine::shown_name(&path.display().to_string())
         );
     }
-    let paths = ModelPaths::resolve(path, &arguments.path_overrides())?;
+    let paths = ModelPaths::resolve(path, &arguments.parts.overrides())?;
     ensure_precision(&device, arguments.dtype)?;
     Ok(arguments.weights.open(paths, device)?)
 }

@@ -99,6 +99,11 @@ pub fn prompts(case: &mut Case) -> Ended {
             l2p_bins::sample::Arguments::try_parse_from(arguments).map(l2p_bins::sample::sample)
         }
     };
+    without_model(outcome)
+}
+
+/// How a program ended that was to read its inputs and then find no model.
+fn without_model(outcome: Result<anyhow::Result<()>, clap::Error>) -> Ended {
     match outcome {
         Err(error) => Ended::Wrong("the arguments do not fit", error.to_string()),
         Ok(Ok(())) => Ended::Wrong("drawn without a model", String::new()),
@@ -130,11 +135,15 @@ pub fn synthesis(case: &mut Case) -> Ended {
         let arguments = l2p_bins::data::Arguments::try_parse_from([&fixed[..], &sizes].concat());
         arguments.map_err(anyhow::Error::from).and_then(l2p_bins::data::data)
     };
+    again(case, &["metadata.jsonl", "synthesis.json", "000/000000.png"], &run)
+}
+
+/// Runs a program that draws into `set`, changes one of these files there, and runs it again.
+fn again(case: &mut Case, names: &[&str], run: &dyn Fn() -> anyhow::Result<()>) -> Ended {
     if let Err(error) = run() {
         return Ended::Refused(format!("{error:#}"));
     }
-    let names = ["metadata.jsonl", "synthesis.json", "000/000000.png"];
-    let target = case.path("set").join(case.random.pick(&names));
+    let target = case.path("set").join(case.random.pick(names));
     let mut bytes = std::fs::read(&target).unwrap_or_default();
     crate::lines::mutate(&mut bytes, &[], &mut case.random);
     let _ = std::fs::write(&target, bytes);
@@ -169,16 +178,8 @@ pub fn sets(case: &mut Case) -> Ended {
     } else {
         &[]
     };
-    match l2p_bins::sample::Arguments::try_parse_from([&fixed[..], layout].concat()) {
-        Err(error) => Ended::Wrong("the arguments do not fit", error.to_string()),
-        Ok(arguments) => match l2p_bins::sample::sample(arguments) {
-            Ok(()) => Ended::Wrong("drawn without a model", String::new()),
-            Err(error) => match format!("{error:#}") {
-                text if text.contains("no-model") => Ended::Accepted,
-                text => Ended::Refused(text),
-            },
-        },
-    }
+    let arguments = l2p_bins::sample::Arguments::try_parse_from([&fixed[..], layout].concat());
+    without_model(arguments.map(l2p_bins::sample::sample))
 }
 
 /// A scorer's set that is drawn, then gone on with after a file beside the pictures changed.
@@ -203,21 +204,11 @@ pub fn manifests(case: &mut Case) -> Ended {
             .map_err(anyhow::Error::from)
             .and_then(l2p_bins::sample::sample)
     };
-    if let Err(error) = run() {
-        return Ended::Refused(format!("{error:#}"));
-    }
     let names = [
         "manifest.json",
         "manifest.json",
         "00000/samples/0000.png",
         "00000/metadata.jsonl",
     ];
-    let target = case.path("set").join(case.random.pick(&names));
-    let mut bytes = std::fs::read(&target).unwrap_or_default();
-    crate::lines::mutate(&mut bytes, &[], &mut case.random);
-    let _ = std::fs::write(&target, bytes);
-    match run() {
-        Ok(()) => Ended::Drawn,
-        Err(error) => Ended::Refused(format!("{error:#}")),
-    }
+    again(case, &names, &run)
 }

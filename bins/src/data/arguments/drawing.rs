@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use l2p_engine::DeviceChoice;
-use l2p_engine::checkpoint::PathOverrides;
 use l2p_engine::flow::noise_source::NoiseSource;
 use l2p_engine::limits::{Batch, Side, Steps};
 
 use crate::launch::RankFlags;
+use crate::parts::PartFlags;
 use crate::precision::{PrecisionFlags, VramFlag};
 
 /// The model, its settings, and where it runs.
@@ -53,18 +53,9 @@ pub struct DrawFlags {
     /// Where they are kept.
     #[command(flatten)]
     pub memory: VramFlag,
-    /// The text encoder, where the model names none: its folder, or its file with config.json beside it
-    #[arg(long, value_name = "DIR|FILE")]
-    pub text_encoder: Option<PathBuf>,
-    /// Folder of the tokenizer, where the model names none
-    #[arg(long, value_name = "DIR")]
-    pub tokenizer: Option<PathBuf>,
-    /// The VAE, where a latent model names none: its folder, or its file with config.json beside it
-    #[arg(long, value_name = "DIR|FILE")]
-    pub vae: Option<PathBuf>,
-    /// The model that a delta file was trained over
-    #[arg(long, value_name = "DIR|FILE")]
-    pub base: Option<PathBuf>,
+    /// Where parts are that the model does not bring along.
+    #[command(flatten)]
+    pub parts: PartFlags,
     /// How many ranks, and how long they wait.
     #[command(flatten)]
     pub ranks: RankFlags,
@@ -83,16 +74,6 @@ pub enum Format {
 }
 
 impl DrawFlags {
-    /// The parts of the model that were named.
-    pub fn path_overrides(&self) -> PathOverrides {
-        PathOverrides {
-            base: self.base.clone(),
-            text_encoder: self.text_encoder.clone(),
-            tokenizer: self.tokenizer.clone(),
-            vae: self.vae.clone(),
-        }
-    }
-
     /// The extension of the pictures' names.
     pub fn extension(&self) -> &'static str {
         match self.format {

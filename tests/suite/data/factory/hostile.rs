@@ -9,7 +9,7 @@ use l2p_tests::{Outcome, Suite};
 use libtest_mimic::Failed;
 use serde_json::{Value, json};
 
-use super::server::{Reply, Seen, Server, good, good_prompt};
+use super::server::{Reply, Seen, Server, good, good_prompt, good_prompts};
 use super::{data, refused, texts};
 
 pub fn register(suite: &mut Suite) {
@@ -204,11 +204,7 @@ fn wrong_count() -> Outcome {
     let noted = given.clone();
     let server = Server::start(move |number, seen| {
         let about = seen.body["seed"].to_string();
-        let mut texts: Vec<String> = seen
-            .subjects()
-            .iter()
-            .map(|subject| good_prompt(subject, &about))
-            .collect();
+        let mut texts = good_prompts(seen);
         match number {
             0 => {
                 texts.remove(0);
@@ -243,12 +239,7 @@ fn no_good() -> Outcome {
     let given = std::sync::Arc::new(Given::default());
     let noted = given.clone();
     let server = Server::start(move |number, seen| {
-        let about = seen.body["seed"].to_string();
-        let texts: Vec<String> = seen
-            .subjects()
-            .iter()
-            .map(|subject| good_prompt(subject, &about))
-            .collect();
+        let texts = good_prompts(seen);
         let texts: Vec<String> = match number {
             0 => texts.iter().map(|text| text[..60].trim_end().to_owned()).collect(),
             1 => texts.iter().map(|text| format!("{text} {text}")).collect(),

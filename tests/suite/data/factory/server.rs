@@ -190,11 +190,12 @@ pub fn good(seen: &Seen) -> Reply {
     if seen.is_audit() {
         return Reply::Says(json!({"is_valid": true, "reason": "fine"}).to_string());
     }
+    Reply::Says(json!(good_prompts(seen)).to_string())
+}
+
+/// A good prompt for each subject of a request.
+pub fn good_prompts(seen: &Seen) -> Vec<String> {
     let about = seen.body["seed"].to_string();
-    let texts: Vec<String> = seen
-        .subjects()
-        .iter()
-        .map(|subject| good_prompt(subject, &about))
-        .collect();
-    Reply::Says(json!(texts).to_string())
+    let subjects = seen.subjects();
+    subjects.iter().map(|subject| good_prompt(subject, &about)).collect()
 }
