@@ -146,7 +146,7 @@ fn ids_without_end() -> Outcome {
         std::fs::copy(entry.path(), folder.path().join(entry.file_name()))?;
     }
     let path = folder.path().join("tokenizer.json");
-    let mut tokenizer: serde_json::Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
     let vocabulary = tokenizer["model"]["vocab"].as_object_mut().ok_or("no vocabulary")?;
     let last = vocabulary
         .iter()
