@@ -26,8 +26,8 @@ pub fn score(pictures: &DMatrix<f64>, captions: &DMatrix<f64>) -> anyhow::Result
     let mut total = 0.0;
     for (number, (picture, caption)) in pictures.column_iter().zip(captions.column_iter()).enumerate() {
         let lengths = picture.norm() * caption.norm();
-        if lengths == 0.0 {
-            bail!("the features of pair {number} (from 0) are zero: they have no direction to compare");
+        if !(lengths.is_finite() && lengths > 0.0) {
+            bail!("the features of pair {number} (from 0) are zero or not finite: they have no direction to compare");
         }
         total += picture.dot(&caption) / lengths;
     }
@@ -47,6 +47,11 @@ mod tests {
         assert_eq!(score(&pictures, &-captions.clone()).unwrap(), 0.0);
         for bad in [DMatrix::zeros(2, 2), DMatrix::zeros(2, 3), DMatrix::zeros(3, 2)] {
             assert!(score(&pictures, &bad).is_err());
+        }
+        for value in [f64::NAN, f64::INFINITY] {
+            let mut bad = captions.clone();
+            bad[(0, 1)] = value;
+            assert!(score(&pictures, &bad).is_err(), "{value}");
         }
     }
 }

@@ -264,6 +264,8 @@ pub(in crate::data) fn is_this_machine(url: &str) -> bool {
 fn retry_after(text: &str) -> Option<Duration> {
     let text = text.trim();
     match text.parse::<f64>() {
+        // What is no number is no time: `f64::max` alone would make it zero.
+        Ok(seconds) if seconds.is_nan() => None,
         Ok(seconds) => Duration::try_from_secs_f64(seconds.max(0.0)).ok(),
         Err(_) => {
             let date = httpdate::parse_http_date(text).ok()?;
