@@ -6,6 +6,7 @@ use std::str::FromStr;
 use clap::Args;
 use l2p_engine::checkpoint::ModelPaths;
 use l2p_engine::device::format_bytes;
+use l2p_engine::image_io::WeightSettings;
 use l2p_engine::model::Precision;
 use l2p_engine::pipeline::{ModelFiles, Settings};
 use l2p_engine::{Device, Error, Result};
@@ -17,15 +18,15 @@ use crate::size::ByteSize;
 pub struct PrecisionFlags {
     /// How the weights of the transformer's main blocks are kept: bf16 (the compute type), int8 (half the memory, and on Hopper
     /// products at twice the rate) or fp8 (the same, less exact); what modulates blocks, embedders, refiners, input and output stay as
-    /// they are
-    #[arg(long, value_name = "TYPE", default_value_t = Precision::default())]
-    pub trunk: Precision,
+    /// they are [default: bf16]
+    #[arg(long, value_name = "TYPE")]
+    pub trunk: Option<Precision>,
     /// Weights of main blocks that stay in the compute type: patterns of names, `*` for any characters, separated by commas
     #[arg(long, value_name = "PATTERNS", value_delimiter = ',')]
     pub trunk_keep: Vec<String>,
-    /// How the weights of the text encoder's blocks are kept: bf16, int8 or fp8
-    #[arg(long, value_name = "TYPE", default_value_t = Precision::default())]
-    pub text_weights: Precision,
+    /// How the weights of the text encoder's blocks are kept: bf16, int8 or fp8 [default: bf16]
+    #[arg(long, value_name = "TYPE")]
+    pub text_weights: Option<Precision>,
 }
 
 /// Where weights are kept.
@@ -65,15 +66,52 @@ impl FromStr for Vram {
 
 impl fmt::Display for PrecisionFlags {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "trunk {}", self.trunk)?;
+        write!(f, "trunk {}", self.trunk())?;
         if !self.trunk_keep.is_empty() {
             write!(f, " but {}", self.trunk_keep.join(","))?;
         }
-        write!(f, ", text {}", self.text_weights)
+        write!(f, ", text {}", self.text_weights())
     }
 }
 
 impl PrecisionFlags {
+    /// How the weights of the main blocks are kept, but for what --trunk-keep names.
+    fn trunk(&self) -> Precision {
+        self.trunk.clone().unwrap_or_default()
+    }
+
+    fn text_weights(&self) -> Precision {
+        self.text_weights.clone().unwrap_or_default()
+    }
+
+    /// What pictures say of it; nothing where all weights are kept in the compute type.
+    pub fn settings(&self) -> Option<WeightSettings> {
+        let [trunk, text] = [self.trunk(), self.text_weights()];
+        (trunk.coding.is_some() || text.coding.is_some()).then(|| WeightSettings {
+            trunk: trunk.to_string(),
+            trunk_keep: self.trunk_keep.clone(),
+            text: text.to_string(),
+        })
+    }
+
+    /// These, completed by those of a picture, where no flag says anything.
+    ///
+    /// # Errors
+    /// When the picture names a precision that this program does not have.
+    pub fn complete(&mut self, like: Option<&WeightSettings>) -> Result<()> {
+        let given = self.trunk.is_some() || self.text_weights.is_some() || !self.trunk_keep.is_empty();
+        let Some(like) = like.filter(|_| !given) else {
+            return Ok(());
+        };
+        let precision = |text: &str| text.parse::<Precision>().map(Some);
+        *self = PrecisionFlags {
+            trunk: precision(&like.trunk)?,
+            trunk_keep: like.trunk_keep.clone(),
+            text_weights: precision(&like.text)?,
+        };
+        Ok(())
+    }
+
     /// The model's files, to be loaded so.
     ///
     /// # Errors
@@ -88,14 +126,14 @@ impl PrecisionFlags {
     /// # Errors
     /// When there are patterns of what to keep, but nothing is changed.
     fn precisions(&self) -> Result<[Precision; 2]> {
-        if self.trunk.coding.is_none() && !self.trunk_keep.is_empty() {
+        let mut trunk = self.trunk();
+        if trunk.coding.is_none() && !self.trunk_keep.is_empty() {
             return Err(Error::invalid(
                 "--trunk-keep names what stays in the compute type, but --trunk bf16 keeps all of it there: give --trunk int8 or fp8",
             ));
         }
-        let mut trunk = self.trunk.clone();
         trunk.keep.clone_from(&self.trunk_keep);
-        Ok([trunk, self.text_weights.clone()])
+        Ok([trunk, self.text_weights()])
     }
 }
 

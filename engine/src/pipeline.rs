@@ -9,6 +9,7 @@
 //! brings parts onto the device and keeps recorded steps. `serve` puts it on a thread of its own.
 
 mod blame;
+mod edit;
 mod files;
 pub mod generator;
 mod loaded;
@@ -22,16 +23,18 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Instant;
 
+pub use edit::Edit;
 pub use files::ModelFiles;
 pub use loaded::LoadedModel;
 pub use prompts::{Encoded, PromptEncoder, PromptFiles};
 pub use report::{Phase, Report};
 pub use settings::{Asked, Batching, Settings};
-pub use start::StartImage;
+pub use start::{Kept, StartImage};
 
 use crate::checkpoint::ModelPaths;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::flow::held::Beginning;
 use crate::flow::noise_source::NoiseSource;
 use crate::flow::sampler::{Guides, Sampler, StepReport, Walk, sample};
 use crate::flow::schedule::Schedule;
@@ -212,7 +215,8 @@ impl Pipeline {
         self.denoise_from(None, captions, noise, settings, progress)
     }
 
-    /// As [`Pipeline::denoise`]; with a start image, what is drawn begins as much of it as its strength leaves.
+    /// As [`Pipeline::denoise`]; with a start image, what is drawn begins as much of it as its strength leaves, and keeps of it what its
+    /// mask says.
     ///
     /// # Errors
     /// As [`Pipeline::denoise`], and when the start image has another size or its strength makes no sense.
@@ -225,20 +229,21 @@ impl Pipeline {
         progress: &mut dyn FnMut(StepReport) -> Result<()>,
     ) -> Result<Tensor> {
         let mut schedule = Schedule::new(settings.steps, f64::from(settings.shift))?;
-        let mut noise = noise;
+        let mut beginning = Beginning::from(noise);
         if let Some(start) = start {
             schedule = start.schedule(schedule)?;
-            noise = self.begin_from(start, noise, settings, schedule.sigma(0))?;
+            beginning = self.begin_from(start, beginning.noise, settings, schedule.sigma(0))?;
         }
         let guides = captions.guides(settings.cfg);
-        let keep = self.room_to_keep(&guides, &noise, settings)?;
+        let keep = self.room_to_keep(&guides, &beginning.noise, settings)?;
         self.phase("denoise", |pipeline| {
             let model = loaded(&pipeline.model)?.denoiser();
             if keep {
-                return pipeline.sampler.draw(model, guides, &schedule, noise, progress);
+                return pipeline.sampler.draw(model, guides, &schedule, beginning, progress);
             }
-            let conditioning = guides.prepare(model, [noise.dim(1), noise.dim(2)])?;
-            sample(model, &conditioning, &schedule, noise, progress)
+            let size = [beginning.noise.dim(1), beginning.noise.dim(2)];
+            let conditioning = guides.prepare(model, size)?;
+            sample(model, &conditioning, &schedule, beginning, progress)
         })
     }
 
@@ -261,13 +266,15 @@ impl Pipeline {
     }
 
     /// Refuses settings that make no sense and work that the device has no memory for beside what is loaded; kept steps are given up
-    /// for it.
+    /// for it. `start` is what the pictures begin with, if anything.
     ///
     /// # Errors
     /// Naming the value at fault, or the estimate and what there is.
-    pub fn make_room(&mut self, settings: &Settings, batch: usize) -> Result<()> {
+    pub fn make_room(&mut self, settings: &Settings, batch: usize, start: Option<&StartImage>) -> Result<()> {
         self.ensure_drawable(settings)?;
         let (weights, activations) = self.parts(settings, batch);
+        let held = start.map_or(0, |start| start.held_bytes(self.canvas(settings), batch));
+        let activations = activations.saturating_add(held);
         let needed = match &self.model {
             Some(_) => activations,
             None => weights.saturating_add(activations),

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::Parser;
 use l2p_engine::checkpoint::{Values, write_values};
-use l2p_engine::image_io::{RgbImage, Settings, WriteOptions, write_image};
+use l2p_engine::image_io::{RgbImage, Settings, StartSettings, WeightSettings, WriteOptions, write_image};
 use l2p_engine::model::Spec;
 use l2p_engine::model::config::ModelKind;
 use l2p_engine::model::detailer::DetailerLayout;
@@ -369,6 +369,16 @@ fn inputs(folder: &Path) -> anyhow::Result<()> {
         height: 16,
         model: "pixel".into(),
         rng: "philox".into(),
+        weights: Some(WeightSettings {
+            trunk: "int8".into(),
+            trunk_keep: vec!["layers.0.*".into()],
+            text: "fp8".into(),
+        }),
+        start: Some(StartSettings {
+            picture_sha256: "00ff".into(),
+            strength: 0.6,
+            mask_sha256: Some("ff00".into()),
+        }),
     };
     let options = WriteOptions {
         settings: Some(&settings),

@@ -7,8 +7,8 @@ use std::path::Path;
 use image::codecs::jpeg::JpegEncoder;
 use image::{DynamicImage, ImageEncoder};
 use l2p_engine::image_io::{
-    Filter, ImageFormat, RgbImage, Settings, WriteOptions, centre_crop, encode_image, ensure_writable, fit_to_multiple,
-    fitted_size, read_image, read_settings, resize, write_image,
+    Filter, ImageFormat, RgbImage, Settings, StartSettings, WeightSettings, WriteOptions, centre_crop, encode_image,
+    ensure_writable, fit_to_multiple, fitted_size, read_image, read_settings, resize, write_image,
 };
 use l2p_tests::{Outcome, Suite, hash_uniform};
 
@@ -71,6 +71,16 @@ fn settings() -> Settings {
         height: 50,
         model: "models/demo/pixel".into(),
         rng: "philox".into(),
+        weights: Some(WeightSettings {
+            trunk: "int8".into(),
+            trunk_keep: vec!["layers.0.*".into()],
+            text: "fp8".into(),
+        }),
+        start: Some(StartSettings {
+            picture_sha256: "00ff".into(),
+            strength: 0.6,
+            mask_sha256: Some("ff00".into()),
+        }),
     }
 }
 
@@ -178,7 +188,8 @@ fn settings_round_trip() -> Outcome {
     let words = reader.info().utf8_text.iter().find(|text| text.keyword == "parameters");
     let words = words.expect("the file has settings in words").get_text()?;
     let expected = "a sign that says \"你好\" 🍕,\nsecond line\u{fffd}\nNegative prompt: blurry\nSteps: 8, CFG scale: 4.1, \
-                    Seed: 18446744073709551615, Size: 70x50, Model: pixel, Shift: 3, RNG: philox";
+                    Seed: 18446744073709551615, Size: 70x50, Model: pixel, Shift: 3, RNG: philox, Trunk: int8, Text encoder: fp8, \
+                    Denoising strength: 0.6";
     assert_eq!(words, expected);
 
     // Written again by a program that keeps the text but compresses it.

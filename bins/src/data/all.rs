@@ -7,7 +7,7 @@ use anyhow::bail;
 use l2p_engine::dist::Launch;
 use serde_json::json;
 
-use super::arguments::All;
+use super::arguments::{All, Source};
 use super::forecast::duration;
 use super::synthesize::{Order, synthesize_among};
 use super::{report, stages};
@@ -53,6 +53,16 @@ pub(super) fn alone(arguments: &All) -> anyhow::Result<()> {
     finish(arguments, started)
 }
 
+/// What draws may write, too.
+fn source(arguments: &All) -> Source<'_> {
+    let draw = &arguments.draw;
+    Source {
+        model: &draw.model,
+        parts: &draw.parts,
+        device: draw.device,
+    }
+}
+
 /// Prompts and verdicts.
 fn prepare(arguments: &All) -> anyhow::Result<()> {
     let mut bar = PhaseBar::new();
@@ -63,12 +73,19 @@ fn prepare(arguments: &All) -> anyhow::Result<()> {
         arguments.count.get(),
         seed,
         &arguments.prompts,
-        &arguments.language,
+        (&arguments.language, Some(source(arguments))),
         &mut bar,
     )?;
     crate::say(stages::prompts_in_words(out, &written).trim_end());
     bar.stage("2/4 ");
-    let checked = stages::judge(out, false, seed, &arguments.check, &arguments.language, &mut bar)?;
+    let checked = stages::judge(
+        out,
+        false,
+        seed,
+        &arguments.check,
+        (&arguments.language, Some(source(arguments))),
+        &mut bar,
+    )?;
     crate::say(stages::check_in_words(out, &checked).trim_end());
     Ok(())
 }

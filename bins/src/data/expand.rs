@@ -42,12 +42,15 @@ pub(super) fn show_or_expand(arguments: &TaxonomyArguments) -> anyhow::Result<()
             Shown::Json => shown.to_text()?,
         });
     };
-    let mut model = arguments.language.open(cache())?;
-    if !model.judges() {
-        bail!("a writer by grammar knows no more categories: name a language model with --llm-url and --llm-model");
-    }
     let chosen = only(&taxonomy, &arguments.only)?;
     let mut bar = PhaseBar::new();
+    let opened = arguments.language.open(cache(), arguments.encoder.source(), &mut bar)?;
+    if let Some(reason) = opened.why_none {
+        bail!(
+            "{reason}, and a writer by grammar knows no more categories: name a language model with --llm-url and --llm-model"
+        );
+    }
+    let mut model = opened.model;
     let found = additions(&taxonomy, &chosen, count.get(), arguments.seed, &mut *model, &mut bar);
     bar.clear();
     for note in model.notes() {

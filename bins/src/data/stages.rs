@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::arguments::{self, CheckFlags, LanguageFlags, PromptFlags};
+use super::arguments::{self, CheckFlags, LanguageFlags, Opened, PromptFlags, Source};
 use super::folder::{self, Manifest};
 use super::language::LanguageModel;
 use super::language::writer::Writer;
@@ -16,11 +16,11 @@ use super::{check, prompts, report};
 use crate::progress::PhaseBar;
 
 /// Says who writes, where that is no language model.
-const BY_GRAMMAR: &str = "note: no language model was named (--llm-url), so prompts are written by a grammar over the taxonomy: varied and \
-     well-formed, but without understanding";
+const BY_GRAMMAR: &str =
+    "so prompts are written by a grammar over the taxonomy: varied and well-formed, but without understanding";
 
 /// Says who checks then.
-const RULES_ALONE: &str = "note: no language model was named (--llm-url), so the rules alone decide";
+const RULES_ALONE: &str = "so the rules alone decide";
 
 /// `l2p-data prompts`.
 pub(super) fn prompts(arguments: &arguments::Prompts) -> anyhow::Result<()> {
@@ -31,7 +31,7 @@ pub(super) fn prompts(arguments: &arguments::Prompts) -> anyhow::Result<()> {
         count,
         seed,
         &arguments.prompts,
-        &arguments.language,
+        (&arguments.language, arguments.encoder.source()),
         &mut bar,
     )?;
     match arguments.json {
@@ -46,13 +46,13 @@ pub(super) fn write(
     count: usize,
     seed: u64,
     flags: &PromptFlags,
-    language: &LanguageFlags,
+    (language, source): (&LanguageFlags, Option<Source<'_>>),
     bar: &mut PhaseBar,
 ) -> anyhow::Result<prompts::Outcome> {
     let taxonomy = Taxonomy::read(flags.taxonomy.as_deref())?;
-    let mut model = language.open(out.join(folder::ANSWERS))?;
-    if !model.judges() {
-        crate::say(BY_GRAMMAR);
+    let Opened { mut model, why_none } = language.open(out.join(folder::ANSWERS), source, bar)?;
+    if let Some(reason) = why_none {
+        crate::say(format_args!("note: {reason}, {BY_GRAMMAR}"));
     }
     let plan = prompts::Plan {
         out: out.into(),
@@ -97,7 +97,7 @@ pub(super) fn check(arguments: &arguments::Check) -> anyhow::Result<()> {
         arguments.again,
         arguments.seed,
         &arguments.check,
-        &arguments.language,
+        (&arguments.language, arguments.encoder.source()),
         &mut bar,
     )?;
     match arguments.json {
@@ -112,15 +112,16 @@ pub(super) fn judge(
     again: bool,
     seed: u64,
     flags: &CheckFlags,
-    language: &LanguageFlags,
+    (language, source): (&LanguageFlags, Option<Source<'_>>),
     bar: &mut PhaseBar,
 ) -> anyhow::Result<check::Outcome> {
-    let mut model: Box<dyn LanguageModel> = match flags.rules_only {
-        true => Box::new(Writer),
-        false => language.open(out.join(folder::ANSWERS))?,
-    };
-    if !model.judges() && !flags.rules_only {
-        crate::say(RULES_ALONE);
+    let mut model: Box<dyn LanguageModel> = Box::new(Writer);
+    if !flags.rules_only {
+        let opened = language.open(out.join(folder::ANSWERS), source, bar)?;
+        if let Some(reason) = opened.why_none {
+            crate::say(format_args!("note: {reason}, {RULES_ALONE}"));
+        }
+        model = opened.model;
     }
     let plan = check::Plan {
         out: out.into(),

@@ -14,6 +14,7 @@ use crate::parts::PartFlags;
 use crate::precision::{PrecisionFlags, VramFlag};
 
 use super::sets::Layout;
+use super::start::StartFlags;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -25,6 +26,8 @@ Examples:
   l2p-sample --model Z-Image-Turbo --prompts geneval/prompts/evaluation_metadata.jsonl --out geneval-turbo/ --gpus 8
   l2p-sample --model models/demo/source --like pizza.png --seed 7 --out another.png
   l2p-sample --model models/demo/source --prompt fox --report --profile
+  l2p-sample --model models/demo/pixel --prompt fox --init face.png --mask mask.png --out edited.png
+  l2p-sample --model models/demo/pixel --prompt fox --init face.png --extend 0,0,64,0 --out wider.png
   l2p-sample devices
   l2p-sample warm --model Z-Image-Turbo --size 1024x1024 --batch 1,4
 
@@ -150,6 +153,9 @@ pub struct Arguments {
     /// Show what this machine has to run on, and why a GPU cannot be used
     #[arg(long)]
     pub list_devices: bool,
+    /// What pictures begin with.
+    #[command(flatten)]
+    pub start: StartFlags,
     /// How many ranks, and how long they wait.
     #[command(flatten)]
     pub ranks: RankFlags,
@@ -192,7 +198,8 @@ impl Arguments {
     /// These, completed by the settings of a picture.
     ///
     /// # Errors
-    /// When the picture names a noise generator that this program does not have.
+    /// When the picture names a noise generator or a precision that this program does not have, or began with another picture, which
+    /// nobody names.
     pub fn completed(mut self, like: Option<&PictureSettings>) -> l2p_engine::Result<Self> {
         let Some(like) = like else { return Ok(self) };
         if self.prompts.is_none() {
@@ -204,10 +211,25 @@ impl Arguments {
         self.steps = self.steps.or(Steps::new(like.steps as u64));
         self.shift.get_or_insert(like.shift);
         self.seed.get_or_insert(like.seed);
-        self.width = self.width.or(Side::new(like.width as u64));
-        self.height = self.height.or(Side::new(like.height as u64));
+        if like.start.is_none() && self.start.init.is_none() {
+            self.width = self.width.or(Side::new(like.width as u64));
+            self.height = self.height.or(Side::new(like.height as u64));
+        }
         if self.rng.is_none() {
             self.rng = Some(like.rng.parse()?);
+        }
+        self.weights.complete(like.weights.as_ref())?;
+        match (&like.start, &self.start.init) {
+            (Some(_), None) => {
+                return Err(l2p_engine::Error::invalid(
+                    "the picture of --like began with another one, which it does not hold: name that with --init, and what of it was \
+                     kept with --mask or --extend",
+                ));
+            }
+            (Some(start), Some(_)) => {
+                self.start.strength.get_or_insert(start.strength);
+            }
+            (None, _) => {}
         }
         Ok(self)
     }
@@ -252,6 +274,7 @@ impl Arguments {
             ("--embeds", self.embeds.is_some()),
             ("--save-raw", self.save_raw.is_some()),
             ("--profile", self.profile),
+            ("--init", self.start.init.is_some()),
         ];
         if let Some((flag, _)) = others.into_iter().find(|(_, given)| *given) {
             bail!(

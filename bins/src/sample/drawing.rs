@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use indicatif::ProgressBar;
 use l2p_engine::dist::World;
-use l2p_engine::pipeline;
+use l2p_engine::pipeline::{self, StartImage};
 use l2p_engine::serve::{Caption, Drawn, Event, Item, Request, Ticket, Worker};
 use l2p_engine::{HostTensor, Result};
 
@@ -36,6 +36,8 @@ pub struct Work<'a> {
     pub jobs: Vec<&'a Job>,
     /// For every picture, instead of that of its seed.
     pub noise: Option<Arc<HostTensor>>,
+    /// What every picture begins with, instead of noise alone.
+    pub start: Option<StartImage>,
     /// The numbers behind the pictures too.
     pub raw: bool,
 }
@@ -54,7 +56,7 @@ impl Work<'_> {
             settings: self.plan.settings,
             rng: self.plan.rng,
             noise: self.noise.clone(),
-            start: None,
+            start: self.start.clone(),
             at_once: None,
             raw: self.raw,
         }
@@ -148,7 +150,7 @@ impl Takes<'_> {
                 path: job.out.clone(),
                 keep_others: job.numbered,
                 image,
-                settings: job.settings(settings, &plan.model, plan.rng),
+                settings: plan.described(job),
             })?;
             self.world.work();
         }

@@ -77,6 +77,8 @@ fn difference(found: &image_io::Settings, expected: &image_io::Settings) -> Opti
         ("shift", found.shift == expected.shift),
         ("noise generator", found.rng == expected.rng),
         ("model", found.model == expected.model),
+        ("precision of weights", found.weights == expected.weights),
+        ("picture to begin with, strength or mask", found.start == expected.start),
     ];
     equal.into_iter().find_map(|(what, equal)| (!equal).then_some(what))
 }

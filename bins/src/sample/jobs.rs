@@ -6,10 +6,8 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, bail};
 use l2p_engine::dist::World;
-use l2p_engine::flow::noise_source::NoiseSource;
 use l2p_engine::image_io::{self, ImageFormat};
 use l2p_engine::limits::Pictures;
-use l2p_engine::pipeline::Settings;
 use l2p_engine::printable;
 use serde::Deserialize;
 
@@ -51,24 +49,6 @@ impl Line {
         Line {
             prompt,
             ..Line::default()
-        }
-    }
-}
-
-impl Job {
-    /// What is written into the picture.
-    pub fn settings(&self, settings: &Settings, model: &str, rng: NoiseSource) -> image_io::Settings {
-        image_io::Settings {
-            prompt: self.prompt.clone(),
-            negative: self.negative.clone(),
-            seed: self.seed,
-            steps: settings.steps,
-            cfg: settings.cfg,
-            shift: settings.shift,
-            width: settings.width,
-            height: settings.height,
-            model: model.into(),
-            rng: rng.to_string(),
         }
     }
 }
@@ -316,7 +296,7 @@ fn first_free(folder: &Path, number_in: impl Fn(&str) -> Option<&str>) -> anyhow
 }
 
 /// Checks before the work begins that every picture can be written, and makes the folders they go to.
-pub fn ensure_writable(jobs: &[Job], settings: &Settings) -> anyhow::Result<()> {
+pub fn ensure_writable(jobs: &[Job], [width, height]: [usize; 2]) -> anyhow::Result<()> {
     let mut names = BTreeSet::new();
     for job in jobs {
         ImageFormat::of(&job.out)?;
@@ -333,7 +313,7 @@ pub fn ensure_writable(jobs: &[Job], settings: &Settings) -> anyhow::Result<()> 
         std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
     }
     jobs.iter()
-        .try_for_each(|job| image_io::ensure_writable(&job.out, settings.width, settings.height))
+        .try_for_each(|job| image_io::ensure_writable(&job.out, width, height))
         .map_err(Into::into)
 }
 

@@ -11,6 +11,7 @@ mod manifest;
 mod plan;
 mod report;
 mod sets;
+mod start;
 mod warm;
 mod writer;
 
@@ -83,6 +84,9 @@ fn sample_among(arguments: Arguments, launch: Option<Launch>) -> anyhow::Result<
         .transpose()?;
     let named = arguments.model.is_some();
     let mut arguments = arguments.completed(like.as_ref())?;
+    arguments
+        .start
+        .check(arguments.width.is_some() || arguments.height.is_some())?;
     let set = match &arguments.prompts {
         Some(path) => Set::open(path, arguments.layout, arguments.count, &arguments.out)?,
         None => None,
@@ -121,7 +125,7 @@ fn sample_part(
         files.ensure_text_encoder()?;
     }
     let raw = world.on_first("folders", || {
-        jobs::ensure_writable(&plan.jobs, &plan.settings).map_err(crate::as_engine)?;
+        jobs::ensure_writable(&plan.jobs, plan.shown).map_err(crate::as_engine)?;
         arguments.save_raw.as_deref().map(RawImages::new).transpose()
     })?;
     let raw = raw.flatten();
@@ -146,6 +150,7 @@ fn sample_part(
         jobs: own.iter().map(|&number| &plan.jobs[number]).collect(),
         plan: &plan,
         noise: noise.map(Arc::new),
+        start: plan.start.as_ref().map(|start| start.image.clone()),
         raw: raw.is_some(),
     };
     let captions = match embeds {

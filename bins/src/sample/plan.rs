@@ -5,6 +5,7 @@ use std::path::Path;
 
 use l2p_engine::dist::World;
 use l2p_engine::flow::noise_source::NoiseSource;
+use l2p_engine::image_io::{self, WeightSettings};
 use l2p_engine::limits::{Batch, Side, Steps};
 use l2p_engine::pipeline::{Asked, Batching, ModelFiles, Settings};
 use l2p_engine::serve::Event;
@@ -13,6 +14,7 @@ use super::arguments::Arguments;
 use super::jobs::{self, Job};
 use super::manifest::Manifest;
 use super::sets::Set;
+use super::start::Start;
 use super::{count, found, go_on, notice};
 use crate::prompts;
 
@@ -28,7 +30,13 @@ pub struct Plan {
     pub rng: NoiseSource,
     /// What pictures say of the model.
     pub model: String,
-    /// Pictures at once.
+    /// How weights are kept, where not in the compute type.
+    pub weights: Option<WeightSettings>,
+    /// What all pictures begin with, if not with noise alone.
+    pub start: Option<Start>,
+    /// Width and height of the pictures that are written: those of the settings, or of what is kept of the start.
+    pub shown: [usize; 2],
+    /// Pictures at once; 0 until it is known.
     pub batch: usize,
 }
 
@@ -48,24 +56,34 @@ impl Plan {
         let settings = settings(arguments, files, world)?;
         let rng = arguments.rng.unwrap_or_default();
         let model = jobs::published(arguments.model.as_deref().unwrap_or(Path::new("")));
-        agree(&jobs, files, &settings, rng, world)?;
+        let start = arguments.start.read(files, &settings)?;
+        agree(&jobs, files, (&settings, start.as_ref()), rng, world)?;
         if let Some(set) = set {
             world.on_first("manifest", || {
                 let manifest = Manifest::of(arguments, set, (&model, &settings, rng), files)?;
                 manifest.ensure_same(&set.folder).map_err(crate::as_engine)
             })?;
         }
-        let missing = match arguments.skip_existing {
-            true => world.first_decides("pictures that are there", || {
-                let expected = |job: &Job| job.settings(&settings, &model, rng);
-                found::missing(&jobs, &expected, &mut || {
+        let mut plan = Plan {
+            missing: (0..jobs.len()).collect(),
+            jobs,
+            settings,
+            rng,
+            model,
+            weights: arguments.weights.settings(),
+            shown: start.as_ref().map_or([settings.width, settings.height], Start::shown),
+            start,
+            batch: 0,
+        };
+        if arguments.skip_existing {
+            plan.missing = world.first_decides("pictures that are there", || {
+                found::missing(&plan.jobs, &|job| plan.described(job), &mut || {
                     world.work();
                     go_on(world, &Event::Waiting)
                 })
-            })?,
-            false => (0..jobs.len()).collect(),
-        };
-        let most = missing.len().max(1);
+            })?;
+        }
+        let most = plan.missing.len().max(1);
         let batch = match arguments.batch.map(Batch::get) {
             Some(batch) => batch.min(most),
             // So that every rank has something to draw, if there is enough.
@@ -81,14 +99,27 @@ impl Plan {
             notice(&note);
         }
         files.ensure_room(&settings, batch)?;
-        Ok(Plan {
-            jobs,
-            missing,
-            settings,
-            rng,
-            model,
-            batch,
-        })
+        plan.batch = batch;
+        Ok(plan)
+    }
+
+    /// What is written into a job's picture.
+    pub fn described(&self, job: &Job) -> image_io::Settings {
+        let [width, height] = self.shown;
+        image_io::Settings {
+            prompt: job.prompt.clone(),
+            negative: job.negative.clone(),
+            seed: job.seed,
+            steps: self.settings.steps,
+            cfg: self.settings.cfg,
+            shift: self.settings.shift,
+            width,
+            height,
+            model: self.model.clone(),
+            rng: self.rng.to_string(),
+            weights: self.weights.clone(),
+            start: self.start.as_ref().map(|start| start.settings.clone()),
+        }
     }
 
     /// Whether there is something to move away from.
@@ -110,8 +141,8 @@ impl Plan {
         crate::say(format_args!(
             "{} {}x{} on {ranks}{}: {}, shift {}, cfg {}",
             count(self.jobs.len(), "picture"),
-            self.settings.width,
-            self.settings.height,
+            self.shown[0],
+            self.shown[1],
             files.device(),
             count(self.settings.steps, "step"),
             self.settings.shift,
@@ -142,20 +173,31 @@ fn settings(arguments: &Arguments, files: &ModelFiles, world: &World) -> anyhow:
         heard.for_each(|note| notice(note));
     };
     tell(&files.notes()?);
+    let size = arguments.start.size()?;
+    let side = |given: Option<Side>, axis: usize| given.map(Side::get).or(size.map(|size| size[axis]));
     let settings = files.settings(&Asked {
-        width: arguments.width.map(Side::get),
-        height: arguments.height.map(Side::get),
+        width: side(arguments.width, 0),
+        height: side(arguments.height, 1),
         steps: arguments.steps.map(Steps::get),
         shift: arguments.shift,
         cfg: arguments.cfg,
     })?;
     let (settings, notes) = files.rounded(settings);
-    tell(&notes);
+    // Of a picture that is kept its own size comes back.
+    if size.is_none() || arguments.width.is_some() || arguments.height.is_some() {
+        tell(&notes);
+    }
     Ok(settings)
 }
 
 /// Sees to it that all ranks draw the same, with the same model.
-fn agree(jobs: &[Job], files: &ModelFiles, settings: &Settings, rng: NoiseSource, world: &World) -> anyhow::Result<()> {
+fn agree(
+    jobs: &[Job],
+    files: &ModelFiles,
+    (settings, start): (&Settings, Option<&Start>),
+    rng: NoiseSource,
+    world: &World,
+) -> anyhow::Result<()> {
     if world.is_solo() {
         return Ok(());
     }
@@ -163,6 +205,9 @@ fn agree(jobs: &[Job], files: &ModelFiles, settings: &Settings, rng: NoiseSource
     jobs.hash(&mut pictures);
     let (pictures, model) = (pictures.finish(), files.transformer().checkpoint.identity()?);
     let weights = files.trunk();
-    let asked = format!("{settings:?}\n{rng}\n{weights:?}\nprompts, seeds and names {pictures:x}\nmodel {model:02x?}");
+    let start = start.map(|start| &start.settings);
+    let asked = format!(
+        "{settings:?}\n{start:?}\n{rng}\n{weights:?}\nprompts, seeds and names {pictures:x}\nmodel {model:02x?}"
+    );
     Ok(world.agree("settings", asked.as_bytes())?)
 }

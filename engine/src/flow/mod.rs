@@ -1,5 +1,6 @@
 //! Flow matching: what turns a velocity model into a sampler.
 
+pub mod held;
 pub mod noise_source;
 pub mod sampler;
 pub mod schedule;

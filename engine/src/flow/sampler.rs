@@ -9,6 +9,7 @@
 
 use std::collections::VecDeque;
 
+use super::held::Beginning;
 use super::schedule::Schedule;
 use super::walk::Step;
 pub use super::walk::{Conditioning, Walk};
@@ -30,8 +31,8 @@ pub struct StepReport {
     pub steps: usize,
 }
 
-/// Walks `noise` `[batch, height, width, channels]` (f32, at sigma 1) down `schedule` and returns the image (latent model: latent).
-/// `progress` is called when a step is done, in order; an error from it ends the walk.
+/// Walks from `beginning`, noise `[batch, height, width, channels]` (f32, at the schedule's first sigma), down `schedule` and returns the
+/// image (latent model: latent). `progress` is called when a step is done, in order; an error from it ends the walk.
 ///
 /// # Errors
 /// When shapes do not fit, the device has no room, or `progress` says so.
@@ -39,11 +40,12 @@ pub fn sample(
     model: &dyn Denoiser,
     conditioning: &Conditioning,
     schedule: &Schedule,
-    noise: Tensor,
+    beginning: impl Into<Beginning>,
     progress: &mut dyn FnMut(StepReport) -> Result<()>,
 ) -> Result<Tensor> {
     let _range = profile::range(c"denoise");
-    let mut walk = Walk::new(model, conditioning, schedule, noise)?;
+    let Beginning { noise, held } = beginning.into();
+    let mut walk = Walk::new(model, conditioning, schedule, noise)?.holding(held, schedule);
     go(&mut walk, model, schedule, progress)?;
     Ok(walk.finish())
 }
@@ -173,13 +175,15 @@ impl Sampler {
         model: &dyn Denoiser,
         guides: Guides<'_>,
         schedule: &Schedule,
-        noise: Tensor,
+        beginning: impl Into<Beginning>,
         progress: &mut dyn FnMut(StepReport) -> Result<()>,
     ) -> Result<Tensor> {
-        let size = [noise.dim(1), noise.dim(2)];
+        let beginning = beginning.into();
+        let size = [beginning.noise.dim(1), beginning.noise.dim(2)];
         if self.most == 0 {
-            return sample(model, &guides.prepare(model, size)?, schedule, noise, progress);
+            return sample(model, &guides.prepare(model, size)?, schedule, beginning, progress);
         }
+        let Beginning { noise, held } = beginning;
         let _range = profile::range(c"denoise");
         let shape = guides.shape(&noise);
         let (conditioning, known) = match self.kept.iter().position(|kept| kept.shape == shape) {
@@ -202,7 +206,8 @@ impl Sampler {
                 Ok(step)
             }
             None => Step::new(tables, noise, Recording::new(model.device())),
-        })?;
+        })?
+        .holding(held, schedule);
         go(&mut walk, model, schedule, progress)?;
         let step = walk.into_step();
         let drawn = step.picture()?;

@@ -3,6 +3,7 @@
 //! On CUDA the first step runs call by call, which loads every kernel; the second is recorded and replayed for all others,
 //! with the step's own modulation vectors and factors copied to fixed addresses. The device's options may turn recording off.
 
+use super::held::Held;
 use super::schedule::Schedule;
 use crate::device::Recording;
 use crate::dtype::DType;
@@ -37,6 +38,8 @@ pub struct Walk<'a> {
     /// Of this step and some that follow.
     tables: Modulations,
     step: Step,
+    /// What is held, and how much of picture and noise there is after each step.
+    held: Option<(Held, Vec<[f32; 2]>)>,
     /// Steps submitted.
     done: usize,
 }
@@ -96,8 +99,17 @@ impl<'a> Walk<'a> {
             conditioning,
             times,
             tables,
+            held: None,
             done: 0,
         })
+    }
+
+    /// Holds what is known of the pictures, if anything is, after each of the schedule's steps.
+    pub fn holding(mut self, held: Option<Held>, schedule: &Schedule) -> Self {
+        let objective = self.model.objective();
+        let mix = |step| objective.mix(schedule.sigma(step + 1));
+        self.held = held.map(|held| (held, (0..schedule.steps()).map(mix).collect()));
+        self
     }
 
     /// Runs every step call by call, so that its operations can be told apart.
@@ -127,6 +139,10 @@ impl<'a> Walk<'a> {
         state.factors.copy_from(&self.factors.narrow(done, 1)?)?;
         recording.run(*ran, || state.step(self.model, self.conditioning))?;
         *ran = true;
+        // Beside the recording, which is the same for all pictures of a shape.
+        if let Some((held, mixes)) = &self.held {
+            held.hold(&mut state.x, mixes[done])?;
+        }
         self.done += 1;
         Ok(())
     }

@@ -4,17 +4,20 @@
 //! renamed into place. A PNG carries the [`Settings`] that drew it, and [`read_settings`] gets them back.
 //!
 //! Reading ([`read_image`]): the same formats, recognised by content, to 8-bit RGB, within the limits that [`crate::limits`] states;
-//! [`fit_to_multiple`], [`cover`] and [`read_cover`] bring a picture to a size that a model takes.
+//! [`fit_to_multiple`], [`cover`] and [`read_cover`] bring a picture to a size that a model takes. A [`Mask`] says which of its
+//! places may change.
 
+mod mask;
 mod png;
 mod read;
 mod resize;
 mod settings;
 mod write;
 
+pub use mask::Mask;
 pub use read::{Colours, Header, read_cover, read_header, read_image};
 pub use resize::{Filter, centre_crop, cover, fit_to_multiple, fitted_size, resize};
-pub use settings::{Settings, read_settings};
+pub use settings::{Settings, StartSettings, WeightSettings, read_settings};
 pub use write::{ImageFormat, WriteOptions, encode_image, ensure_writable, write_image};
 
 use crate::error::{Error, Result};

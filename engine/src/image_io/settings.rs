@@ -47,6 +47,36 @@ pub struct Settings {
     pub model: String,
     /// The noise generator.
     pub rng: String,
+    /// How weights were kept, where not in the compute type.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights: Option<WeightSettings>,
+    /// The picture that it began with, if it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<StartSettings>,
+}
+
+/// How a model's weights were kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WeightSettings {
+    /// Those of the transformer's main blocks: `bf16`, `int8` or `fp8`.
+    pub trunk: String,
+    /// Patterns of names of those that stayed in the compute type.
+    pub trunk_keep: Vec<String>,
+    /// Those of the text encoder's blocks.
+    pub text: String,
+}
+
+/// What a picture began with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StartSettings {
+    /// The SHA-256 of the bytes of the picture at the size that was drawn.
+    pub picture_sha256: String,
+    /// How much of it could change.
+    #[serde(deserialize_with = "finite")]
+    pub strength: f32,
+    /// The SHA-256 of how much each place could change, where some was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask_sha256: Option<String>,
 }
 
 fn steps<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<usize, D::Error> {
@@ -95,6 +125,12 @@ impl Settings {
             self.shift,
             self.rng
         );
+        if let Some(weights) = &self.weights {
+            words += &format!(", Trunk: {}, Text encoder: {}", weights.trunk, weights.text);
+        }
+        if let Some(start) = &self.start {
+            words += &format!(", Denoising strength: {}", start.strength);
+        }
         words.replace('\0', "\u{fffd}")
     }
 }

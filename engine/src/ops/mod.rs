@@ -18,6 +18,7 @@ pub mod flow_loss;
 pub mod from_rgb8;
 pub mod group_norm;
 pub mod guidance;
+pub mod hold_known;
 pub mod latent;
 pub mod layer_norm;
 pub mod linear;

@@ -239,7 +239,7 @@ fn draw(pipeline: &mut Pipeline, request: &Request, asker: &Asker<Drawn>) -> Res
     let features = features(pipeline, request, asker)?;
     load(pipeline, asker)?;
     let batch = request.batch();
-    pipeline.make_room(&request.settings, batch)?;
+    pipeline.make_room(&request.settings, batch, request.start.as_ref())?;
     let mut drawn = Drawn {
         pictures: Vec::with_capacity(request.items.len()),
         raw: Vec::new(),
@@ -283,9 +283,11 @@ fn draw_batch(
         });
     }
     for pixels in pipeline.model()?.to_bytes(&images)? {
-        drawn
-            .pictures
-            .push(RgbImage::new(settings.width, settings.height, pixels)?);
+        let picture = RgbImage::new(settings.width, settings.height, pixels)?;
+        drawn.pictures.push(match &request.start {
+            Some(start) => start.restore(picture, pipeline.model()?.is_latent())?,
+            None => picture,
+        });
     }
     Ok(())
 }

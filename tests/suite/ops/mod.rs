@@ -16,6 +16,7 @@ mod flow_loss;
 mod from_rgb8;
 mod group_norm;
 mod guidance;
+mod hold_known;
 mod latent;
 mod layer_norm;
 mod linear;
@@ -59,6 +60,7 @@ pub fn register(suite: &mut Suite) {
     from_rgb8::register(suite);
     group_norm::register(suite);
     guidance::register(suite);
+    hold_known::register(suite);
     latent::register(suite);
     layer_norm::register(suite);
     linear::register(suite);

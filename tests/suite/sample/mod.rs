@@ -2,6 +2,7 @@
 
 mod cuda;
 mod draw;
+mod edit;
 mod faults;
 pub mod files;
 mod finite;
@@ -23,6 +24,7 @@ use libtest_mimic::Failed;
 pub fn register(suite: &mut Suite) {
     cuda::register(suite);
     draw::register(suite);
+    edit::register(suite);
     faults::register(suite);
     finite::register(suite);
     files::register(suite);

@@ -35,6 +35,7 @@ fn from(
         Some(strength) => Some(StartImage {
             image: fox(settings.width)?,
             strength,
+            kept: None,
         }),
         None => None,
     };
@@ -84,6 +85,7 @@ fn refused() -> Outcome {
             start: Some(StartImage {
                 image: fox(side)?,
                 strength,
+                kept: None,
             }),
             ..Request::of("fox", settings, 3)
         };

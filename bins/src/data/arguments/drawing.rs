@@ -84,7 +84,7 @@ impl DrawFlags {
     }
 }
 
-fn device_choice(text: &str) -> Result<DeviceChoice, String> {
+pub(super) fn device_choice(text: &str) -> Result<DeviceChoice, String> {
     text.parse().map_err(|error: l2p_engine::Error| error.to_string())
 }
 

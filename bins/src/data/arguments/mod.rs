@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use l2p_engine::limits::Pictures;
 
 pub use drawing::{DrawFlags, Format};
-pub use writing::{CheckFlags, LanguageFlags, PromptFlags};
+pub use writing::{CheckFlags, EncoderFlags, LanguageFlags, Opened, PromptFlags, Source};
 
 use crate::launch::RANKS_HELP;
 use crate::score::Score;
@@ -128,6 +128,9 @@ pub struct TaxonomyArguments {
     /// Who is asked.
     #[command(flatten)]
     pub language: LanguageFlags,
+    /// Whose text encoder it may be.
+    #[command(flatten)]
+    pub encoder: EncoderFlags,
 }
 
 /// How a taxonomy is shown.
@@ -146,6 +149,7 @@ pub enum Shown {
 const PROMPTS_EXAMPLES: &str = "\
 Examples:
   l2p-data prompts --count 1000 --out data/          by grammar, without a language model
+  l2p-data prompts --count 10000 --out data/ --model z-image       by the text encoder of a source
   l2p-data prompts --count 10000 --out data/ --languages en,zh \\
     --llm-url http://localhost:8000 --llm-model qwen3-4b
 
@@ -174,6 +178,9 @@ pub struct Prompts {
     /// Who writes.
     #[command(flatten)]
     pub language: LanguageFlags,
+    /// Whose text encoder it may be.
+    #[command(flatten)]
+    pub encoder: EncoderFlags,
 }
 
 /// Checking prompts.
@@ -197,6 +204,9 @@ pub struct Check {
     /// Who judges.
     #[command(flatten)]
     pub language: LanguageFlags,
+    /// Whose text encoder it may be.
+    #[command(flatten)]
+    pub encoder: EncoderFlags,
 }
 
 /// The page of a folder.

@@ -1,19 +1,25 @@
 //! Who writes and judges prompts, and how.
 
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
+use l2p_engine::checkpoint::ModelPaths;
 use l2p_engine::limits::{Batch, Patience, Threads};
-use l2p_engine::{Error, files};
+use l2p_engine::{Device, DeviceChoice, Error, files};
 
 use crate::data::ask::Drawing;
 use crate::data::language::endpoint::{Endpoint, EndpointOptions, is_this_machine};
+use crate::data::language::own::OwnEncoder;
 use crate::data::language::writer::Writer;
 use crate::data::language::{Kept, Language, LanguageModel};
 use crate::data::rules::{self, Lengths, Rules};
+use crate::parts::PartFlags;
+use crate::progress::PhaseBar;
+
+use super::drawing::device_choice;
 
 /// The most characters that a prompt may be asked to have.
 const LONGEST: usize = 4000;
@@ -116,7 +122,8 @@ impl CheckFlags {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Language model")]
 pub struct LanguageFlags {
-    /// A server that speaks the chat/completions protocol, such as http://localhost:8000 [default: no model, a writer by grammar]
+    /// A server that speaks the chat/completions protocol, such as http://localhost:8000 [default: the text encoder of --model, where
+    /// that is a language model, else a writer by grammar]
     #[arg(long, value_name = "URL", requires = "llm_model")]
     pub llm_url: Option<String>,
     /// The model's name there
@@ -143,33 +150,114 @@ pub struct LanguageFlags {
     /// Where answers are kept [default: answers in the folder of the data set]
     #[arg(long, value_name = "DIR")]
     pub llm_cache: Option<PathBuf>,
+    /// Ask no language model, also where the text encoder of --model is one
+    #[arg(long, conflicts_with = "llm_url")]
+    pub by_grammar: bool,
+}
+
+/// The source whose text encoder may write, of stages that draw nothing.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Language model")]
+pub struct EncoderFlags {
+    /// A source whose text encoder is a language model, as Z-Image's is: it writes and judges where no --llm-url is given
+    #[arg(long, value_name = "DIR|FILE")]
+    pub model: Option<PathBuf>,
+    /// Where it runs: auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = device_choice)]
+    pub device: DeviceChoice,
+    /// Where parts are that the source does not bring along.
+    #[command(flatten)]
+    pub parts: PartFlags,
+}
+
+impl EncoderFlags {
+    /// The source, if one is named.
+    pub fn source(&self) -> Option<Source<'_>> {
+        Some(Source {
+            model: self.model.as_deref()?,
+            parts: &self.parts,
+            device: self.device,
+        })
+    }
+}
+
+/// A source whose text encoder may write.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    /// Its folder or file.
+    pub model: &'a Path,
+    /// Where parts are that it does not bring along.
+    pub parts: &'a PartFlags,
+    /// Where it runs.
+    pub device: DeviceChoice,
+}
+
+/// Who answers, and why that is no language model, if it is none.
+pub struct Opened {
+    /// Who answers.
+    pub model: Box<dyn LanguageModel>,
+    /// Why a writer by grammar stands in for a language model.
+    pub why_none: Option<String>,
 }
 
 impl LanguageFlags {
-    /// The language model; its answers are kept in `folder` unless a flag says where.
+    /// The language model: the server's, or the text encoder of `source`; its answers are kept in `folder` unless a flag says where.
+    /// Where there is neither, a writer by grammar.
     ///
     /// # Errors
-    /// When the address or the key makes no sense.
-    pub fn open(&self, folder: PathBuf) -> anyhow::Result<Box<dyn LanguageModel>> {
-        let (Some(url), Some(model)) = (&self.llm_url, &self.llm_model) else {
-            return Ok(Box::new(Writer));
+    /// When the address or the key makes no sense, a file of the source is missing or damaged, or its device has no room.
+    pub fn open(&self, folder: PathBuf, source: Option<Source<'_>>, bar: &mut PhaseBar) -> anyhow::Result<Opened> {
+        let folder = self.llm_cache.clone().unwrap_or(folder);
+        let kept = |model: Box<dyn LanguageModel>| Opened {
+            model: Box::new(Kept::new(model, folder)),
+            why_none: None,
         };
+        let none = |reason: &str| Opened {
+            model: Box::new(Writer),
+            why_none: Some(reason.to_owned()),
+        };
+        if let (Some(url), Some(model)) = (&self.llm_url, &self.llm_model) {
+            return Ok(kept(Box::new(self.endpoint(url, model)?)));
+        }
+        if self.by_grammar {
+            return Ok(none("no language model is to be asked (--by-grammar)"));
+        }
+        let Some(source) = source else {
+            return Ok(none(
+                "no language model was named (--llm-url, or --model for a source's text encoder)",
+            ));
+        };
+        let device = Device::open(source.device)?;
+        let paths = ModelPaths::resolve(source.model, &source.parts.overrides())?;
+        let opened = OwnEncoder::open(&paths, &device, &mut |done, total| {
+            bar.show("loading the text encoder", done as u64, total as u64);
+            match crate::stop_requested() {
+                true => Err(Error::Interrupted),
+                false => Ok(()),
+            }
+        });
+        bar.clear();
+        Ok(match opened? {
+            Ok(encoder) => kept(Box::new(encoder)),
+            Err(reason) => none(&reason),
+        })
+    }
+
+    fn endpoint(&self, url: &str, model: &str) -> anyhow::Result<Endpoint> {
         let key = self.key()?;
         if key.is_some() && url.starts_with("http://") && !is_this_machine(url) {
             crate::say("note: the key goes to another machine without encryption; use https where the server has it");
         }
-        let endpoint = Endpoint::new(EndpointOptions {
-            url: url.clone(),
-            model: model.clone(),
+        Endpoint::new(EndpointOptions {
+            url: url.to_owned(),
+            model: model.to_owned(),
             key,
             concurrency: self.llm_concurrency.get(),
             per_minute: self.llm_rate.map(Batch::get),
             timeout: Duration::from_secs(self.llm_timeout.into()),
             retries: self.llm_retries.get(),
             schema: self.llm_schema,
-        })?;
-        let folder = self.llm_cache.clone().unwrap_or(folder);
-        Ok(Box::new(Kept::new(Box::new(endpoint), folder)))
+        })
     }
 
     fn key(&self) -> anyhow::Result<Option<String>> {

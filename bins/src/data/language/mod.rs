@@ -6,6 +6,7 @@
 
 pub mod endpoint;
 mod kept;
+pub mod own;
 pub mod writer;
 
 use std::ops::RangeInclusive;

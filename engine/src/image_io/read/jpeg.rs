@@ -60,6 +60,7 @@ pub(super) fn header(mut source: impl BufRead + Seek) -> Result<Stored, String> 
         whole: (width * height * layout.channels) as u64,
         decoder: frame.decoder_bytes(),
         streams: false,
+        as_mask: false,
     })
 }
 

@@ -19,9 +19,9 @@ use std::path::Path;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageFormat};
 
-use self::colour::{Profile, ToSrgb};
+use self::colour::Profile;
 use self::room::Taken;
-use self::rows::{Layout, Part, Rows};
+use self::rows::{Layout, Part, Reading, Rows};
 use super::RgbImage;
 use super::resize::{Cover, Filter};
 use crate::error::{Error, Result};
@@ -56,7 +56,12 @@ pub enum Colours {
 /// # Errors
 /// Naming the file and what is wrong with it, or that it is larger than [`crate::limits`] allow.
 pub fn read_image(path: &Path) -> Result<RgbImage> {
-    read_part(path, &mut |_| Ok([0; 2])).map(|(image, _)| image)
+    read_part(path, false, &mut |_| Ok([0; 2])).map(|(image, _)| image)
+}
+
+/// Reads a picture as a mask, of each pixel `[lightness, lightness, opacity]`; see [`super::Mask`].
+pub(super) fn read_lightness(path: &Path) -> Result<RgbImage> {
+    read_part(path, true, &mut |_| Ok([0; 2])).map(|(image, _)| image)
 }
 
 /// [`read_image`] and [`super::cover`] in one: the picture resized, keeping its proportions, until it covers `width`x`height`
@@ -69,7 +74,7 @@ pub fn read_cover(path: &Path, width: usize, height: usize, filter: Filter) -> R
     let mut size = [0; 2];
     let mut margins = [0; 2];
     // The room is held until the large picture is gone.
-    let (part, _room) = read_part(path, &mut |found| {
+    let (part, _room) = read_part(path, false, &mut |found| {
         size = found;
         margins = Cover::new(size, target)?.margins(filter);
         Ok(margins)
@@ -97,8 +102,13 @@ pub fn read_header(path: &Path) -> Result<Header> {
 
 /// The picture without the columns at its left and right and the rows at its top and bottom that `margins` says for its size;
 /// upright. With it comes the room that was taken for it.
-fn read_part(path: &Path, margins: &mut dyn FnMut([usize; 2]) -> Result<[usize; 2]>) -> Result<(RgbImage, Taken)> {
-    let (stored, file) = stored(path)?;
+fn read_part(
+    path: &Path,
+    as_mask: bool,
+    margins: &mut dyn FnMut([usize; 2]) -> Result<[usize; 2]>,
+) -> Result<(RgbImage, Taken)> {
+    let (mut stored, file) = stored(path)?;
+    stored.as_mask = as_mask;
     let mut margins = margins(stored.upright())?;
     if stored.is_turned() {
         margins.reverse();
@@ -199,13 +209,16 @@ struct Stored {
     decoder: u64,
     /// Whether the decoder is still at work while pixels are kept.
     streams: bool,
+    /// Whether it is read as a mask.
+    as_mask: bool,
 }
 
 impl Stored {
-    fn to_srgb(&self) -> Option<&ToSrgb> {
+    fn reading(&self) -> Reading<'_> {
         match &self.profile {
-            Profile::Convert(to_srgb) => Some(to_srgb),
-            Profile::Srgb | Profile::Unusable => None,
+            _ if self.as_mask => Reading::Mask,
+            Profile::Convert(to_srgb) => Reading::Colours(Some(to_srgb)),
+            Profile::Srgb | Profile::Unusable => Reading::Colours(None),
         }
     }
 
@@ -225,7 +238,7 @@ impl Stored {
 
     /// Whether the decoder's bytes are what is wanted.
     fn is_plain(&self) -> bool {
-        self.layout.bytes() == 3 && self.to_srgb().is_none()
+        self.layout.bytes() == 3 && self.reading().is_plain()
     }
 
     /// Bytes that decoding a part takes beside the file.
@@ -279,7 +292,7 @@ fn part_of(whole: Vec<u8>, stored: &Stored, part: Part) -> std::result::Result<V
     if stored.is_plain() && (part.width, part.height) == (stored.width, stored.height) {
         return Ok(whole);
     }
-    let mut rows = Rows::new(stored.width, stored.layout, part, stored.to_srgb())?;
+    let mut rows = Rows::new(stored.width, stored.layout, part, stored.reading())?;
     whole
         .chunks_exact(stored.width * stored.layout.bytes())
         .try_for_each(|row| rows.push(row))?;

@@ -19,7 +19,7 @@ pub(super) fn header(source: impl BufRead + Seek) -> Result<Stored, String> {
 /// The pixels of a part.
 pub(super) fn decode(bytes: &[u8], stored: &Stored, part: Part) -> Result<Vec<u8>, String> {
     let mut reader = open(Cursor::new(bytes))?;
-    let mut rows = Rows::new(stored.width, stored.layout, part, stored.to_srgb())?;
+    let mut rows = Rows::new(stored.width, stored.layout, part, stored.reading())?;
     if reader.info().interlaced {
         let mut whole = zeros(stored.width * stored.height * stored.layout.bytes())?;
         reader.next_frame(&mut whole).map_err(fail)?;
@@ -80,6 +80,7 @@ fn stored<R: BufRead + Seek>(reader: &Reader<R>) -> Stored {
         // The row, the one above, the one in RGB, and what was inflated of the next ones.
         decoder: 6 * MOST_BYTES * width as u64,
         streams: true,
+        as_mask: false,
     }
 }
 

@@ -36,13 +36,29 @@ pub(super) struct Part {
     pub height: usize,
 }
 
+/// What pixels are read as.
+#[derive(Clone, Copy)]
+pub(super) enum Reading<'a> {
+    /// Colours, converted where that is needed.
+    Colours(Option<&'a ToSrgb>),
+    /// A mask: of each pixel its lightness twice, and its opacity.
+    Mask,
+}
+
+impl Reading<'_> {
+    /// Whether three bytes are taken as they are.
+    pub fn is_plain(self) -> bool {
+        matches!(self, Reading::Colours(None))
+    }
+}
+
 /// Collects the pixels of a part.
 pub(super) struct Rows<'a> {
     /// Bytes of a whole row.
     row_bytes: usize,
     layout: Layout,
     part: Part,
-    to_srgb: Option<&'a ToSrgb>,
+    reading: Reading<'a>,
     /// Rows that have come.
     seen: usize,
     pixels: Vec<u8>,
@@ -54,12 +70,12 @@ pub(super) struct Rows<'a> {
 
 impl<'a> Rows<'a> {
     /// Nothing yet of this part of a picture `width` pixels wide.
-    pub fn new(width: usize, layout: Layout, part: Part, to_srgb: Option<&'a ToSrgb>) -> Result<Self, String> {
+    pub fn new(width: usize, layout: Layout, part: Part, reading: Reading<'a>) -> Result<Self, String> {
         Ok(Rows {
             row_bytes: width * layout.bytes(),
             layout,
             part,
-            to_srgb,
+            reading,
             seen: 0,
             pixels: with_room(part.width * part.height * 3)?,
             shallow: Vec::new(),
@@ -80,7 +96,7 @@ impl<'a> Rows<'a> {
         }
         let bytes = self.layout.bytes();
         let row = &row[self.part.left * bytes..(self.part.left + self.part.width) * bytes];
-        if self.layout.bytes() == 3 && self.to_srgb.is_none() {
+        if self.layout.bytes() == 3 && self.reading.is_plain() {
             self.pixels.extend_from_slice(row);
             return Ok(());
         }
@@ -101,14 +117,24 @@ impl<'a> Rows<'a> {
             1 | 2 => self.rgb.extend(pixels.flat_map(|pixel| [pixel[0]; 3])),
             _ => self.rgb.extend(pixels.flat_map(|pixel| [pixel[0], pixel[1], pixel[2]])),
         }
-        if let Some(to_srgb) = self.to_srgb {
+        if let Reading::Colours(Some(to_srgb)) = self.reading {
             to_srgb.apply(&mut self.rgb, &mut self.scratch)?;
         }
-        if self.layout.has_opacity() {
-            let opacities = row.iter().skip(channels - 1).step_by(channels);
-            for (pixel, opacity) in self.rgb.as_chunks_mut::<3>().0.iter_mut().zip(opacities) {
+        let pixels = self.rgb.as_chunks_mut::<3>().0.iter_mut();
+        let opacities = row.iter().skip(channels - 1).step_by(channels);
+        match (self.reading, self.layout.has_opacity()) {
+            (Reading::Mask, true) => pixels.zip(opacities).for_each(|(pixel, &opacity)| {
+                let lightness = lightness(*pixel);
+                *pixel = [lightness, lightness, opacity];
+            }),
+            (Reading::Mask, false) => pixels.for_each(|pixel| {
+                let lightness = lightness(*pixel);
+                *pixel = [lightness, lightness, u8::MAX];
+            }),
+            (Reading::Colours(_), true) => pixels.zip(opacities).for_each(|(pixel, opacity)| {
                 *pixel = pixel.map(|channel| on_white(channel, *opacity));
-            }
+            }),
+            (Reading::Colours(_), false) => {}
         }
         self.pixels.extend_from_slice(&self.rgb);
         Ok(())
@@ -121,6 +147,12 @@ impl<'a> Rows<'a> {
             false => Err("cannot be decoded: the file ends before the picture does".into()),
         }
     }
+}
+
+/// How light a colour is, as it is stored: Rec. 709's weights, rounded; of a grey its own value.
+fn lightness([red, green, blue]: [u8; 3]) -> u8 {
+    let sum = 2126 * u32::from(red) + 7152 * u32::from(green) + 722 * u32::from(blue);
+    ((sum + 5000) / 10_000) as u8
 }
 
 /// A channel of 16 bits as the nearest of 8.
@@ -139,7 +171,7 @@ mod tests {
     use super::*;
 
     fn rows(layout: Layout, rows: &[&[u8]], part: Part) -> Result<Vec<u8>, String> {
-        let mut collected = Rows::new(rows[0].len() / layout.bytes(), layout, part, None)?;
+        let mut collected = Rows::new(rows[0].len() / layout.bytes(), layout, part, Reading::Colours(None))?;
         rows.iter().try_for_each(|row| collected.push(row))?;
         collected.finish()
     }

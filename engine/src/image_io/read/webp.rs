@@ -54,6 +54,7 @@ pub(super) fn header(mut source: impl BufRead + Seek) -> Result<Stored, String> 
         whole: pixels * layout.bytes() as u64,
         decoder: decoder_bytes,
         streams: false,
+        as_mask: false,
     })
 }
 

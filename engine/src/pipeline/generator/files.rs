@@ -53,6 +53,17 @@ impl<'a> LanguageFiles<'a> {
     /// When the encoder is no language model, with the way out; saying how to name a part that is missing, or what is damaged or cannot run
     /// on the device.
     pub fn open(paths: &'a ModelPaths, device: &Device) -> Result<Self> {
+        LanguageFiles::find(paths, device)?.map_err(|reason| {
+            let way_out = "name a source whose encoder is one, as Qwen3-4B in Z-Image is, or let something else write";
+            Error::invalid(format!("{reason}; {way_out}"))
+        })
+    }
+
+    /// As [`LanguageFiles::open`], where an encoder that is no language model is no error: then the answer is why it is none.
+    ///
+    /// # Errors
+    /// Saying how to name a part that is missing, or what is damaged or cannot run on the device.
+    pub fn find(paths: &'a ModelPaths, device: &Device) -> Result<std::result::Result<Self, String>> {
         let folder = paths.text_encoder()?;
         paths.tokenizer()?;
         let (config, checkpoint) = open_text_encoder(folder)?;
@@ -60,21 +71,18 @@ impl<'a> LanguageFiles<'a> {
         let ends = ends(folder)?;
         let parameters = parameters(&config)?;
         if parameters < FEWEST_PARAMETERS {
-            return Err(Error::file(
-                folder,
-                format!(
-                    "this text encoder is no language model: it has {:.1} million parameters, made for captions; name a source whose encoder \
-                     is one, as Qwen3-4B in Z-Image is, or let something else write",
-                    parameters as f64 / 1e6
-                ),
-            ));
+            return Ok(Err(format!(
+                "{}: this text encoder is no language model: it has {:.1} million parameters, made for captions",
+                folder.display(),
+                parameters as f64 / 1e6
+            )));
         }
-        Ok(LanguageFiles {
+        Ok(Ok(LanguageFiles {
             paths,
             config,
             checkpoint,
             ends,
-        })
+        }))
     }
 
     /// The model's sizes.

@@ -5,6 +5,7 @@ mod browser;
 mod endpoint;
 mod hostile;
 mod interrupted;
+mod own;
 mod page;
 mod server;
 mod stages;
@@ -22,6 +23,7 @@ pub fn register(suite: &mut Suite) {
     endpoint::register(suite);
     hostile::register(suite);
     interrupted::register(suite);
+    own::register(suite);
     page::register(suite);
     stages::register(suite);
     taxonomy::register(suite);
