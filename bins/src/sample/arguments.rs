@@ -359,6 +359,8 @@ mod tests {
             height: 64,
             model: "m".into(),
             rng: "torch".into(),
+            weights: None,
+            start: None,
         };
         let given = Arguments::parse_from(["l2p-sample", "--seed", "9", "--model", "other"]);
         let arguments = given.clone().completed(Some(&like)).unwrap();

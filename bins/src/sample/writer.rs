@@ -131,6 +131,8 @@ mod tests {
                 height: 1,
                 model: "m".into(),
                 rng: "philox".into(),
+                weights: None,
+                start: None,
             },
         }
     }

@@ -189,7 +189,7 @@ mod tests {
         let (width, height) = (23, 17);
         for seed in 0..8u64 {
             // Few places stay, in no order.
-            let stays = |place: usize| (place as u64 * 2_654_435_761 + seed * 977) % (11 + 13 * seed) == 0;
+            let stays = |place: usize| (place as u64 * 2_654_435_761 + seed * 977).is_multiple_of(11 + 13 * seed);
             let weights = (0..width * height).map(|place| if stays(place) { 0 } else { 200 });
             let mask = Mask::new(width, height, weights.collect()).unwrap();
             let found = squared_distances(&mask);
