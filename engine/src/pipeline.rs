@@ -36,7 +36,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::flow::held::Beginning;
 use crate::flow::noise_source::NoiseSource;
-use crate::flow::sampler::{Guides, Sampler, StepReport, Walk, sample};
+use crate::flow::sampler::{Guides, Listener, Sampler, Walk, sample};
 use crate::flow::schedule::Schedule;
 use crate::model::vae::VaeEncoder;
 use crate::profile::{self, Profile};
@@ -204,13 +204,13 @@ impl Pipeline {
     /// latents).
     ///
     /// # Errors
-    /// When shapes do not fit, the device has no room, or `progress` returns an error.
+    /// When shapes do not fit, the device has no room, or `progress` says so.
     pub fn denoise(
         &mut self,
         captions: &Captions,
         noise: Tensor,
         settings: &Settings,
-        progress: &mut dyn FnMut(StepReport) -> Result<()>,
+        progress: &mut dyn Listener,
     ) -> Result<Tensor> {
         self.denoise_from(None, captions, noise, settings, progress)
     }
@@ -226,7 +226,7 @@ impl Pipeline {
         captions: &Captions,
         noise: Tensor,
         settings: &Settings,
-        progress: &mut dyn FnMut(StepReport) -> Result<()>,
+        progress: &mut dyn Listener,
     ) -> Result<Tensor> {
         let mut schedule = Schedule::new(settings.steps, f64::from(settings.shift))?;
         let mut beginning = Beginning::from(noise);

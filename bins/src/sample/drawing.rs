@@ -59,6 +59,7 @@ impl Work<'_> {
             start: self.start.clone(),
             at_once: None,
             raw: self.raw,
+            previews: false,
         }
     }
 }

@@ -24,6 +24,7 @@ use crate::dist::World;
 use crate::error::{Error, Result};
 use crate::files::{self, FolderLock};
 use crate::flow::noise_source::NoiseSource;
+use crate::flow::sampler::StepReport;
 use crate::image_io::{RgbImage, WriteOptions, read_image, write_image};
 use crate::limits::Budget;
 use crate::pipeline::{Captions, Pipeline, PromptFiles, Settings};
@@ -463,7 +464,7 @@ fn draw(
     let seeds: Vec<u64> = jobs.iter().map(|job| job.seed).collect();
     let noise = pipeline.noise(options.rng, &seeds, &options.settings)?;
     let captions = Captions { prompts, negatives };
-    let drawn = pipeline.denoise(&captions, noise, &options.settings, &mut |step| go_on(step.done))?;
+    let drawn = pipeline.denoise(&captions, noise, &options.settings, &mut |step: StepReport| go_on(step.done))?;
     pipeline.pictures(&drawn)
 }
 

@@ -31,6 +31,46 @@ pub struct StepReport {
     pub steps: usize,
 }
 
+/// A state of a walk, for whoever looks at it.
+pub struct Seen<'a> {
+    /// Steps that were submitted.
+    pub done: usize,
+    /// How much of picture and noise there is after them.
+    pub mix: [f32; 2],
+    /// Batch, height, width and channels.
+    pub shape: [usize; 4],
+    /// The values, row-major; reading them waits for the device.
+    pub values: &'a dyn Fn() -> Result<Vec<f32>>,
+}
+
+/// Told how a walk goes on. A closure that takes reports is one that looks at nothing.
+pub trait Listener {
+    /// A step is done.
+    ///
+    /// # Errors
+    /// Whatever is to end the walk.
+    fn step(&mut self, report: StepReport) -> Result<()>;
+
+    /// Whether it wants to look at the state after `done` of `steps`.
+    fn looks(&self, _done: usize, _steps: usize) -> bool {
+        false
+    }
+
+    /// Looks at a state that it wants to look at.
+    ///
+    /// # Errors
+    /// As [`Listener::step`].
+    fn look(&mut self, _seen: &Seen<'_>) -> Result<()> {
+        Ok(())
+    }
+}
+
+impl<F: FnMut(StepReport) -> Result<()>> Listener for F {
+    fn step(&mut self, report: StepReport) -> Result<()> {
+        self(report)
+    }
+}
+
 /// Walks from `beginning`, noise `[batch, height, width, channels]` (f32, at the schedule's first sigma), down `schedule` and returns the
 /// image (latent model: latent). `progress` is called when a step is done, in order; an error from it ends the walk.
 ///
@@ -41,7 +81,7 @@ pub fn sample(
     conditioning: &Conditioning,
     schedule: &Schedule,
     beginning: impl Into<Beginning>,
-    progress: &mut dyn FnMut(StepReport) -> Result<()>,
+    progress: &mut dyn Listener,
 ) -> Result<Tensor> {
     let _range = profile::range(c"denoise");
     let Beginning { noise, held } = beginning.into();
@@ -51,17 +91,20 @@ pub fn sample(
 }
 
 /// Takes all steps of a walk.
-fn go(
-    walk: &mut Walk<'_>,
-    model: &dyn Denoiser,
-    schedule: &Schedule,
-    progress: &mut dyn FnMut(StepReport) -> Result<()>,
-) -> Result<()> {
+fn go(walk: &mut Walk<'_>, model: &dyn Denoiser, schedule: &Schedule, progress: &mut dyn Listener) -> Result<()> {
     let mut queue = Queue::new(schedule.steps());
-    for _ in 0..schedule.steps() {
+    for done in 1..=schedule.steps() {
         walk.advance()?;
         queue.push(model.device().marker()?);
         queue.drain(QUEUED_STEPS, progress)?;
+        if progress.looks(done, schedule.steps()) {
+            progress.look(&Seen {
+                done,
+                mix: model.objective().mix(schedule.sigma(done)),
+                shape: walk.shape(),
+                values: &|| walk.values(),
+            })?;
+        }
     }
     queue.drain(0, progress)
 }
@@ -176,7 +219,7 @@ impl Sampler {
         guides: Guides<'_>,
         schedule: &Schedule,
         beginning: impl Into<Beginning>,
-        progress: &mut dyn FnMut(StepReport) -> Result<()>,
+        progress: &mut dyn Listener,
     ) -> Result<Tensor> {
         let beginning = beginning.into();
         let size = [beginning.noise.dim(1), beginning.noise.dim(2)];
@@ -239,7 +282,7 @@ impl Queue {
     }
 
     /// Reports the steps that are done, and waits for all but the last `queued` ones.
-    fn drain(&mut self, queued: usize, progress: &mut dyn FnMut(StepReport) -> Result<()>) -> Result<()> {
+    fn drain(&mut self, queued: usize, progress: &mut dyn Listener) -> Result<()> {
         while let Some(marker) = self.markers.front() {
             if self.markers.len() > queued {
                 marker.wait()?;
@@ -248,7 +291,7 @@ impl Queue {
             }
             self.markers.pop_front();
             self.report.done += 1;
-            progress(self.report)?;
+            progress.step(self.report)?;
         }
         Ok(())
     }

@@ -147,6 +147,19 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
+    /// Batch, height, width and channels of the pictures.
+    pub fn shape(&self) -> [usize; 4] {
+        std::array::from_fn(|axis| self.step.state.x.dim(axis))
+    }
+
+    /// The values after the steps submitted so far, for which it waits.
+    ///
+    /// # Errors
+    /// When the device has failed.
+    pub fn values(&self) -> Result<Vec<f32>> {
+        self.step.state.x.to_vec()
+    }
+
     /// The picture (latent model: latent) after the steps submitted so far.
     pub fn finish(self) -> Tensor {
         self.step.state.x

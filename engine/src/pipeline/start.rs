@@ -127,6 +127,15 @@ impl StartImage {
         if self.kept.is_some() { held } else { 0 }
     }
 
+    /// How many of the steps are taken.
+    ///
+    /// # Errors
+    /// When the settings make no schedule.
+    pub fn steps(&self, settings: &Settings) -> Result<usize> {
+        let whole = Schedule::new(settings.steps, f64::from(settings.shift))?;
+        Ok(self.schedule(whole)?.steps())
+    }
+
     /// The steps to take; at least one.
     pub(super) fn schedule(&self, whole: Schedule) -> Result<Schedule> {
         let steps = whole.steps();

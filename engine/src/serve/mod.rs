@@ -18,6 +18,7 @@
 //! recording or search.
 
 mod owner;
+mod preview;
 mod request;
 mod ticket;
 mod worker;

@@ -46,6 +46,8 @@ pub struct Request {
     pub at_once: Option<Batch>,
     /// Give the numbers behind the pictures too.
     pub raw: bool,
+    /// Tell now and then what the pictures are about to show. It costs a copy to the host each time, and changes nothing of them.
+    pub previews: bool,
 }
 
 /// The pictures of a request, in the order of its items.
@@ -116,6 +118,7 @@ impl Request {
             start: None,
             at_once: None,
             raw: false,
+            previews: false,
         }
     }
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::image_io::RgbImage;
 use crate::pipeline::Report;
 
 /// How often somebody who waits is asked whether to go on.
@@ -34,6 +35,13 @@ pub enum Event {
         done: usize,
         /// Steps in all.
         total: usize,
+    },
+    /// What a picture is about to show, where the request wants to know.
+    Preview {
+        /// The picture's number in the request.
+        index: usize,
+        /// What the model predicts now, at most 512 pixels a side; of a latent model the first three channels of its latent.
+        image: RgbImage,
     },
     /// Nothing new; told now and then while there is nothing else.
     Waiting,

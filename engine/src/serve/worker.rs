@@ -5,11 +5,11 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use super::owner::{Owned, Owner};
+use super::preview::Progress;
 use super::request::{Caption, Drawn, RawImages, Request};
 use super::ticket::{Asker, Event, Ticket};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::flow::sampler::StepReport;
 use crate::image_io::RgbImage;
 use crate::lock::lock;
 use crate::pipeline::{Captions, ModelFiles, Pipeline, Report};
@@ -266,13 +266,13 @@ fn draw_batch(
     // Batches before this one, each of all steps.
     let before = range.start.div_ceil(request.batch());
     let batches = request.items.len().div_ceil(request.batch());
-    let mut progress = |step: StepReport| {
-        asker.tell(Event::Step {
-            done: before * step.steps + step.done,
-            total: batches * step.steps,
-        });
-        asker.go_on()
+    let latent = pipeline.model()?.is_latent();
+    let steps = match &request.start {
+        Some(start) => start.steps(settings)?,
+        None => settings.steps,
     };
+    let counts = [before * steps, batches * steps];
+    let mut progress = Progress::new(asker, request.previews, latent, range.start, counts);
     let result = pipeline.denoise_from(request.start.as_ref(), captions, noise, settings, &mut progress)?;
     let images = pipeline.decode(&result)?;
     if request.raw {
@@ -285,7 +285,7 @@ fn draw_batch(
     for pixels in pipeline.model()?.to_bytes(&images)? {
         let picture = RgbImage::new(settings.width, settings.height, pixels)?;
         drawn.pictures.push(match &request.start {
-            Some(start) => start.restore(picture, pipeline.model()?.is_latent())?,
+            Some(start) => start.restore(picture, latent)?,
             None => picture,
         });
     }

@@ -1,6 +1,6 @@
 //! When steps are told.
 
-use l2p_engine::flow::sampler::{Conditioning, sample};
+use l2p_engine::flow::sampler::{Conditioning, StepReport, sample};
 use l2p_engine::flow::schedule::Schedule;
 use l2p_engine::model::Denoiser;
 use l2p_engine::model::config::ModelKind;
@@ -32,7 +32,7 @@ fn a_step_is_told_before_the_next_begins() -> Outcome {
     for stop in [1, 2, 5] {
         let noise = Tensor::from_slice(cpu, &[0.25f32; 4 * 4 * 16], [1, 4, 4, 16])?;
         let (outcome, profile) = measure(cpu, || {
-            Ok(sample(&model, &conditioning, &schedule, noise, &mut |report| {
+            Ok(sample(&model, &conditioning, &schedule, noise, &mut |report: StepReport| {
                 if report.done == stop {
                     Err(Error::Interrupted)
                 } else {
