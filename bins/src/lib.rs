@@ -13,6 +13,7 @@ mod prompts;
 pub mod report;
 pub mod sample;
 mod score;
+pub mod serve;
 mod signals;
 mod size;
 pub mod train;

@@ -20,7 +20,7 @@ pub mod flow;
 pub mod image_io;
 pub mod layers;
 pub mod limits;
-mod lock;
+pub mod lock;
 pub mod model;
 mod nvtx;
 pub mod ops;

@@ -300,7 +300,7 @@ impl Arguments {
     }
 }
 
-pub(super) fn device_choice(text: &str) -> Result<DeviceChoice, String> {
+pub(crate) fn device_choice(text: &str) -> Result<DeviceChoice, String> {
     text.parse().map_err(|error: l2p_engine::Error| error.to_string())
 }
 

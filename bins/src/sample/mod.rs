@@ -32,13 +32,16 @@ use l2p_engine::serve::{Event, Worker, WorkerOptions};
 use l2p_engine::{Device, Error};
 
 pub use arguments::Arguments;
+pub(crate) use arguments::device_choice;
 use arguments::{Command, Precision};
 use drawing::{BATCHES_AHEAD, Work};
 use inputs::{Captions, RawImages};
+pub(crate) use jobs::published;
 use manifest::Manifest;
 use plan::Plan;
 use report::{Report, Share};
 use sets::Set;
+pub(crate) use start::start_settings;
 
 use crate::launch;
 use crate::progress::PhaseBar;

@@ -131,11 +131,7 @@ impl StartFlags {
         };
         image.check(settings)?;
         Ok(Some(Start {
-            settings: StartSettings {
-                picture_sha256: hash(image.image.pixels()),
-                strength: image.strength,
-                mask_sha256: image.kept.as_ref().map(|kept| hash(kept.mask.weights())),
-            },
+            settings: start_settings(&image),
             image,
         }))
     }
@@ -148,6 +144,15 @@ impl Start {
             Some(Kept { shown, .. }) => *shown,
             None => [self.image.image.width(), self.image.image.height()],
         }
+    }
+}
+
+/// What a picture says of the one that it began with.
+pub fn start_settings(start: &StartImage) -> StartSettings {
+    StartSettings {
+        picture_sha256: hash(start.image.pixels()),
+        strength: start.strength,
+        mask_sha256: start.kept.as_ref().map(|kept| hash(kept.mask.weights())),
     }
 }
 

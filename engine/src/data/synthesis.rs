@@ -464,7 +464,9 @@ fn draw(
     let seeds: Vec<u64> = jobs.iter().map(|job| job.seed).collect();
     let noise = pipeline.noise(options.rng, &seeds, &options.settings)?;
     let captions = Captions { prompts, negatives };
-    let drawn = pipeline.denoise(&captions, noise, &options.settings, &mut |step: StepReport| go_on(step.done))?;
+    let drawn = pipeline.denoise(&captions, noise, &options.settings, &mut |step: StepReport| {
+        go_on(step.done)
+    })?;
     pipeline.pictures(&drawn)
 }
 

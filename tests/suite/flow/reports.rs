@@ -32,13 +32,19 @@ fn a_step_is_told_before_the_next_begins() -> Outcome {
     for stop in [1, 2, 5] {
         let noise = Tensor::from_slice(cpu, &[0.25f32; 4 * 4 * 16], [1, 4, 4, 16])?;
         let (outcome, profile) = measure(cpu, || {
-            Ok(sample(&model, &conditioning, &schedule, noise, &mut |report: StepReport| {
-                if report.done == stop {
-                    Err(Error::Interrupted)
-                } else {
-                    Ok(())
-                }
-            }))
+            Ok(sample(
+                &model,
+                &conditioning,
+                &schedule,
+                noise,
+                &mut |report: StepReport| {
+                    if report.done == stop {
+                        Err(Error::Interrupted)
+                    } else {
+                        Ok(())
+                    }
+                },
+            ))
         })?;
         assert!(matches!(outcome.map(|_| ()), Err(Error::Interrupted)));
         let steps = profile.ops.iter().filter(|op| op.name == "guided_euler_step");
