@@ -19,6 +19,7 @@ pub mod record;
 pub mod report;
 pub mod runner;
 pub mod sample;
+pub mod serve;
 pub mod step;
 pub mod targets;
 pub mod timing;

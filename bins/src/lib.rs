@@ -25,6 +25,17 @@ pub use progress::WriteProgress;
 pub use signals::stop_requested;
 pub use size::ByteSize;
 
+/// The version with the commit, where the build was told it (`L2P_COMMIT`), and the kernels that are in the program.
+pub fn long_version() -> String {
+    let commit = option_env!("L2P_COMMIT").filter(|commit| !commit.is_empty());
+    let commit = commit.map(|commit| format!("commit {commit}, ")).unwrap_or_default();
+    let kernels = match l2p_kernels::IMAGES.len() {
+        0 => "no CUDA kernels".to_owned(),
+        count => format!("{count} CUDA images, each for sm_90a and compute_80"),
+    };
+    format!("{} ({commit}{kernels})", env!("CARGO_PKG_VERSION"))
+}
+
 /// The exit code after Ctrl-C, as shells count it.
 const INTERRUPTED: u8 = 130;
 

@@ -3,6 +3,8 @@
 //! Tests that need a GPU count as ignored where there is none.
 
 mod bench;
+#[cfg(unix)]
+mod browser;
 mod checkpoint;
 mod convert;
 mod data;
@@ -20,6 +22,7 @@ mod ops;
 mod runs;
 mod sample;
 mod serve;
+mod server;
 mod text;
 mod train;
 
@@ -45,6 +48,7 @@ fn main() -> std::process::ExitCode {
     runs::register(&mut suite);
     sample::register(&mut suite);
     serve::register(&mut suite);
+    server::register(&mut suite);
     text::register(&mut suite);
     train::register(&mut suite);
     kernels::register(&mut suite);

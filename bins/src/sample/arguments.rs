@@ -50,7 +50,7 @@ needs --skip-existing; --noise, --embeds, --save-raw and --profile are for one r
 
 /// Draws pictures from prompts, with a latent or a pixel model, on a GPU or on the CPU.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "l2p-sample", version, args_conflicts_with_subcommands = true)]
+#[command(name = "l2p-sample", version, long_version = crate::long_version(), args_conflicts_with_subcommands = true)]
 #[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{RANKS_HELP}\n\n{RANKS_SHARE}"))]
 pub struct Arguments {
     /// Something other than drawing.

@@ -26,7 +26,7 @@ address (docs/serving.md). Pictures have the bits that l2p-sample gives them wit
 
 /// Draws pictures for others, over HTTP: a page, OpenAI's images and AUTOMATIC1111's interface.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "l2p-serve", version, long_version = super::long_version(), after_help = EXAMPLES)]
+#[command(name = "l2p-serve", version, long_version = crate::long_version(), after_help = EXAMPLES)]
 pub struct Arguments {
     /// A model, and the name that clients know it by: a diffusers folder, a folder with l2p.json, a transformer's folder, or a
     /// safetensors file. Several are possible on the CPU; the first is drawn with where nobody says

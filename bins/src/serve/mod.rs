@@ -58,15 +58,6 @@ use queue::Queue;
 /// Shapes of pictures whose recorded steps are kept.
 const RECORDINGS: usize = 8;
 
-/// The version with what kernels were built in.
-fn long_version() -> String {
-    let kernels = match l2p_kernels::IMAGES.len() {
-        0 => "no CUDA kernels".to_owned(),
-        count => format!("{count} CUDA kernels, for sm_90a and compute_80"),
-    };
-    format!("{} ({kernels})", env!("CARGO_PKG_VERSION"))
-}
-
 /// Serves until it is asked to stop, and returns the exit code. Errors are printed.
 pub fn main(arguments: Arguments) -> ExitCode {
     crate::run(|| serve(arguments))

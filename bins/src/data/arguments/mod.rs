@@ -21,7 +21,7 @@ The stages work in one folder, each goes on where it was interrupted, and all of
 
 /// Makes data sets for training, and scores pictures.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "l2p-data", version, long_about = ABOUT)]
+#[command(name = "l2p-data", version, long_version = crate::long_version(), long_about = ABOUT)]
 pub struct Arguments {
     /// What to make.
     #[command(subcommand)]

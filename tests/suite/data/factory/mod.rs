@@ -1,7 +1,5 @@
 //! The data factory: `l2p-data all` and its stages.
 
-#[cfg(unix)]
-mod browser;
 mod endpoint;
 mod hostile;
 mod interrupted;

@@ -6,9 +6,9 @@ use std::path::Path;
 use l2p_tests::{Outcome, Suite};
 use serde_json::{Value, json};
 
-#[cfg(unix)]
-use super::browser::{Browser, PROGRAM};
 use super::{data, lines};
+#[cfg(unix)]
+use crate::browser::{Browser, PROGRAM};
 use crate::data::write_grey;
 
 pub fn register(suite: &mut Suite) {
@@ -91,7 +91,7 @@ fn clicked() -> Outcome {
     let temporary = tempfile::tempdir()?;
     folder(temporary.path())?;
     data(temporary.path(), &["report", "set"])?.success()?;
-    let mut browser = Browser::open(&temporary.path().join("set/report.html"))?;
+    let mut browser = Browser::open_file(&temporary.path().join("set/report.html"))?;
     let figures = "document.querySelectorAll('#pictures figure').length";
     let place = "document.querySelector('#pictures .place').textContent";
     assert_eq!(browser.value(figures)?, json!(48));

@@ -26,8 +26,13 @@ pub struct Browser {
 }
 
 impl Browser {
-    /// Starts one and opens the page at `path`.
-    pub fn open(path: &Path) -> Result<Self, Failed> {
+    /// Starts one and opens the page in a file.
+    pub fn open_file(path: &Path) -> Result<Self, Failed> {
+        Browser::open(&format!("file://{}", path.canonicalize()?.display()), [1300, 1000])
+    }
+
+    /// Starts one with a window of this width and height and opens the page at an address.
+    pub fn open(url: &str, [width, height]: [usize; 2]) -> Result<Self, Failed> {
         let folder = tempfile::tempdir()?;
         let pipes = [folder.path().join("to"), folder.path().join("from")];
         let made = Command::new("mkfifo").args(&pipes).status()?;
@@ -44,8 +49,8 @@ impl Browser {
             "--disable-dev-shm-usage",
             "--no-first-run",
             "--remote-debugging-pipe",
-            "--window-size=1300,1000",
         ]);
+        shell.arg(format!("--window-size={width},{height}"));
         shell.arg(format!("--user-data-dir={}", folder.path().join("profile").display()));
         shell.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let child = shell.spawn()?;
@@ -69,10 +74,11 @@ impl Browser {
         browser.session = attached["sessionId"].as_str().map(String::from);
         browser.call("Runtime.enable", json!({}))?;
         browser.call("Page.enable", json!({}))?;
-        browser.call(
-            "Page.navigate",
-            json!({"url": format!("file://{}", path.canonicalize()?.display())}),
-        )?;
+        browser.call("Log.enable", json!({}))?;
+        // Windows are not as narrow as screens can be.
+        let screen = json!({"width": width, "height": height, "deviceScaleFactor": 1, "mobile": false});
+        browser.call("Emulation.setDeviceMetricsOverride", screen)?;
+        browser.call("Page.navigate", json!({"url": url}))?;
         browser.wait_for("document.readyState === 'complete'")?;
         Ok(browser)
     }
@@ -94,7 +100,7 @@ impl Browser {
             bytes.pop();
             let answer: Value = serde_json::from_slice(&bytes)?;
             match answer["method"].as_str() {
-                Some("Runtime.exceptionThrown" | "Runtime.consoleAPICalled") => {
+                Some("Runtime.exceptionThrown" | "Runtime.consoleAPICalled" | "Log.entryAdded") => {
                     self.complaints.push(answer["params"].to_string())
                 }
                 _ if answer["id"] == json!(number) => {
@@ -112,7 +118,7 @@ impl Browser {
     pub fn value(&mut self, expression: &str) -> Result<Value, Failed> {
         let result = self.call(
             "Runtime.evaluate",
-            json!({"expression": expression, "returnByValue": true}),
+            json!({"expression": expression, "returnByValue": true, "awaitPromise": true}),
         )?;
         match result.get("exceptionDetails") {
             Some(fault) => Err(format!("{expression}: {fault}").into()),
@@ -143,6 +149,41 @@ impl Browser {
             self.call("Input.dispatchMouseEvent", event)?;
         }
         Ok(())
+    }
+
+    /// Draws a line with the mouse from one place in the element that a selector finds to another, in shares of its sides.
+    pub fn drag(&mut self, selector: &str, from: [f64; 2], to: [f64; 2]) -> Result<(), Failed> {
+        let element = format!("document.querySelector({})", json!(selector));
+        let place = self.value(&format!(
+            "{element}.scrollIntoView({{block: 'center', behavior: 'instant'}}), (b => [b.x, b.y, b.width, b.height])({element}.getBoundingClientRect())"
+        ))?;
+        let number = |index: usize| place[index].as_f64().unwrap_or(0.0);
+        for (kind, [x, y]) in [("mousePressed", from), ("mouseMoved", to), ("mouseReleased", to)] {
+            let event = json!({"type": kind, "x": number(0) + x * number(2), "y": number(1) + y * number(3),
+                               "button": "left", "buttons": 1, "clickCount": 1});
+            self.call("Input.dispatchMouseEvent", event)?;
+        }
+        Ok(())
+    }
+
+    /// Presses a key, by its name, with Ctrl held or not.
+    pub fn press(&mut self, key: &str, control: bool) -> Result<(), Failed> {
+        for kind in ["rawKeyDown", "keyUp"] {
+            let event = json!({"type": kind, "key": key, "code": key, "modifiers": if control { 2 } else { 0 }});
+            self.call("Input.dispatchKeyEvent", event)?;
+        }
+        Ok(())
+    }
+
+    /// A picture of the page, as a PNG file in base64.
+    pub fn screenshot(&mut self) -> Result<String, Failed> {
+        let shot = self.call("Page.captureScreenshot", json!({"format": "png"}))?;
+        Ok(shot["data"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// Loads the page again.
+    pub fn reload(&mut self) -> Result<(), Failed> {
+        self.call("Page.reload", json!({})).map(|_| ())
     }
 
     /// Types into what has the focus.
