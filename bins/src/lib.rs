@@ -4,6 +4,7 @@
 
 pub mod data;
 pub mod launch;
+mod manual;
 mod output;
 pub mod parts;
 pub mod precision;
@@ -20,6 +21,7 @@ pub mod train;
 
 use std::process::ExitCode;
 
+pub use manual::{arguments, arguments_by};
 pub use output::{print, say};
 pub use progress::WriteProgress;
 pub use signals::stop_requested;

@@ -17,6 +17,7 @@ mod generate;
 mod graph;
 mod image_io;
 mod kernels;
+mod manuals;
 mod models;
 mod ops;
 mod runs;
@@ -43,6 +44,7 @@ fn main() -> std::process::ExitCode {
     generate::register(&mut suite);
     graph::register(&mut suite);
     image_io::register(&mut suite);
+    manuals::register(&mut suite);
     models::register(&mut suite);
     ops::register(&mut suite);
     runs::register(&mut suite);

@@ -246,7 +246,10 @@ enum FloatChoice {
 const DEFAULT_SHARD: u64 = 4_000_000_000;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = match l2p_bins::arguments() {
+        Ok(cli) => cli,
+        Err(code) => return code,
+    };
     run(|| match cli.command {
         Command::Inspect(command) => inspect(&command),
         Command::Init(command) => init(&command),

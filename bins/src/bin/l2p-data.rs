@@ -2,9 +2,11 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use l2p_bins::data::{Arguments, main as make};
+use l2p_bins::data::main as make;
 
 fn main() -> ExitCode {
-    make(&Arguments::parse())
+    match l2p_bins::arguments() {
+        Ok(arguments) => make(&arguments),
+        Err(code) => code,
+    }
 }

@@ -2,9 +2,11 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use l2p_bins::sample::{Arguments, main as draw};
+use l2p_bins::sample::main as draw;
 
 fn main() -> ExitCode {
-    draw(Arguments::parse())
+    match l2p_bins::arguments() {
+        Ok(arguments) => draw(arguments),
+        Err(code) => code,
+    }
 }

@@ -2,9 +2,11 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use l2p_bins::serve::{Arguments, main as serve};
+use l2p_bins::serve::main as serve;
 
 fn main() -> ExitCode {
-    serve(Arguments::parse())
+    match l2p_bins::arguments() {
+        Ok(arguments) => serve(arguments),
+        Err(code) => code,
+    }
 }
