@@ -122,6 +122,33 @@ impl Quantiles {
     }
 }
 
+impl Measured {
+    /// What requests that ended so within so many seconds come to.
+    fn of(outcomes: Vec<Outcome>, seconds: f64, resident_bytes: Vec<u64>) -> Self {
+        let (mut latency, mut first, mut refused, mut left) = (Vec::new(), Vec::new(), 0, 0);
+        for outcome in outcomes {
+            match outcome {
+                Outcome::Picture { seconds, preview, .. } => {
+                    latency.push(seconds);
+                    first.extend(preview);
+                }
+                Outcome::Refused => refused += 1,
+                Outcome::Left => left += 1,
+            }
+        }
+        Measured {
+            pictures: latency.len(),
+            refused_nonsense: refused,
+            left,
+            seconds,
+            pictures_per_second: latency.len() as f64 / seconds,
+            latency: Quantiles::of(latency),
+            first_preview: Quantiles::of(first),
+            resident_bytes,
+        }
+    }
+}
+
 /// Runs the benchmark.
 ///
 /// # Errors
@@ -273,7 +300,6 @@ fn load(
             Err(_) => bail!("a client panicked"),
         })
     })?;
-    let seconds = start.elapsed().as_secs_f64();
     let outcomes = outcomes
         .into_inner()
         .map_err(|_| anyhow::anyhow!("a client panicked"))?;
@@ -282,31 +308,14 @@ fn load(
         "{} of {requests} requests have an end",
         outcomes.len()
     );
-    let (mut latency, mut first, mut refused, mut left) = (Vec::new(), Vec::new(), 0, 0);
-    for outcome in outcomes {
-        match outcome {
-            Outcome::Picture { seconds, preview, .. } => {
-                latency.push(seconds);
-                first.extend(preview);
-            }
-            Outcome::Refused => refused += 1,
-            Outcome::Left => left += 1,
-        }
-    }
-    Ok(Measured {
-        pictures: latency.len(),
-        refused_nonsense: refused,
-        left,
-        seconds,
-        pictures_per_second: latency.len() as f64 / seconds,
-        latency: Quantiles::of(latency),
-        first_preview: Quantiles::of(first),
-        resident_bytes: resident
-            .into_inner()
-            .map_err(|_| anyhow::anyhow!("a client panicked"))?
-            .into_values()
-            .collect(),
-    })
+    let resident = resident
+        .into_inner()
+        .map_err(|_| anyhow::anyhow!("a client panicked"))?;
+    Ok(Measured::of(
+        outcomes,
+        start.elapsed().as_secs_f64(),
+        resident.into_values().collect(),
+    ))
 }
 
 /// The memory that a process holds, as Linux counts it.

@@ -1,23 +1,18 @@
 //! What the routes share: models, limits, and the way from what somebody asks to a request in the queue.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use axum::http::StatusCode;
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use l2p_engine::flow::noise_source::NoiseSource;
-use l2p_engine::image_io::{
-    Filter, ImageFormat, Mask, RgbImage, Settings as PictureSettings, WriteOptions, cover, encode_image, read_image,
-};
+use l2p_engine::image_io::{Filter, Mask, RgbImage, Settings as PictureSettings, cover, read_image};
 use l2p_engine::limits::LONGEST_PROMPT;
 use l2p_engine::lock::lock;
 use l2p_engine::model::config::ModelKind;
-use l2p_engine::pipeline::{Asked, Edit, ModelFiles, StartImage};
-use tokio::sync::watch;
+use l2p_engine::pipeline::{Asked, Edit, ModelFiles, Settings, StartImage};
+use tokio::sync::{Semaphore, watch};
 
 use super::arguments::Arguments;
 use super::failure::Failure;
@@ -25,12 +20,21 @@ use super::files::Files;
 use super::job::{Job, Order, Progress, Waiting, job};
 use super::keys::Keys;
 use super::metrics::Metrics;
+use super::pictures::read;
 use super::queue::{Queue, Refused};
 use super::rate::Rate;
 
 /// Strength where nobody says: of a picture that is drawn over as a whole, and of one of which parts are kept.
 const STRENGTH: f32 = 0.6;
 const STRENGTH_OF_PARTS: f32 = 1.0;
+
+/// So many of the largest bodies may be there at a time.
+const BODIES: u64 = 16;
+
+fn body_kilobytes(arguments: &Arguments) -> u32 {
+    let all = (arguments.max_body.0 / 1024 * BODIES).max(1);
+    u32::try_from(all).unwrap_or(u32::MAX)
+}
 
 /// A model that is drawn with.
 pub struct Model {
@@ -58,6 +62,8 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     /// Pictures to be fetched.
     pub files: Files,
+    /// What all bodies may take together, in kilobytes.
+    pub bodies: Arc<Semaphore>,
     /// Whether models are loaded, and nothing has failed for good.
     pub ready: AtomicBool,
     /// Whether the server is about to end.
@@ -144,12 +150,13 @@ impl App {
             models,
             keys,
             rate: Rate::new(arguments.rate.map(|rate| rate.get() as f64)),
-            arguments,
             metrics,
             files: Files::default(),
+            bodies: Arc::new(Semaphore::new(body_kilobytes(&arguments) as usize)),
             ready: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             started: now.map_or(0, |time| time.as_secs()),
+            arguments,
             next: AtomicU64::new(1),
             under_way: Mutex::default(),
         }
@@ -167,6 +174,11 @@ impl App {
     /// Whether the server is about to end.
     pub fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
+    }
+
+    /// The most that one body takes of what all may take, in kilobytes.
+    pub fn body_kilobytes(&self) -> u32 {
+        body_kilobytes(&self.arguments)
     }
 
     /// A number that no other request has.
@@ -217,16 +229,21 @@ impl App {
     /// When it cannot be drawn, is more than a request may ask for, too much waits, or the server is about to end.
     pub fn ask(&self, client: &str, ask: Ask, previews: bool) -> Result<Drawing, Failure> {
         let model = self.model(ask.model.as_deref())?.clone();
+        let full = |waiting: usize| {
+            let message = format!("{waiting} requests wait already: come again in a moment");
+            Failure::later(StatusCode::SERVICE_UNAVAILABLE, message, 5)
+        };
+        // Before anything is decoded or counted for what will not be drawn.
+        let waiting = model.queue.waiting();
+        if waiting >= self.arguments.queue.get() {
+            return Err(full(waiting));
+        }
         let order = self.order(&model, ask)?;
         self.rate.spend(client, order.count as f64)?;
         let id = self.number();
         let (job, waiting) = job(id, order.clone(), previews, &model.queue);
         model.queue.push(client, job).map_err(|refused| match refused {
-            Refused::Full(waiting) => Failure::later(
-                StatusCode::SERVICE_UNAVAILABLE,
-                format!("{waiting} requests wait already: come again in a moment"),
-                5,
-            ),
+            Refused::Full(waiting) => full(waiting),
             Refused::Closed => Failure::later(StatusCode::SERVICE_UNAVAILABLE, "the server is about to end", 30),
         })?;
         let one = UnderWay {
@@ -242,7 +259,6 @@ impl App {
 
     /// What is drawn for what is asked.
     fn order(&self, model: &Model, ask: Ask) -> Result<Order, Failure> {
-        let limits = &self.arguments;
         for (name, text) in [("prompt", Some(&ask.prompt)), ("negative", ask.negative.as_ref())] {
             if let Some(text) = text.filter(|text| text.len() > LONGEST_PROMPT) {
                 return Err(Failure::field(
@@ -251,75 +267,68 @@ impl App {
                 ));
             }
         }
-        let within = |name: &str, value: Option<u64>, most: usize| match value {
-            Some(value) if value == 0 || value > most as u64 => {
-                Err(Failure::field(name, format!("expected 1 to {most}, found {value}")))
-            }
-            value => Ok(value.map(|value| value as usize)),
-        };
-        let count = within("count", ask.count, limits.max_count.get())?.unwrap_or(1);
-        let side = limits.max_side.get();
+        let count = within("count", ask.count, self.arguments.max_count.get())?.unwrap_or(1);
+        let rng = ask.rng.as_deref().map(str::parse::<NoiseSource>).transpose();
+        let rng = rng.map_err(|error| Failure::field("rng", error))?.unwrap_or_default();
+        let begun = self.begun(&ask)?;
+        let settings = self.settings(model, &ask, begun.as_ref())?;
+        Ok(Order {
+            start: begun
+                .map(|begun| begun.start(model, &settings, ask.strength))
+                .transpose()?,
+            prompt: ask.prompt,
+            negative: ask.negative.unwrap_or_default(),
+            seed: ask.seed.unwrap_or_else(random_seed),
+            count,
+            settings,
+            rng,
+        })
+    }
+
+    /// The picture to begin with, if there is one.
+    fn begun(&self, ask: &Ask) -> Result<Option<Begun>, Failure> {
         let kept = ask.mask.is_some() || ask.extend.is_some();
-        let image = ask
+        if kept && (ask.width.is_some() || ask.height.is_some()) {
+            let message = "is that of the picture where a mask says what is drawn anew: leave it away";
+            return Err(Failure::field("size", message));
+        }
+        match ask
             .image
             .as_deref()
             .map(|bytes| read("image", bytes, read_image))
-            .transpose()?;
-        if image.is_none() && (kept || ask.strength.is_some()) {
-            return Err(Failure::field(
-                "image",
-                "is missing: strength, mask and extend are about a picture to begin with",
-            ));
+            .transpose()?
+        {
+            None if kept || ask.strength.is_some() => {
+                let message = "is missing: strength, mask and extend are about a picture to begin with";
+                Err(Failure::field("image", message))
+            }
+            None => Ok(None),
+            Some(image) if kept => Ok(Some(Begun::Parts(self.edit(image, ask)?))),
+            Some(image) => Ok(Some(Begun::Whole(image))),
         }
-        if kept && (ask.width.is_some() || ask.height.is_some()) {
-            return Err(Failure::field(
-                "size",
-                "is that of the picture where a mask says what is drawn anew: leave it away",
-            ));
-        }
-        let edit = match image.as_ref().filter(|_| kept) {
-            Some(image) => Some(self.edit(image.clone(), &ask)?),
-            None => None,
-        };
-        let own = edit
-            .as_ref()
-            .map(Edit::size)
-            .or(image.as_ref().map(|image| [image.width(), image.height()]));
+    }
+
+    /// Size, steps, shift and guidance: what is asked for, then the picture to begin with, then the model.
+    fn settings(&self, model: &Model, ask: &Ask, begun: Option<&Begun>) -> Result<Settings, Failure> {
+        let side = self.arguments.max_side.get();
+        let own = begun.map(Begun::size);
         let asked = |name, value, axis: usize| -> Result<Option<usize>, Failure> {
             Ok(within(name, value, side)?.or(own.map(|size| size[axis])))
         };
         let settings = model.files.settings(&Asked {
             width: asked("width", ask.width, 0)?,
             height: asked("height", ask.height, 1)?,
-            steps: within("steps", ask.steps, limits.max_steps.get())?,
+            steps: within("steps", ask.steps, self.arguments.max_steps.get())?,
             shift: ask.shift,
             cfg: ask.cfg,
         });
         let (settings, _) = model.files.rounded(settings.map_err(|error| Failure::of(&error))?);
         if settings.width.max(settings.height) > side.next_multiple_of(model.files.size_multiple()) {
-            return Err(Failure::field(
-                "size",
-                format!(
-                    "{}x{} pixels: a side has at most {side}",
-                    settings.width, settings.height
-                ),
-            ));
-        }
-        let start = match (edit, image) {
-            (Some(edit), _) => {
-                let start = edit.start(model.files.size_multiple(), ask.strength.unwrap_or(STRENGTH_OF_PARTS));
-                Some(start.map_err(|error| Failure::of(&error))?)
-            }
-            (None, Some(image)) => Some(StartImage {
-                image: cover(&image, settings.width, settings.height, Filter::default())
-                    .map_err(|error| Failure::of(&error))?,
-                strength: ask.strength.unwrap_or(STRENGTH),
-                kept: None,
-            }),
-            (None, None) => None,
-        };
-        if let Some(start) = &start {
-            start.check(&settings).map_err(|error| Failure::of(&error))?;
+            let size = format!(
+                "{}x{} pixels: a side has at most {side}",
+                settings.width, settings.height
+            );
+            return Err(Failure::field("size", size));
         }
         model
             .files
@@ -329,16 +338,7 @@ impl App {
             .files
             .ensure_room(&settings, 1)
             .map_err(|error| Failure::of(&error))?;
-        let rng = ask.rng.as_deref().map(str::parse::<NoiseSource>).transpose();
-        Ok(Order {
-            prompt: ask.prompt,
-            negative: ask.negative.unwrap_or_default(),
-            seed: ask.seed.unwrap_or_else(random_seed),
-            count,
-            settings,
-            rng: rng.map_err(|error| Failure::field("rng", error))?.unwrap_or_default(),
-            start,
-        })
+        Ok(settings)
     }
 
     fn edit(&self, image: RgbImage, ask: &Ask) -> Result<Edit, Failure> {
@@ -363,85 +363,61 @@ impl App {
     }
 }
 
+/// A picture to begin with.
+enum Begun {
+    /// It is drawn over as a whole.
+    Whole(RgbImage),
+    /// Parts of it are kept.
+    Parts(Edit),
+}
+
+impl Begun {
+    /// Its width and height.
+    fn size(&self) -> [usize; 2] {
+        match self {
+            Begun::Whole(image) => [image.width(), image.height()],
+            Begun::Parts(edit) => edit.size(),
+        }
+    }
+
+    /// Brought to the size that is drawn.
+    fn start(self, model: &Model, settings: &Settings, strength: Option<f32>) -> Result<StartImage, Failure> {
+        let start = match self {
+            Begun::Parts(edit) => edit.start(model.files.size_multiple(), strength.unwrap_or(STRENGTH_OF_PARTS)),
+            Begun::Whole(image) => {
+                cover(&image, settings.width, settings.height, Filter::default()).map(|image| StartImage {
+                    image,
+                    strength: strength.unwrap_or(STRENGTH),
+                    kept: None,
+                })
+            }
+        };
+        let start = start.map_err(|error| Failure::of(&error))?;
+        start.check(settings).map_err(|error| Failure::of(&error))?;
+        Ok(start)
+    }
+}
+
+/// A number from 1 to `most`, if it is given.
+fn within(name: &str, value: Option<u64>, most: usize) -> Result<Option<usize>, Failure> {
+    match value {
+        Some(value) if value == 0 || value > most as u64 => {
+            Err(Failure::field(name, format!("expected 1 to {most}, found {value}")))
+        }
+        value => Ok(value.map(|value| value as usize)),
+    }
+}
+
 /// The mask that keeps what this one changes.
 fn inverted(mask: &Mask) -> Result<Mask, Failure> {
     let weights = mask.weights().iter().map(|weight| u8::MAX - weight).collect();
     Mask::new(mask.width(), mask.height(), weights).map_err(|error| Failure::of(&error))
 }
 
-/// A picture that was sent. It goes through a file, so that one reader with one set of limits reads all pictures.
-fn read<T>(name: &str, bytes: &[u8], reader: impl Fn(&Path) -> l2p_engine::Result<T>) -> Result<T, Failure> {
-    let failed = |error: &dyn std::fmt::Display| {
-        tracing::error!(%error, "a picture that was sent cannot be put into a file");
-        Failure::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "the server has no room for the picture",
-        )
-    };
-    let mut file = tempfile::NamedTempFile::new().map_err(|error| failed(&error))?;
-    file.write_all(bytes).map_err(|error| failed(&error))?;
-    reader(file.path()).map_err(|error| match error {
-        l2p_engine::Error::File { reason, .. } => Failure::field(name, reason),
-        error => Failure::field(name, error),
-    })
-}
-
-/// The settings that a PNG carries that was sent.
-pub fn read_settings(bytes: &[u8]) -> Result<PictureSettings, Failure> {
-    read("picture", bytes, l2p_engine::image_io::read_settings)
-}
-
-/// The bytes of a picture that was sent as text: base64, with or without `data:…,` before it.
-pub fn from_base64(name: &str, text: &str) -> Result<Vec<u8>, Failure> {
-    let data = match text.strip_prefix("data:") {
-        Some(rest) => rest.split_once(',').map_or("", |(_, data)| data),
-        None => text,
-    };
-    BASE64
-        .decode(data.trim())
-        .map_err(|_| Failure::field(name, "expected a picture in base64"))
-}
-
-/// Bytes as base64.
-pub fn to_base64(bytes: &[u8]) -> String {
-    BASE64.encode(bytes)
-}
-
 /// Some seed, below 2⁵³ so that every client can hold it.
 fn random_seed() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     std::hash::RandomState::new().build_hasher().finish() >> 11
-}
-
-/// A format by the name that clients give it.
-pub fn format_of(name: &str, text: Option<&str>) -> Result<ImageFormat, Failure> {
-    match text {
-        None | Some("png") => Ok(ImageFormat::Png),
-        Some("jpeg" | "jpg") => Ok(ImageFormat::Jpeg),
-        Some("webp") => Ok(ImageFormat::WebP),
-        Some(other) => Err(Failure::field(
-            name,
-            format!("expected png, jpeg or webp, found `{}`", l2p_engine::shown_name(other)),
-        )),
-    }
-}
-
-/// A format's media type.
-pub fn media_type(format: ImageFormat) -> &'static str {
-    match format {
-        ImageFormat::Png => "image/png",
-        ImageFormat::Jpeg => "image/jpeg",
-        ImageFormat::WebP => "image/webp",
-    }
-}
-
-/// A format's name.
-pub fn format_name(format: ImageFormat) -> &'static str {
-    match format {
-        ImageFormat::Png => "png",
-        ImageFormat::Jpeg => "jpeg",
-        ImageFormat::WebP => "webp",
-    }
 }
 
 impl Model {
@@ -477,38 +453,6 @@ impl Model {
             start: order.start.as_ref().map(crate::sample::start_settings),
         }
     }
-}
-
-/// The bytes of a picture's file.
-///
-/// # Errors
-/// When the format has no room for the picture.
-pub fn encode(
-    image: &RgbImage,
-    format: ImageFormat,
-    settings: &PictureSettings,
-    quality: u8,
-) -> Result<Vec<u8>, Failure> {
-    let options = WriteOptions {
-        jpeg_quality: quality,
-        settings: Some(settings),
-        ..WriteOptions::default()
-    };
-    encode_image(image, format, &options).map_err(|error| Failure::of(&error))
-}
-
-/// A preview as a data URL.
-pub fn preview_url(image: &RgbImage) -> Option<String> {
-    preview(image).map(|bytes| format!("data:image/jpeg;base64,{}", to_base64(&bytes)))
-}
-
-/// A preview's file.
-pub fn preview(image: &RgbImage) -> Option<Vec<u8>> {
-    let options = WriteOptions {
-        jpeg_quality: 80,
-        ..WriteOptions::default()
-    };
-    encode_image(image, ImageFormat::Jpeg, &options).ok()
 }
 
 /// The name that pictures publish of a model at this path.

@@ -164,6 +164,12 @@ impl Arguments {
                 );
             }
         }
+        if let Some(origin) = self.cors_origin.as_deref().filter(|origin| *origin != "*") {
+            let sound = origin.starts_with("http://") || origin.starts_with("https://");
+            if !sound || origin.parse::<axum::http::HeaderValue>().is_err() || origin.ends_with('/') {
+                bail!("--cors-origin: expected an origin such as https://example.org, without a path, or *");
+            }
+        }
         if self.model.len() > 1 && self.device.iter().any(|device| *device != DeviceChoice::Cpu) {
             bail!("several models are for the CPU (--device cpu): a GPU has room for one, so start a server for each");
         }
@@ -204,6 +210,13 @@ mod tests {
                 .to_string()
                 .contains("two models are named a")
         );
+        for bad in ["https://good.example\n", "good.example", "https://good.example/"] {
+            let cors = Arguments::parse_from(["l2p-serve", "--model", "a", "--device", "cpu", "--cors-origin", bad]);
+            assert!(
+                cors.check().unwrap_err().to_string().contains("--cors-origin"),
+                "{bad:?}"
+            );
+        }
         let on_gpu = Arguments::parse_from(["l2p-serve", "--model", "a", "--model", "b", "--device", "cuda"]);
         assert!(
             on_gpu

@@ -6,18 +6,21 @@ use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::State;
+use axum::http::HeaderMap;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
+use l2p_engine::image_io::RgbImage;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::app::{App, Ask, Drawing, format_of, from_base64, media_type, preview_url, read_settings, to_base64};
+use super::app::{App, Ask, Drawing};
 use super::failure::Failure;
 use super::fields::Fields;
 use super::guard::{self, Client};
+use super::pictures::{format_name, format_of, from_base64, media_type, preview_url, read_settings, to_base64};
 use super::wait;
 
 /// How often somebody who waits is told of a changed place.
@@ -110,16 +113,18 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Asked, Failure> {
 async fn draw(
     State(app): State<Arc<App>>,
     Extension(client): Extension<Client>,
+    headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Failure> {
-    let bytes = guard::body(&app, body).await?;
+    let bytes = guard::json(&app, &headers, body).await?;
     let Asked { ask, format } = wait::blocking(move || parse(&bytes)).await?;
     let start = Instant::now();
     let drawing = wait::ask(&app, client.0, ask, true).await?;
     let (sender, events) = mpsc::channel(EVENTS);
     tokio::spawn(async move {
         // When nobody listens any more the drawing is dropped with this, and so given up.
-        let teller = Teller { sender };
+        let patience = app.arguments.patience();
+        let teller = Teller { sender, patience };
         let outcome = follow(&app, drawing, format, &teller).await;
         let _ = match outcome {
             Ok(Some(())) => {
@@ -142,13 +147,15 @@ async fn draw(
 /// Tells of events as long as somebody listens.
 struct Teller {
     sender: mpsc::Sender<Result<Event, Infallible>>,
+    patience: Duration,
 }
 
 impl Teller {
-    /// Nothing where nobody listens any more.
+    /// Nothing where nobody listens any more, or reads too slowly to be waited for.
     async fn tell(&self, name: &str, data: Value) -> Option<()> {
         let event = Event::default().event(name).data(data.to_string());
-        self.sender.send(Ok(event)).await.ok()
+        let sent = tokio::time::timeout(self.patience, self.sender.send(Ok(event)));
+        sent.await.ok()?.ok()
     }
 }
 
@@ -161,11 +168,13 @@ async fn follow(
 ) -> Result<Option<()>, Failure> {
     let settings = drawing.model.described(&drawing.order, 0, &app.arguments);
     let mut place = drawing.waiting.ahead();
-    let accepted = json!({"id": drawing.waiting.id, "position": place.unwrap_or(0), "settings": settings});
+    let mut accepted = json!({"id": drawing.waiting.id, "position": place.unwrap_or(0), "settings": settings});
+    accepted["settings"]["count"] = json!(drawing.order.count);
+    accepted["settings"]["format"] = json!(format_name(format));
     if teller.tell("accepted", accepted).await.is_none() {
         return Ok(None);
     }
-    let mut shown: Vec<(usize, usize)> = Vec::new();
+    let mut shown: Vec<(usize, Arc<RgbImage>)> = Vec::new();
     let mut steps = None;
     let mut ticks = tokio::time::interval(TICK);
     let pictures = loop {
@@ -186,12 +195,11 @@ async fn follow(
                     }
                 }
                 for (index, image) in progress.previews {
-                    let address = Arc::as_ptr(&image) as usize;
-                    if shown.contains(&(index, address)) {
+                    if shown.iter().any(|(other, last)| *other == index && Arc::ptr_eq(last, &image)) {
                         continue;
                     }
                     shown.retain(|(other, _)| *other != index);
-                    shown.push((index, address));
+                    shown.push((index, image.clone()));
                     if let Some(url) = wait::blocking(move || Ok(preview_url(&image))).await? {
                         told = told.and(teller.tell("preview", json!({"index": index, "image": url})).await);
                     }

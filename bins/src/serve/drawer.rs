@@ -59,16 +59,44 @@ impl Drawer {
                         job.answer(Ok(std::mem::replace(&mut pictures, rest)));
                     }
                 }
-                Err(error) => {
+                Err(error @ Error::WorkerEnded { .. }) => {
                     let failure = Failure::of(&error);
                     jobs.into_iter().for_each(|job| job.answer(Err(failure.clone())));
-                    if let Error::WorkerEnded { .. } = error {
-                        return Err(error);
-                    }
+                    return Err(error);
                 }
+                Err(Error::Interrupted) => {
+                    self.metrics.gave_up();
+                    let failure = Failure::of(&Error::Interrupted);
+                    jobs.into_iter().for_each(|job| job.answer(Err(failure.clone())));
+                }
+                // What one of them is at fault for is not the others' matter.
+                Err(_) if jobs.len() > 1 => jobs
+                    .into_iter()
+                    .try_for_each(|job| self.draw_alone(job, &mut features))?,
+                Err(error) => jobs.into_iter().for_each(|job| job.answer(Err(Failure::of(&error)))),
             }
         }
         Ok(())
+    }
+
+    /// Draws a request whose batch has failed, and answers it.
+    fn draw_alone(&self, job: Job, features: &mut Features) -> Result<()> {
+        let start = Instant::now();
+        let outcome = self.draw(std::slice::from_ref(&job), features);
+        match outcome {
+            Ok(pictures) => {
+                self.metrics.drew(pictures.len(), start.elapsed());
+                job.answer(Ok(pictures));
+                Ok(())
+            }
+            Err(error) => {
+                job.answer(Err(Failure::of(&error)));
+                match error {
+                    Error::WorkerEnded { .. } => Err(error),
+                    _ => Ok(()),
+                }
+            }
+        }
     }
 
     /// The pictures of requests of one shape, in their order.
@@ -108,7 +136,12 @@ impl Drawer {
             }
             self.go_on(jobs)
         })?;
-        self.metrics.took(&answer.report);
+        let batches = jobs
+            .iter()
+            .map(Job::pictures)
+            .sum::<usize>()
+            .div_ceil(self.batch.max(1));
+        self.metrics.took(&answer.report, batches * first.settings.steps);
         Ok(answer.value.pictures)
     }
 

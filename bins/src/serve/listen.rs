@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use axum::{Extension, Router};
@@ -12,6 +12,7 @@ use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
+use tokio_io_timeout::TimeoutStream;
 
 use super::app::App;
 use super::guard::Peer;
@@ -37,6 +38,7 @@ pub async fn listen(app: &Arc<App>, router: Router) -> anyhow::Result<()> {
     let places = Arc::new(Semaphore::new(arguments.connections.get()));
     let graceful = GracefulShutdown::new();
     let mut ticks = tokio::time::interval(TICK);
+    let mut end: Option<Instant> = None;
     loop {
         let place = places.clone().acquire_owned();
         let connection = async {
@@ -48,9 +50,18 @@ pub async fn listen(app: &Arc<App>, router: Router) -> anyhow::Result<()> {
         let accepted = loop {
             tokio::select! {
                 accepted = &mut connection => break Some(accepted),
-                _ = ticks.tick() => if crate::stop_requested() || app.is_stopping() {
-                    break None;
-                },
+                _ = ticks.tick() => {
+                    if end.is_none() && (crate::stop_requested() || app.is_stopping()) {
+                        app.stop();
+                        let seconds = arguments.drain().as_secs();
+                        crate::say(format_args!("stopping: what is under way has {seconds} s"));
+                        end = Some(Instant::now() + arguments.drain());
+                    }
+                    // Whoever comes meanwhile is told to come again; what waits is drawn, as far as there is time.
+                    if end.is_some_and(|end| app.under_way().is_empty() || Instant::now() > end) {
+                        break None;
+                    }
+                }
             }
         };
         let Some(accepted) = accepted else { break };
@@ -61,12 +72,15 @@ pub async fn listen(app: &Arc<App>, router: Router) -> anyhow::Result<()> {
         };
         // Small events go out at once.
         let _ = stream.set_nodelay(true);
+        // Whoever does not read an answer is left, too.
+        let mut stream = TimeoutStream::new(stream);
+        stream.set_write_timeout(Some(arguments.patience()));
         let service = TowerToHyperService::new(router.clone().layer(Extension(Peer(peer.ip()))));
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(arguments.patience())
             .max_buf_size(HEADER_BYTES)
-            .serve_connection(TokioIo::new(stream), service);
+            .serve_connection(TokioIo::new(Box::pin(stream)), service);
         let watched = graceful.watch(connection);
         tokio::spawn(async move {
             // What breaks off is the client's matter.
@@ -75,16 +89,11 @@ pub async fn listen(app: &Arc<App>, router: Router) -> anyhow::Result<()> {
         });
     }
     drop(listener);
-    app.stop();
-    crate::say(format_args!(
-        "stopping: what is under way has {} s",
-        arguments.drain().as_secs()
-    ));
-    // What waits is drawn too, as far as there is time.
-    if tokio::time::timeout(arguments.drain(), graceful.shutdown())
-        .await
-        .is_err()
-    {
+    // Answers that are on their way.
+    let left = end
+        .map_or(TICK, |end| end.saturating_duration_since(Instant::now()))
+        .max(TICK);
+    if tokio::time::timeout(left, graceful.shutdown()).await.is_err() {
         tracing::warn!("the time to finish is over: what is left is given up");
     }
     Ok(())

@@ -36,6 +36,8 @@ pub struct Metrics {
     pictures: Counter,
     drawing: Counter<f64, AtomicU64>,
     picture_seconds: Histogram,
+    step_seconds: Histogram,
+    given_up: Counter,
     waiting: Gauge,
     memory: Family<Tag, Gauge>,
 }
@@ -51,24 +53,33 @@ impl Metrics {
             pictures: Counter::default(),
             drawing: Counter::default(),
             picture_seconds: long(),
+            step_seconds: Histogram::new(exponential_buckets(0.001, 2.0, 15)),
+            given_up: Counter::default(),
             waiting: Gauge::default(),
             memory: Family::default(),
             registry: Registry::default(),
         };
         registry.register("requests", "Requests by route and status", metrics.requests.clone());
-        let seconds = "From a request's first byte to its answer's last";
+        let seconds = "From a request to the beginning of its answer";
         registry.register_with_unit("request", seconds, Unit::Seconds, metrics.seconds.clone());
         registry.register("pictures", "Pictures drawn", metrics.pictures.clone());
         registry.register_with_unit("drawing", "Time spent drawing", Unit::Seconds, metrics.drawing.clone());
         let per_picture = "Time of a batch by its pictures";
         registry.register_with_unit("picture", per_picture, Unit::Seconds, metrics.picture_seconds.clone());
+        let per_step = "Time of a step of all pictures of a batch";
+        registry.register_with_unit("step", per_step, Unit::Seconds, metrics.step_seconds.clone());
+        registry.register(
+            "given_up",
+            "Batches that nobody waited for any more",
+            metrics.given_up.clone(),
+        );
         registry.register("waiting", "Requests that wait", metrics.waiting.clone());
         let memory = "The last batch's peak of device memory by what it is for";
         registry.register_with_unit("memory", memory, Unit::Bytes, metrics.memory.clone());
         Metrics { registry, ..metrics }
     }
 
-    /// A request has ended.
+    /// A request has an answer, or one that begins.
     pub fn served(&self, route: &str, status: u16, taken: Duration) {
         let served = Served {
             route: route.to_owned(),
@@ -86,8 +97,16 @@ impl Metrics {
             .observe(taken.as_secs_f64() / pictures.max(1) as f64);
     }
 
-    /// What a batch took of the device.
-    pub fn took(&self, report: &Report) {
+    /// Nobody waited any more for what was drawn.
+    pub fn gave_up(&self) {
+        self.given_up.inc();
+    }
+
+    /// What a batch of so many steps took of the device.
+    pub fn took(&self, report: &Report, steps: usize) {
+        if let Some(phase) = report.phase("denoise") {
+            self.step_seconds.observe(phase.seconds / steps.max(1) as f64);
+        }
         let Some(memory) = report.fullest() else { return };
         for (tag, usage) in MemoryTag::ALL.iter().zip(&memory.by_tag) {
             let tag = Tag {

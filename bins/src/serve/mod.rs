@@ -19,11 +19,13 @@ mod listen;
 mod metrics;
 mod openai;
 mod page;
+mod pictures;
 mod queue;
 mod rate;
 mod sdapi;
 mod wait;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -40,7 +42,7 @@ use axum::{Json, Router};
 use l2p_engine::checkpoint::ModelPaths;
 use l2p_engine::pipeline::{Asked, Batching, ModelFiles};
 use l2p_engine::serve::{Worker, WorkerOptions};
-use l2p_engine::{Device, DeviceChoice};
+use l2p_engine::{Device, DeviceChoice, Error};
 use serde_json::json;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, Any, CorsLayer};
@@ -187,13 +189,16 @@ fn start(app: &Arc<App>, drawers: Vec<Starting>) -> Vec<JoinHandle<l2p_engine::R
                 true => Ok(()),
                 false => drawer.worker.load().and_then(|ticket| ticket.wait()).map(drop),
             };
-            let outcome = loaded.and_then(|()| {
+            let work = || {
+                loaded?;
                 tracing::info!(model = model.name, %device, "ready");
                 if left.fetch_sub(1, Ordering::AcqRel) == 1 {
                     app.ready.store(true, Ordering::Release);
                 }
                 drawer.run()
-            });
+            };
+            let outcome = catch_unwind(AssertUnwindSafe(work));
+            let outcome = outcome.unwrap_or_else(|_| Err(Error::invalid("a drawing thread ended in a panic")));
             if let Err(error) = &outcome {
                 tracing::error!(model = model.name, %device, %error, "nothing more is drawn here");
                 app.ready.store(false, Ordering::Release);
@@ -237,9 +242,10 @@ fn router(app: &Arc<App>) -> Router {
         None => routes,
         Some(origin) => {
             let cors = CorsLayer::new().allow_methods(Any).allow_headers(Any);
-            routes.layer(match (origin.as_str(), HeaderValue::from_str(origin)) {
-                ("*", _) | (_, Err(_)) => cors.allow_origin(AllowOrigin::any()),
-                (_, Ok(origin)) => cors.allow_origin(AllowOrigin::exact(origin)),
+            let exact = HeaderValue::from_str(origin).ok().filter(|_| origin != "*");
+            routes.layer(match exact {
+                Some(origin) => cors.allow_origin(AllowOrigin::exact(origin)),
+                None => cors.allow_origin(AllowOrigin::any()),
             })
         }
     }

@@ -17,10 +17,11 @@ use l2p_engine::image_io::ImageFormat;
 use serde_json::{Value, json};
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::app::{App, Ask, Drawing, format_name, format_of, media_type, preview, to_base64};
+use super::app::{App, Ask, Drawing};
 use super::failure::Failure;
 use super::fields::Fields;
 use super::guard::{self, Client};
+use super::pictures::{format_name, format_of, media_type, preview, to_base64};
 use super::wait::{self, Picture};
 
 /// Fields of OpenAI's that mean nothing to a model on one's own machine.
@@ -116,11 +117,11 @@ pub(super) fn parse(mut fields: Fields, pictures: Pictures) -> Result<Asked, Fai
     let format = format_of("output_format", fields.text("output_format")?.as_deref())?;
     let quality = match fields.whole("output_compression")? {
         None => 92,
-        Some(quality @ 1..=100) => quality as u8,
+        Some(quality @ 0..=100) => quality.max(1) as u8,
         Some(other) => {
             return Err(Failure::field(
                 "output_compression",
-                format!("expected 1 to 100, found {other}"),
+                format!("expected 0 to 100, found {other}"),
             ));
         }
     };
@@ -130,6 +131,9 @@ pub(super) fn parse(mut fields: Fields, pictures: Pictures) -> Result<Asked, Fai
         Some(_) => return Err(Failure::field("response_format", "expected b64_json or url")),
     };
     let stream = fields.flag("stream")?.unwrap_or(false);
+    if stream && by_url {
+        return Err(Failure::field("response_format", "url is not for streams"));
+    }
     let partial = fields.whole("partial_images")?.unwrap_or(0);
     if partial > MOST_PARTIAL {
         return Err(Failure::field(
@@ -180,7 +184,7 @@ async fn generations(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Failure> {
-    let bytes = guard::body(&app, body).await?;
+    let bytes = guard::json(&app, &headers, body).await?;
     let asked = parse(Fields::of_json(&bytes)?, Pictures::default())?;
     answer(&app, client, &headers, asked, "image_generation").await
 }
@@ -193,7 +197,7 @@ async fn edits(
 ) -> Result<Response, Failure> {
     let bytes = guard::body(&app, body).await?;
     let media_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-    let (fields, pictures) = form(media_type.unwrap_or_default(), bytes).await?;
+    let (fields, pictures) = form(media_type.unwrap_or_default(), bytes.clone()).await?;
     if pictures.image.is_none() {
         return Err(Failure::field("image", "is missing: the picture to begin with"));
     }
@@ -263,7 +267,9 @@ async fn answer(
     let pictures = wait::drawn(&mut drawing).await?;
     let files = wait::files(app, &drawing, pictures, (form.format, form.quality)).await?;
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
-    let base = format!("http://{}/v1/files", host.unwrap_or("localhost"));
+    let secure = headers.get("x-forwarded-proto").is_some_and(|scheme| scheme == "https");
+    let scheme = if secure { "https" } else { "http" };
+    let base = format!("{scheme}://{}/v1/files", host.unwrap_or("localhost"));
     let size = files
         .first()
         .map(|file| format!("{}x{}", file.settings.width, file.settings.height));
@@ -285,7 +291,8 @@ async fn answer(
     Ok(Json(json!({
         "created": now(), "data": data, "output_format": format_name(form.format), "size": size,
         "model": drawing.model.name, "steps": order.settings.steps, "cfg": order.settings.cfg, "shift": order.settings.shift,
-        "rng": order.rng.to_string(), "negative_prompt": order.negative, "without_meaning": form.ignored,
+        "rng": order.rng.to_string(), "prompt": order.prompt, "negative_prompt": order.negative,
+        "strength": order.start.as_ref().map(|start| start.strength), "without_meaning": form.ignored,
     }))
     .into_response())
 }
@@ -299,13 +306,13 @@ fn now() -> u64 {
 /// Events of a drawing: partial pictures, then a whole one each.
 fn stream(app: Arc<App>, mut drawing: Drawing, form: Form, event: &'static str) -> Response {
     let (sender, events) = tokio::sync::mpsc::channel::<Result<Event, Infallible>>(4);
+    // Who does not read is not waited for.
+    let patience = app.arguments.patience();
     let send = move |name: String, data: Value| {
         let sender = sender.clone();
         async move {
-            sender
-                .send(Ok(Event::default().event(name).data(data.to_string())))
-                .await
-                .is_ok()
+            let event = Ok(Event::default().event(name).data(data.to_string()));
+            matches!(tokio::time::timeout(patience, sender.send(event)).await, Ok(Ok(())))
         }
     };
     tokio::spawn(async move {
@@ -314,7 +321,7 @@ fn stream(app: Arc<App>, mut drawing: Drawing, form: Form, event: &'static str) 
             json!({"created_at": now(), "size": format!("{}x{}", described.width, described.height),
                    "quality": "auto", "background": "opaque", "output_format": format_name(form.format)})
         };
-        let mut told = 0;
+        let (mut told, mut last) = (0, None);
         let outcome = loop {
             tokio::select! {
                 outcome = &mut drawing.waiting.answer => {
@@ -323,6 +330,10 @@ fn stream(app: Arc<App>, mut drawing: Drawing, form: Form, event: &'static str) 
                 changed = drawing.waiting.progress.changed(), if told < form.partial => {
                     let preview_of = drawing.waiting.progress.borrow_and_update().previews.last().cloned();
                     let (true, Some((_, image))) = (changed.is_ok(), preview_of) else { continue };
+                    if last.as_ref().is_some_and(|last| Arc::ptr_eq(last, &image)) {
+                        continue;
+                    }
+                    last = Some(image.clone());
                     let bytes = wait::blocking(move || Ok(preview(&image))).await.ok().flatten();
                     let mut data = shape(&drawing);
                     data["type"] = json!(format!("{event}.partial_image"));
@@ -406,7 +417,7 @@ mod tests {
             (r#"{"prompt": "x", "size": "big"}"#, "size"),
             (r#"{"prompt": "x", "size": "1x-2"}"#, "size"),
             (r#"{"prompt": "x", "output_format": "gif"}"#, "output_format"),
-            (r#"{"prompt": "x", "output_compression": 0}"#, "output_compression"),
+            (r#"{"prompt": "x", "output_compression": 101}"#, "output_compression"),
             (r#"{"prompt": "x", "response_format": "pdf"}"#, "response_format"),
             (r#"{"prompt": "x", "partial_images": 9}"#, "partial_images"),
             (r#"{"prompt": "x", "extend": "1,2"}"#, "extend"),

@@ -6,15 +6,17 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::State;
+use axum::http::HeaderMap;
 use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
 use l2p_engine::image_io::ImageFormat;
 use serde_json::{Value, json};
 
-use super::app::{App, Ask, from_base64, preview, to_base64};
+use super::app::{App, Ask};
 use super::failure::Failure;
 use super::fields::Fields;
 use super::guard::{self, Client};
+use super::pictures::{from_base64, preview, to_base64};
 use super::wait;
 
 /// The routes.
@@ -31,6 +33,11 @@ pub fn router() -> Router<Arc<App>> {
         .route("/sdapi/v1/upscalers", get(nothing))
         .route("/sdapi/v1/loras", get(nothing))
         .route("/sdapi/v1/embeddings", get(no_embeddings))
+}
+
+/// Who asks through this interface: what a client asks for elsewhere is not shown or interrupted here.
+fn own(client: &str) -> String {
+    format!("{client} (sdapi)")
 }
 
 /// What a request asks for, and the fields that mean nothing here.
@@ -94,18 +101,34 @@ pub(super) fn parse(bytes: &[u8], with_image: bool) -> Result<(Ask, Vec<String>)
     Ok((ask, fields.left()))
 }
 
-async fn txt2img(state: State<Arc<App>>, client: Extension<Client>, body: Body) -> Result<Json<Value>, Failure> {
-    draw(state.0, client.0, body, false).await
+async fn txt2img(
+    state: State<Arc<App>>,
+    client: Extension<Client>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<Value>, Failure> {
+    let bytes = guard::json(&state.0, &headers, body).await?;
+    draw(state.0, client.0, bytes, false).await
 }
 
-async fn img2img(state: State<Arc<App>>, client: Extension<Client>, body: Body) -> Result<Json<Value>, Failure> {
-    draw(state.0, client.0, body, true).await
+async fn img2img(
+    state: State<Arc<App>>,
+    client: Extension<Client>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<Value>, Failure> {
+    let bytes = guard::json(&state.0, &headers, body).await?;
+    draw(state.0, client.0, bytes, true).await
 }
 
-async fn draw(app: Arc<App>, Client(client): Client, body: Body, with_image: bool) -> Result<Json<Value>, Failure> {
-    let bytes = guard::body(&app, body).await?;
+async fn draw(
+    app: Arc<App>,
+    Client(client): Client,
+    bytes: guard::Read,
+    with_image: bool,
+) -> Result<Json<Value>, Failure> {
     let (ask, ignored) = wait::blocking(move || parse(&bytes, with_image)).await?;
-    let mut drawing = wait::ask(&app, client, ask, true).await?;
+    let mut drawing = wait::ask(&app, own(&client), ask, true).await?;
     let pictures = wait::drawn(&mut drawing).await?;
     let files = wait::files(&app, &drawing, pictures, (ImageFormat::Png, 92)).await?;
     let settings = files.first().map(|file| file.settings.clone());
@@ -130,8 +153,9 @@ async fn draw(app: Arc<App>, Client(client): Client, body: Body, with_image: boo
 /// How far the client's request is that came first.
 async fn progress(State(app): State<Arc<App>>, Extension(Client(client)): Extension<Client>) -> Json<Value> {
     let all = app.under_way();
-    let own = || all.values().filter(|one| one.client == client);
-    let now = own()
+    let client = own(&client);
+    let mine = || all.values().filter(|one| one.client == client);
+    let now = mine()
         .map(|one| one.progress.borrow().clone())
         .find(|progress| progress.steps.is_some());
     let (done, total) = now.as_ref().and_then(|progress| progress.steps).unwrap_or((0, 0));
@@ -143,7 +167,7 @@ async fn progress(State(app): State<Arc<App>>, Extension(Client(client)): Extens
     let share = if total == 0 { 0.0 } else { done as f64 / total as f64 };
     Json(json!({
         "progress": share, "eta_relative": 0.0,
-        "state": {"skipped": false, "interrupted": false, "job": "", "job_count": own().count(), "job_no": 0,
+        "state": {"skipped": false, "interrupted": false, "job": "", "job_count": mine().count(), "job_no": 0,
                   "sampling_step": done, "sampling_steps": total},
         "current_image": shown.map(|bytes| to_base64(&bytes)), "textinfo": null,
     }))
@@ -152,6 +176,7 @@ async fn progress(State(app): State<Arc<App>>, Extension(Client(client)): Extens
 /// Gives up whatever the client waits for.
 async fn interrupt(State(app): State<Arc<App>>, Extension(Client(client)): Extension<Client>) -> Json<Value> {
     let all = app.under_way();
+    let client = own(&client);
     all.values()
         .filter(|one| one.client == client)
         .for_each(super::app::UnderWay::give_up);

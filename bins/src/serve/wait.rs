@@ -5,8 +5,9 @@ use std::sync::Arc;
 use axum::http::StatusCode;
 use l2p_engine::image_io::{ImageFormat, RgbImage};
 
-use super::app::{App, Ask, Drawing, encode};
+use super::app::{App, Ask, Drawing};
 use super::failure::Failure;
+use super::pictures::encode;
 
 /// A picture's file.
 pub struct Picture {
