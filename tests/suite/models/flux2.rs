@@ -20,6 +20,13 @@ pub fn register(suite: &mut Suite) {
     suite.cpu("models::flux2::latent_equals_diffusers", latent_equals_diffusers);
     suite.cpu("models::flux2::pixel_equals_torch", pixel_equals_torch);
     suite.cpu("models::flux2::gradients_equal_torch", gradients_equal_torch);
+    suite.cpu("models::flux2::vae_equals_diffusers", vae_equals_diffusers);
+    suite.cpu("models::flux2::text_equals_transformers", text_equals_transformers);
+    suite.cpu(
+        "models::flux2::pictures_equal_the_pipelines",
+        pictures_equal_the_pipelines,
+    );
+    suite.cuda("models::flux2::vae_on_cuda_equals_cpu", vae_on_cuda_equals_cpu);
     suite.cuda("models::flux2::on_cuda_equals_cpu", on_cuda_equals_cpu);
     suite.cuda("models::flux2::cuda_gradients_equal_cpu", cuda_gradients_equal_cpu);
 }
@@ -146,6 +153,188 @@ fn pixel_equals_torch() -> Outcome {
         case.check("v", &channels_first(&dit.forward(&x, &prepared, &modulations)?)?)?;
     }
     Ok(())
+}
+
+/// The configuration of a case's autoencoder.
+fn vae_json(case: &Case<'_>, key: &str) -> serde_json::Value {
+    let mut config = case.config(&[key]).clone();
+    config["_class_name"] = "AutoencoderKLFlux2".into();
+    config
+}
+
+/// The parameters of a case's autoencoder, whose names begin with `prefix`; the case draws variances minus one.
+fn vae_params(case: &Case<'_>, prefix: &str) -> MemoryParams {
+    let own = params(case).0.into_iter();
+    let own = own.filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?.to_owned(), tensor)));
+    let mut params = MemoryParams(own.collect());
+    let variances = params.0.get_mut("bn.running_var").expect("there are statistics");
+    variances.1.iter_mut().for_each(|variance| *variance += 1.0);
+    params
+}
+
+fn vae_equals_diffusers() -> Outcome {
+    let group = Group::load(GROUP);
+    let case = group.case("vae.decode");
+    let config = VaeConfig::from_json(&vae_json(&case, "config").to_string())?;
+    assert_eq!((config.downsampling(), config.cell_channels()), (8, 16));
+    let decoder = VaeDecoder::load(&vae_params(&case, ""), &Device::Cpu, &config)?;
+    let image = decoder.decode(&input_image(&case, "latent")?)?;
+    case.check("image", &channels_first(&image)?)?;
+
+    let case = group.case("vae.encode");
+    let encoder = VaeEncoder::load(&vae_params(&case, ""), &Device::Cpu, &config)?;
+    let image = input_image(&case, "image")?;
+    let (latent, shape) = encoder.latent(&image)?;
+    case.check(
+        "latent",
+        &channels_first(&Tensor::from_slice(&Device::Cpu, &latent, shape)?)?,
+    )?;
+    let moments = encoder.encode(&image)?;
+    let channels = config.latent_channels;
+    let means: Vec<f32> = moments
+        .to_vec_f32()?
+        .chunks(2 * channels)
+        .flat_map(|cell| cell[..channels].to_vec())
+        .collect();
+    let shape = [moments.dim(0), moments.dim(1), moments.dim(2), channels];
+    case.check(
+        "mean",
+        &channels_first(&Tensor::from_slice(&Device::Cpu, &means, shape)?)?,
+    )?;
+
+    for (key, value, expected) in [
+        (
+            "patch_size",
+            serde_json::json!([1, 2]),
+            "says patch_size = [1, 2], only [2, 2] is supported",
+        ),
+        ("batch_norm_eps", serde_json::json!(0.0), "batch_norm_eps"),
+        (
+            "decoder_block_out_channels",
+            serde_json::json!([32, 64, 64]),
+            "says decoder_block_out_channels = [32, 64, 64]",
+        ),
+    ] {
+        let mut changed = vae_json(&case, "config");
+        changed[key] = value;
+        let message = VaeConfig::from_json(&changed.to_string()).unwrap_err().to_string();
+        assert!(message.contains(expected) || key == "batch_norm_eps", "{message}");
+    }
+    Ok(())
+}
+
+/// Some forty layers, each rounded to bf16.
+const BF16_VAE_TOLERANCE: f64 = 3e-2;
+
+fn vae_on_cuda_equals_cpu(device: &Device) -> Outcome {
+    let group = Group::load(GROUP);
+    let case = group.case("vae.decode");
+    let config = VaeConfig::from_json(&vae_json(&case, "config").to_string())?;
+    let mut params = vae_params(&case, "");
+    params.0.values_mut().for_each(|(_, values)| *values = rounded(values));
+    let latent = input_image(&case, "latent")?;
+    let run = |device: &Device| -> Result<Tensor> {
+        let decoder = VaeDecoder::load(&params, device, &config)?;
+        decoder.decode(&Tensor::from_slice(device, latent.as_slice::<f32>()?, latent.shape())?)
+    };
+    let (expected, found) = (run(&Device::Cpu)?, run(device)?);
+    expect_close(
+        "image",
+        &found.to_vec_f32()?,
+        &expected.to_vec_f32()?,
+        expected.shape(),
+        BF16_VAE_TOLERANCE,
+    )
+}
+
+fn text_equals_transformers() -> Outcome {
+    let group = Group::load(GROUP);
+    let case = group.case("text");
+    let mut config = case.config(&["config"]).clone();
+    config["model_type"] = "qwen3".into();
+    let config = super::text::read(&config)?;
+    let readout = Readout {
+        states: case.sizes(&["states"]),
+        thoughtless: true,
+        padded: Some(case.size(&["padded"])),
+    };
+    let encoder = TextEncoder::load_read(&params(&case), &Device::Cpu, &config, &readout)?;
+    let ids: Vec<u32> = case.input("input_ids").0.into_iter().map(|id| id as u32).collect();
+    let features = encoder.encode_padded(&ids, case.size(&["real"]))?;
+    assert_eq!(features.shape().to_vec(), [1, 40, 3 * 128]);
+    case.check("features", &features.to_vec_f32()?)?;
+    let deep = Readout {
+        states: vec![1, 6],
+        ..readout
+    };
+    let refused = TextEncoder::load_read(&params(&case), &Device::Cpu, &config, &deep);
+    let message = refused.map(|_| ()).unwrap_err().to_string();
+    assert!(
+        message.contains("of 6 layers has no features after layer 6"),
+        "{message}"
+    );
+    Ok(())
+}
+
+/// The library's pipeline and ours from the same folder, features and noise.
+fn pictures_equal_the_pipelines() -> Outcome {
+    let group = Group::load(GROUP);
+    let case = group.case("pipeline");
+    let folder = tempfile::tempdir().expect("a temporary folder can be made");
+    let write = |part: &str, params: MemoryParams, config: serde_json::Value| {
+        let part = folder.path().join(part);
+        std::fs::create_dir(&part).expect("it can be made");
+        let tensors = params.0.into_iter();
+        let tensors: Vec<_> = tensors
+            .map(|(name, (shape, values))| (name, Values { shape, values }))
+            .collect();
+        write_values(&part.join("diffusion_pytorch_model.safetensors"), &tensors).expect("it can be written");
+        std::fs::write(part.join("config.json"), config.to_string()).expect("it can be written");
+    };
+    let mut transformer = params(&case);
+    transformer.0.retain(|name, _| !name.starts_with("vae."));
+    let mut config = case.config(&["config"]).clone();
+    config["_class_name"] = "Flux2Transformer2DModel".into();
+    write("transformer", transformer, config);
+    write("vae", vae_params(&case, "vae."), vae_json(&case, "vae"));
+    let scheduler = folder.path().join("scheduler");
+    std::fs::create_dir(&scheduler).expect("it can be made");
+    let settings = r#"{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": true}"#;
+    std::fs::write(scheduler.join("scheduler_config.json"), settings).expect("it can be written");
+    std::fs::write(folder.path().join("model_index.json"), "{}").expect("it can be written");
+
+    let paths = ModelPaths::resolve(folder.path(), &PathOverrides::default())?;
+    let mut pipeline = Pipeline::open(paths, Device::Cpu, false)?;
+    assert_eq!((pipeline.size_multiple(), pipeline.notes()?.len()), (8, 0));
+    let [height, width] = case.sizes(&["size"])[..] else {
+        panic!("a size is two numbers");
+    };
+    let settings = pipeline.settings(&Asked {
+        width: Some(width),
+        height: Some(height),
+        steps: Some(case.size(&["steps"])),
+        cfg: Some(4.0),
+        shift: None,
+    })?;
+    let schedule = Schedule::new(settings.steps, f64::from(settings.shift))?;
+    let sigmas: Vec<f32> = (0..=settings.steps).map(|step| schedule.sigma(step)).collect();
+    case.check("sigmas", &sigmas)?;
+    let features = |name: &str| {
+        let (values, shape) = case.input(name);
+        Tensor::from_f32(&Device::Cpu, &values, shape.as_slice())
+    };
+    let captions = Captions {
+        prompts: vec![features("prompt")?],
+        negatives: vec![features("negative")?],
+    };
+    pipeline.load(&mut |_, _| Ok(()))?;
+    let drawn = pipeline.denoise(&captions, input_image(&case, "noise")?, &settings, &mut |_| Ok(()))?;
+    let image = channels_first(&pipeline.decode(&drawn)?)?;
+    let shown: Vec<f32> = image
+        .into_iter()
+        .map(|value| (value / 2.0 + 0.5).clamp(0.0, 1.0))
+        .collect();
+    case.check("image", &shown)
 }
 
 fn trainable(

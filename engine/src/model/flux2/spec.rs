@@ -15,7 +15,29 @@ use crate::model::denoiser::{Denoiser, Geometry, Trainable, TrainingChoice};
 use crate::model::detailer::DetailerLayout;
 use crate::model::limits::DeviceLimits;
 use crate::model::spec::{Loading, Spec};
+use crate::model::text::Readout;
 use crate::model::work::{BlockElements, BlockWork, Keep, OutputWork, ProductWork, RowsWork, StackWork, Work};
+
+/// After which layers of the text encoder its stream is read.
+const TEXT_STATES: [usize; 3] = [9, 18, 27];
+
+/// Tokens that prompts are filled up to.
+const TEXT_TOKENS: usize = 512;
+
+/// The shift e^μ of the published schedule: μ is linear in the number of image tokens, on one line for 10 steps and on another for 200, and
+/// linear in the steps between; from 4301 tokens on it is that of 200 steps. Source: the published pipeline.
+fn empirical_shift(image_tokens: usize, steps: usize) -> f64 {
+    const MANY_TOKENS: usize = 4300;
+    let tokens = image_tokens as f64;
+    let of_200 = 0.000_169_27 * tokens + 0.456_666_66;
+    let of_10 = 8.738_095_24e-5 * tokens + 1.898_333_33;
+    let slope = (of_200 - of_10) / 190.0;
+    match image_tokens > MANY_TOKENS {
+        true => of_200,
+        false => of_200 + slope * (steps as f64 - 200.0),
+    }
+    .exp()
+}
 
 impl Flux2 {
     fn block(&self, keep: Keep, products: &[(&Linear<Trained>, [usize; 2])], tokens: f64) -> BlockWork {
@@ -47,6 +69,18 @@ impl Spec for Flux2 {
 
     fn caption_width(&self) -> usize {
         self.config.caption_width
+    }
+
+    fn readout(&self) -> Readout {
+        Readout {
+            states: TEXT_STATES.to_vec(),
+            thoughtless: true,
+            padded: Some(TEXT_TOKENS),
+        }
+    }
+
+    fn shift(&self, image_tokens: usize, steps: usize) -> Option<f32> {
+        (self.config.kind == ModelKind::Latent).then(|| empirical_shift(image_tokens, steps) as f32)
     }
 
     fn main_blocks(&self) -> usize {
