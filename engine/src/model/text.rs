@@ -33,7 +33,7 @@ use crate::tensor::Tensor;
 pub struct Readout {
     /// After how many layers the residual stream is read, ascending; several are laid side by side. Empty for all layers but the last.
     pub states: Vec<usize>,
-    /// Whether the chat template is told to think aloud no more.
+    /// Whether the chat template is rendered with thinking turned off.
     pub thoughtless: bool,
     /// Prompts are filled up with pads to so many tokens, whose features count like others; no token attends to a pad.
     pub padded: Option<usize>,

@@ -159,7 +159,12 @@ impl ModelFiles {
     /// # Errors
     /// Saying how to name a part that is missing, or what is damaged or does not fit.
     pub fn prompt_files(&self) -> Result<PromptFiles<'_>> {
-        let files = PromptFiles::open(&self.paths, &self.device, self.spec())?;
+        let files = PromptFiles::open(
+            &self.paths,
+            &self.device,
+            self.spec().caption_width(),
+            self.spec().readout(),
+        )?;
         let mut files = files.kept_in(self.text.clone());
         if let Some(limit) = self.limit {
             files.fit(limit, &self.device)?;

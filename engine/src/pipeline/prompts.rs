@@ -11,7 +11,7 @@ use crate::layers::{NamedParameter, metas};
 use crate::limits::Budget;
 use crate::model::config::TextConfig;
 use crate::model::text::{Readout, TextEncoder};
-use crate::model::{DeviceLimits, Precision, Spec};
+use crate::model::{DeviceLimits, Precision};
 use crate::tensor::Tensor;
 use crate::text::PromptTokenizer;
 
@@ -47,12 +47,11 @@ pub struct Encoded {
 }
 
 impl<'a> PromptFiles<'a> {
-    /// Finds the text encoder and tokenizer that the model's transformer takes features of.
+    /// Finds the text encoder and tokenizer of a model whose transformer takes features of the given width, which are read so.
     ///
     /// # Errors
     /// Saying how to name a part that is missing, or what is damaged, does not fit or cannot run on the device.
-    pub fn open(paths: &'a ModelPaths, device: &Device, spec: &dyn Spec) -> Result<Self> {
-        let (width, readout) = (spec.caption_width(), spec.readout());
+    pub fn open(paths: &'a ModelPaths, device: &Device, width: usize, readout: Readout) -> Result<Self> {
         let folder = paths.text_encoder()?;
         paths.tokenizer()?;
         let (config, checkpoint) = open_text_encoder(folder)?;

@@ -1,12 +1,17 @@
 //! FLUX.2's transformer, latent and pixel: forward passes and gradients.
 
+use l2p_engine::checkpoint::{ModelPaths, PathOverrides, Values, write_values};
+use l2p_engine::flow::schedule::Schedule;
 use l2p_engine::layers::MemoryParams;
-use l2p_engine::model::config::ModelKind;
+use l2p_engine::model::config::{ModelKind, VaeConfig};
 use l2p_engine::model::detailer::DetailerLayout;
 use l2p_engine::model::family::{Family, TransformerConfig};
 use l2p_engine::model::flux2::{Flux2, Flux2Config, Flux2Dit, Flux2Family};
 use l2p_engine::model::rope::RopeAxes;
+use l2p_engine::model::text::{Readout, TextEncoder};
+use l2p_engine::model::vae::{VaeDecoder, VaeEncoder};
 use l2p_engine::model::{Denoiser, Precision, Spec};
+use l2p_engine::pipeline::{Asked, Captions, Pipeline};
 use l2p_engine::train::{AdamWOptions, Batch, Recompute, StatePart, TrainOptions, TrainableModel};
 use l2p_engine::{Device, Result, Tensor};
 use l2p_tests::fixtures::{Case, Group, generated_weight};

@@ -47,6 +47,14 @@ impl Statistics {
     /// Mean and deviation of every channel.
     fn values(&self) -> Result<[Vec<f32>; 2]> {
         let variances = self.variance.tensor().to_vec_f32()?;
+        if let Some(variance) = variances
+            .iter()
+            .find(|variance| !(variance.is_finite() && **variance >= 0.0))
+        {
+            return Err(Error::invalid(format!(
+                "the VAE's tensor `bn.running_var` holds {variance}, which is no variance; the file is damaged"
+            )));
+        }
         let deviations = variances.into_iter().map(|variance| (variance + self.epsilon).sqrt());
         Ok([self.mean.tensor().to_vec_f32()?, deviations.collect()])
     }
