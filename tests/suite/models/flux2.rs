@@ -502,13 +502,16 @@ fn on_cuda_equals_cpu(device: &Device) -> Outcome {
     Ok(())
 }
 
+/// A gradient's name, shape and values.
+type Gradient = (String, Vec<usize>, Vec<f32>);
+
 /// As for Z-Image's models.
 const BF16_GRADIENT_TOLERANCE: Tolerance = Tolerance::of_gradients(4e-2);
 
 fn cuda_gradients_equal_cpu(device: &Device) -> Outcome {
     for (index, (config, [height, width], lengths)) in cuda_cases().into_iter().enumerate() {
         let (spec, params) = random(config);
-        let run = |device: &Device| -> Result<Vec<(String, Vec<usize>, Vec<f32>)>> {
+        let run = |device: &Device| -> Result<Vec<Gradient>> {
             let shape = [lengths.len(), height, width, spec.config.in_channels];
             let image = |name| Tensor::from_slice(device, &random_bf16(name, shape.iter().product()), shape);
             let (images, noise) = (image("images")?, image("noise")?);
