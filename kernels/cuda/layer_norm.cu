@@ -5,9 +5,9 @@
 #include "common/launch.cuh"
 #include "common/row.cuh"
 
-// x, output [rows, dim]; scale: rows of `stride` elements, one per batch item of `tokens` rows, or null.
+// x, output [rows, dim]; scale, shift: rows of `stride` elements, one per batch item of `tokens` rows, or null.
 extern "C" __global__ void layer_norm_modulate(
-    const bf16* x, const float* scale, bf16* output, int dim, int tokens, int stride, float epsilon) {
+    const bf16* x, const float* scale, const float* shift, bf16* output, int dim, int tokens, int stride, float epsilon) {
     __shared__ float scratch[MAX_WARPS];
     const size_t row_index = blockIdx.x;
     const int vectors = dim / 8;
@@ -34,6 +34,7 @@ extern "C" __global__ void layer_norm_modulate(
     const float inverse = rsqrtf(row_sum(squares, scratch) / dim + epsilon);
 
     const float* row_scale = scale == nullptr ? nullptr : scale + row_index / tokens * stride;
+    const float* row_shift = shift == nullptr ? nullptr : shift + row_index / tokens * stride;
 #pragma unroll
     for (int i = 0; i < ROW_VECTORS; ++i) {
         const int vector = threadIdx.x + i * blockDim.x;
@@ -45,6 +46,12 @@ extern "C" __global__ void layer_norm_modulate(
             load8(factor, row_scale + vector * 8);
 #pragma unroll
             for (int j = 0; j < 8; ++j) row.value[i][j] *= 1.0f + factor[j];
+        }
+        if (row_shift != nullptr) {
+            float summand[8];
+            load8(summand, row_shift + vector * 8);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) row.value[i][j] += summand[j];
         }
         store8(output + row_index * dim + vector * 8, row.value[i]);
     }

@@ -5,6 +5,7 @@
 //! | `latent/` | a latent model as diffusers lays it out, its transformer in two shards |
 //! | `pixel/` | a pixel model behind an `l2p.json`, its text encoder and tokenizer those of `latent/` |
 //! | `eight-bit/` | the same with a transformer of eight bits, in all spellings |
+//! | `flux2/` | FLUX.2's transformer, in a single file and in a folder, and its autoencoder |
 //! | `tokenizers/` | tokenizer folders of each kind of vocabulary |
 //! | `templates/` | chat templates |
 //! | `data/` | a data set: pictures of each format, metadata of each kind |
@@ -22,9 +23,12 @@ use anyhow::Context;
 use clap::Parser;
 use l2p_engine::checkpoint::{Values, write_values};
 use l2p_engine::image_io::{RgbImage, Settings, StartSettings, WeightSettings, WriteOptions, write_image};
+use l2p_engine::layers::metas;
 use l2p_engine::model::Spec;
-use l2p_engine::model::config::ModelKind;
+use l2p_engine::model::config::{ModelKind, VaeConfig};
 use l2p_engine::model::detailer::DetailerLayout;
+use l2p_engine::model::flux2::{Flux2, Flux2Config};
+use l2p_engine::model::vae::{VaeDecoder, VaeEncoder};
 use l2p_engine::model::zimage::{DitConfig, ZImage};
 use l2p_tests::hash_uniform;
 use serde_json::{Value, json};
@@ -76,6 +80,7 @@ pub fn make(folder: &Path) -> anyhow::Result<()> {
     pixel(&folder.join("eight-bit"), &|path, tensors| {
         eight_bit::write(path, tensors)
     })?;
+    flux2(&folder.join("flux2"))?;
     vocabulary::write_tokenizers(&folder.join("tokenizers"))?;
     write(&folder.join("templates/qwen.jinja"), vocabulary::TEMPLATE.as_bytes())?;
     write(
@@ -187,6 +192,67 @@ fn latent(folder: &Path) -> anyhow::Result<()> {
     text_encoder(&folder.join("text_encoder"))?;
     vocabulary::write_byte_pairs(&folder.join("tokenizer"))?;
     vae(&folder.join("vae"))
+}
+
+/// A latent model of the second family with its autoencoder.
+fn flux2(folder: &Path) -> anyhow::Result<()> {
+    let model = Flux2 {
+        config: Flux2Config {
+            kind: ModelKind::Latent,
+            dim: 16,
+            heads: 2,
+            head_dim: 8,
+            double_blocks: 1,
+            single_blocks: 1,
+            ffn_hidden: 24,
+            caption_width: 3 * WIDTH,
+            patch: 1,
+            in_channels: 16,
+            rope_theta: 2000.0,
+            axes_dims: [2; 4],
+            norm_eps: 1e-6,
+            t_frequencies: 16,
+        },
+        head: None,
+    };
+    write_json(
+        &folder.join("model_index.json"),
+        &json!({"_class_name": "Flux2KleinPipeline"}),
+    )?;
+    let scheduler = json!({
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": true,
+    });
+    write_json(&folder.join("scheduler/scheduler_config.json"), &scheduler)?;
+    write_json(&folder.join("transformer/config.json"), &model.config_json())?;
+    write_tensors(
+        &folder.join("transformer/diffusion_pytorch_model.safetensors"),
+        model.tensors(),
+    )?;
+    // The names of the original files, as far as these are enough to be told by.
+    let single = model.tensors().into_iter().map(|(name, shape)| {
+        let name = name.replace("norm_out.linear", "final_layer.adaLN_modulation.1");
+        (name.replace("x_embedder", "img_in"), shape)
+    });
+    write_tensors(&folder.join("single.safetensors"), single.collect())?;
+    let config = json!({
+        "_class_name": "AutoencoderKLFlux2", "latent_channels": 4, "block_out_channels": [8, 8], "layers_per_block": 1,
+        "norm_num_groups": 4, "batch_norm_eps": 1e-4, "patch_size": [2, 2], "use_quant_conv": true, "use_post_quant_conv": true,
+    });
+    write_json(&folder.join("vae/config.json"), &config)?;
+    let config = VaeConfig::from_json(&config.to_string())?;
+    let (decoder, encoder) = (VaeDecoder::describe(&config), VaeEncoder::describe(&config));
+    let described = [metas(&decoder), metas(&encoder)].concat();
+    let parts = described.into_iter().flat_map(|meta| meta.parts.clone());
+    let mut tensors: Vec<_> = parts.map(|part| (part.name, part.shape)).collect();
+    tensors.sort();
+    tensors.dedup();
+    let mut tensors = values(tensors);
+    let variances = tensors.iter_mut().filter(|(name, _)| name == "bn.running_var");
+    variances.for_each(|(_, own)| own.values.iter_mut().for_each(|value| *value = value.abs()));
+    Ok(write_values(
+        &folder.join("vae/diffusion_pytorch_model.safetensors"),
+        &tensors,
+    )?)
 }
 
 /// A small taxonomy, prompts that were written over it and checked, and answers as language models give them.

@@ -72,7 +72,7 @@ const SET: &[&str] = &[
 ];
 
 /// All of them. Weights follow cost: what takes microseconds is read most often.
-pub static READERS: [Reader; 32] = [
+pub static READERS: [Reader; 33] = [
     reader(
         "safetensors",
         130,
@@ -88,6 +88,13 @@ pub static READERS: [Reader; 32] = [
         files::shards,
     ),
     reader("inspect", 50, &["latent/"], &[".json", ".safetensors"], files::inspect),
+    reader(
+        "second family",
+        40,
+        &["flux2/"],
+        &[".json", ".safetensors"],
+        files::second_family,
+    ),
     reader("convert", 20, &["latent/", "pixel/"], &["transformer/"], files::convert),
     reader("tokenizer", 110, &["tokenizers/"], &["tokenizer"], files::tokenizer),
     reader(

@@ -219,6 +219,8 @@ fn is_vae_tensor(name: &str, config: &VaeConfig) -> bool {
     let words: Vec<&str> = rest.split('.').collect();
     let is_member = match (half, &words[..]) {
         ("quant_conv", ["weight" | "bias"]) => return true,
+        ("post_quant_conv", ["weight" | "bias"]) => return config.use_post_quant_conv,
+        ("bn", ["running_mean" | "running_var" | "num_batches_tracked"]) => return config.batch_norm_eps.is_some(),
         ("decoder" | "encoder", ["conv_in" | "conv_out" | "conv_norm_out", _]) => true,
         ("decoder", ["up_blocks", block, rest @ ..]) | ("encoder", ["down_blocks", block, rest @ ..]) => {
             below(block, blocks)

@@ -182,6 +182,18 @@ impl Checkpoint {
                     checkpoint.note_layout(packed);
                     checkpoint.insert(canonical, tensor)?;
                 }
+                Meaning::Swapped(canonical) => {
+                    checkpoint.note_layout(true);
+                    let swapped = tensor.with_halves_swapped().ok_or_else(|| {
+                        let reason = format!(
+                            "tensor `{}` has shape {:?} and no scales of its own, expected two equal halves of rows of numbers",
+                            shown_name(&name),
+                            tensor.shape()
+                        );
+                        Error::file(tensor.path(), reason)
+                    })?;
+                    checkpoint.insert(canonical, swapped)?;
+                }
                 Meaning::Stack(parts) => {
                     checkpoint.note_layout(true);
                     for (part, canonical) in parts.iter().enumerate() {

@@ -22,6 +22,8 @@ pub struct CheckpointTensor {
     file: Arc<SafetensorsFile>,
     /// How its bytes become numbers, where they are none as they stand.
     decoding: Option<Arc<Decoding>>,
+    /// Whether the second half of its bytes comes before the first.
+    swapped: bool,
 }
 
 impl CheckpointTensor {
@@ -32,6 +34,7 @@ impl CheckpointTensor {
             stored_name,
             file,
             decoding: None,
+            swapped: false,
         }
     }
 
@@ -66,7 +69,14 @@ impl CheckpointTensor {
     /// # Errors
     /// When they cannot be read.
     pub fn bytes(&self) -> Result<Vec<u8>> {
-        self.file.bytes(&self.stored)
+        match self.swapped {
+            false => self.file.bytes(&self.stored),
+            true => {
+                let mut bytes = vec![0; self.byte_count()];
+                self.read_at(0, &mut bytes)?;
+                Ok(bytes)
+            }
+        }
     }
 
     /// Fills `target` with the bytes from `first` on, as the file holds them.
@@ -75,7 +85,20 @@ impl CheckpointTensor {
     /// When they cannot be read.
     pub(super) fn read_at(&self, first: usize, target: &mut [u8]) -> Result<()> {
         debug_assert!(first + target.len() <= self.byte_count());
-        self.file.read_at(self.stored.range.start + first, target)
+        let start = self.stored.range.start;
+        if !self.swapped {
+            return self.file.read_at(start + first, target);
+        }
+        let half = self.byte_count() / 2;
+        let in_first = half.saturating_sub(first).min(target.len());
+        let (own_first, own_second) = target.split_at_mut(in_first);
+        if !own_first.is_empty() {
+            self.file.read_at(start + half + first, own_first)?;
+        }
+        match own_second.is_empty() {
+            true => Ok(()),
+            false => self.file.read_at(start + (first + in_first - half), own_second),
+        }
     }
 
     /// The size of [`CheckpointTensor::bytes`], without reading them.
@@ -188,6 +211,16 @@ impl CheckpointTensor {
             self.stored.shape.pop();
         }
         self
+    }
+
+    /// The same tensor whose second half of rows comes first; `None` where its rows are odd in number or have scales of their own.
+    pub(super) fn with_halves_swapped(&self) -> Option<Self> {
+        let even = self.stored.shape.first().is_some_and(|rows| rows.is_multiple_of(2));
+        let fits = even && self.byte_count().is_multiple_of(2) && self.decoding.is_none();
+        fits.then(|| CheckpointTensor {
+            swapped: !self.swapped,
+            ..self.clone()
+        })
     }
 
     /// The `part`-th of `parts` equal groups of rows.

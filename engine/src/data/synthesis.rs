@@ -417,7 +417,8 @@ fn encode(
     progress: &mut dyn FnMut(&'static str, usize, usize) -> Result<()>,
 ) -> Result<FeatureStore> {
     let device = pipeline.device();
-    let files = PromptFiles::open(pipeline.paths(), device, pipeline.spec().caption_width())?;
+    let spec = pipeline.spec();
+    let files = PromptFiles::open(pipeline.paths(), device, spec.caption_width(), spec.readout())?;
     let store = FeatureStore::open(&options.cache.join("captions"), &files.identity(device)?)?;
     let mut texts: BTreeSet<&str> = numbers.iter().map(|&number| jobs[number].prompt.as_str()).collect();
     if options.settings.cfg != 1.0 {

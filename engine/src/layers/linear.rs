@@ -164,6 +164,21 @@ impl Linear<Described> {
 }
 
 impl Linear {
+    /// The layer of `count` of its outputs from `start` on, without bias; a view, nothing is copied.
+    ///
+    /// # Errors
+    /// When they reach past the end.
+    pub fn outputs(&self, start: usize, count: usize) -> Result<Linear> {
+        let part = |tensor: &Tensor| tensor.narrow(start, count);
+        Ok(Linear {
+            weight: match &self.weight {
+                Weight::Dense(values) => Weight::Dense(part(values)?),
+                Weight::Quantised(quantised) => Weight::Quantised(quantised.clone().map(part)?),
+            },
+            bias: None,
+        })
+    }
+
     /// In which coding the layer takes its input best; `None` for values in the compute type.
     pub fn coding(&self) -> Option<Coding> {
         match &self.weight {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::config::{Described, read_json};
 use super::family::{Family, TransformerConfig};
+use super::flux2::Flux2Family;
 use super::spec::Spec;
 use super::zimage::ZImageFamily;
 use crate::error::{Error, Result};
@@ -14,6 +15,7 @@ use crate::printable::shown_name;
 /// All families; the first is taken where names tell nothing.
 const FAMILIES: &[&dyn Family] = &[
     &ZImageFamily,
+    &Flux2Family,
     #[cfg(test)]
     &super::plain::PlainFamily,
 ];

@@ -24,6 +24,8 @@ pub enum Meaning {
     },
     /// Equal groups of rows, which are tensors with these canonical names, from the first row on.
     Stack(Vec<String>),
+    /// The tensor with this canonical name, whose two halves of rows stand in the other order.
+    Swapped(String),
     /// Not part of such a model.
     Foreign,
 }

@@ -5,6 +5,7 @@ pub mod denoiser;
 pub mod detailer;
 pub mod families;
 pub mod family;
+pub mod flux2;
 pub mod language;
 pub mod limits;
 pub mod memory;

@@ -1,26 +1,29 @@
-//! Rotary position tables of the diffusion transformer: three axes, interleaved pairs.
+//! Rotary position tables of diffusion transformers: some axes, interleaved pairs.
 //!
-//! A head's channels are split over the axes (32, 48 and 48 of 128); pair `i` of an axis of `d` channels turns by
-//! `position · θ^(−2i/d)`. Angles are computed in f64 and rounded to f32 before sine and cosine, as the published model does.
+//! A head's channels are split over the axes (Z-Image: 32, 48 and 48 of 128; FLUX.2: four times 32); pair `i` of an axis of `d` channels
+//! turns by `position · θ^(−2i/d)`. Angles are computed in f64; whether they are rounded to f32 before sine and cosine is the published
+//! model's choice.
 //! Source: Su et al., "RoFormer" (2021), and the position ids of the Z-Image transformer.
 
 use crate::device::Device;
 use crate::error::Result;
 use crate::tensor::Tensor;
 
-/// A token's position on the three axes.
-pub type Position = [usize; 3];
+/// A token's position on the axes.
+pub type Position<const AXES: usize = 3> = [usize; AXES];
 
 /// The axes of a rotary embedding.
 #[derive(Clone, Debug, PartialEq)]
-pub struct RopeAxes {
+pub struct RopeAxes<const AXES: usize = 3> {
     /// Base of the frequencies.
     pub theta: f64,
     /// Channels per axis, even; their sum is the head dimension.
-    pub dims: [usize; 3],
+    pub dims: [usize; AXES],
+    /// Whether angles are rounded to f32.
+    pub rounded: bool,
 }
 
-impl RopeAxes {
+impl<const AXES: usize> RopeAxes<AXES> {
     /// Pairs of channels over all axes.
     pub fn pairs(&self) -> usize {
         self.dims.iter().sum::<usize>() / 2
@@ -35,7 +38,7 @@ impl RopeAxes {
             (0..count).flat_map(|position| frequencies.iter().map(move |frequency| position as f64 * frequency));
         angles
             .flat_map(|angle| {
-                let angle = f64::from(angle as f32);
+                let angle = if self.rounded { f64::from(angle as f32) } else { angle };
                 [angle.cos() as f32, angle.sin() as f32]
             })
             .collect()
@@ -45,10 +48,10 @@ impl RopeAxes {
     ///
     /// # Errors
     /// When the device has no room, or the items have different lengths.
-    pub fn table(&self, device: &Device, items: &[Vec<Position>]) -> Result<Tensor> {
+    pub fn table(&self, device: &Device, items: &[Vec<Position<AXES>>]) -> Result<Tensor> {
         let tokens = items.first().map_or(0, Vec::len);
         // Many tokens share few positions per axis, so sines are taken once per position.
-        let axes = [0, 1, 2].map(|axis| {
+        let axes: [Vec<f32>; AXES] = std::array::from_fn(|axis| {
             let count = items
                 .iter()
                 .flatten()
@@ -102,6 +105,7 @@ mod tests {
         let axes = RopeAxes {
             theta: 256.0,
             dims: [32, 48, 48],
+            rounded: true,
         };
         let table = axes.table(&Device::Cpu, &[vec![[3, 1, 2]]]).unwrap();
         assert_eq!(*table.shape(), [1, 1, 64, 2]);

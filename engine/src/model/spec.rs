@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::denoiser::{Denoiser, Geometry, Trainable, TrainingChoice};
 use super::detailer::DetailerLayout;
+use super::text::Readout;
 use super::work::Work;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -23,6 +24,17 @@ pub trait Spec: fmt::Debug + Send + Sync {
 
     /// Width of the caption features that it takes.
     fn caption_width(&self) -> usize;
+
+    /// What it takes of a prompt from its text encoder.
+    fn readout(&self) -> Readout {
+        Readout::default()
+    }
+
+    /// How far sigmas are shifted for a picture of so many image tokens and so many steps, where its published schedule says so; `None`
+    /// where one shift serves all.
+    fn shift(&self, _image_tokens: usize, _steps: usize) -> Option<f32> {
+        None
+    }
 
     /// Tokens of images and of captions are padded to multiples of this many.
     fn token_multiple(&self) -> usize {

@@ -8,8 +8,8 @@
 //! h = h + W_down · ( silu(W_gate · b) · (W_up · b) ),  b = rms_norm(h)
 //! ```
 //!
-//! The features of a prompt are `hidden_states[-2]` of the reference: `h` after all layers but the last, not normalised. The
-//! last layer and the final normalisation are therefore neither loaded nor run. Source: "Qwen3 Technical Report" (2025).
+//! The features of a prompt are by default `hidden_states[-2]` of the reference: `h` after all layers but the last, not normalised; or,
+//! as a [`Readout`] says, `h` after several layers, side by side. What follows the last of these is neither loaded nor run. Source: "Qwen3 Technical Report" (2025).
 
 use super::config::TextConfig;
 use super::limits::DeviceLimits;
@@ -24,18 +24,54 @@ use crate::ops::embedding::embedding;
 use crate::ops::qk_norm_rope::{QkNormRope, Rotation, qk_norm_rope};
 use crate::ops::rms_norm::rms_norm;
 use crate::ops::swiglu::swiglu;
+use crate::ops::tokens::concat_all;
 use crate::profile;
 use crate::tensor::Tensor;
+
+/// What a transformer takes of a prompt.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Readout {
+    /// After how many layers the residual stream is read, ascending; several are laid side by side. Empty for all layers but the last.
+    pub states: Vec<usize>,
+    /// Whether the chat template is rendered with thinking turned off.
+    pub thoughtless: bool,
+    /// Prompts are filled up with pads to so many tokens, whose features count like others; no token attends to a pad.
+    pub padded: Option<usize>,
+}
+
+impl Readout {
+    /// How many streams are laid side by side.
+    pub fn count(&self) -> usize {
+        self.states.len().max(1)
+    }
+
+    /// The layers to be run of so many.
+    ///
+    /// # Errors
+    /// When there are not enough: the last layer's stream is not read.
+    pub fn layers(&self, layers: usize) -> Result<usize> {
+        let most = layers.checked_sub(1);
+        let most = most.ok_or_else(|| Error::invalid("a text encoder without layers has no features to read out"))?;
+        match self.states.last() {
+            None => Ok(most),
+            Some(last) if *last <= most => Ok(*last),
+            Some(last) => Err(Error::invalid(format!(
+                "a text encoder of {layers} layers has no features after layer {last} that this transformer could take"
+            ))),
+        }
+    }
+}
 
 module! {
     /// The encoder.
     pub struct TextEncoder<K> {
         /// `[vocabulary, dim]`
         embeddings: Bare<K>,
-        /// All layers but the last.
+        /// Up to the last that is read.
         layers: Vec<Layer<K>>,
         ;
         config: TextConfig,
+        states: Vec<usize>,
         ; made
         streamed: Option<Arc<Streamed>>,
     }
@@ -71,9 +107,15 @@ impl TextEncoder<Described> {
     /// # Errors
     /// When there are no layers.
     pub fn describe(config: &TextConfig, prefix: &str) -> Result<Self> {
-        let layers = config.layers.checked_sub(1);
-        let layers =
-            layers.ok_or_else(|| Error::invalid("a text encoder without layers has no features to read out"))?;
+        Self::describe_read(config, prefix, &Readout::default())
+    }
+
+    /// The same of as many layers as are read.
+    ///
+    /// # Errors
+    /// When there are fewer.
+    pub fn describe_read(config: &TextConfig, prefix: &str, readout: &Readout) -> Result<Self> {
+        let layers = readout.layers(config.layers)?;
         Ok(TextEncoder {
             embeddings: Bare::new(
                 Group::Other,
@@ -84,6 +126,7 @@ impl TextEncoder<Described> {
                 .map(|index| Layer::describe(config, &format!("{prefix}layers.{index}"), index))
                 .collect(),
             config: config.clone(),
+            states: readout.states.clone(),
             streamed: None,
         })
     }
@@ -133,12 +176,25 @@ impl TextEncoder {
     /// # Errors
     /// When a tensor is missing, has another shape, the device's kernels cannot take its sizes, or it has no room.
     pub fn load(params: &dyn ParamSource, device: &Device, config: &TextConfig) -> Result<Self> {
+        Self::load_read(params, device, config, &Readout::default())
+    }
+
+    /// The same for what is to be read.
+    ///
+    /// # Errors
+    /// As [`TextEncoder::load`], and when there are not enough layers.
+    pub fn load_read(
+        params: &dyn ParamSource,
+        device: &Device,
+        config: &TextConfig,
+        readout: &Readout,
+    ) -> Result<Self> {
         config.ensure_runs_on(device)?;
         let prefix = match params.shape(&format!("model.{EMBEDDINGS}")) {
             Some(_) => "model.",
             None => "",
         };
-        let described = TextEncoder::describe(config, prefix)?;
+        let described = TextEncoder::describe_read(config, prefix, readout)?;
         let mut encoder = Loader::load(&described, params, device, &mut |_, _| Ok(()))?;
         encoder.streamed = params.streamed();
         Ok(encoder)
@@ -149,8 +205,18 @@ impl TextEncoder {
     /// # Errors
     /// When there are no ids, one of them is not in the vocabulary, or the device has no room.
     pub fn encode(&self, ids: &[u32]) -> Result<Tensor> {
+        self.encode_padded(ids, ids.len())
+    }
+
+    /// The same where ids from `real` on are pads, to which no token attends; their features are given too.
+    ///
+    /// # Errors
+    /// As [`TextEncoder::encode`].
+    pub fn encode_padded(&self, ids: &[u32], real: usize) -> Result<Tensor> {
         let _range = profile::range(c"text encoder");
         let device = self.embeddings.tensor().device();
+        let keys = (real < ids.len()).then(|| Tensor::from_slice(&device, &[real as i32], [1]));
+        let keys = keys.transpose()?;
         let ids = Tensor::from_slice(&device, &checked(ids, self.config.vocabulary)?, [1, ids.len()])?;
         let rotation = rotation(&self.config, &device, ids.dim(1))?;
         let epsilon = self.config.norm_eps;
@@ -159,22 +225,37 @@ impl TextEncoder {
             return Ok(stream);
         };
         let mut input = rms_norm(&stream, first.input_norm.tensor(), epsilon)?;
+        let mut read = Vec::with_capacity(self.states.len());
         let mut pass = self.streamed.as_deref().map(Streamed::pass).transpose()?;
         for (index, layer) in self.layers.iter().enumerate() {
             let _range = profile::range(c"layer");
             pass.as_mut().map_or(Ok(()), |pass| pass.before(index))?;
-            let attended = layer.attend(&input, &self.config, &rotation)?;
+            let attended = layer.attend(&input, &self.config, &rotation, keys.as_ref())?;
             let (sum, normalised) = add_rms_norm(&stream, &attended, layer.post_attention_norm.tensor(), epsilon)?;
             let forwarded = layer.down.forward(&swiglu(&layer.gate_up.forward(&normalised)?)?)?;
             match self.layers.get(index + 1) {
                 Some(next) => (stream, input) = add_rms_norm(&sum, &forwarded, next.input_norm.tensor(), epsilon)?,
                 None => stream = add(&sum, &forwarded)?,
             }
+            if self.states.contains(&(index + 1)) {
+                read.push(stream.clone());
+            }
             pass.as_mut().map_or(Ok(()), |pass| pass.after(index))?;
         }
         pass.map_or(Ok(()), Pass::end)?;
-        Ok(stream)
+        match &read[..] {
+            [] => Ok(stream),
+            read => side_by_side(read),
+        }
     }
+}
+
+/// Streams `[1, tokens, dim]` as `[1, tokens, all of them]`.
+fn side_by_side(streams: &[Tensor]) -> Result<Tensor> {
+    let [tokens, dim] = [streams[0].dim(1), streams[0].dim(2)];
+    let rows = streams.iter().map(|stream| stream.reshape([tokens, 1, dim]));
+    let rows: Vec<Tensor> = rows.collect::<Result<_>>()?;
+    concat_all(&rows.iter().collect::<Vec<_>>())?.into_shape([1, tokens, streams.len() * dim])
 }
 
 /// The ids as a kernel reads them, all within the vocabulary.
@@ -215,8 +296,8 @@ pub(super) fn rotation(config: &TextConfig, device: &Device, tokens: usize) -> R
 
 impl Layer {
     /// The attention sublayer without its residual sum.
-    fn attend(&self, input: &Tensor, config: &TextConfig, rotation: &Tensor) -> Result<Tensor> {
-        self.attended(&self.turned(input, config, rotation)?, config)
+    fn attend(&self, input: &Tensor, config: &TextConfig, rotation: &Tensor, keys: Option<&Tensor>) -> Result<Tensor> {
+        self.attended_among(&self.turned(input, config, rotation)?, config, keys)
     }
 
     /// Packed queries, keys and values of the normalised stream, queries and keys normalised and turned.
@@ -241,6 +322,10 @@ impl Layer {
 
     /// The attention sublayer of these, without its residual sum.
     pub(super) fn attended(&self, qkv: &Tensor, config: &TextConfig) -> Result<Tensor> {
+        self.attended_among(qkv, config, None)
+    }
+
+    fn attended_among(&self, qkv: &Tensor, config: &TextConfig, keys: Option<&Tensor>) -> Result<Tensor> {
         let heads = Attention {
             heads: config.heads,
             kv_heads: config.kv_heads,
@@ -248,6 +333,6 @@ impl Layer {
             causal: true,
             scale: 1.0 / (config.head_dim as f32).sqrt(),
         };
-        self.out.forward(&attention(qkv, &heads, None)?)
+        self.out.forward(&attention(qkv, &heads, keys)?)
     }
 }

@@ -11,9 +11,9 @@ use crate::tensor::Tensor;
 module! {
     /// Sinusoid and a two-layer perceptron.
     pub struct TimeEmbedder<K> {
-        /// `[hidden, frequencies]`, with bias.
+        /// `[hidden, frequencies]`, with bias unless described without.
         pub first: Linear<K>,
-        /// `[width, hidden]`, with bias.
+        /// `[width, hidden]`, likewise.
         pub second: Linear<K>,
         ;
         frequencies: usize,
@@ -31,6 +31,12 @@ impl TimeEmbedder<Described> {
             frequencies,
             scale,
         }
+    }
+
+    /// The same embedder, whose layers have no biases.
+    pub(super) fn without_bias(mut self) -> Self {
+        (self.first.bias, self.second.bias) = (None, None);
+        self
     }
 }
 

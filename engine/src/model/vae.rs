@@ -7,9 +7,11 @@
 
 mod attention;
 mod encoder;
+mod packing;
 
 use self::attention::MidAttention;
 pub use self::encoder::VaeEncoder;
+use self::packing::Statistics;
 use super::config::VaeConfig;
 use super::limits::{DeviceLimits, vectors};
 use crate::device::Device;
@@ -30,6 +32,10 @@ const EPSILON: f32 = 1e-6;
 module! {
     /// The decoder.
     pub struct VaeDecoder<K> {
+        /// Of packed latents.
+        statistics: Option<Statistics<K>>,
+        /// 1×1 before the rest.
+        before: Option<ConvLayer<K>>,
         input: ConvLayer<K>,
         mid: Middle<K>,
         /// Deepest first.
@@ -173,7 +179,13 @@ impl VaeDecoder<Described> {
             width = outputs;
         }
         let same = Some(Input::Same);
+        let before = || {
+            let channels = config.latent_channels;
+            conv("post_quant_conv", 1, channels, channels, same)
+        };
         VaeDecoder {
+            statistics: Statistics::describe(config),
+            before: config.use_post_quant_conv.then(before),
             input: conv("decoder.conv_in", 3, config.latent_channels, deepest, same),
             mid: Middle::describe(config, "decoder.mid_block", deepest),
             blocks,
@@ -195,6 +207,7 @@ impl VaeDecoder {
         config.ensure_runs_on(device)?;
         let mut vae = Loader::load(&VaeDecoder::describe(config), params, device, &mut |_, _| Ok(()))?;
         vae.mid.fill_up(device)?;
+        vae.statistics.as_mut().map_or(Ok(()), |own| own.arrange(device))?;
         Ok(vae)
     }
 
@@ -212,7 +225,13 @@ impl VaeDecoder {
         let _range = profile::range(c"vae decode");
         let config = &self.config;
         latent.ensure_rank("vae", "latent", 4, "[batch, rows, columns, channels]")?;
-        let mut x = denormalize_latent(latent, config.scaling_factor, config.shift_factor)?;
+        let mut x = match &self.statistics {
+            Some(statistics) => statistics.unpack(latent)?,
+            None => denormalize_latent(latent, config.scaling_factor, config.shift_factor)?,
+        };
+        if let Some(before) = &self.before {
+            x = conv2d(&x, None, before, Activation::None, None)?;
+        }
         x = conv2d(&x, None, &self.input, Activation::None, None)?;
         x = self.mid.forward(x)?;
         for block in &self.blocks {

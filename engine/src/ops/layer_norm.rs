@@ -1,7 +1,9 @@
 //! Layer normalisation without learned factors, and its modulation.
 //!
 //! [`layer_norm_modulate`]: `(x − mean(x)) / sqrt(var(x) + ε) · (1 + scale)`, mean and (biased) variance over the last
-//! dimension, for `x` `[batch, tokens, dim]`; the scale is one f32 vector per batch item. [`layer_norm_modulate_backward`], with x̂ the
+//! dimension, for `x` `[batch, tokens, dim]`; the scale is one f32 vector per batch item. [`layer_norm_shift`] adds another such
+//! vector; the gradient of `x` is the same, and that of the shift is [`super::gated_add::item_sums`] of `dy`.
+//! [`layer_norm_modulate_backward`], with x̂ the
 //! normalised rows and `g = dy · (1 + scale)`: `dx = (g − mean(g) − x̂ · mean(g · x̂)) / sqrt(var(x) + ε)`, `d scale = Σ dy · x̂` over an
 //! item's rows. On CUDA `dim` is a multiple of 8 and
 //! at most 32768, in the backward pass 8192. Source: Ba et al., "Layer Normalization" (2016); the modulation is that of the final layer of the latent
@@ -23,16 +25,36 @@ use crate::tensor::Tensor;
 /// # Errors
 /// When shapes, types or devices do not fit.
 pub fn layer_norm_modulate(x: &Tensor, scale: Option<Modulation<'_>>, epsilon: f32) -> Result<Tensor> {
+    modulated(x, scale, None, epsilon)
+}
+
+/// The normalised rows of `x`, times `1 + scale`, plus `shift`; both are vectors of one table.
+///
+/// # Errors
+/// When shapes, types or devices do not fit, or the vectors are of tables of different sizes.
+pub fn layer_norm_shift(x: &Tensor, scale: Modulation<'_>, shift: Modulation<'_>, epsilon: f32) -> Result<Tensor> {
+    if scale.stride() != shift.stride() {
+        return Err(Error::invalid(
+            "layer_norm_shift: scale and shift are of tables of different sizes",
+        ));
+    }
+    modulated(x, Some(scale), Some(shift), epsilon)
+}
+
+fn modulated(x: &Tensor, scale: Option<Modulation<'_>>, shift: Option<Modulation<'_>>, epsilon: f32) -> Result<Tensor> {
     const OP: &str = "layer_norm_modulate";
     let sizes = TokenSizes::of(OP, "x", x)?;
-    if let Some(scale) = &scale {
-        scale.expect(OP, "scale", sizes.batch, sizes.dim, x)?;
+    for (name, vectors) in [("scale", &scale), ("shift", &shift)] {
+        if let Some(vectors) = vectors {
+            vectors.expect(OP, name, sizes.batch, sizes.dim, x)?;
+        }
     }
+    let vectors = [scale.as_ref(), shift.as_ref()];
     let mut output = Tensor::empty(&x.device(), x.shape(), x.dtype())?;
     let _op = crate::profile::op(OP, x, 0, 2 * x.bytes());
     match x.cuda() {
-        None => cpu_layer_norm(x, scale.as_ref(), epsilon, sizes, &mut output)?,
-        Some(device) => cuda_layer_norm(OP, device, x, scale.as_ref(), epsilon, sizes, &mut output)?,
+        None => cpu_layer_norm(x, vectors, epsilon, sizes, &mut output)?,
+        Some(device) => cuda_layer_norm(OP, device, x, vectors, epsilon, sizes, &mut output)?,
     }
     Ok(output)
 }
@@ -191,7 +213,7 @@ fn cuda_backward(
 
 fn cpu_layer_norm(
     x: &Tensor,
-    scale: Option<&Modulation<'_>>,
+    [scale, shift]: [Option<&Modulation<'_>>; 2],
     epsilon: f32,
     sizes: TokenSizes,
     output: &mut Tensor,
@@ -200,6 +222,7 @@ fn cpu_layer_norm(
         return Ok(());
     }
     let scales = Modulation::rows_or_none(scale, sizes.batch)?;
+    let shifts = Modulation::rows_or_none(shift, sizes.batch)?;
     let rows = x.as_slice::<f32>()?.par_chunks(sizes.dim);
     let outputs = output.as_mut_slice::<f32>()?.par_chunks_mut(sizes.dim);
     outputs.zip(rows).enumerate().for_each(|(row, (output, x))| {
@@ -212,6 +235,11 @@ fn cpu_layer_norm(
                 *output *= 1.0 + scale;
             }
         }
+        if let Some(shifts) = &shifts {
+            for (output, shift) in output.iter_mut().zip(shifts[row / sizes.tokens]) {
+                *output += shift;
+            }
+        }
     });
     Ok(())
 }
@@ -220,7 +248,7 @@ fn cuda_layer_norm(
     op: &'static str,
     device: &CudaDevice,
     x: &Tensor,
-    scale: Option<&Modulation<'_>>,
+    [scale, shift]: [Option<&Modulation<'_>>; 2],
     epsilon: f32,
     sizes: TokenSizes,
     output: &mut Tensor,
@@ -231,11 +259,13 @@ fn cuda_layer_norm(
     let args = Args::new()
         .input(x)?
         .long(Modulation::address_or_null(scale)?)
+        .long(Modulation::address_or_null(shift)?)
         .output(output)?
         .int(sizes.dim)
         .int(sizes.tokens)
         .int(scale.map_or(0, Modulation::stride))
         .float(epsilon);
-    // SAFETY: the arguments are those of `layer_norm_modulate`, of the shapes and types checked at the door; one block per row.
+    // SAFETY: the arguments are those of `layer_norm_modulate`, of the shapes and types checked at the door; scale and
+    // shift have one stride; one block per row.
     unsafe { kernel.launch_with(device, [grid(op, sizes.rows())?, 1, 1], threads, args) }
 }

@@ -16,6 +16,7 @@ pub mod embedding;
 pub mod finite;
 pub mod flow_loss;
 pub mod from_rgb8;
+pub mod gated_add;
 pub mod group_norm;
 pub mod guidance;
 pub mod hold_known;

@@ -159,7 +159,12 @@ impl ModelFiles {
     /// # Errors
     /// Saying how to name a part that is missing, or what is damaged or does not fit.
     pub fn prompt_files(&self) -> Result<PromptFiles<'_>> {
-        let files = PromptFiles::open(&self.paths, &self.device, self.spec().caption_width())?;
+        let files = PromptFiles::open(
+            &self.paths,
+            &self.device,
+            self.spec().caption_width(),
+            self.spec().readout(),
+        )?;
         let mut files = files.kept_in(self.text.clone());
         if let Some(limit) = self.limit {
             files.fit(limit, &self.device)?;
@@ -192,7 +197,7 @@ impl ModelFiles {
             ModelKind::Latent => geometry.published_side(),
             ModelKind::Pixel => geometry.published_side().next_multiple_of(self.size_multiple()),
         };
-        Ok(Settings {
+        let settings = Settings {
             width: own.width.unwrap_or(side),
             height: own.height.unwrap_or(side),
             steps: own.steps.unwrap_or(DEFAULT_STEPS),
@@ -201,7 +206,18 @@ impl ModelFiles {
                 .or(scheduler.map(|scheduler| scheduler.shift))
                 .unwrap_or(DEFAULT_SHIFT),
             cfg: own.cfg.unwrap_or(1.0),
+        };
+        Ok(Settings {
+            shift: self.published_shift(&settings).unwrap_or(settings.shift),
+            ..settings
         })
+    }
+
+    /// The shift that the model's published schedule has for this size and these steps, where neither says otherwise.
+    fn published_shift(&self, settings: &Settings) -> Option<f32> {
+        let says_nothing = self.paths.defaults.shift.is_none();
+        let shift = self.spec().shift(self.image_tokens(settings), settings.steps);
+        shift.filter(|_| says_nothing)
     }
 
     /// What was asked for, then what the model says; sides as they are, not yet multiples of what the model draws.
@@ -216,6 +232,11 @@ impl ModelFiles {
             steps: asked.steps.unwrap_or(defaults.steps),
             shift: asked.shift.unwrap_or(defaults.shift),
             cfg: asked.cfg.unwrap_or(defaults.cfg),
+        };
+        let published = self.published_shift(&settings).filter(|_| asked.shift.is_none());
+        let settings = Settings {
+            shift: published.unwrap_or(settings.shift),
+            ..settings
         };
         settings.check()?;
         Ok(settings)
@@ -265,11 +286,12 @@ impl ModelFiles {
     /// # Errors
     /// When the scheduler's configuration cannot be read.
     pub fn notes(&self) -> Result<Vec<String>> {
-        Ok(self
-            .paths
-            .scheduler()?
-            .map(|scheduler| scheduler.notes)
-            .unwrap_or_default())
+        let notes = self.paths.scheduler()?.map(|scheduler| scheduler.notes);
+        let mut notes = notes.unwrap_or_default();
+        if self.spec().shift(1, 1).is_some() {
+            notes.retain(|note| !note.contains("says use_dynamic_shifting"));
+        }
+        Ok(notes)
     }
 
     /// Height, width and channels of what the transformer draws: an image, or the latent of one.

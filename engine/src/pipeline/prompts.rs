@@ -10,7 +10,7 @@ use crate::files;
 use crate::layers::{NamedParameter, metas};
 use crate::limits::Budget;
 use crate::model::config::TextConfig;
-use crate::model::text::TextEncoder;
+use crate::model::text::{Readout, TextEncoder};
 use crate::model::{DeviceLimits, Precision};
 use crate::tensor::Tensor;
 use crate::text::PromptTokenizer;
@@ -20,6 +20,7 @@ use crate::text::PromptTokenizer;
 pub struct PromptFiles<'a> {
     paths: &'a ModelPaths,
     config: TextConfig,
+    readout: Readout,
     checkpoint: Checkpoint,
     /// How the weights of the blocks are kept.
     weights: Precision,
@@ -32,6 +33,7 @@ const ENCODING_BYTES: f64 = 100e6;
 pub struct PromptEncoder {
     tokenizer: PromptTokenizer,
     encoder: TextEncoder,
+    readout: Readout,
     /// Its weights' files.
     checkpoint: Checkpoint,
 }
@@ -45,24 +47,29 @@ pub struct Encoded {
 }
 
 impl<'a> PromptFiles<'a> {
-    /// Finds the text encoder and tokenizer of a model whose transformer takes features of the given width.
+    /// Finds the text encoder and tokenizer of a model whose transformer takes features of the given width, which are read so.
     ///
     /// # Errors
     /// Saying how to name a part that is missing, or what is damaged, does not fit or cannot run on the device.
-    pub fn open(paths: &'a ModelPaths, device: &Device, width: usize) -> Result<Self> {
+    pub fn open(paths: &'a ModelPaths, device: &Device, width: usize, readout: Readout) -> Result<Self> {
         let folder = paths.text_encoder()?;
         paths.tokenizer()?;
         let (config, checkpoint) = open_text_encoder(folder)?;
-        if config.dim != width {
+        let made = config.dim.saturating_mul(readout.count());
+        if made != width {
             return Err(Error::file(
                 folder,
-                format!("makes features of width {}, the transformer takes {width}", config.dim),
+                format!("makes features of width {made}, the transformer takes {width}"),
             ));
         }
+        readout
+            .layers(config.layers)
+            .map_err(|error| Error::file(folder, error.to_string()))?;
         config.ensure_runs_on(device)?;
         Ok(PromptFiles {
             paths,
             config,
+            readout,
             checkpoint,
             weights: Precision::default(),
         })
@@ -76,7 +83,7 @@ impl<'a> PromptFiles<'a> {
 
     /// The encoder's layers that features come out of.
     pub fn layers(&self) -> usize {
-        self.config.layers.saturating_sub(1)
+        self.readout.layers(self.config.layers).unwrap_or(0)
     }
 
     /// Keeps as many of the encoder's layers in host memory as lets the rest, and what encoding takes, fit into `limit` bytes of the
@@ -85,7 +92,7 @@ impl<'a> PromptFiles<'a> {
     /// # Errors
     /// When it does not fit however many stay there.
     pub(super) fn fit(&mut self, limit: u64, device: &Device) -> Result<usize> {
-        let metas = text_metas(&self.config)?;
+        let metas = text_metas(&self.config, &self.readout)?;
         let what = "the text encoder";
         let layers = self.layers();
         self.weights.fit(what, &metas, layers, device, ENCODING_BYTES, limit)
@@ -100,11 +107,12 @@ impl<'a> PromptFiles<'a> {
         let _tag = MemoryTag::Weights.scope();
         let params = self
             .weights
-            .over_blocks(&self.checkpoint, &text_metas(&self.config)?, device)?;
-        let encoder = TextEncoder::load(&params, device, &self.config);
+            .over_blocks(&self.checkpoint, &text_metas(&self.config, &self.readout)?, device)?;
+        let encoder = TextEncoder::load_read(&params, device, &self.config, &self.readout);
         Ok(PromptEncoder {
             tokenizer,
             encoder: encoder.map_err(|error| of_file(&self.checkpoint, error))?,
+            readout: self.readout.clone(),
             checkpoint: self.checkpoint.clone(),
         })
     }
@@ -124,6 +132,9 @@ impl<'a> PromptFiles<'a> {
         if self.weights != Precision::default() {
             add(format!("{:?}", self.weights).as_bytes());
         }
+        if self.readout != Readout::default() {
+            add(format!("{:?}", self.readout).as_bytes());
+        }
         let tokenizer = self.paths.tokenizer()?;
         for name in PromptTokenizer::FILES {
             add(&files::read_if_there(&tokenizer.join(name), Budget::TOKENIZER)?.unwrap_or_default());
@@ -134,8 +145,8 @@ impl<'a> PromptFiles<'a> {
 }
 
 /// The parameters of an encoder.
-fn text_metas(config: &TextConfig) -> Result<Vec<NamedParameter>> {
-    let described = TextEncoder::describe(config, "")?;
+fn text_metas(config: &TextConfig, readout: &Readout) -> Result<Vec<NamedParameter>> {
+    let described = TextEncoder::describe_read(config, "", readout)?;
     Ok(metas(&described).into_iter().cloned().collect())
 }
 
@@ -145,8 +156,15 @@ impl PromptEncoder {
     /// # Errors
     /// When the tokenizer or its template refuses it, the device has no room, or a feature is not finite.
     pub fn encode(&self, prompt: &str) -> Result<Encoded> {
-        let tokens = self.tokenizer.encode(prompt)?;
-        let features = self.encoder.encode(&tokens.ids)?;
+        let mut tokens = match self.readout.thoughtless {
+            true => self.tokenizer.encode_thoughtless(prompt)?,
+            false => self.tokenizer.encode(prompt)?,
+        };
+        let real = tokens.ids.len();
+        if let Some(padded) = self.readout.padded.filter(|padded| *padded > real) {
+            tokens.ids.resize(padded, self.tokenizer.pad_id()?);
+        }
+        let features = self.encoder.encode_padded(&tokens.ids, real)?;
         ensure_finite_features(&features, &self.checkpoint)?;
         Ok(Encoded {
             features,

@@ -36,6 +36,8 @@ pub struct PromptTokenizer {
     cut_side: TruncationDirection,
     /// The `eos_token` of its configuration.
     end_token: Option<String>,
+    /// Its `pad_token`, if pads are to stand at the end.
+    pad_token: Option<String>,
     /// A text took too long, and whatever works on it may still go on.
     given_up: AtomicBool,
 }
@@ -74,6 +76,9 @@ impl PromptTokenizer {
         let special = special_tokens(&config);
         let end_token = special.iter().find(|(name, _)| name == "eos_token");
         let end_token = end_token.map(|(_, token)| token.clone());
+        let pad_token = special.iter().find(|(name, _)| name == "pad_token");
+        let pad_token = pad_token.filter(|_| config["padding_side"].as_str() != Some("left"));
+        let pad_token = pad_token.map(|(_, token)| token.clone());
         let template = ChatTemplate::compile(&source, special)
             .map_err(|reason| Error::file(&template_file, format!("the chat template cannot be used: {reason}")))?;
         Ok(PromptTokenizer {
@@ -85,6 +90,7 @@ impl PromptTokenizer {
             max_tokens: Self::DEFAULT_MAX_TOKENS,
             cut_side: cut_side(&config),
             end_token,
+            pad_token,
             given_up: AtomicBool::new(false),
         })
     }
@@ -163,6 +169,38 @@ impl PromptTokenizer {
     /// When the tokenizer takes too long, [`Error::Invalid`], and from then on for every prompt.
     pub fn encode(&self, prompt: &str) -> Result<PromptTokens> {
         self.tokenized(self.render(prompt)?, self.room())
+    }
+
+    /// The same without thinking aloud.
+    ///
+    /// # Errors
+    /// As [`PromptTokenizer::encode`].
+    pub fn encode_thoughtless(&self, prompt: &str) -> Result<PromptTokens> {
+        self.ensure_short(prompt.len())?;
+        let conversation = Conversation {
+            system: None,
+            user: prompt.to_owned(),
+        };
+        let text = self.template.render_conversation(&conversation);
+        self.tokenized(text.map_err(|reason| self.template_failed(&reason))?, self.room())
+    }
+
+    /// The id of the token that fills prompts up at their end.
+    ///
+    /// # Errors
+    /// When the configuration names none, or wants it at the beginning.
+    pub fn pad_id(&self) -> Result<u32> {
+        let id = self
+            .pad_token
+            .as_deref()
+            .and_then(|token| self.tokenizer.token_to_id(token));
+        id.ok_or_else(|| {
+            Error::file(
+                self.dir.join(CONFIG),
+                "names no pad_token that its tokenizer knows and that stands on the right, with which this transformer's prompts are \
+                 filled up",
+            )
+        })
     }
 
     /// The ids of a text, of which `room` are kept before the tokenizer adds its own.

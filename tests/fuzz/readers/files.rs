@@ -9,7 +9,9 @@ use l2p_engine::checkpoint::{
 use l2p_engine::data::{FeatureStore, Metadata};
 use l2p_engine::image_io::{read_header, read_image, read_settings};
 use l2p_engine::model::language::LanguageModel;
+use l2p_engine::model::vae::VaeDecoder;
 use l2p_engine::pipeline::generator::{Generator, LanguageFiles, SamplingOptions};
+use l2p_engine::pipeline::{Asked, ModelFiles};
 use l2p_engine::text::json::JsonShape;
 use l2p_engine::text::{Conversation, PromptTokenizer};
 use l2p_engine::train::run::{KEYS, TrainConfig};
@@ -79,6 +81,26 @@ pub fn inspect(case: &mut Case) -> Ended {
     let paths = ModelPaths::resolve(&case.path("latent"), &PathOverrides::default());
     let inspection = paths.and_then(|paths| inspected(&paths));
     ended(inspection.map(|inspection| serde_json::to_string(&inspection)))
+}
+
+/// What `l2p-convert inspect` and a program that draws read of a model of the second family, and of its single file.
+pub fn second_family(case: &mut Case) -> Ended {
+    let read = || -> l2p_engine::Result<()> {
+        let paths = ModelPaths::resolve(&case.path("flux2"), &PathOverrides::default())?;
+        inspected(&paths)?;
+        let files = ModelFiles::open(paths, Device::Cpu)?;
+        files.settings(&Asked::default())?;
+        if let Some((config, checkpoint)) = files.vae_files() {
+            VaeDecoder::load(checkpoint, &Device::Cpu, config)?;
+        }
+        Checkpoint::open_transformer(&case.path("flux2/single.safetensors"))?;
+        let model = files.transformer();
+        model
+            .spec
+            .load(&model.checkpoint, &Device::Cpu, &mut |_, _| Ok(()))
+            .map(drop)
+    };
+    ended(read())
 }
 
 /// What `l2p-convert init`, `merge` and `export` do.

@@ -7,6 +7,7 @@ use l2p_engine::Device;
 use l2p_engine::checkpoint::{ModelPaths, PathOverrides};
 use l2p_engine::data::{FeatureStore, Features, encode_captions, encode_captions_among};
 use l2p_engine::device::MemoryTag;
+use l2p_engine::model::text::Readout;
 use l2p_engine::pipeline::PromptFiles;
 use l2p_tests::{Outcome, Suite, models_folder};
 
@@ -65,7 +66,7 @@ fn whole() -> Outcome {
 /// Encodes texts into the store in `folder`; returns how many were found there and how many were encoded.
 fn encode(device: &Device, folder: &std::path::Path, texts: &[&str]) -> Result<[usize; 2], libtest_mimic::Failed> {
     let paths = ModelPaths::resolve(&models_folder().join("demo/source"), &PathOverrides::default())?;
-    let files = PromptFiles::open(&paths, device, 256)?;
+    let files = PromptFiles::open(&paths, device, 256, Readout::default())?;
     let store = FeatureStore::open(folder, &files.identity(device)?)?;
     let texts: BTreeSet<&str> = texts.iter().copied().collect();
     let mut told = Vec::new();
@@ -105,7 +106,7 @@ fn once() -> Outcome {
 fn encode_among(folders: [&std::path::Path; 3], texts: &[&str]) -> Result<Vec<usize>, libtest_mimic::Failed> {
     let paths = ModelPaths::resolve(&models_folder().join("demo/source"), &PathOverrides::default())?;
     let told = all_ranks(3, |world| {
-        let files = PromptFiles::open(&paths, &Device::Cpu, 256)?;
+        let files = PromptFiles::open(&paths, &Device::Cpu, 256, Readout::default())?;
         let store = FeatureStore::open(folders[world.rank()], &files.identity(&Device::Cpu)?)?;
         let texts: BTreeSet<&str> = texts.iter().copied().collect();
         let mut told = 0;

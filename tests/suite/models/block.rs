@@ -63,6 +63,7 @@ fn run(case: &Case<'_>, params: &MemoryParams, device: &Device, round: bool) -> 
     let axes = RopeAxes {
         theta: config.rope_theta,
         dims: config.axes_dims,
+        rounded: true,
     };
     let rope = axes.table(device, &ids.chunks(shape[1]).map(<[_]>::to_vec).collect::<Vec<_>>())?;
     let lengths = lengths(case).map(|lengths| lengths.into_iter().map(|length| length as i32).collect::<Vec<_>>());

@@ -4,6 +4,7 @@ mod block;
 mod detailer;
 pub mod dit;
 mod eight_bit;
+mod flux2;
 mod language;
 mod limits;
 mod rope;
@@ -25,6 +26,7 @@ pub fn register(suite: &mut Suite) {
     detailer::register(suite);
     dit::register(suite);
     eight_bit::register(suite);
+    flux2::register(suite);
     language::register(suite);
     limits::register(suite);
     rope::register(suite);

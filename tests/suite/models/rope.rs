@@ -24,6 +24,7 @@ fn far_positions_equal_diffusers() -> Outcome {
         let axes = RopeAxes {
             theta: 256.0,
             dims: [32, 48, 48],
+            rounded: true,
         };
         let table = axes.table(&Device::Cpu, &[positions])?;
         assert_eq!(table.shape().to_vec(), [1, shape[1], shape[3] / 2, 2]);

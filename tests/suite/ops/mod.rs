@@ -14,6 +14,7 @@ mod embedding;
 mod finite;
 mod flow_loss;
 mod from_rgb8;
+mod gated_add;
 mod group_norm;
 mod guidance;
 mod hold_known;
@@ -58,6 +59,7 @@ pub fn register(suite: &mut Suite) {
     finite::register(suite);
     flow_loss::register(suite);
     from_rgb8::register(suite);
+    gated_add::register(suite);
     group_norm::register(suite);
     guidance::register(suite);
     hold_known::register(suite);

@@ -105,6 +105,7 @@ impl<'a> BlockRun<'a> {
         let axes = RopeAxes {
             theta: config.rope_theta,
             dims: config.axes_dims,
+            rounded: true,
         };
         let rope = axes.table(device, &ids.chunks(shape[1]).map(<[_]>::to_vec).collect::<Vec<_>>())?;
         let lengths = self

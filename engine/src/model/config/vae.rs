@@ -7,10 +7,13 @@ use serde::{Deserialize, Serialize};
 use super::{Described, config_of, read_json};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::limits::{self, LatentScale, LatentShift, Layers, Real, Width};
+use crate::limits::{self, LatentScale, LatentShift, Layers, NormEpsilon, Real, Width};
 
 /// The class that a VAE's `config.json` names.
 const CLASS: &str = "AutoencoderKL";
+
+/// The class whose latents are packed and normalised by statistics.
+const PACKED_CLASS: &str = "AutoencoderKLFlux2";
 
 /// The kind of the decoder's blocks.
 const UP_BLOCK: &str = "UpDecoderBlock2D";
@@ -38,8 +41,13 @@ pub struct VaeConfig {
     pub shift_factor: f32,
     /// Whether a 1×1 convolution stands before the decoder.
     pub use_post_quant_conv: bool,
+    /// Whether a 1×1 convolution stands after the encoder.
+    pub use_quant_conv: bool,
     /// Whether the middle block has attention.
     pub mid_block_add_attention: bool,
+    /// Of an autoencoder whose latents are packed 2×2, four times as many channels, and normalised by statistics of each: what is added
+    /// to variances. `scaling_factor` and `shift_factor` are without meaning then.
+    pub batch_norm_eps: Option<f32>,
 }
 
 impl Default for VaeConfig {
@@ -55,7 +63,9 @@ impl Default for VaeConfig {
             scaling_factor: 0.18215,
             shift_factor: 0.0,
             use_post_quant_conv: true,
+            use_quant_conv: true,
             mid_block_add_attention: true,
+            batch_norm_eps: None,
         }
     }
 }
@@ -64,6 +74,8 @@ impl Default for VaeConfig {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Entries {
+    #[serde(rename = "_class_name")]
+    class_name: Option<String>,
     latent_channels: Option<Width>,
     out_channels: Option<Width>,
     block_out_channels: Option<Vec<Width>>,
@@ -74,12 +86,43 @@ struct Entries {
     scaling_factor: Option<LatentScale>,
     shift_factor: Option<LatentShift>,
     use_post_quant_conv: Option<bool>,
+    use_quant_conv: Option<bool>,
     mid_block_add_attention: Option<bool>,
+    batch_norm_eps: Option<NormEpsilon>,
+    patch_size: Option<[Width; 2]>,
+    decoder_block_out_channels: Option<Vec<Width>>,
+}
+
+impl Entries {
+    /// The sizes and scales, if they are supported.
+    fn checked(self) -> std::result::Result<VaeConfig, String> {
+        if let Some(size) = self.patch_size.filter(|size| size.map(Width::get) != [2, 2]) {
+            return Err(format!(
+                "says patch_size = {:?}, only [2, 2] is supported",
+                size.map(Width::get)
+            ));
+        }
+        let decoder = self.decoder_block_out_channels.clone();
+        let config = VaeConfig::from(self);
+        let decoder = decoder.map(|widths| widths.into_iter().map(Width::get).collect::<Vec<_>>());
+        if let Some(widths) = decoder.filter(|widths| *widths != config.block_out_channels) {
+            return Err(format!(
+                "says decoder_block_out_channels = {widths:?}, only the encoder's {:?} are supported",
+                config.block_out_channels
+            ));
+        }
+        config.check()?;
+        Ok(config)
+    }
 }
 
 impl From<Entries> for VaeConfig {
     fn from(entries: Entries) -> Self {
-        let default = VaeConfig::default();
+        let is_packed = entries.class_name.as_deref() == Some(PACKED_CLASS);
+        let default = match is_packed {
+            true => VaeConfig::packed(),
+            false => VaeConfig::default(),
+        };
         let widths = entries.block_out_channels;
         VaeConfig {
             latent_channels: entries.latent_channels.map_or(default.latent_channels, Width::get),
@@ -94,9 +137,13 @@ impl From<Entries> for VaeConfig {
             scaling_factor: entries.scaling_factor.map_or(default.scaling_factor, Real::single),
             shift_factor: entries.shift_factor.map_or(default.shift_factor, Real::single),
             use_post_quant_conv: entries.use_post_quant_conv.unwrap_or(default.use_post_quant_conv),
+            use_quant_conv: entries.use_quant_conv.unwrap_or(default.use_quant_conv),
             mid_block_add_attention: entries
                 .mid_block_add_attention
                 .unwrap_or(default.mid_block_add_attention),
+            batch_norm_eps: default
+                .batch_norm_eps
+                .map(|default| entries.batch_norm_eps.map_or(default, Real::single)),
         }
     }
 }
@@ -111,6 +158,18 @@ impl VaeConfig {
             scaling_factor: 0.3611,
             shift_factor: 0.1159,
             use_post_quant_conv: false,
+            ..VaeConfig::default()
+        }
+    }
+
+    /// Those of FLUX.2's.
+    fn packed() -> Self {
+        VaeConfig {
+            latent_channels: 32,
+            block_out_channels: vec![128, 256, 512, 512],
+            layers_per_block: 2,
+            scaling_factor: 1.0,
+            batch_norm_eps: Some(1e-4),
             ..VaeConfig::default()
         }
     }
@@ -133,7 +192,7 @@ impl VaeConfig {
             return Ok(None);
         };
         match described.class_name.as_deref() {
-            Some(CLASS) => {}
+            Some(CLASS | PACKED_CLASS) => {}
             // Older files do not say it.
             None if part.is_dir() || described.latent_channels.is_some() => {}
             _ if !part.is_dir() => return Ok(None),
@@ -143,9 +202,8 @@ impl VaeConfig {
             }
         }
         described.ensure_plain(&path)?;
-        let config = VaeConfig::from(read_json::<Entries>(&path)?);
-        config.check().map_err(|reason| Error::file(&path, reason))?;
-        Ok(Some(config))
+        let config = read_json::<Entries>(&path)?.checked();
+        config.map(Some).map_err(|reason| Error::file(&path, reason))
     }
 
     /// Reads the text of a `config.json`.
@@ -154,9 +212,8 @@ impl VaeConfig {
     /// As [`VaeConfig::read`].
     pub fn from_json(text: &str) -> Result<Self> {
         let refused = |reason: String| Error::invalid(format!("the VAE's configuration {reason}"));
-        let config = VaeConfig::from(files::from_json::<Entries>(text.as_bytes()).map_err(refused)?);
-        config.check().map_err(refused)?;
-        Ok(config)
+        let entries = files::from_json::<Entries>(text.as_bytes()).map_err(refused)?;
+        entries.checked().map_err(refused)
     }
 
     /// What is not supported or makes no sense, in words.
@@ -164,7 +221,7 @@ impl VaeConfig {
         let refuse = |entry: &str, found: &dyn std::fmt::Debug, expected: &str| {
             Err(format!("says {entry} = {found:?}, only {expected} is supported"))
         };
-        if self.use_post_quant_conv {
+        if self.use_post_quant_conv && self.batch_norm_eps.is_none() {
             return refuse("use_post_quant_conv", &true, "false");
         }
         if !["silu", "swish"].contains(&self.act_fn.as_str()) {
@@ -202,8 +259,18 @@ impl VaeConfig {
         Ok(())
     }
 
-    /// Image pixels along a side of one latent pixel.
+    /// Cells of the autoencoder along a side of one of the transformer's.
+    pub fn packing(&self) -> usize {
+        1 + usize::from(self.batch_norm_eps.is_some())
+    }
+
+    /// Channels of one of the transformer's cells.
+    pub fn cell_channels(&self) -> usize {
+        self.latent_channels * self.packing().pow(2)
+    }
+
+    /// Image pixels along a side of one of the transformer's cells.
     pub fn downsampling(&self) -> usize {
-        1 << (self.block_out_channels.len() - 1)
+        self.packing() << (self.block_out_channels.len() - 1)
     }
 }

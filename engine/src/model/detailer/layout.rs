@@ -81,8 +81,8 @@ impl DetailerLayout {
             .into_iter()
             .find(|variant| variant.patch == patch)
             .ok_or_else(|| Error::invalid(format!("no head is known for patch {patch}; use 16, 64, 128 or 160")))?;
-        // The published widths for the published trunk; a smaller trunk gets a head half as wide.
-        let scale = if dim >= 3840 { 1 } else { 2 };
+        // The published widths for trunks of published sizes; a smaller trunk gets a head half as wide.
+        let scale = if dim >= 3072 { 1 } else { 2 };
         let default: Vec<usize> = variant.widths.iter().map(|width| width / scale).collect();
         let widths = widths.unwrap_or(&default);
         let stages = variant.stages;

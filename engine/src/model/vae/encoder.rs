@@ -4,7 +4,7 @@
 //! a middle like the decoder's; group normalisation, SiLU and a 3×3 convolution to the mean and the log variance of a
 //! distribution, of which the mean is used: latent = (mean − shift_factor) · scaling_factor.
 
-use super::{Middle, ResidualBlock, conv, norm};
+use super::{Middle, ResidualBlock, Statistics, conv, norm};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::layers::{ConvLayer, Described, GroupNorm, Loader, ParamSource, module};
@@ -25,6 +25,10 @@ module! {
         mid: Middle<K>,
         norm: GroupNorm<K>,
         output: ConvLayer<K>,
+        /// 1×1 after the rest.
+        after: Option<ConvLayer<K>>,
+        /// Of packed latents.
+        statistics: Option<Statistics<K>>,
         ;
         config: VaeConfig,
     }
@@ -54,13 +58,16 @@ impl VaeEncoder<Described> {
             });
             width = outputs;
         }
-        let same = Some(Input::Same);
+        let (same, moments) = (Some(Input::Same), 2 * config.latent_channels);
+        let after = config.use_quant_conv && config.batch_norm_eps.is_some();
         VaeEncoder {
             input: conv("encoder.conv_in", 3, config.out_channels, first, same),
             blocks,
             mid: Middle::describe(config, "encoder.mid_block", width),
             norm: norm(config, "encoder.conv_norm_out", width),
-            output: conv("encoder.conv_out", 3, width, 2 * config.latent_channels, same),
+            output: conv("encoder.conv_out", 3, width, moments, same),
+            after: after.then(|| conv("quant_conv", 1, moments, moments, same)),
+            statistics: Statistics::describe(config),
             config: config.clone(),
         }
     }
@@ -75,7 +82,7 @@ impl VaeEncoder {
     pub fn load(params: &dyn ParamSource, device: &Device, config: &VaeConfig) -> Result<Self> {
         config.check().map_err(Error::invalid)?;
         config.ensure_runs_on(device)?;
-        if params.shape("quant_conv.weight").is_some() {
+        if params.shape("quant_conv.weight").is_some() && config.batch_norm_eps.is_none() {
             return Err(Error::invalid(
                 "the VAE has a convolution after its encoder (quant_conv), which is not supported",
             ));
@@ -115,7 +122,10 @@ impl VaeEncoder {
         }
         x = self.mid.forward(x)?;
         x = group_norm(&x, &self.norm.op(), Activation::Silu)?;
-        conv2d_f32(&x, &self.output, 1.0)
+        match &self.after {
+            Some(after) => conv2d_f32(&conv2d(&x, None, &self.output, Activation::None, None)?, after, 1.0),
+            None => conv2d_f32(&x, &self.output, 1.0),
+        }
     }
 
     /// The normalised latent `[batch, rows, columns, latent channels]` of an image, row-major on the host.
@@ -134,6 +144,14 @@ impl VaeEncoder {
         let means = values
             .chunks(2 * latent_channels)
             .flat_map(|cell| &cell[..latent_channels]);
+        if let Some(statistics) = &self.statistics {
+            let [batch, rows, columns] = [0, 1, 2].map(|axis| moments.dim(axis));
+            let means: Vec<f32> = means.copied().collect();
+            let latent = statistics.pack(&means, [rows, columns, latent_channels])?;
+            let packing = self.config.packing();
+            let shape = [batch, rows / packing, columns / packing, self.config.cell_channels()];
+            return Ok((latent, shape));
+        }
         let latent = means.map(|mean| (mean - shift_factor) * scaling_factor).collect();
         Ok((
             latent,

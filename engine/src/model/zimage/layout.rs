@@ -181,6 +181,7 @@ impl RopeTables {
             axes: RopeAxes {
                 theta: config.rope_theta,
                 dims: config.axes_dims,
+                rounded: true,
             },
             device: device.clone(),
             most_bytes,

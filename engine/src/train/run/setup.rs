@@ -285,7 +285,8 @@ struct Data<'a> {
 impl Data<'_> {
     /// The store of all captions that the run will need, and the tokens of the longest.
     fn encode_captions(&mut self, guided: bool, progress: &mut Progress<'_>) -> Result<(FeatureStore, usize)> {
-        let files = PromptFiles::open(self.pipeline.paths(), self.device, self.pipeline.spec().caption_width())?;
+        let spec = self.pipeline.spec();
+        let files = PromptFiles::open(self.pipeline.paths(), self.device, spec.caption_width(), spec.readout())?;
         let store = FeatureStore::open(&self.cache.join("captions"), &files.identity(self.device)?)?;
         let sets = [Some(&self.train), self.held_out.as_ref()];
         let records = sets.into_iter().flatten().flat_map(DataSet::records);
