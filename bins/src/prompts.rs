@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use l2p_engine::flow::solver::Solver;
 use l2p_engine::limits::{Budget, Pictures};
 use l2p_engine::{Error, files};
 use serde::de::DeserializeOwned;
@@ -66,6 +67,14 @@ pub fn seed(text: &str) -> Result<u64, String> {
         )),
         _ => text.parse().map_err(|_| format!("{range}, found `{text}`")),
     }
+}
+
+/// A solver from the command line.
+///
+/// # Errors
+/// When it names none.
+pub fn solver(text: &str) -> Result<Solver, String> {
+    text.parse().map_err(|error: Error| error.to_string())
 }
 
 /// A word about a guidance scale below 1, which few mean.

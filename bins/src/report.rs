@@ -39,6 +39,10 @@ pub fn inspection(found: &Inspection) -> String {
     );
     line("tokenizer", found.tokenizer.as_deref().map(show).unwrap_or_default());
     line("vae", found.vae.as_ref().map(part).unwrap_or_default());
+    line(
+        "objective",
+        found.objective.as_ref().map(ToString::to_string).unwrap_or_default(),
+    );
     line("shift", found.shift.map(|shift| shift.to_string()).unwrap_or_default());
     found
         .notes

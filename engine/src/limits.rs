@@ -177,6 +177,8 @@ macro_rules! ranges {
 }
 
 ranges! {
+    /// The variance that a step of a discrete schedule adds.
+    Beta, BetaRange: 1e-8 to 0.999;
     /// Base of rotary frequencies.
     RopeTheta, RopeThetaRange: 1.0 to 1e12;
     /// What a normalisation adds to a mean square or a variance.

@@ -37,7 +37,6 @@ use crate::error::{Error, Result};
 use crate::flow::held::Beginning;
 use crate::flow::noise_source::NoiseSource;
 use crate::flow::sampler::{Guides, Listener, Sampler, Walk, sample};
-use crate::flow::schedule::Schedule;
 use crate::model::vae::VaeEncoder;
 use crate::profile::{self, Profile};
 use crate::tensor::{HostTensor, Tensor};
@@ -228,11 +227,13 @@ impl Pipeline {
         settings: &Settings,
         progress: &mut dyn Listener,
     ) -> Result<Tensor> {
-        let mut schedule = Schedule::new(settings.steps, f64::from(settings.shift))?;
+        let mut schedule = self.schedule(settings)?;
         let mut beginning = Beginning::from(noise);
         if let Some(start) = start {
             schedule = start.schedule(schedule)?;
-            beginning = self.begin_from(start, beginning.noise, settings, schedule.sigma(0))?;
+            let own = self.model()?.denoiser().objective();
+            let shares = schedule.with_objective(own, |objective| objective.mix(schedule.sigma(0)));
+            beginning = self.begin_from(start, beginning.noise, settings, shares)?;
         }
         let guides = captions.guides(settings.cfg);
         let keep = self.room_to_keep(&guides, &beginning.noise, settings)?;
@@ -249,7 +250,7 @@ impl Pipeline {
 
     /// Whether the step of these pictures can be kept, beside the others or in the place of the oldest of them.
     fn room_to_keep(&mut self, guides: &Guides<'_>, noise: &Tensor, settings: &Settings) -> Result<bool> {
-        if self.sampler.keeps(guides, noise) {
+        if self.sampler.keeps(guides, noise, settings.solver) {
             return Ok(true);
         }
         if self.sampler.most() == 0 {
@@ -299,7 +300,10 @@ impl Pipeline {
             .guides(settings.cfg)
             .prepare(model, [noise.dim(1), noise.dim(2)])?;
         let before = usize::from(matches!(self.device(), Device::Cuda(_)));
-        let schedule = Schedule::new(before + 1, f64::from(settings.shift))?;
+        let schedule = self.schedule(&Settings {
+            steps: before + 1,
+            ..*settings
+        })?;
         let mut walk = Walk::new(model, &conditioning, &schedule, noise)?.unrecorded();
         for _ in 0..before {
             walk.advance()?;

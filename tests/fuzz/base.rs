@@ -366,10 +366,21 @@ fn pixel(folder: &Path, write: Write<'_>) -> anyhow::Result<()> {
     let tensors = spec.tensors();
     write_json(&folder.join("transformer/config.json"), &spec.config_json())?;
     write(&folder.join("transformer/diffusion_pytorch_model.safetensors"), tensors)?;
+    let scheduler = json!({
+        "_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 100, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+        "beta_end": 0.012, "prediction_type": "v_prediction", "rescale_betas_zero_snr": true, "timestep_spacing": "leading",
+        "steps_offset": 1, "thresholding": false, "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint",
+        "final_sigmas_type": "zero", "trained_betas": null, "variance_type": null, "use_flow_sigmas": false, "flow_shift": 1.0,
+    });
+    write_json(&folder.join("scheduler/scheduler_config.json"), &scheduler)?;
+    let schedule = json!({
+        "beta_schedule": "squaredcos_cap_v2", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 50,
+        "rescale_betas_zero_snr": false, "timestep_spacing": "trailing", "steps_offset": 0, "set_alpha_to_one": true,
+    });
     let manifest = json!({
         "format": 1, "kind": "pixel", "transformer": "transformer", "text_encoder": "../latent/text_encoder",
-        "tokenizer": "../latent/tokenizer",
-        "defaults": {"width": 16, "height": 16, "steps": 1, "shift": 3.0, "cfg": 1.0},
+        "tokenizer": "../latent/tokenizer", "scheduler": "scheduler", "objective": {"prediction": "epsilon", "schedule": schedule},
+        "defaults": {"width": 16, "height": 16, "steps": 1, "shift": 3.0, "cfg": 1.0, "solver": "dpm++2m"},
     });
     write_json(&folder.join("l2p.json"), &manifest)
 }
@@ -430,6 +441,7 @@ fn inputs(folder: &Path) -> anyhow::Result<()> {
         seed: 3,
         steps: 1,
         cfg: 1.5,
+        solver: Some("dpm++2m".into()),
         shift: 3.0,
         width: 16,
         height: 16,
@@ -499,6 +511,11 @@ weight_decay = 0.01
 clip_norm = 1.0
 ema = 0.9
 schedule = \"cosine\"
+objective = \"epsilon\"
+betas = \"linear\"
+zero_snr = false
+shift = 1.5
+sample_solver = \"ddim\"
 warmup = 1
 log_every = 1
 validate_every = 1

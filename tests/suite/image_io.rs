@@ -66,6 +66,7 @@ fn settings() -> Settings {
         seed: u64::MAX,
         steps: 8,
         cfg: 4.1,
+        solver: None,
         shift: 3.0,
         width: 70,
         height: 50,

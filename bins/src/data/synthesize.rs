@@ -349,6 +349,7 @@ fn settings(flags: &DrawFlags, files: &ModelFiles) -> anyhow::Result<Settings> {
         steps: flags.steps.map(Steps::get),
         shift: flags.shift,
         cfg: flags.cfg,
+        solver: flags.solver,
     })?;
     let multiple = files.size_multiple();
     for (name, side) in [("width", settings.width), ("height", settings.height)] {

@@ -6,6 +6,7 @@ use anyhow::bail;
 use clap::{Parser, Subcommand, ValueEnum};
 use l2p_engine::DeviceChoice;
 use l2p_engine::flow::noise_source::NoiseSource;
+use l2p_engine::flow::solver::Solver;
 use l2p_engine::image_io::Settings as PictureSettings;
 use l2p_engine::limits::{Batch, Pictures, Quality, Side, Steps};
 
@@ -82,6 +83,10 @@ pub struct Arguments {
     /// How far the schedule is shifted towards noise; larger pictures need more [default: the model's, or 3]
     #[arg(long, value_name = "SHIFT", allow_negative_numbers = true)]
     pub shift: Option<f32>,
+    /// Solver: euler (flow matching), ddim (models of noise, v or picture) or dpm++2m (all; fewer steps) [default: the model's, or the
+    /// first of these that fits it]
+    #[arg(long, value_name = "NAME", value_parser = crate::prompts::solver)]
+    pub solver: Option<Solver>,
     /// Seed of the first picture's noise; each further picture takes the next [default: 0]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = crate::prompts::seed)]
     pub seed: Option<u64>,
@@ -210,6 +215,9 @@ impl Arguments {
         self.cfg.get_or_insert(like.cfg);
         self.steps = self.steps.or(Steps::new(like.steps as u64));
         self.shift.get_or_insert(like.shift);
+        if let (None, Some(solver)) = (self.solver, &like.solver) {
+            self.solver = Some(solver.parse()?);
+        }
         self.seed.get_or_insert(like.seed);
         if like.start.is_none() && self.start.init.is_none() {
             self.width = self.width.or(Side::new(like.width as u64));
@@ -361,6 +369,7 @@ mod tests {
             rng: "torch".into(),
             weights: None,
             start: None,
+            solver: Some("dpm++2m".into()),
         };
         let given = Arguments::parse_from(["l2p-sample", "--seed", "9", "--model", "other"]);
         let arguments = given.clone().completed(Some(&like)).unwrap();

@@ -75,6 +75,7 @@ fn difference(found: &image_io::Settings, expected: &image_io::Settings) -> Opti
         ("number of steps", found.steps == expected.steps),
         ("cfg", found.cfg == expected.cfg),
         ("shift", found.shift == expected.shift),
+        ("solver", found.solver == expected.solver),
         ("noise generator", found.rng == expected.rng),
         ("model", found.model == expected.model),
         ("precision of weights", found.weights == expected.weights),

@@ -44,6 +44,7 @@ pub struct Manifest<'a> {
     steps: usize,
     cfg: f32,
     shift: f32,
+    solver: String,
     width: usize,
     height: usize,
     rng: String,
@@ -79,6 +80,7 @@ impl<'a> Manifest<'a> {
             steps: settings.steps,
             cfg: settings.cfg,
             shift: settings.shift,
+            solver: settings.solver.to_string(),
             width: settings.width,
             height: settings.height,
             rng: rng.to_string(),
@@ -98,9 +100,13 @@ impl<'a> Manifest<'a> {
         let found: Map<String, Value> = files::read_json(&path, Budget::CONFIG)?;
         let asked = serde_json::to_value(self)?;
         let Some(asked) = asked.as_object() else { return Ok(()) };
-        let nothing = Value::Null;
+        let (nothing, euler) = (Value::Null, Value::from("euler"));
         for (key, value) in asked {
-            let there = found.get(key).unwrap_or(&nothing);
+            let there = match found.get(key) {
+                // Earlier versions had no other solver, and did not say so.
+                None if key == "solver" => &euler,
+                there => there.unwrap_or(&nothing),
+            };
             if !same(there, value) {
                 bail!(
                     "{}: the pictures there were drawn with another {} ({} there, {} now): choose another --out, or the settings \

@@ -117,6 +117,7 @@ impl Plan {
             height,
             model: self.model.clone(),
             rng: self.rng.to_string(),
+            solver: self.settings.solver.noted(),
             weights: self.weights.clone(),
             start: self.start.as_ref().map(|start| start.settings.clone()),
         }
@@ -139,12 +140,13 @@ impl Plan {
             ranks => format!("{ranks} ranks, the first on "),
         };
         crate::say(format_args!(
-            "{} {}x{} on {ranks}{}: {}, shift {}, cfg {}",
+            "{} {}x{} on {ranks}{}: {} of {}, shift {}, cfg {}",
             count(self.jobs.len(), "picture"),
             self.shown[0],
             self.shown[1],
             files.device(),
             count(self.settings.steps, "step"),
+            self.settings.solver,
             self.settings.shift,
             self.settings.cfg
         ));
@@ -181,6 +183,7 @@ fn settings(arguments: &Arguments, files: &ModelFiles, world: &World) -> anyhow:
         steps: arguments.steps.map(Steps::get),
         shift: arguments.shift,
         cfg: arguments.cfg,
+        solver: arguments.solver,
     })?;
     let (settings, notes) = files.rounded(settings);
     // Of a picture that is kept its own size comes back.

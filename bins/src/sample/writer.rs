@@ -133,6 +133,7 @@ mod tests {
                 rng: "philox".into(),
                 weights: None,
                 start: None,
+                solver: None,
             },
         }
     }

@@ -321,6 +321,7 @@ impl App {
             steps: within("steps", ask.steps, self.arguments.max_steps.get())?,
             shift: ask.shift,
             cfg: ask.cfg,
+            solver: None,
         });
         let (settings, _) = model.files.rounded(settings.map_err(|error| Failure::of(&error))?);
         if settings.width.max(settings.height) > side.next_multiple_of(model.files.size_multiple()) {
@@ -449,6 +450,7 @@ impl Model {
             height,
             model: self.published.clone(),
             rng: order.rng.to_string(),
+            solver: settings.solver.noted(),
             weights: arguments.weights.settings(),
             start: order.start.as_ref().map(crate::sample::start_settings),
         }

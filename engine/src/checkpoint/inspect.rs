@@ -20,6 +20,7 @@ use crate::model::config::{ModelKind, VaeConfig};
 use crate::model::denoiser::Geometry;
 use crate::model::detailer::DetailerLayout;
 use crate::model::family::{Ends, TransformerConfig};
+use crate::model::objective::Trained;
 use crate::model::{Precision, Spec};
 
 /// Tensors and bytes of one element type.
@@ -118,6 +119,8 @@ pub struct Inspection {
     pub vae: Option<PartReport>,
     /// The schedule's shift, where the model says one.
     pub shift: Option<f32>,
+    /// What the model was trained for, where its scheduler can be read.
+    pub objective: Option<Trained>,
     /// What the schedule asks for and is not done, or why it is refused.
     pub notes: Vec<String>,
     /// GPU memory, where the sizes are known.
@@ -193,6 +196,7 @@ pub fn inspect(paths: &ModelPaths) -> Result<Inspection> {
         tokenizer: paths.tokenizer.clone(),
         vae,
         shift: paths.defaults.shift.or(shift),
+        objective: paths.trained().ok(),
         notes,
         memory,
         values_checked: false,

@@ -9,12 +9,14 @@
 //!   "base": "../source",
 //!   "text_encoder": "../source/text_encoder",
 //!   "tokenizer": "../source/tokenizer",
+//!   "objective": { "prediction": "epsilon", "schedule": { "beta_schedule": "linear" } },
 //!   "defaults": { "width": 1024, "height": 1024, "steps": 30, "shift": 3.0, "cfg": 1.0 }
 //! }
 //! ```
 //!
 //! Paths are relative to the manifest. `transformer` may be a list of shards. `base` is the model that a delta lies over; a
-//! part that is not named is taken from it. Without `base` the transformer must be whole.
+//! part that is not named is taken from it. `objective` is what the model was trained for, where it is another than the scheduler's file
+//! says ([`Trained`]). Without `base` the transformer must be whole.
 
 use std::path::{Path, PathBuf};
 
@@ -22,8 +24,10 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::error::{Error, Result};
 use crate::files;
+use crate::flow::solver::Solver;
 use crate::limits::{Budget, Guidance, Real, Side, SigmaShift, Steps};
 use crate::model::config::ModelKind;
+use crate::model::objective::Trained;
 
 /// The manifest's file name.
 pub const MANIFEST: &str = "l2p.json";
@@ -50,6 +54,9 @@ pub struct Defaults {
     /// Guidance; 1 is none.
     #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "guidance", default)]
     pub cfg: Option<f32>,
+    /// The solver.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub solver: Option<Solver>,
 }
 
 fn side<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<usize>, D::Error> {
@@ -77,6 +84,7 @@ impl Defaults {
             steps: self.steps.or(other.steps),
             shift: self.shift.or(other.shift),
             cfg: self.cfg.or(other.cfg),
+            solver: self.solver.or(other.solver),
         }
     }
 }
@@ -127,6 +135,9 @@ pub struct Manifest {
     /// A folder with `scheduler_config.json`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scheduler: Option<PathBuf>,
+    /// What the model was trained for; where it does not say, the scheduler does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub objective: Option<Trained>,
     /// What to draw with when the user does not say.
     #[serde(default)]
     pub defaults: Defaults,

@@ -10,6 +10,7 @@ use super::shards::INDEX_SUFFIX;
 use crate::error::{Error, Result};
 use crate::model::config::{ModelKind, SchedulerConfig};
 use crate::model::family::TransformerConfig;
+use crate::model::objective::Trained;
 
 /// Bases of bases that are followed before a circle is assumed.
 const LONGEST_CHAIN: usize = 8;
@@ -62,6 +63,8 @@ pub struct ModelPaths {
     pub vae: Option<PathBuf>,
     /// The scheduler's folder.
     pub scheduler: Option<PathBuf>,
+    /// What a manifest says that the model was trained for; see [`ModelPaths::trained`].
+    pub objective: Option<Trained>,
     /// What to draw with when the user does not say.
     pub defaults: Defaults,
     /// What the manifest says the model is.
@@ -139,6 +142,7 @@ impl ModelPaths {
             tokenizer: None,
             vae: None,
             scheduler: None,
+            objective: None,
             defaults: Defaults::default(),
             kind: None,
         }
@@ -178,6 +182,7 @@ impl ModelPaths {
             tokenizer: part(&manifest.tokenizer, "tokenizer")?,
             vae: part(&manifest.vae, "vae")?,
             scheduler: part(&manifest.scheduler, "scheduler")?,
+            objective: manifest.objective,
             defaults: manifest.defaults,
             kind: manifest.kind,
             ..Self::bare(path, Container::Manifest, PathBuf::new(), None)
@@ -190,6 +195,9 @@ impl ModelPaths {
 
     /// Lays the transformer over `base`, and takes from there the parts that have no place yet.
     fn set_base(&mut self, base: ModelPaths) {
+        if self.objective.is_none() && self.scheduler.is_none() {
+            self.objective.clone_from(&base.objective);
+        }
         let parts = [
             (&mut self.text_encoder, &base.text_encoder),
             (&mut self.tokenizer, &base.tokenizer),
@@ -242,6 +250,17 @@ impl ModelPaths {
     /// When they cannot be read.
     pub fn scheduler(&self) -> Result<Option<SchedulerConfig>> {
         self.scheduler.as_deref().map(SchedulerConfig::read).transpose()
+    }
+
+    /// What the model was trained for: as its manifest says, or else its scheduler; flow matching where neither does.
+    ///
+    /// # Errors
+    /// As [`ModelPaths::scheduler`].
+    pub fn trained(&self) -> Result<Trained> {
+        match &self.objective {
+            Some(trained) => Ok(trained.clone()),
+            None => Ok(self.scheduler()?.map(|scheduler| scheduler.trained).unwrap_or_default()),
+        }
     }
 
     /// The transformer's own tensors, without the base's.

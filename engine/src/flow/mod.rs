@@ -1,9 +1,12 @@
-//! Flow matching: what turns a velocity model into a sampler.
+//! What turns a model into a sampler: noise, levels, solvers.
 
 pub mod held;
 pub mod noise_source;
 pub mod sampler;
 pub mod schedule;
+pub mod solver;
+#[cfg(test)]
+mod tests;
 mod torch_rng;
 mod walk;
 

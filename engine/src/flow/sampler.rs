@@ -1,4 +1,4 @@
-//! Euler sampling with classifier-free guidance.
+//! Sampling with classifier-free guidance.
 //!
 //! The host submits a step while the GPU computes the one before, then waits for that one to be done; it never runs further
 //! ahead. So the GPU does not idle between steps, progress tells what is done and not what is queued, and stopping takes no
@@ -11,6 +11,7 @@ use std::collections::VecDeque;
 
 use super::held::Beginning;
 use super::schedule::Schedule;
+use super::solver::Solver;
 use super::walk::Step;
 pub use super::walk::{Conditioning, Walk};
 use crate::device::{Marker, Recording};
@@ -100,7 +101,7 @@ fn go(walk: &mut Walk<'_>, model: &dyn Denoiser, schedule: &Schedule, progress: 
         if progress.looks(done, schedule.steps()) {
             progress.look(&Seen {
                 done,
-                mix: model.objective().mix(schedule.sigma(done)),
+                mix: schedule.with_objective(model.objective(), |objective| objective.mix(schedule.sigma(done))),
                 shape: walk.shape(),
                 values: &|| walk.values(),
             })?;
@@ -145,13 +146,14 @@ impl Guides<'_> {
         }
     }
 
-    fn shape(&self, noise: &Tensor) -> Shape {
+    fn shape(&self, noise: &Tensor, solver: Solver) -> Shape {
         let tokens = |captions: &[Tensor]| captions.iter().map(|caption| caption.dim(1)).collect();
         Shape {
             noise: noise.shape().to_vec(),
             prompts: tokens(self.prompts),
             negatives: tokens(self.negatives),
             cfg: self.cfg.to_bits(),
+            looks_back: solver.looks_back(),
         }
     }
 }
@@ -163,6 +165,7 @@ struct Shape {
     prompts: Vec<usize>,
     negatives: Vec<usize>,
     cfg: u32,
+    looks_back: bool,
 }
 
 /// The steps of one shape, kept.
@@ -196,9 +199,9 @@ impl Sampler {
         self.kept.len()
     }
 
-    /// Whether it keeps the step of pictures that follow `guides` from noise of this shape.
-    pub fn keeps(&self, guides: &Guides<'_>, noise: &Tensor) -> bool {
-        let shape = guides.shape(noise);
+    /// Whether it keeps the step of pictures that follow `guides` from noise of this shape with this solver.
+    pub fn keeps(&self, guides: &Guides<'_>, noise: &Tensor, solver: Solver) -> bool {
+        let shape = guides.shape(noise, solver);
         self.kept.iter().any(|kept| kept.shape == shape)
     }
 
@@ -228,7 +231,7 @@ impl Sampler {
         }
         let Beginning { noise, held } = beginning;
         let _range = profile::range(c"denoise");
-        let shape = guides.shape(&noise);
+        let shape = guides.shape(&noise, schedule.solver());
         let (conditioning, known) = match self.kept.iter().position(|kept| kept.shape == shape) {
             Some(place) => {
                 let Kept {
@@ -248,7 +251,7 @@ impl Sampler {
                 step.begin(&noise)?;
                 Ok(step)
             }
-            None => Step::new(tables, noise, Recording::new(model.device())),
+            None => Step::new(tables, schedule, noise, Recording::new(model.device())),
         })?
         .holding(held, schedule);
         go(&mut walk, model, schedule, progress)?;

@@ -1,10 +1,17 @@
-//! The sigmas of sampling and training.
+//! The levels of sampling and training.
 //!
-//! `s(u) = shift · u / (1 + (shift − 1) · u)` moves steps towards noise (sigma 1). Sampling walks u = 1 − i/N, i = 0..N−1, then
-//! 0; training draws from the table of all `s(u)`. Source: Esser et al., "Scaling Rectified Flow Transformers" (2024).
+//! Of flow matching they are sigmas: `s(u) = shift · u / (1 + (shift − 1) · u)` moves steps towards noise (sigma 1). Sampling walks
+//! u = 1 − i/N, i = 0..N−1, then 0; training draws from the table of all `s(u)`. Source: Esser et al., "Scaling Rectified Flow Transformers" (2024).
 
+use std::sync::Arc;
+
+use super::solver::{Solver, discrete_steps, second_order};
 use crate::error::{Error, Result};
 use crate::limits::Steps;
+use crate::model::objective::{Discrete, Objective, Trained};
+
+/// The timesteps of flow matching, by which its first level for `dpm++2m` is below 1.
+const FLOW_TIMESTEPS: f64 = 1000.0;
 
 /// `s(u)` of the module's head comment.
 pub fn shifted_sigma(u: f64, shift: f64) -> f64 {
@@ -16,14 +23,27 @@ pub fn training_sigma(index: usize, entries: usize, shift: f64) -> f32 {
     shifted_sigma(1.0 - index as f64 / entries as f64, shift) as f32
 }
 
-/// A sampling schedule: `steps + 1` sigmas from 1 down to 0.
+/// Sigmas at the starts of the steps of flow matching for `dpm++2m`: from just below 1, where λ is finite.
+fn flow_starts(steps: usize, shift: f64) -> Vec<f32> {
+    let most = 1.0 - 1.0 / FLOW_TIMESTEPS;
+    let share = |step: usize| (steps - step) as f64 / steps as f64 * most;
+    (0..steps)
+        .map(|step| shifted_sigma(share(step), shift) as f32)
+        .collect()
+}
+
+/// A sampling schedule: which levels are visited, from 1 (noise) down to 0 (the picture), by which solver, for which objective.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Schedule {
-    sigmas: Vec<f32>,
+    /// Start and end of each step; a step may begin elsewhere than the one before has ended.
+    steps: Vec<[f32; 2]>,
+    solver: Solver,
+    /// The objective of a discrete schedule; else the model's own.
+    discrete: Option<Arc<Discrete>>,
 }
 
 impl Schedule {
-    /// The schedule of `steps` steps.
+    /// The schedule of `steps` first-order steps of flow matching: `steps + 1` sigmas.
     ///
     /// # Errors
     /// With no steps or absurdly many, or a shift that is not a positive number.
@@ -43,9 +63,91 @@ impl Schedule {
             )));
         }
         let sigma = |step: usize| shifted_sigma(1.0 - step as f64 / steps as f64, shift) as f32;
+        Ok(Schedule::along(
+            &(0..steps).map(sigma).collect::<Vec<_>>(),
+            Solver::Euler,
+        ))
+    }
+
+    /// The schedule of `steps` steps of a solver, for a model that was trained for this.
+    ///
+    /// # Errors
+    /// As [`Schedule::new`], and when solver and model do not fit each other or the model's schedule has too few timesteps.
+    pub fn of(trained: &Trained, solver: Solver, steps: usize, shift: f64) -> Result<Self> {
+        solver.ensure_for(trained)?;
+        let euler = Schedule::new(steps, shift)?;
+        let Some(discrete) = Discrete::of(trained, shift)? else {
+            return Ok(match solver.looks_back() {
+                true => Schedule::along(&flow_starts(steps, shift), solver),
+                false => euler,
+            });
+        };
+        let discrete = match solver.looks_back() {
+            true => discrete.bounded(),
+            false => discrete,
+        };
         Ok(Schedule {
-            sigmas: (0..steps).map(sigma).chain([0.0]).collect(),
+            steps: discrete_steps(&discrete, solver, steps)?,
+            solver,
+            discrete: Some(Arc::new(discrete)),
         })
+    }
+
+    /// Steps from each of these levels to the next, and from the last to 0.
+    fn along(levels: &[f32], solver: Solver) -> Self {
+        let ends = levels[1..].iter().copied().chain([0.0]);
+        Schedule {
+            steps: levels.iter().zip(ends).map(|(&from, to)| [from, to]).collect(),
+            solver,
+            discrete: None,
+        }
+    }
+
+    /// Calls `work` with what a model predicts on this schedule; `own` is what models of its family do for flow matching.
+    pub fn with_objective<T>(&self, own: &dyn Objective, work: impl FnOnce(&dyn Objective) -> T) -> T {
+        match &self.discrete {
+            Some(discrete) => work(&discrete.of_family(own)),
+            None => work(own),
+        }
+    }
+
+    /// The solver.
+    pub fn solver(&self) -> Solver {
+        self.solver
+    }
+
+    /// The factors of each step, [`Schedule::factor_rows`] pairs: see `walk`. `own` is as for [`Schedule::with_objective`].
+    pub(super) fn factors(&self, own: &dyn Objective) -> Vec<f32> {
+        self.with_objective(own, |objective| match self.solver.looks_back() {
+            false => self.first_order(objective),
+            true => self.second_order(objective),
+        })
+    }
+
+    /// Pairs of factors of a step.
+    pub(super) fn factor_rows(&self) -> usize {
+        match self.solver.looks_back() {
+            false => 2,
+            true => 5,
+        }
+    }
+
+    fn first_order(&self, objective: &dyn Objective) -> Vec<f32> {
+        let factors = self.steps.iter().flat_map(|&[from, to]| {
+            let [keep, add] = objective.step(from, to);
+            [keep, add, 1.0, add]
+        });
+        factors.collect()
+    }
+
+    fn second_order(&self, objective: &dyn Objective) -> Vec<f32> {
+        let factors = self.steps.iter().enumerate().flat_map(|(step, &levels)| {
+            let [of_x, of_prediction] = objective.picture(levels[0]);
+            let before = step.checked_sub(1).map(|before| self.steps[before][0]);
+            let [keep, now, back] = second_order(objective, before, levels);
+            [of_x, of_prediction, 1.0, of_prediction, keep, now, 1.0, back, 0.0, 1.0].map(|factor| factor as f32)
+        });
+        factors.collect()
     }
 
     /// The steps from `first` on.
@@ -59,18 +161,21 @@ impl Schedule {
                 self.steps()
             )));
         }
-        self.sigmas.drain(..first);
+        self.steps.drain(..first);
         Ok(self)
     }
 
     /// The number of steps.
     pub fn steps(&self) -> usize {
-        self.sigmas.len() - 1
+        self.steps.len()
     }
 
-    /// The sigma at the start of `step`; of one step more, the last one's end.
+    /// The level at the start of `step`; of one step more, the last one's end.
     pub fn sigma(&self, step: usize) -> f32 {
-        self.sigmas[step]
+        match self.steps.get(step) {
+            Some([start, _]) => *start,
+            None => self.steps[step - 1][1],
+        }
     }
 }
 

@@ -33,7 +33,7 @@ pub struct Walk<'a> {
     conditioning: &'a Conditioning,
     /// The model's time at the start of each step.
     times: Vec<f32>,
-    /// The factors of each step, f32 `[steps, 2, 2]`; see [`State`].
+    /// The factors of each step, f32 `[steps, rows, 2]`; see [`State`].
     factors: Tensor,
     /// Of this step and some that follow.
     tables: Modulations,
@@ -69,7 +69,7 @@ impl<'a> Walk<'a> {
             false => Recording::Off,
         };
         Walk::from(model, conditioning, schedule, |tables| {
-            Step::new(tables, noise, recording)
+            Step::new(tables, schedule, noise, recording)
         })
     }
 
@@ -84,16 +84,14 @@ impl<'a> Walk<'a> {
         schedule: &Schedule,
         step: impl FnOnce(&Modulations) -> Result<Step>,
     ) -> Result<Self> {
-        let (objective, steps) = (model.objective(), schedule.steps());
-        let times: Vec<f32> = (0..steps).map(|step| objective.time(schedule.sigma(step))).collect();
-        let factors = (0..steps).flat_map(|step| {
-            let [keep, add] = objective.step(schedule.sigma(step), schedule.sigma(step + 1));
-            [keep, add, 1.0, add]
+        let (own, steps) = (model.objective(), schedule.steps());
+        let times: Vec<f32> = schedule.with_objective(own, |objective| {
+            (0..steps).map(|step| objective.time(schedule.sigma(step))).collect()
         });
-        let factors: Vec<f32> = factors.collect();
+        let factors = schedule.factors(own);
         let tables = model.modulate(&times[..times.len().min(STEPS_PER_TABLE)], None)?;
         Ok(Walk {
-            factors: Tensor::from_slice(model.device(), &factors, [steps, 2, 2])?,
+            factors: Tensor::from_slice(model.device(), &factors, [steps, schedule.factor_rows(), 2])?,
             step: step(&tables)?,
             model,
             conditioning,
@@ -106,8 +104,8 @@ impl<'a> Walk<'a> {
 
     /// Holds what is known of the pictures, if anything is, after each of the schedule's steps.
     pub fn holding(mut self, held: Option<Held>, schedule: &Schedule) -> Self {
-        let objective = self.model.objective();
-        let mix = |step| objective.mix(schedule.sigma(step + 1));
+        let own = self.model.objective();
+        let mix = |step| schedule.with_objective(own, |objective| objective.mix(schedule.sigma(step + 1)));
         self.held = held.map(|held| (held, (0..schedule.steps()).map(mix).collect()));
         self
     }
@@ -173,12 +171,17 @@ impl<'a> Walk<'a> {
 
 impl Step {
     /// A step that has not run, of pictures of the shape of `noise`.
-    pub(super) fn new(tables: &Modulations, noise: Tensor, recording: Recording) -> Result<Self> {
+    pub(super) fn new(tables: &Modulations, schedule: &Schedule, noise: Tensor, recording: Recording) -> Result<Self> {
         let device = noise.device();
+        let pictures = match schedule.solver().looks_back() {
+            true => Some(Pictures::new(&noise)?),
+            false => None,
+        };
         Ok(Step {
             state: State {
                 modulations: tables.narrow(0, 1)?.duplicate()?,
-                factors: Tensor::empty(&device, [1, 2, 2], DType::F32)?,
+                factors: Tensor::empty(&device, [1, schedule.factor_rows(), 2], DType::F32)?,
+                pictures,
                 x: noise,
             },
             recording,
@@ -191,6 +194,10 @@ impl Step {
     /// # Errors
     /// When its shape is another one.
     pub(super) fn begin(&mut self, noise: &Tensor) -> Result<()> {
+        if let Some(pictures) = &mut self.state.pictures {
+            pictures.now.set_zero()?;
+            pictures.before.set_zero()?;
+        }
         self.state.x.copy_from(noise)
     }
 
@@ -209,17 +216,66 @@ struct State {
     x: Tensor,
     /// The step's modulation vectors.
     modulations: Modulations,
-    /// `[1, 2, 2]`: what the step keeps of the picture and how much of the prediction it adds; and the same for a second pass, which keeps
-    /// all that the first has left.
+    /// `[1, rows, 2]`: what the step keeps of the picture and how much of the prediction it adds; and the same for a second pass, which
+    /// keeps all that the first has left. Where a solver looks back, these two make of the noisy picture the picture that the prediction
+    /// tells, and three more follow: what the step keeps of the noisy picture and adds of that one; 1 and what it adds of the one before;
+    /// 0 and 1, which copy.
     factors: Tensor,
+    /// Where a solver looks back.
+    pictures: Option<Pictures>,
 }
+
+/// What predictions tell of the picture, f32 of its shape. Finite from the start, since factors of 0 leave nothing of finite numbers alone.
+struct Pictures {
+    /// By this step's prediction.
+    now: Tensor,
+    /// By the one before.
+    before: Tensor,
+}
+
+impl Pictures {
+    fn new(noise: &Tensor) -> Result<Self> {
+        let zeros = || Tensor::zeros(&noise.device(), noise.shape(), DType::F32);
+        Ok(Pictures {
+            now: zeros()?,
+            before: zeros()?,
+        })
+    }
+}
+
+/// The rows of factors that copy one tensor to another, and that make the next noisy picture.
+const COPY: usize = 4;
+const NEXT: [usize; 2] = [2, 3];
 
 impl State {
     /// Moves the picture by one step.
     fn step(&mut self, model: &dyn Denoiser, conditioning: &Conditioning) -> Result<()> {
+        let Some(mut pictures) = self.pictures.take() else {
+            return self.predict(model, conditioning, None);
+        };
+        let stepped = self.look_back(model, conditioning, &mut pictures);
+        self.pictures = Some(pictures);
+        stepped
+    }
+
+    /// The step of a solver that looks back, by the first-order operation alone.
+    fn look_back(&mut self, model: &dyn Denoiser, conditioning: &Conditioning, pictures: &mut Pictures) -> Result<()> {
+        let Pictures { now, before } = pictures;
+        let copy = self.pass(COPY)?;
+        guided_euler_step(now, &self.x, None, &copy)?;
+        self.predict(model, conditioning, Some(now))?;
+        for (row, picture) in NEXT.into_iter().zip([&*now, &*before]) {
+            let factors = self.pass(row)?;
+            guided_euler_step(&mut self.x, picture, None, &factors)?;
+        }
+        guided_euler_step(before, now, None, &copy)
+    }
+
+    /// Predicts of the noisy picture, and adds the prediction by the first factors to it or to a copy.
+    fn predict(&mut self, model: &dyn Denoiser, conditioning: &Conditioning, copy: Option<&mut Tensor>) -> Result<()> {
         let image = cast(&self.x, model.device().compute_dtype())?;
         if model.paints() {
-            return self.paint(model, conditioning, &image);
+            return self.paint(model, conditioning, &image, copy);
         }
         let velocity = model.forward(&image, &conditioning.prompt, &self.modulations)?;
         let away = match &conditioning.negative {
@@ -229,17 +285,24 @@ impl State {
         drop(image);
         let guidance = away.as_ref().map(|(negative, cfg)| Guidance { negative, cfg: *cfg });
         let factors = self.pass(0)?;
-        guided_euler_step(&mut self.x, &velocity, guidance, &factors)
+        guided_euler_step(copy.unwrap_or(&mut self.x), &velocity, guidance, &factors)
     }
 
     /// The factors of a pass, `[2]`; a view.
     fn pass(&self, index: usize) -> Result<Tensor> {
-        self.factors.reshape([2, 2])?.narrow(index, 1)?.into_shape([2])
+        let rows = self.factors.dim(1);
+        self.factors.reshape([rows, 2])?.narrow(index, 1)?.into_shape([2])
     }
 
     /// The same where each pass adds its share to the picture itself: with guidance, `cfg` times the one velocity and
     /// `1 − cfg` times the other.
-    fn paint(&mut self, model: &dyn Denoiser, conditioning: &Conditioning, image: &Tensor) -> Result<()> {
+    fn paint(
+        &mut self,
+        model: &dyn Denoiser,
+        conditioning: &Conditioning,
+        image: &Tensor,
+        mut copy: Option<&mut Tensor>,
+    ) -> Result<()> {
         let negative = conditioning.negative.as_ref();
         let strength = negative.map_or(1.0, |(_, cfg)| *cfg);
         let passes = [(&conditioning.prompt, strength)];
@@ -249,7 +312,10 @@ impl State {
         for (index, (prepared, scale)) in passes.enumerate() {
             let factors = self.pass(index)?;
             let canvas = Canvas {
-                picture: &mut self.x,
+                picture: match &mut copy {
+                    Some(copy) => copy,
+                    None => &mut self.x,
+                },
                 scale,
                 factors: Some(&factors),
             };

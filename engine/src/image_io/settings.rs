@@ -53,6 +53,9 @@ pub struct Settings {
     /// The picture that it began with, if it did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<StartSettings>,
+    /// The solver, where it is another than euler.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub solver: Option<String>,
 }
 
 /// How a model's weights were kept.
@@ -130,6 +133,9 @@ impl Settings {
         }
         if let Some(start) = &self.start {
             words += &format!(", Denoising strength: {}", start.strength);
+        }
+        if let Some(solver) = &self.solver {
+            words += &format!(", Sampler: {solver}");
         }
         words.replace('\0', "\u{fffd}")
     }

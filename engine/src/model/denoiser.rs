@@ -131,7 +131,10 @@ pub trait Denoiser: Send + Sync {
     /// What it takes and gives.
     fn geometry(&self) -> Geometry;
 
-    /// What it predicts.
+    /// What a model of its family predicts where its files name no discrete schedule, and how the network is told a noise level. One that was
+    /// trained for another objective is told that one's levels in the same way, see [`Discrete::of_family`].
+    ///
+    /// [`Discrete::of_family`]: crate::model::objective::Discrete::of_family
     fn objective(&self) -> &'static dyn Objective {
         &FlowMatching
     }

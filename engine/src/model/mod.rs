@@ -25,4 +25,4 @@ pub use precision::Precision;
 pub use spec::Spec;
 
 #[cfg(test)]
-mod plain;
+pub(crate) mod plain;

@@ -6,7 +6,13 @@
 //!
 //! Source: Song et al., "Denoising Diffusion Implicit Models" (2021); Lipman et al., "Flow Matching for Generative Modeling" (2023).
 
+mod discrete;
+mod trained;
+
 use std::fmt;
+
+pub use discrete::Discrete;
+pub use trained::{BetaSchedule, NoiseSchedule, Prediction, Spacing, Trained};
 
 /// See the module's head comment.
 pub trait Objective: fmt::Debug + Send + Sync {
@@ -19,10 +25,21 @@ pub trait Objective: fmt::Debug + Send + Sync {
     /// The time that the model is told.
     fn time(&self, level: f32) -> f32;
 
+    /// [`Objective::mix`] and [`Objective::target`] at a level, as exactly as they are known.
+    fn exact(&self, level: f32) -> [[f64; 2]; 2] {
+        [self.mix(level), self.target(level)].map(|pair| pair.map(f64::from))
+    }
+
+    /// How much of the noisy picture and of the prediction make the picture: `picture = [0] · x + [1] · p`.
+    fn picture(&self, level: f32) -> [f64; 2] {
+        let [[a, b], [c, d]] = self.exact(level);
+        let determinant = a * d - b * c;
+        [d / determinant, -b / determinant]
+    }
+
     /// `[keep, add]` of the step between two levels; [`Objective::mix`] and [`Objective::target`] must not be proportional at `from`.
     fn step(&self, from: f32, to: f32) -> [f32; 2] {
-        let [[a, b], [c, d], [next_a, next_b]] =
-            [self.mix(from), self.target(from), self.mix(to)].map(|pair| pair.map(f64::from));
+        let ([[a, b], [c, d]], [[next_a, next_b], _]) = (self.exact(from), self.exact(to));
         let determinant = a * d - b * c;
         let keep = (next_a * d - next_b * c) / determinant;
         let add = (next_b * a - next_a * b) / determinant;

@@ -6,7 +6,10 @@ use super::settings::{Asked, Batching, Settings};
 use crate::checkpoint::{Checkpoint, EstimateInput, MemoryEstimate, ModelPaths, Transformer, open_vae};
 use crate::device::{Device, format_bytes};
 use crate::error::{Error, Result};
+use crate::flow::schedule::Schedule;
+use crate::flow::solver::Solver;
 use crate::model::config::{ModelKind, VaeConfig};
+use crate::model::objective::{Prediction, Trained};
 use crate::model::{DeviceLimits, Precision, Spec};
 
 /// Steps where neither user nor model says: enough for a model that was not distilled.
@@ -23,6 +26,7 @@ pub struct ModelFiles {
     device: Device,
     paths: ModelPaths,
     transformer: Transformer,
+    trained: Trained,
     /// A latent model's.
     vae: Option<(VaeConfig, Checkpoint)>,
     /// How the weights of the transformer's and of the text encoder's blocks are kept.
@@ -50,6 +54,7 @@ impl ModelFiles {
         };
         Ok(ModelFiles {
             device,
+            trained: paths.trained()?,
             paths,
             transformer,
             vae,
@@ -135,6 +140,24 @@ impl ModelFiles {
         &self.transformer
     }
 
+    /// What the transformer was trained for.
+    pub fn trained(&self) -> &Trained {
+        &self.trained
+    }
+
+    /// The levels that a picture of these settings visits.
+    ///
+    /// # Errors
+    /// When the settings make none, or the solver is none for this model.
+    pub fn schedule(&self, settings: &Settings) -> Result<Schedule> {
+        Schedule::of(
+            &self.trained,
+            settings.solver,
+            settings.steps,
+            f64::from(settings.shift),
+        )
+    }
+
     /// What the transformer is.
     pub fn spec(&self) -> &dyn Spec {
         &*self.transformer.spec
@@ -197,6 +220,12 @@ impl ModelFiles {
             ModelKind::Latent => geometry.published_side(),
             ModelKind::Pixel => geometry.published_side().next_multiple_of(self.size_multiple()),
         };
+        // A shift of flow matching says nothing of another objective's schedule.
+        let scheduler = scheduler.filter(|scheduler| scheduler.trained.prediction() == self.trained.prediction());
+        let shift = match self.trained.prediction() {
+            Prediction::Flow => DEFAULT_SHIFT,
+            _ => 1.0,
+        };
         let settings = Settings {
             width: own.width.unwrap_or(side),
             height: own.height.unwrap_or(side),
@@ -204,8 +233,9 @@ impl ModelFiles {
             shift: own
                 .shift
                 .or(scheduler.map(|scheduler| scheduler.shift))
-                .unwrap_or(DEFAULT_SHIFT),
+                .unwrap_or(shift),
             cfg: own.cfg.unwrap_or(1.0),
+            solver: own.solver.unwrap_or(Solver::default_of(&self.trained)),
         };
         Ok(Settings {
             shift: self.published_shift(&settings).unwrap_or(settings.shift),
@@ -215,7 +245,7 @@ impl ModelFiles {
 
     /// The shift that the model's published schedule has for this size and these steps, where neither says otherwise.
     fn published_shift(&self, settings: &Settings) -> Option<f32> {
-        let says_nothing = self.paths.defaults.shift.is_none();
+        let says_nothing = self.paths.defaults.shift.is_none() && self.trained.prediction() == Prediction::Flow;
         let shift = self.spec().shift(self.image_tokens(settings), settings.steps);
         shift.filter(|_| says_nothing)
     }
@@ -232,6 +262,7 @@ impl ModelFiles {
             steps: asked.steps.unwrap_or(defaults.steps),
             shift: asked.shift.unwrap_or(defaults.shift),
             cfg: asked.cfg.unwrap_or(defaults.cfg),
+            solver: asked.solver.unwrap_or(defaults.solver),
         };
         let published = self.published_shift(&settings).filter(|_| asked.shift.is_none());
         let settings = Settings {
@@ -239,6 +270,7 @@ impl ModelFiles {
             ..settings
         };
         settings.check()?;
+        self.schedule(&settings)?;
         Ok(settings)
     }
 
@@ -269,6 +301,7 @@ impl ModelFiles {
     /// Naming the value and what it should be.
     pub fn ensure_drawable(&self, settings: &Settings) -> Result<()> {
         settings.check()?;
+        self.schedule(settings)?;
         let multiple = self.size_multiple();
         for (name, side) in [("width", settings.width), ("height", settings.height)] {
             if side % multiple != 0 {
@@ -347,9 +380,14 @@ impl ModelFiles {
         let element = self.device.compute_dtype().size() as u64;
         let bytes = |bf16: u64| (bf16 / 2).saturating_mul(element);
         let sampling = estimate.sampling;
+        // Two pictures in f32 beside the one on its way.
+        let looked_back = match settings.solver.looks_back() {
+            true => (self.canvas(settings).iter().product::<usize>() as u64).saturating_mul(2 * 4 * batch as u64),
+            false => 0,
+        };
         (
             bytes(sampling.weights),
-            bytes(sampling.activations.saturating_mul(batch as u64)),
+            bytes(sampling.activations.saturating_mul(batch as u64)).saturating_add(looked_back),
         )
     }
 

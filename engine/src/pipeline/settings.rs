@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::flow::schedule::Schedule;
+use crate::flow::solver::Solver;
 use crate::limits::Side;
 
 /// What to draw with.
@@ -19,6 +20,8 @@ pub struct Settings {
     pub shift: f32,
     /// Guidance; 1 is none, and takes one pass per step instead of two.
     pub cfg: f32,
+    /// The solver.
+    pub solver: Solver,
 }
 
 /// What somebody asks for; the model says the rest.
@@ -34,6 +37,8 @@ pub struct Asked {
     pub shift: Option<f32>,
     /// See [`Settings::cfg`].
     pub cfg: Option<f32>,
+    /// See [`Settings::solver`].
+    pub solver: Option<Solver>,
 }
 
 /// How many pictures are drawn at once where nobody says.
@@ -106,6 +111,7 @@ mod tests {
             steps: 4,
             shift: 3.0,
             cfg: 0.0,
+            solver: Solver::Euler,
         };
         good.check().unwrap();
         for (bad, word) in [

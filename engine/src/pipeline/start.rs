@@ -1,7 +1,8 @@
 //! Pictures that begin with another picture instead of noise alone.
 //!
 //! Of a schedule's steps, the share `strength` is taken, the last ones; the first of them begins at
-//! `(1 − sigma) · start + sigma · noise`, start being the image (latent model: its latent). With strength 1 that is noise alone. Source:
+//! `a · start + b · noise`, start being the image (latent model: its latent), with the shares of picture and noise at its level: 1 − sigma
+//! and sigma with flow matching. With strength 1 that is noise alone, or as good as that on a discrete schedule. Source:
 //! Meng et al., "SDEdit" (2022); steps are counted as in diffusers' image-to-image pipelines.
 //!
 //! With a mask some of the picture is kept: after each step those places are brought back to the picture with as much noise as that step
@@ -146,14 +147,14 @@ impl StartImage {
 }
 
 impl Pipeline {
-    /// What a walk begins with: noise `[batch, height, width, channels]` with as much of the start image as this sigma leaves, and
-    /// what is held of it.
+    /// What a walk begins with: noise `[batch, height, width, channels]` with as much of the start image as these shares of
+    /// picture and noise say, and what is held of it.
     pub(super) fn begin_from(
         &mut self,
         start: &StartImage,
         noise: Tensor,
         settings: &Settings,
-        sigma: f32,
+        [kept, added]: [f32; 2],
     ) -> Result<Beginning> {
         start.check(settings)?;
         self.phase("start", |pipeline| {
@@ -164,7 +165,7 @@ impl Pipeline {
             }
             for item in values.chunks_mut(image.len()) {
                 for (value, image) in item.iter_mut().zip(&image) {
-                    *value = (1.0 - sigma) * image + sigma * *value;
+                    *value = kept * image + added * *value;
                 }
             }
             let device = pipeline.device();
@@ -250,6 +251,7 @@ mod tests {
             steps: 8,
             shift: 3.0,
             cfg: 1.0,
+            solver: crate::flow::solver::Solver::Euler,
         };
         start.check(&settings).unwrap();
         let mut wrong = start.clone();
@@ -291,6 +293,7 @@ mod tests {
             steps: 8,
             shift: 3.0,
             cfg: 1.0,
+            solver: crate::flow::solver::Solver::Euler,
         };
         start(1.0).check(&settings).unwrap();
         for strength in [0.0, -1.0, 1.5, f32::NAN] {

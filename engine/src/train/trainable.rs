@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::adamw::{AdamW, Place, StateArray};
 use super::copying::Copying;
@@ -13,7 +14,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::layers::{NamedParameter, ParamSource, Slot};
 use crate::model::denoiser::{Noisy, TrainingChoice};
-use crate::model::objective::Objective;
+use crate::model::objective::{Discrete, Objective};
 use crate::model::{Denoiser, Precision, Spec, Trainable};
 use crate::ops::cast::cast;
 use crate::ops::finite::count_not_finite;
@@ -97,6 +98,8 @@ pub struct TrainableModel {
     trained: Vec<usize>,
     pub(super) optimizer: AdamW,
     keeps_ema: bool,
+    /// The objective, where it is not the model's own.
+    discrete: Option<Arc<Discrete>>,
     /// Where several ranks share the work.
     exchange: Option<Exchange>,
     /// Which of the trained ones each parameter is.
@@ -207,6 +210,7 @@ impl TrainableModel {
         Ok(TrainableModel {
             copying: Copying::default(),
             keeps_ema: options.ema_decay.is_some(),
+            discrete: None,
             model,
             parameters,
             trained,
@@ -214,6 +218,11 @@ impl TrainableModel {
             exchange,
             number,
         })
+    }
+
+    /// Trains for this objective from now on; `None` for the model's own, flow matching.
+    pub fn train_for(&mut self, discrete: Option<Arc<Discrete>>) {
+        self.discrete = discrete;
     }
 
     /// Adds the gradients of `weight` · loss of a micro-batch; `weight` is 1 / micro-batches of a step, those of all ranks counted.
@@ -235,7 +244,9 @@ impl TrainableModel {
     }
 
     fn accumulate_telling(&mut self, batch: &Batch<'_>, weight: f32, last: bool) -> Result<Tensor> {
-        let objective = self.model.denoiser().objective();
+        let (own, discrete) = (self.model.denoiser().objective(), self.discrete.clone());
+        let told = discrete.as_deref().map(|discrete| discrete.of_family(own));
+        let objective = told.as_ref().map_or(own, |told| told as &dyn Objective);
         let (image, times) = batch.noisy(objective)?;
         let noisy = Noisy {
             image: &image,
@@ -263,7 +274,9 @@ impl TrainableModel {
     /// # Errors
     /// As for [`TrainableModel::accumulate`].
     pub fn evaluate(&self, batch: &Batch<'_>) -> Result<Tensor> {
-        let objective = self.model.denoiser().objective();
+        let own = self.model.denoiser().objective();
+        let told = self.discrete.as_deref().map(|discrete| discrete.of_family(own));
+        let objective = told.as_ref().map_or(own, |told| told as &dyn Objective);
         let (image, times) = batch.noisy(objective)?;
         let prediction = self.model.predict(Noisy {
             image: &image,

@@ -8,6 +8,7 @@ use l2p_engine::model::Spec;
 use l2p_engine::model::config::{ModelKind, SchedulerConfig, TextConfig, VaeConfig};
 use l2p_engine::model::detailer::DetailerLayout;
 use l2p_engine::model::family::TransformerConfig;
+use l2p_engine::model::objective::{BetaSchedule, NoiseSchedule, Prediction, Spacing, Trained};
 use l2p_engine::model::zimage::{DitConfig, HEAD_PREFIX, ZImage};
 use l2p_tests::{Outcome, Suite, fixtures};
 use libtest_mimic::Failed;
@@ -353,6 +354,37 @@ fn parts_are_read() -> Outcome {
         &read,
         "is not what was expected: entry `shift`: expected a number from 0.01 to 1000, found -1 at line 1 column 14",
     )?;
+    let ddim = |name: &str, value: Value| {
+        let mut config = json!({ "_class_name": "DDIMScheduler", "clip_sample": false });
+        config[name] = value;
+        config
+    };
+    for (name, value, message) in [
+        ("clip_sample", Value::Null, "clips pictures at every step"),
+        ("clip_sample", json!(true), "clips pictures at every step"),
+        ("thresholding", json!(true), "says thresholding = true"),
+        ("trained_betas", json!([0.1]), "says trained_betas"),
+        ("beta_schedule", json!("sigmoid"), "says beta_schedule = sigmoid"),
+        ("prediction_type", json!("score"), "says prediction_type = score"),
+        ("num_train_timesteps", json!(0), "says num_train_timesteps"),
+        (
+            "variance_type",
+            json!("learned_range"),
+            "says variance_type = learned_range",
+        ),
+        ("rescale_betas_zero_snr", json!(true), "exclude each other"),
+        ("beta_start", json!(0.5), "is larger than beta_end"),
+        (
+            "_class_name",
+            json!("PNDMScheduler"),
+            "describes a PNDMScheduler; only FlowMatchEulerDiscreteScheduler, DDIM",
+        ),
+    ] {
+        std::fs::write(at(file), ddim(name, value).to_string())?;
+        let refused = read(&at("scheduler")).err().ok_or(message)?.to_string();
+        assert!(refused.contains(message), "{refused}");
+    }
+    discrete_schedules(&at("scheduler"))?;
     let read = |folder: &Path| VaeConfig::read(folder).map(drop);
     let vae = json!({
         "latent_channels": 4, "out_channels": 3, "block_out_channels": [6], "layers_per_block": 1, "norm_num_groups": 4,
@@ -364,6 +396,43 @@ fn parts_are_read() -> Outcome {
         &read,
         "says block_out_channels = [6], only multiples of norm_num_groups = 4 is supported",
     )
+}
+
+/// What the classes of discrete schedules say of a model, with their own defaults.
+fn discrete_schedules(folder: &Path) -> Outcome {
+    let read = |text: &str| {
+        std::fs::write(folder.join("scheduler_config.json"), text)?;
+        SchedulerConfig::read(folder).map_err(Failed::from)
+    };
+    // Infinity is no JSON, and is written all the same.
+    let found = read(
+        r#"{ "_class_name": "DPMSolverMultistepScheduler", "prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2",
+             "lambda_min_clipped": -Infinity, "num_train_timesteps": 500, "rescale_betas_zero_snr": true, "shift": 3.0 }"#,
+    )?;
+    let schedule = NoiseSchedule {
+        beta_schedule: BetaSchedule::Cosine,
+        num_train_timesteps: 500,
+        rescale_betas_zero_snr: true,
+        timestep_spacing: Spacing::Linspace,
+        ..NoiseSchedule::default()
+    };
+    assert_eq!(found.trained, Trained::new(Prediction::V, Some(schedule))?);
+    assert_eq!((found.shift, found.notes), (1.0, Vec::new()));
+    let found = read(r#"{ "_class_name": "DDPMScheduler", "clip_sample": false, "steps_offset": 1 }"#)?;
+    let schedule = found.trained.schedule().ok_or("a DDPM has a schedule")?;
+    assert_eq!(
+        (schedule.timestep_spacing, schedule.steps_offset),
+        (Spacing::Leading, 1)
+    );
+    assert!(
+        found.notes[0].contains("describes a DDPMScheduler; steps are ddim's"),
+        "{:?}",
+        found.notes
+    );
+    let flow = r#"{ "_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": true, "flow_shift": 2.5 }"#;
+    let found = read(flow)?;
+    assert_eq!((found.trained, found.shift), (Trained::FLOW, 2.5));
+    Ok(())
 }
 
 fn heads_are_those_published() -> Outcome {

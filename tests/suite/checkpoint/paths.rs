@@ -101,6 +101,7 @@ fn a_manifest_shares_its_bases_parts() -> Outcome {
             steps: Some(20),
             shift: Some(4.0),
             cfg: Some(2.5),
+            solver: None,
         };
         assert_eq!(paths.defaults, defaults);
         expect_tensors("manifest", &paths.open_transformer()?.checkpoint, &expected)?;

@@ -2,9 +2,10 @@
 
 use l2p_engine::flow::sampler::{Conditioning, Guides, Sampler, StepReport, Walk, sample};
 use l2p_engine::flow::schedule::Schedule;
+use l2p_engine::flow::solver::Solver;
 use l2p_engine::model::Denoiser;
 use l2p_engine::model::config::ModelKind;
-use l2p_engine::model::objective::{FlowMatching, Objective};
+use l2p_engine::model::objective::{FlowMatching, Objective, Prediction, Trained};
 use l2p_engine::ops::guidance::{Guidance, guided_euler_step};
 use l2p_engine::ops::noise::normal_noise;
 use l2p_engine::{Device, Error, Tensor};
@@ -30,6 +31,13 @@ pub fn register(suite: &mut Suite) {
     suite.cuda(
         "flow::sampler::a_second_picture_needs_nothing_new_on_cuda",
         kept_steps_draw_the_same,
+    );
+    suite.cpu("flow::sampler::steps_of_second_order", || {
+        recorded_steps_look_back(&Device::Cpu)
+    });
+    suite.cuda(
+        "flow::sampler::recorded_steps_of_second_order_on_cuda",
+        recorded_steps_look_back,
     );
     suite.cpu("flow::sampler::steps_are_reported_and_stopped", || {
         steps_are_reported_and_stopped(&Device::Cpu)
@@ -127,7 +135,13 @@ fn every_step_has_its_modulations() -> Outcome {
 
 /// Pictures of one shape, other captions and other noise, by a sampler that keeps its steps and by one that begins anew.
 fn kept_steps_draw_the_same(device: &Device) -> Outcome {
-    for (kind, patch) in [(ModelKind::Latent, 2), (ModelKind::Pixel, 16)] {
+    let (euler, second) = (Schedule::new(5, 3.0)?, second_order()?);
+    for (kind, patch, schedule) in [
+        (ModelKind::Latent, 2, &euler),
+        (ModelKind::Pixel, 16, &euler),
+        (ModelKind::Latent, 2, &second),
+        (ModelKind::Pixel, 16, &second),
+    ] {
         let model = small_config(kind, 384, patch);
         let dit = load(&random_model(&model, &[16, 32, 48, 64]), &model, device)?;
         // The latent as many tokens as the picture has patches.
@@ -140,7 +154,6 @@ fn kept_steps_draw_the_same(device: &Device) -> Outcome {
                 .collect();
             Tensor::from_f32(device, &values, [1, tokens, 96])
         };
-        let schedule = Schedule::new(5, 3.0)?;
         // Twice one shape, another one, the first again, which was given up for it, and one with guidance.
         let pictures = [
             (7, 3, 1.0),
@@ -162,7 +175,7 @@ fn kept_steps_draw_the_same(device: &Device) -> Outcome {
             };
             let noise = noise(index as u64)?;
             let before = taken(device);
-            let picture = sampler.draw(&dit, guides, &schedule, noise, &mut |_| Ok(()))?;
+            let picture = sampler.draw(&dit, guides, schedule, noise, &mut |_| Ok(()))?;
             device.synchronize()?;
             counts.push((before, taken(device)));
             drawn.push(picture.to_vec_f32()?);
@@ -183,7 +196,7 @@ fn kept_steps_draw_the_same(device: &Device) -> Outcome {
                 cfg,
             };
             let conditioning = guides.prepare(&dit, [extents[1], extents[2]])?;
-            let fresh = sample(&dit, &conditioning, &schedule, noise(index as u64)?, &mut |_| Ok(()))?;
+            let fresh = sample(&dit, &conditioning, schedule, noise(index as u64)?, &mut |_| Ok(()))?;
             assert!(
                 fresh.to_vec_f32()? == drawn[index],
                 "{kind:?}, picture {index} has other bits"
@@ -193,6 +206,41 @@ fn kept_steps_draw_the_same(device: &Device) -> Outcome {
             drawn[0] != drawn[1] && drawn[1] != drawn[3],
             "{kind:?}: captions and noise count"
         );
+    }
+    Ok(())
+}
+
+/// Five steps of second order for a model of v.
+fn second_order() -> Result<Schedule, Error> {
+    Schedule::of(&Trained::new(Prediction::V, None)?, Solver::Dpm2M, 5, 1.0)
+}
+
+/// Recorded steps of a solver that looks back, with guidance, give the bits of steps that run call by call.
+fn recorded_steps_look_back(device: &Device) -> Outcome {
+    for (kind, patch) in [(ModelKind::Latent, 2), (ModelKind::Pixel, 16)] {
+        let model = small_config(kind, 384, patch);
+        let dit = load(&random_model(&model, &[16, 32, 48, 64]), &model, device)?;
+        let side = if kind == ModelKind::Latent { 8 } else { 64 };
+        let caption = |value: f32| Tensor::from_f32(device, &[value; 7 * 96], [1, 7, 96]);
+        let (prompts, negatives) = ([caption(0.5)?], [caption(-0.25)?]);
+        let guides = Guides {
+            prompts: &prompts,
+            negatives: &negatives,
+            cfg: 2.5,
+        };
+        let (conditioning, schedule) = (guides.prepare(&dit, [side, side])?, second_order()?);
+        let walked = |recorded: bool| {
+            let noise = normal_noise(device, [1, side, side, model.in_channels], 3, 0)?;
+            let mut walk = Walk::new(&dit, &conditioning, &schedule, noise)?;
+            if !recorded {
+                walk = walk.unrecorded();
+            }
+            (0..schedule.steps()).try_for_each(|_| walk.advance())?;
+            walk.finish().to_vec_f32()
+        };
+        let found = walked(true)?;
+        assert!(found.iter().all(|value| value.is_finite()));
+        assert!(found == walked(false)?, "{kind:?}");
     }
     Ok(())
 }

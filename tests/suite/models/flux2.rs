@@ -320,6 +320,7 @@ fn pictures_equal_the_pipelines() -> Outcome {
         steps: Some(case.size(&["steps"])),
         cfg: Some(4.0),
         shift: None,
+        solver: None,
     })?;
     let schedule = Schedule::new(settings.steps, f64::from(settings.shift))?;
     let sigmas: Vec<f32> = (0..=settings.steps).map(|step| schedule.sigma(step)).collect();

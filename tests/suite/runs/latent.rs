@@ -85,7 +85,7 @@ fn ranks() -> Outcome {
 }
 
 /// A latent model with random weights.
-fn latent_model(folder: &Path) -> Result<String, Failed> {
+pub(super) fn latent_model(folder: &Path) -> Result<String, Failed> {
     let config = l2p_engine::model::zimage::DitConfig {
         caption_width: 256,
         ..small_config(ModelKind::Latent, 128, 2)

@@ -8,6 +8,7 @@ mod divergence;
 mod folder;
 mod interrupt;
 mod latent;
+mod objectives;
 mod outputs;
 mod printing;
 pub mod ranks;
@@ -41,6 +42,7 @@ pub fn register(suite: &mut Suite) {
     folder::register(suite);
     interrupt::register(suite);
     latent::register(suite);
+    objectives::register(suite);
     outputs::register(suite);
     printing::register(suite);
     ranks::register(suite);

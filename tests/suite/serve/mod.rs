@@ -81,6 +81,7 @@ fn as_the_program() -> Outcome {
         Finished::from(&mut command)?.success()?;
         let settings = Settings {
             cfg: 2.0,
+            solver: l2p_engine::flow::solver::Solver::Euler,
             ..small(&worker)?
         };
         let item = |prompt: &str, negative: &str, seed| Item {
@@ -158,6 +159,7 @@ fn one_error() -> Outcome {
     let worker = worker("source", &Device::Cpu)?;
     let settings = Settings {
         cfg: 1.0,
+        solver: l2p_engine::flow::solver::Solver::Euler,
         ..small(&worker)?
     };
     let expected = draw(&worker, Request::of("fox", settings, 1))?;

@@ -104,6 +104,7 @@ fn in_host_memory(device: &Device) -> Outcome {
         let settings = Settings {
             steps: 6,
             cfg: 2.0,
+            solver: l2p_engine::flow::solver::Solver::Euler,
             ..small(&resident)?
         };
         let requests = || [("fox", 1), ("fox", 2)].map(|(prompt, seed)| Request::of(prompt, settings, seed));

@@ -55,6 +55,7 @@ fn strengths() -> Outcome {
             steps: 20,
             shift: 1.0,
             cfg: 1.0,
+            solver: l2p_engine::flow::solver::Solver::Euler,
         };
         let start = fox(settings.width)?;
         let free = from(&worker, settings, None)?;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use l2p_engine::DeviceChoice;
 use l2p_engine::flow::noise_source::NoiseSource;
+use l2p_engine::flow::solver::Solver;
 use l2p_engine::limits::{Batch, Side, Steps};
 
 use crate::launch::RankFlags;
@@ -32,6 +33,9 @@ pub struct DrawFlags {
     /// How far the schedule is shifted towards noise [default: the model's, or 3]
     #[arg(long, value_name = "SHIFT", allow_negative_numbers = true)]
     pub shift: Option<f32>,
+    /// Solver: euler, ddim or dpm++2m [default: the model's, or the first of these that fits it]
+    #[arg(long, value_name = "NAME", value_parser = crate::prompts::solver)]
+    pub solver: Option<Solver>,
     /// Pixels [default: the model's]
     #[arg(long, value_name = "PIXELS", allow_negative_numbers = true)]
     pub width: Option<Side>,

@@ -9,6 +9,7 @@
 //! ```
 
 mod family;
+pub(crate) mod linear;
 mod objective;
 mod sizes;
 mod spec;

@@ -437,6 +437,7 @@ fn a_pipeline_draws_with_it() {
         steps: 4,
         shift: 1.0,
         cfg: 1.0,
+        solver: crate::flow::solver::Solver::Euler,
     };
     pipeline.load(&mut |_, _| Ok(())).unwrap();
     let captions = Captions {

@@ -31,6 +31,7 @@ use crate::checkpoint::{
 use crate::data::Position;
 use crate::error::{Error, Result};
 use crate::files::{self, sync_folder};
+use crate::model::objective::Trained;
 use crate::train::{StatePart, StateSource, TrainableModel};
 
 /// The folder of checkpoints in a run's folder.
@@ -84,6 +85,9 @@ pub struct RunState {
     pub elapsed_seconds: f64,
     /// The configuration of the run that wrote it.
     pub config: serde_json::Value,
+    /// What that run trained for.
+    #[serde(default)]
+    pub objective: Trained,
     /// The ranks of that run.
     #[serde(default = "one")]
     pub ranks: usize,
@@ -118,6 +122,7 @@ impl RunState {
             outcomes: Vec::new(),
             elapsed_seconds: 0.0,
             config,
+            objective: Trained::FLOW,
             ranks: 1,
         }
     }

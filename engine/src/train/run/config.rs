@@ -17,7 +17,9 @@ use super::numbers;
 use crate::data::{PictureSize, Sizing};
 use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
+use crate::flow::solver::Solver;
 use crate::model::Precision;
+use crate::model::objective::{BetaSchedule, Prediction, Trained};
 use crate::train::{AdamWOptions, Policy, Recompute, Sharding, TrainOptions};
 
 configuration! {
@@ -138,7 +140,18 @@ configuration! {
         clip_norm: Option<f32> = None => "NORM",
         /// Keep an average of the trained weights with this decay, and save it too.
         ema: Option<f32> = None => "DECAY",
-        /// How far noise levels are shifted towards noise: 3 at 1024², 4 at 4096².
+        /// What the model learns to predict: `flow` (the velocity of flow matching), `epsilon` (the noise), `v` or `sample` (the picture);
+        /// by default what it was trained for. Another one turns the model into one for that.
+        #[serde(deserialize_with = "parsed_option", serialize_with = "shown_option")]
+        objective: Option<Prediction> = None => "NAME",
+        /// The discrete schedule of all objectives but flow: `linear`, `scaled_linear` or `squaredcos_cap_v2`; by default the model's, or
+        /// linear.
+        #[serde(deserialize_with = "parsed_option", serialize_with = "shown_option")]
+        betas: Option<BetaSchedule> = None => "NAME",
+        /// Whether that schedule ends at noise alone (for `v` and `sample`); by default the model's, or false.
+        zero_snr: Option<bool> = None => "true|false",
+        /// How far noise levels are shifted towards noise: 3 at 1024², 4 at 4096². On a discrete schedule every step's ratio of picture to
+        /// noise is divided by the square, as it is of flow matching.
         shift: f64 = 3.0 => "SHIFT",
         /// Entries of the table of noise levels.
         #[serde(deserialize_with = "numbers::table")]
@@ -187,6 +200,9 @@ configuration! {
         sample_steps: Option<usize> = None => "N",
         /// Guidance of a sample; by default the model's.
         sample_cfg: Option<f32> = None => "SCALE",
+        /// Solver of a sample: `euler`, `ddim` or `dpm++2m`; by default the model's, or the first of these that fits the objective.
+        #[serde(deserialize_with = "parsed_option", serialize_with = "shown_option")]
+        sample_solver: Option<Solver> = None => "NAME",
         /// Time the parts of every step, and say at the end where the time went.
         profile: bool = false => "true|false",
     }
@@ -208,6 +224,29 @@ impl TrainConfig {
             ema_decay: self.ema,
             trunk: self.trunk.clone(),
         }
+    }
+
+    /// What a model is trained for that was trained for `source` so far.
+    ///
+    /// # Errors
+    /// When the keys contradict each other.
+    pub fn trained(&self, source: &Trained) -> Result<Trained> {
+        let prediction = self.objective.unwrap_or(source.prediction());
+        if prediction == Prediction::Flow {
+            return match (self.betas, self.zero_snr) {
+                (None, None) => Ok(Trained::FLOW),
+                _ => Err(Error::invalid(
+                    "betas and zero_snr are about a discrete schedule, and flow matching has none: leave them out, or give another objective",
+                )),
+            };
+        }
+        let mut schedule = source.schedule().cloned().unwrap_or_default();
+        if let Some(betas) = self.betas.filter(|betas| *betas != schedule.beta_schedule) {
+            schedule.beta_schedule = betas;
+            [schedule.beta_start, schedule.beta_end] = betas.usual();
+        }
+        schedule.rescale_betas_zero_snr = self.zero_snr.unwrap_or(schedule.rescale_betas_zero_snr);
+        Trained::new(prediction, Some(schedule))
     }
 
     /// How pictures get their sizes; `default` where the configuration does not say.

@@ -55,20 +55,21 @@ pub fn evaluate(
     let setup = Setup::new(&config, cache, device, &Ranks::solo(), &mut progress)?;
     let transformer = setup.transformer();
     let options: TrainOptions = config.train_options();
-    let model = TrainableModel::load(
+    let mut model = TrainableModel::load(
         &*transformer.spec,
         &transformer.checkpoint,
         device,
         &options,
         &mut |done, total| progress.report("loading the model", done, total),
     )?;
+    model.train_for(setup.discrete.clone());
     let validation = setup.validation.as_ref();
     let validation = validation.ok_or_else(|| Error::invalid("there is no picture to evaluate on"))?;
     // A run tells of these in its log; here the mean would quietly be one of fewer pictures.
     for damage in validation.damages().take_fresh() {
         progress.notice(&format!("damaged, skipped: {damage}"));
     }
-    let mut feeder = Feeder::new(&config, device, false);
+    let mut feeder = Feeder::new(&config, device, false, setup.discrete.clone());
     let loss = validation.loss(&model, &mut feeder, &World::solo(), &mut || progress.go_on())?;
     if !loss.is_finite() {
         return Err(Error::not_finite(format!(

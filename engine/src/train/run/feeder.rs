@@ -4,12 +4,14 @@
 //! captions stay on the device as far as [`CAPTION_BYTES`] go.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use crate::data::{Caption, Content, DataSet, Draws, Item, Purpose, StoreKey};
 use crate::device::{Device, MemoryTag};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::flow::schedule::training_sigma;
+use crate::model::objective::Discrete;
 use crate::ops::from_rgb8::from_rgb8;
 use crate::ops::noise::{NoiseOrigin, normal_noise_items};
 use crate::tensor::Tensor;
@@ -38,6 +40,8 @@ pub struct Feeder<'a> {
     device: &'a Device,
     /// Whether a picture's noise is that of its own seed.
     seeded: bool,
+    /// The discrete schedule whose levels are drawn, of all objectives but flow matching.
+    discrete: Option<Arc<Discrete>>,
     captions: HashMap<StoreKey, Tensor>,
     /// Bytes that `captions` may still take.
     room: usize,
@@ -67,11 +71,12 @@ impl DeviceBatch {
 
 impl<'a> Feeder<'a> {
     /// A feeder of a run on `device`.
-    pub fn new(config: &'a TrainConfig, device: &'a Device, seeded: bool) -> Self {
+    pub fn new(config: &'a TrainConfig, device: &'a Device, seeded: bool, discrete: Option<Arc<Discrete>>) -> Self {
         Feeder {
             config,
             device,
             seeded,
+            discrete,
             captions: HashMap::new(),
             room: CAPTION_BYTES,
         }
@@ -86,7 +91,7 @@ impl<'a> Feeder<'a> {
         let levels = Draws::new(self.config.seed, Purpose::Sigma);
         let fresh = Draws::new(self.config.seed, Purpose::FreshNoise);
         let numbers = || (first..).take(items.len());
-        let sigmas = numbers().map(|number| self.sigma(levels.below(number, self.config.sigmas)));
+        let sigmas = numbers().map(|number| self.sigma(levels.below(number, self.levels())));
         let origins =
             numbers().zip(items).map(
                 |(number, item)| match set.records()[item.picture].seed.filter(|_| self.seeded) {
@@ -109,7 +114,7 @@ impl<'a> Feeder<'a> {
     pub fn validation(&mut self, items: &[Item], first: usize, total: usize) -> Result<DeviceBatch> {
         let seeds = Draws::new(self.config.seed, Purpose::HeldOut);
         let numbers = || first..first + items.len();
-        let level = |number: usize| (2 * number + 1) * self.config.sigmas / (2 * total.max(1));
+        let level = |number: usize| (2 * number + 1) * self.levels() / (2 * total.max(1));
         let sigmas = numbers().map(|number| self.sigma(level(number)));
         let origins = numbers().map(|number| NoiseOrigin {
             seed: seeds.word(number as u64),
@@ -119,8 +124,20 @@ impl<'a> Feeder<'a> {
         self.batch(items, sigmas, &origins)
     }
 
+    /// Noise levels that are drawn from.
+    fn levels(&self) -> usize {
+        match &self.discrete {
+            Some(discrete) => discrete.schedule().num_train_timesteps,
+            None => self.config.sigmas,
+        }
+    }
+
+    /// The noise level of this number, from the noisiest on.
     fn sigma(&self, level: usize) -> f32 {
-        training_sigma(level, self.config.sigmas, self.config.shift)
+        match &self.discrete {
+            Some(discrete) => discrete.level((self.levels() - 1 - level) as i64),
+            None => training_sigma(level, self.config.sigmas, self.config.shift),
+        }
     }
 
     fn batch(&mut self, items: &[Item], sigmas: Vec<f32>, origins: &[NoiseOrigin]) -> Result<DeviceBatch> {

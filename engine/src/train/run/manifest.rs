@@ -6,7 +6,9 @@ use super::checkpoint::DELTA;
 use crate::checkpoint::{Defaults, MANIFEST, MANIFEST_FORMAT, Manifest, ModelPaths, OneOrMany};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::flow::solver::Solver;
 use crate::model::config::ModelKind;
+use crate::model::objective::Trained;
 use crate::pipeline::Settings;
 
 /// Writes the manifest of a delta over the model at `paths` into `folder`, a checkpoint of the run in `run`. What is in the
@@ -14,7 +16,14 @@ use crate::pipeline::Settings;
 ///
 /// # Errors
 /// When a path cannot be resolved, or the disk does not take the file.
-pub(super) fn write(folder: &Path, run: &Path, paths: &ModelPaths, kind: ModelKind, settings: &Settings) -> Result<()> {
+pub(super) fn write(
+    folder: &Path,
+    run: &Path,
+    paths: &ModelPaths,
+    kind: ModelKind,
+    trained: &Trained,
+    settings: &Settings,
+) -> Result<()> {
     let canonical = |path: &Path| path.canonicalize().map_err(|error| Error::io(path, error));
     let run = canonical(run)?;
     let named = |path: &Path| {
@@ -34,19 +43,22 @@ pub(super) fn write(folder: &Path, run: &Path, paths: &ModelPaths, kind: ModelKi
         tokenizer: part(&paths.tokenizer)?,
         vae: part(&paths.vae)?,
         scheduler: part(&paths.scheduler)?,
-        defaults: defaults(settings),
+        // Where it is flow matching from the start, nothing needs to be said.
+        objective: (*trained != Trained::FLOW || paths.trained()? != Trained::FLOW).then(|| trained.clone()),
+        defaults: defaults(settings, trained),
     };
     put(folder, &manifest)
 }
 
 /// Settings as a manifest has them.
-fn defaults(settings: &Settings) -> Defaults {
+fn defaults(settings: &Settings, trained: &Trained) -> Defaults {
     Defaults {
         width: Some(settings.width),
         height: Some(settings.height),
         steps: Some(settings.steps),
         shift: Some(settings.shift),
         cfg: Some(settings.cfg),
+        solver: Some(settings.solver).filter(|solver| *solver != Solver::default_of(trained)),
     }
 }
 

@@ -106,6 +106,7 @@ pub fn package(folder: &Path, out: &Path, options: &PackageOptions) -> Result<Pa
         tokenizer: part(&known.tokenizer, &over.tokenizer)?,
         vae: part(&known.vae, &over.vae)?,
         scheduler: part(&known.scheduler, &over.scheduler)?,
+        objective: over.objective,
         defaults: over.defaults,
     };
     manifest::put(out, &manifest)?;

@@ -257,6 +257,16 @@ pub(super) fn continued(
             "belongs to a run that began from another model: name that one again, or choose another --out",
         ));
     }
+    if state.objective != fresh.objective {
+        return Err(Error::file(
+            resumed.folder(),
+            format!(
+                "was trained for {}, and the run is to go on for {}: give the keys objective, betas and zero_snr as before, or choose another \
+                 --out and begin from this checkpoint as a model",
+                state.objective, fresh.objective
+            ),
+        ));
+    }
     for text in changes(config, &state, &fresh.config) {
         progress.notice(&text);
     }

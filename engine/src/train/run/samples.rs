@@ -10,6 +10,7 @@ use crate::flow::schedule::Schedule;
 use crate::image_io::RgbImage;
 use crate::model::Denoiser;
 use crate::model::config::VaeConfig;
+use crate::model::objective::Trained;
 use crate::model::vae::VaeDecoder;
 use crate::ops::to_rgb8::to_rgb8;
 use crate::pipeline::Settings;
@@ -23,8 +24,10 @@ const GAP: usize = 4;
 
 /// What is drawn on every sheet.
 pub struct Sheet {
-    /// Size, steps, shift and guidance.
+    /// Size, steps, shift, guidance and solver.
     pub settings: Settings,
+    /// What the model is trained for.
+    pub trained: Trained,
     /// The generator of the noise.
     pub rng: NoiseSource,
     /// Seed of the first sample; each further one takes the next.
@@ -97,7 +100,10 @@ impl Sheet {
             prompt: prepare(captions.iter().collect())?,
             negative,
         };
-        let schedule = Schedule::new(self.settings.steps, f64::from(self.settings.shift))?;
+        let Settings {
+            steps, shift, solver, ..
+        } = self.settings;
+        let schedule = Schedule::of(&self.trained, solver, steps, f64::from(shift))?;
         sample(model, &conditioning, &schedule, noise, &mut |_| go_on())
     }
 }

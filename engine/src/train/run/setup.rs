@@ -22,6 +22,9 @@ use crate::device::{Device, MemoryTag};
 use crate::dist::World;
 use crate::error::{Error, Result};
 use crate::flow::noise_source::NoiseSource;
+use crate::flow::schedule::Schedule;
+use crate::flow::solver::Solver;
+use crate::model::objective::{Discrete, Trained};
 use crate::model::vae::VaeEncoder;
 use crate::pipeline::{Pipeline, PromptFiles, Settings};
 use crate::train::{Division, Ranks, TrainableModel};
@@ -49,6 +52,10 @@ pub struct Setup {
     pub seeded: bool,
     /// The pictures that are held out.
     pub validation: Option<Validation>,
+    /// What the model is trained for.
+    pub trained: Trained,
+    /// The same where it is not flow matching.
+    pub discrete: Option<Arc<Discrete>>,
     /// The sheet of samples.
     pub sheet: Option<Sheet>,
     /// A hash of all that decides which pictures are in which batch.
@@ -83,6 +90,7 @@ impl Setup {
         world.agree("data", data_identity(config, &train).as_bytes())?;
         let seeded = is_seeded(config, &train)?;
         let settings = sample_settings(config, &pipeline)?;
+        let (trained, discrete) = objective(config, pipeline.trained(), progress)?;
         pipeline.notes()?.iter().for_each(|note| progress.notice(note));
         let mut data = Data {
             config,
@@ -114,6 +122,7 @@ impl Setup {
             true => None,
             false => Some(Sheet {
                 settings,
+                trained: trained.clone(),
                 rng: config.rng,
                 seed: config.sample_seed,
                 captions: config
@@ -134,6 +143,8 @@ impl Setup {
             source,
             workers: config.workers.unwrap_or_else(default_workers),
             seeded,
+            trained,
+            discrete,
             validation: held_out.transpose()?,
             sheet,
             sizes,
@@ -199,11 +210,28 @@ fn tell_rounding(config: &TrainConfig, pipeline: &Pipeline, progress: &mut Progr
     Ok(())
 }
 
+/// What the model is trained for; says so when it is another objective than it was.
+fn objective(
+    config: &TrainConfig,
+    source: &Trained,
+    progress: &mut Progress<'_>,
+) -> Result<(Trained, Option<Arc<Discrete>>)> {
+    let trained = config.trained(source)?;
+    if trained != *source {
+        progress.notice(&format!(
+            "the model was trained for {source} and is trained for {trained} from now on"
+        ));
+    }
+    let discrete = Discrete::of(&trained, config.shift)?.map(Arc::new);
+    Ok((trained, discrete))
+}
+
 /// The size and settings of samples. The size is that of the training pictures where they have only one.
 ///
 /// # Errors
 /// When the model's defaults cannot be read, or a setting makes no sense.
 pub(super) fn sample_settings(config: &TrainConfig, pipeline: &Pipeline) -> Result<Settings> {
+    let trained = config.trained(pipeline.trained())?;
     let defaults = pipeline.defaults()?;
     let multiple = pipeline.size_multiple();
     let size = config.size.unwrap_or(PictureSize {
@@ -216,8 +244,15 @@ pub(super) fn sample_settings(config: &TrainConfig, pipeline: &Pipeline) -> Resu
         steps: config.sample_steps.unwrap_or(defaults.steps),
         shift: config.shift as f32,
         cfg: config.sample_cfg.unwrap_or(defaults.cfg),
+        solver: match config.sample_solver {
+            Some(solver) => solver,
+            // The model's own choice, where that is one for what it is trained for.
+            None if defaults.solver.ensure_for(&trained).is_ok() => defaults.solver,
+            None => Solver::default_of(&trained),
+        },
     };
     settings.check()?;
+    Schedule::of(&trained, settings.solver, settings.steps, config.shift)?;
     Ok(settings)
 }
 

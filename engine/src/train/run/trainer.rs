@@ -184,8 +184,10 @@ impl<'a> Trainer<'a> {
             &mut |done, total| progress.report("loading the model", done, total),
         );
         let mut model = world.together("model", model)?;
+        model.train_for(setup.discrete.clone());
         let mut state = RunState::new(setup.data_identity.clone(), setup.model_identity.clone(), json.clone());
-        let mut feeder = Feeder::new(config, device, setup.seeded);
+        state.objective = setup.trained.clone();
+        let mut feeder = Feeder::new(config, device, setup.seeded, setup.discrete.clone());
         let mut probe = |model: &TrainableModel| setup.probe(model, &mut feeder);
         let resumed = candidates.restore(&mut model, &mut probe, world, &mut progress)?;
         if let Some(resumed) = &resumed {

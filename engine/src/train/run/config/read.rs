@@ -41,7 +41,7 @@ const TEXTS: [&str; 10] = [
 const LISTS: [&str; 3] = ["head_widths", "buckets", "sample_prompts"];
 
 /// What other trainers call a key.
-const ELSEWHERE: [(&str, &str); 54] = [
+const ELSEWHERE: [(&str, &str); 58] = [
     ("pretrained_model", "model"),
     ("pretrained_model_name_or_path", "model"),
     ("model_path", "model"),
@@ -96,6 +96,10 @@ const ELSEWHERE: [(&str, &str); 54] = [
     ("validation_steps", "validate_every"),
     ("validation_prompt", "sample_prompts"),
     ("guidance_scale", "sample_cfg"),
+    ("prediction_type", "objective"),
+    ("beta_schedule", "betas"),
+    ("rescale_betas_zero_snr", "zero_snr"),
+    ("sampler", "sample_solver"),
 ];
 
 /// The way out for whoever wrote a path of Windows in double quotes.

@@ -237,8 +237,9 @@ impl Trainer<'_> {
         let kind = self.model.denoiser().geometry().kind;
         let settings = sample_settings(self.config, &self.setup.pipeline)?;
         let (run, paths) = (self.run.to_owned(), self.setup.paths().clone());
+        let trained = self.setup.trained.clone();
         Ok(Box::new(move |folder| {
-            manifest::write(folder, &run, &paths, kind, &settings)
+            manifest::write(folder, &run, &paths, kind, &trained, &settings)
         }))
     }
 
