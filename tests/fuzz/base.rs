@@ -11,6 +11,7 @@
 //! | `data/` | a data set: pictures of each format, metadata of each kind |
 //! | `inputs/` | prompts, noise, caption features, a picture that carries settings |
 //! | `sets/` | prompts of scorers: GenEval's lines, a folder of captions |
+//! | `requests/` | bodies of requests to the server, in its dialects |
 //! | `scores/` | features and results as other programs write them |
 //! | `factory/` | a taxonomy, answers of language models, prompts with verdicts |
 //! | `run/` | a training run of two steps, its configuration beside it |
@@ -90,6 +91,7 @@ pub fn make(folder: &Path) -> anyhow::Result<()> {
     data(&folder.join("data"))?;
     inputs(&folder.join("inputs"))?;
     sets(&folder.join("sets"))?;
+    requests(&folder.join("requests"))?;
     scores(&folder.join("scores"))?;
     factory(&folder.join("factory"))?;
     run(folder)?;
@@ -463,6 +465,38 @@ fn inputs(folder: &Path) -> anyhow::Result<()> {
         ..WriteOptions::default()
     };
     Ok(write_image(&folder.join("like.png"), &picture(16, 1)?, &options)?)
+}
+
+/// Bodies of requests to the server, each named after its dialect.
+fn requests(folder: &Path) -> anyhow::Result<()> {
+    let draw = r#"{"prompt": "a fox", "negative": "blur", "width": 64, "height": 64, "steps": 3, "cfg": 1.5, "shift": 3, "seed": 7, "count": 2,
+                   "format": "webp", "image": "data:image/png;base64,UE5H", "strength": 0.5, "mask": "UE5H", "feather": 3}"#;
+    let generations = r#"{"model": "pixel", "prompt": "a fox", "n": 2, "size": "64x64", "response_format": "b64_json", "output_format": "jpeg",
+                          "output_compression": 80, "quality": "high", "stream": true, "partial_images": 2, "seed": 7, "steps": 3, "cfg": 1.5}"#;
+    let txt2img = r#"{"prompt": "a fox", "negative_prompt": "", "seed": -1, "steps": 3, "cfg_scale": 1.5, "width": 64, "height": 64,
+                      "batch_size": 2, "n_iter": 2, "sampler_name": "Euler a", "override_settings": {"a": [1, null]}}"#;
+    let img2img = r#"{"prompt": "a fox", "init_images": ["UE5H"], "mask": "UE5H", "denoising_strength": 0.5, "mask_blur": 4,
+                      "inpainting_mask_invert": 1, "width": 64}"#;
+    for (name, text) in [
+        ("draw", draw),
+        ("generations", generations),
+        ("txt2img", txt2img),
+        ("img2img", img2img),
+    ] {
+        write(&folder.join(format!("{name}.json")), text.as_bytes())?;
+    }
+    let part = |name: &str, head: &str, body: &str| {
+        format!("--xx\r\ncontent-disposition: form-data; name=\"{name}\"{head}\r\n\r\n{body}\r\n")
+    };
+    let form = [
+        part("prompt", "", "a fox"),
+        part("image", "; filename=\"a.png\"\r\ncontent-type: image/png", "PNG"),
+        part("mask", "; filename=\"m.png\"\r\ncontent-type: image/png", "PNG"),
+        part("n", "", "2"),
+        part("extend", "", "1,2,3,4"),
+        "--xx--\r\n".to_owned(),
+    ];
+    write(&folder.join("edits.form"), form.concat().as_bytes())
 }
 
 fn sets(folder: &Path) -> anyhow::Result<()> {

@@ -72,7 +72,7 @@ const SET: &[&str] = &[
 ];
 
 /// All of them. Weights follow cost: what takes microseconds is read most often.
-pub static READERS: [Reader; 33] = [
+pub static READERS: [Reader; 34] = [
     reader(
         "safetensors",
         130,
@@ -114,6 +114,7 @@ pub static READERS: [Reader; 33] = [
     reader("flags", 50, &[], &[], files::flags),
     reader("metadata", 110, &["data/"], &["metadata"], files::metadata),
     reader("pictures", 120, &["data/"], &[".png", ".jpg", ".webp"], files::pictures),
+    reader("requests", 60, &["requests/"], &["requests/"], files::requests),
     reader("like", 40, &["inputs/like.png"], &["like.png"], files::like),
     reader("stores", 25, &["run/cache/"], &[".safetensors"], files::stores),
     reader(

@@ -60,6 +60,32 @@ use queue::Queue;
 /// Shapes of pictures whose recorded steps are kept.
 const RECORDINGS: usize = 8;
 
+/// Whether a request's body is understood in a dialect: `draw`, `generations`, `txt2img`, `img2img`, or `edits` with a boundary of `xx`.
+/// Nothing is drawn.
+///
+/// # Errors
+/// The line that the client would get.
+pub fn understand(dialect: &str, body: &[u8]) -> Result<(), String> {
+    let fields = || fields::Fields::of_json(body);
+    let understood = match dialect {
+        "draw" => draw::parse(body).map(drop),
+        "generations" => fields()
+            .and_then(|fields| openai::parse(fields, openai::Pictures::default()))
+            .map(drop),
+        "txt2img" | "img2img" => sdapi::parse(body, dialect == "img2img").map(drop),
+        _ => {
+            let runtime = tokio::runtime::Builder::new_current_thread().build();
+            let runtime = runtime.map_err(|error| error.to_string())?;
+            let form = openai::form("multipart/form-data; boundary=xx", body.to_vec().into());
+            runtime
+                .block_on(form)
+                .and_then(|(fields, pictures)| openai::parse(fields, pictures))
+                .map(drop)
+        }
+    };
+    understood.map_err(|failure| failure.body()["error"]["message"].to_string())
+}
+
 /// Serves until it is asked to stop, and returns the exit code. Errors are printed.
 pub fn main(arguments: Arguments) -> ExitCode {
     crate::run(|| serve(arguments))

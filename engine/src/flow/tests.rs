@@ -54,7 +54,7 @@ fn every_step_is_that_of_diffusers() {
     let [prompt, negative] = captions();
     let noise = Tensor::from_slice(&Device::Cpu, &noise, [1, 2, 2, 1]).unwrap();
     assert!(cases.len() > 40);
-    for paints in [false] {
+    for paints in [false, true] {
         let model = Linear { paints };
         let conditioning = Conditioning {
             prompt: model.prepare(&[&prompt], [2, 2]).unwrap(),

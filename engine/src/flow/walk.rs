@@ -275,6 +275,8 @@ impl State {
     fn predict(&mut self, model: &dyn Denoiser, conditioning: &Conditioning, copy: Option<&mut Tensor>) -> Result<()> {
         let image = cast(&self.x, model.device().compute_dtype())?;
         if model.paints() {
+            // In f32 a cast gives the picture itself, which is about to be written.
+            let image = image.into_unshared()?;
             return self.paint(model, conditioning, &image, copy);
         }
         let velocity = model.forward(&image, &conditioning.prompt, &self.modulations)?;

@@ -7,7 +7,7 @@ use l2p_engine::checkpoint::{
     read_values, write_file,
 };
 use l2p_engine::data::{FeatureStore, Metadata};
-use l2p_engine::image_io::{read_header, read_image, read_settings};
+use l2p_engine::image_io::{Mask, read_header, read_image, read_settings};
 use l2p_engine::model::language::LanguageModel;
 use l2p_engine::model::vae::VaeDecoder;
 use l2p_engine::pipeline::generator::{Generator, LanguageFiles, SamplingOptions};
@@ -229,7 +229,20 @@ pub fn metadata(case: &mut Case) -> Ended {
     ended(Metadata::read(&case.path(&case.changed[0])))
 }
 
-/// A picture, and what its header says.
+/// The body of a request to the server, in the dialect that its file is named after.
+pub fn requests(case: &mut Case) -> Ended {
+    let path = case.path(&case.changed[0]);
+    let dialect = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    match std::fs::read(&path) {
+        Err(error) => Ended::Refused(error.to_string()),
+        Ok(body) => match l2p_bins::serve::understand(&dialect, &body) {
+            Ok(()) => Ended::Accepted,
+            Err(line) => Ended::Refused(line),
+        },
+    }
+}
+
+/// A picture, and what its header says; as a mask it has the same size.
 pub fn pictures(case: &mut Case) -> Ended {
     let path = case.path(&case.changed[0]);
     let size = read_header(&path).map(|header| (header.width, header.height));
@@ -238,6 +251,11 @@ pub fn pictures(case: &mut Case) -> Ended {
         Err(error) => return Ended::Refused(error.to_string()),
     };
     let found = (image.width(), image.height());
+    match Mask::read(&path) {
+        Ok(mask) if (mask.width(), mask.height()) == found => {}
+        Ok(mask) => return Ended::Wrong("another size as a mask", format!("{}x{}", mask.width(), mask.height())),
+        Err(error) => return Ended::Wrong("refused as a mask alone", error.to_string()),
+    }
     match size {
         Ok(size) if size == found => Ended::Accepted,
         Ok(size) => Ended::Wrong("another size than its header says", format!("{size:?}, {found:?}")),
