@@ -45,7 +45,7 @@ Examples:
     l2p-convert quantize pixel-1k.safetensors --to int8 --out pixel-1k-int8.safetensors";
 
 #[derive(Parser)]
-#[command(version, long_version = l2p_bins::long_version(), about = ABOUT, long_about = LONG_ABOUT, after_help = EXAMPLES)]
+#[command(name = "l2p-convert", version, long_version = l2p_bins::long_version(), about = ABOUT, long_about = LONG_ABOUT, after_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -182,7 +182,7 @@ fn contradictions_are_errors() -> Outcome {
         (
             "_class_name",
             json!("FluxTransformer2DModel"),
-            "describes a FluxTransformer2DModel, expected a ZImageTransformer2DModel",
+            "describes a FluxTransformer2DModel, expected a ZImageTransformer2DModel or Flux2Transformer2DModel",
         ),
     ] {
         assert_eq!(with(key, value)?, message);

@@ -87,11 +87,29 @@ fn refused() -> Outcome {
         );
         assert!(!message.contains("/tmp"), "{path} {shown}: {message}");
     }
+    // What is no JSON by its own word, and what a page of another site has a browser send.
+    let plain = server.exchange(&request(
+        "/v1/images/generations",
+        "content-type: text/plain\r\n",
+        b"{\"prompt\": \"x\"}",
+    ))?;
+    assert_eq!(plain.status, 415);
+    let foreign = "content-type: application/json\r\norigin: https://evil.example\r\n";
+    assert_eq!(
+        server
+            .exchange(&request("/api/draw", foreign, b"{\"prompt\": \"x\"}"))?
+            .status,
+        403
+    );
     // Larger than allowed, said and not said.
-    let large = server.exchange(&request("/v1/images/generations", "", &vec![b' '; 2 << 20]))?;
+    let large = server.exchange(&request(
+        "/v1/images/generations",
+        "content-type: application/json\r\n",
+        &vec![b' '; 2 << 20],
+    ))?;
     assert_eq!(large.status, 413);
     let mut chunked =
-        b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+        b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
             .to_vec();
     for _ in 0..40 {
         chunked.extend_from_slice(b"10000\r\n");
@@ -117,7 +135,7 @@ fn slow() -> Outcome {
     let server = Server::start(&["--patience", "1", "--connections", "3"])?;
     let start = Instant::now();
     // A body that does not come, headers that do not, and nothing at all.
-    let head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{";
+    let head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{";
     let mut held = Vec::new();
     for beginning in [&head[..], b"GET / HT", b""] {
         let mut stream = server.connect()?;

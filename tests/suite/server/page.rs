@@ -110,6 +110,24 @@ fn draws() -> Outcome {
     browser.wait_for("document.querySelectorAll('#history li').length === 1")?;
     assert!(browser.complaints.is_empty(), "{:?}", browser.complaints);
     if let Some(path) = std::env::var_os("L2P_SCREENSHOT") {
+        browser.click("#uncompare")?;
+        browser.click("#history li button:last-child")?;
+        for (id, value) in [
+            ("width", "128"),
+            ("height", "128"),
+            ("steps", "20"),
+            ("cfg", "2.5"),
+            ("seed", ""),
+        ] {
+            fill(&mut browser, id, value)?;
+        }
+        for prompt in ["red apple", "fox", "smiling face with sunglasses", "slice of pizza"] {
+            fill(&mut browser, "prompt", prompt)?;
+            browser.value("document.getElementById('status').textContent = ''")?;
+            browser.click("#draw")?;
+            browser.wait_for("document.getElementById('status').textContent.startsWith('Done in')")?;
+        }
+        browser.value("scrollTo(0, 0)")?;
         let shot = browser.screenshot()?;
         std::fs::File::create(path)?.write_all(&BASE64.decode(shot)?)?;
     }

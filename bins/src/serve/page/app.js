@@ -66,6 +66,8 @@ function rounded(side) {
 function showRounding() {
   const [width, height] = ["width", "height"].map((id) => Number(at(id).value));
   const other = rounded(width) !== width || rounded(height) !== height;
+  at("preset").value = `${width}x${height}`;
+  if (at("preset").selectedIndex < 0) at("preset").value = "";
   at("rounded").hidden = !other;
   at("rounded").textContent = `Drawn at ${rounded(width)} × ${rounded(height)}: this model draws multiples of ${model().multiple}.`;
 }

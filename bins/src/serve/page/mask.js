@@ -6,6 +6,8 @@ export class Board {
   constructor(picture, mask, changed) {
     this.picture = picture;
     this.mask = mask;
+    // What is painted is read often: for steps back, and for whether there is anything.
+    this.paper = mask.getContext("2d", { willReadFrequently: true });
     this.changed = changed;
     this.radius = 12;
     this.erases = false;
@@ -50,7 +52,7 @@ export class Board {
   }
 
   stroke([x, y], [u, v]) {
-    const context = this.mask.getContext("2d");
+    const context = this.paper;
     context.globalCompositeOperation = this.erases ? "destination-out" : "source-over";
     context.strokeStyle = "#fff";
     context.lineCap = "round";
@@ -68,18 +70,18 @@ export class Board {
   }
 
   pixels() {
-    return this.mask.getContext("2d").getImageData(0, 0, this.mask.width, this.mask.height);
+    return this.paper.getImageData(0, 0, this.mask.width, this.mask.height);
   }
 
   undo() {
     const step = this.steps.pop();
-    if (step) this.mask.getContext("2d").putImageData(step, 0, 0);
+    if (step) this.paper.putImageData(step, 0, 0);
     this.changed();
   }
 
   clear() {
     this.remember();
-    this.mask.getContext("2d").clearRect(0, 0, this.mask.width, this.mask.height);
+    this.paper.clearRect(0, 0, this.mask.width, this.mask.height);
     this.changed();
   }
 
@@ -90,7 +92,7 @@ export class Board {
       pixels.data[index] = pixels.data[index] > 127 ? 0 : 255;
       pixels.data[index - 3] = pixels.data[index - 2] = pixels.data[index - 1] = 255;
     }
-    this.mask.getContext("2d").putImageData(pixels, 0, 0);
+    this.paper.putImageData(pixels, 0, 0);
     this.changed();
   }
 
