@@ -136,12 +136,12 @@ fn single_files(folder: &Path) -> Result<Vec<Case>, Failed> {
         (
             "stranger",
             whole.clone(),
-            "no tensor is part of a Z-Image transformer; its tensors are `a` and 1 others",
+            "no tensor is part of a Z-Image or FLUX.2 transformer; its tensors are `a` and 1 others",
         ),
         (
             "empty",
             raw("{}", &[]),
-            "no tensor is part of a Z-Image transformer; it holds no tensor",
+            "no tensor is part of a Z-Image or FLUX.2 transformer; it holds no tensor",
         ),
         (
             "lora",

@@ -141,7 +141,7 @@ fn prefixes_combine() -> Outcome {
         &model::prefixed(&plain, "mine.ema."),
     )?;
     let message = open(&path, None).err().ok_or("accepted")?.to_string();
-    let expected = "no tensor is part of a Z-Image transformer; its names begin with `mine.ema.`, which is none of the prefixes \
+    let expected = "no tensor is part of a Z-Image or FLUX.2 transformer; its names begin with `mine.ema.`, which is none of the prefixes \
                     that are understood (diffusion_model. pipe. dit. transformer. denoiser. net. model. module. base_model. \
                     state_dict. _orig_mod. _fsdp_wrapped_module. _checkpoint_wrapped_module.)";
     assert!(message.ends_with(expected), "{message}");
@@ -155,7 +155,7 @@ fn prefixes_combine() -> Outcome {
     let path = model::save(&folder.path().join("text.safetensors"), &text.into())?;
     let message = open(&path, None).err().ok_or("accepted")?.to_string();
     let expected =
-        "no tensor is part of a Z-Image transformer; its tensors are `model.layers.0.mlp.up_proj.weight` and 2 others";
+        "no tensor is part of a Z-Image or FLUX.2 transformer; its tensors are `model.layers.0.mlp.up_proj.weight` and 2 others";
     assert!(message.ends_with(expected), "{message}");
     // One half of the file with a prefix, the other without.
     let mut mixed = Tensors::new();
