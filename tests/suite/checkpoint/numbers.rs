@@ -348,8 +348,13 @@ fn schedules_are_carried_out_or_named() -> Outcome {
         ),
         (
             "_class_name",
+            json!("PNDMScheduler"),
+            "describes a PNDMScheduler",
+        ),
+        (
+            "_class_name",
             json!("DDIMScheduler"),
-            "describes a DDIMScheduler; only flow matching is supported",
+            "clips pictures at every step (clip_sample, which is true where this class does not say)",
         ),
         (
             "shift",

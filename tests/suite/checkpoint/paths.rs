@@ -190,7 +190,7 @@ fn wrong_manifests_are_errors() -> Outcome {
         with("vea", json!("x")),
         &format!(
             "{at}is not what was expected: entry `vea`: unknown field `vea`, expected one of `format`, `kind`, `transformer`, `base`, `text_encoder`, `tokenizer`, \
-             `vae`, `scheduler`, `defaults`"
+             `vae`, `scheduler`, `objective`, `defaults`"
         ),
     )?;
     expect(
