@@ -158,7 +158,7 @@ fn synthesize_set(order: &Order<'_>, device: Device, world: &World) -> anyhow::R
 
 fn announce(pictures: usize, batch: usize, settings: &Settings, device: &Device, world: &World) {
     crate::say(format_args!(
-        "{pictures} pictures of {}x{} on {}{device}, {batch} at once: {} steps, shift {}, cfg {}",
+        "{pictures} pictures of {}x{} on {}{device}, {batch} at once: {} steps{}, shift {}, cfg {}",
         settings.width,
         settings.height,
         match world.size() {
@@ -166,6 +166,7 @@ fn announce(pictures: usize, batch: usize, settings: &Settings, device: &Device,
             ranks => format!("{ranks} ranks, the first on "),
         },
         settings.steps,
+        settings.solver.in_words(),
         settings.shift,
         settings.cfg
     ));

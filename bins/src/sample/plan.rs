@@ -140,13 +140,13 @@ impl Plan {
             ranks => format!("{ranks} ranks, the first on "),
         };
         crate::say(format_args!(
-            "{} {}x{} on {ranks}{}: {} of {}, shift {}, cfg {}",
+            "{} {}x{} on {ranks}{}: {}{}, shift {}, cfg {}",
             count(self.jobs.len(), "picture"),
             self.shown[0],
             self.shown[1],
             files.device(),
             count(self.settings.steps, "step"),
-            self.settings.solver,
+            self.settings.solver.in_words(),
             self.settings.shift,
             self.settings.cfg
         ));

@@ -73,6 +73,11 @@ impl Solver {
         (self != Solver::Euler).then(|| self.to_string())
     }
 
+    /// The same behind a number of steps: ` of ddim`, or nothing.
+    pub fn in_words(self) -> String {
+        self.noted().map(|name| format!(" of {name}")).unwrap_or_default()
+    }
+
     fn name(self) -> &'static str {
         match self {
             Solver::Euler => "euler",

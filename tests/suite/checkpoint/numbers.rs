@@ -346,11 +346,7 @@ fn schedules_are_carried_out_or_named() -> Outcome {
             json!(500),
             "says num_train_timesteps = 500, only 1000 is supported",
         ),
-        (
-            "_class_name",
-            json!("PNDMScheduler"),
-            "describes a PNDMScheduler",
-        ),
+        ("_class_name", json!("PNDMScheduler"), "describes a PNDMScheduler"),
         (
             "_class_name",
             json!("DDIMScheduler"),
