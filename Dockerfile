@@ -2,6 +2,8 @@
 #   docker build -t l2p .
 #   docker run --gpus all -p 7860:7860 -v $PWD/models:/models:ro l2p --model /models/demo/pixel --host 0.0.0.0
 FROM rust:1.95-bookworm AS build
+# What a release of the base image has; versions of its packages are that release's.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -10,6 +12,8 @@ COPY . .
 RUN scripts/cuda-toolchain && cargo install --locked --path bins --root /opt/l2p
 
 FROM nvidia/cuda:13.0.1-base-ubuntu24.04
+# What a release of the base image has; versions of its packages are that release's.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends libcublas-13-0 libnccl2 \
     && rm -rf /var/lib/apt/lists/*
