@@ -28,6 +28,7 @@ pub fn register(suite: &mut Suite) {
     );
     suite.cpu("generate::draws_follow_from_the_seed", draws_follow_from_the_seed);
     suite.cpu("generate::answers_end", answers_end);
+    suite.cpu("generate::templates_that_make_nothing_are_named", nothing_to_answer);
     suite.cpu("generate::questions_take_places_in_turn", questions_take_places_in_turn);
     suite.cpu("generate::mistakes_are_named", mistakes_are_named);
     suite.cuda("generate::cuda_answers_have_their_shape", cuda_answers_have_their_shape);
@@ -47,6 +48,11 @@ fn tokenizer() -> Result<PromptTokenizer> {
 
 /// Random weights, with logits that are `sharp` times as far apart as they come.
 fn generator(device: &Device, seed: u64, sharp: f32) -> Result<Generator> {
+    generator_of(device, seed, sharp, tokenizer()?)
+}
+
+/// The same, with another tokenizer.
+fn generator_of(device: &Device, seed: u64, sharp: f32, tokenizer: PromptTokenizer) -> Result<Generator> {
     let config = TextConfig {
         vocabulary: 4096,
         dim: 64,
@@ -71,7 +77,22 @@ fn generator(device: &Device, seed: u64, sharp: f32) -> Result<Generator> {
         .collect();
     let params = MemoryParams(params.into_iter().collect());
     let model = LanguageModel::load(&params, device, &config, &mut |_, _| Ok(()))?;
-    Generator::of(tokenizer()?, model)
+    Generator::of(tokenizer, model)
+}
+
+/// A chat template that leaves nothing of a conversation.
+fn nothing_to_answer() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let tokenizer = source().join("tokenizer");
+    std::fs::copy(tokenizer.join("tokenizer.json"), folder.path().join("tokenizer.json"))?;
+    let config = std::fs::read_to_string(tokenizer.join("tokenizer_config.json"))?;
+    let mut config: Value = serde_json::from_str(&config)?;
+    config["chat_template"] = Value::from("{# nothing #}");
+    std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string())?;
+    let generator = generator_of(&Device::Cpu, 3, 1.0, PromptTokenizer::open(folder.path())?)?;
+    let message = generator.tokens(&ask("pizza")).unwrap_err().to_string();
+    assert!(message.contains("make no token of the conversation"), "{message}");
+    Ok(())
 }
 
 fn ask(user: &str) -> Conversation {

@@ -21,6 +21,9 @@ const INTERVAL: Duration = Duration::from_millis(250);
 /// So much longer than a preview takes passes until the next one: a twentieth of the time goes to them at most.
 const SHARE: u32 = 20;
 
+/// A latent whose values are all smaller is shown flat.
+const FLATTEST: f32 = 1e-6;
+
 /// A state of the walk, thinned out.
 struct Sample {
     /// Steps done.
@@ -135,7 +138,7 @@ fn bytes(values: &[f32], latent: bool) -> Vec<u8> {
         false => 127.5,
         true => {
             let mean_square = values.iter().map(|value| value * value).sum::<f32>() / values.len().max(1) as f32;
-            127.5 / (3.0 * mean_square.sqrt()).max(f32::MIN_POSITIVE)
+            127.5 / (3.0 * mean_square.sqrt()).max(FLATTEST)
         }
     };
     values

@@ -100,9 +100,15 @@ impl Generator {
     /// The tokens of a conversation, up to where the answer begins.
     ///
     /// # Errors
-    /// When the tokenizer or its template refuses it.
+    /// When the tokenizer or its template refuses it, or makes nothing of it.
     pub fn tokens(&self, conversation: &Conversation) -> Result<Vec<u32>> {
-        self.tokenizer.encode_conversation(conversation)
+        let tokens = self.tokenizer.encode_conversation(conversation)?;
+        match tokens.is_empty() {
+            true => Err(Error::invalid(
+                "the chat template and tokenizer make no token of the conversation, so that there is nothing to answer",
+            )),
+            false => Ok(tokens),
+        }
     }
 
     /// The answers to conversations, in their order, all with the same options; their draws differ by their number.
