@@ -181,7 +181,7 @@ fn vae_equals_diffusers() -> Outcome {
     let group = Group::load(GROUP);
     let case = group.case("vae.decode");
     let config = VaeConfig::from_json(&vae_json(&case, "config").to_string())?;
-    assert_eq!((config.downsampling(), config.cell_channels()), (8, 16));
+    assert_eq!((config.downsampling(), config.cell_channels()), (8, 32));
     let decoder = VaeDecoder::load(&vae_params(&case, ""), &Device::Cpu, &config)?;
     let image = decoder.decode(&input_image(&case, "latent")?)?;
     case.check("image", &channels_first(&image)?)?;
