@@ -1,6 +1,6 @@
 //! Several models, each in a process of its own: memory that one leaves in the pool must not count as another's.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, bail};
@@ -8,6 +8,18 @@ use clap::ValueEnum;
 
 use crate::arguments::Common;
 use crate::record::{Record, write_json};
+
+/// A program of the same build as this one.
+///
+/// # Errors
+/// When it is not there.
+pub fn beside(name: &str) -> anyhow::Result<PathBuf> {
+    let program = std::env::current_exe()?.with_file_name(format!("{name}{}", std::env::consts::EXE_SUFFIX));
+    if !program.is_file() {
+        bail!("{} is not there: build l2p-bins with its programs", program.display());
+    }
+    Ok(program)
+}
 
 /// Runs this program once per name, with the arguments that `arguments` gives for it, and puts the records together.
 ///

@@ -21,6 +21,7 @@ pub mod runner;
 pub mod sample;
 pub mod serve;
 pub mod step;
+pub mod synthesize;
 pub mod targets;
 pub mod timing;
 pub mod train;

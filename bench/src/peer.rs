@@ -12,6 +12,7 @@
 //!
 //! An answer `{"error": ".."}` says why something cannot be done.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -60,7 +61,7 @@ impl Peer {
     pub fn start(script: &str, device: &Device, common: &Common) -> anyhow::Result<Self> {
         let path = folder()?.join(script);
         let others_before = others_bytes(device)?;
-        let python = std::env::var_os("L2P_PYTHON").unwrap_or_else(|| "python3".into());
+        let python = python();
         let mut command = Command::new(&python);
         command.arg(&path).arg("--device").arg(match device {
             Device::Cpu => "cpu".to_owned(),
@@ -260,6 +261,11 @@ fn others_bytes(device: &Device) -> l2p_engine::Result<u64> {
             .driver_memory_in_use()?
             .saturating_sub(device.memory_report().reserved)),
     }
+}
+
+/// The Python that runs the scripts: `L2P_PYTHON`, or `python3`.
+pub(crate) fn python() -> OsString {
+    std::env::var_os("L2P_PYTHON").unwrap_or_else(|| "python3".into())
 }
 
 /// The folder of the scripts: `L2P_PEERS`, that of a bundle, or that of the source tree.

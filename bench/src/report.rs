@@ -1,5 +1,6 @@
 //! `bench-report`: the README's tables and the plots, made from the records.
 
+mod data;
 mod plots;
 mod records;
 
@@ -11,7 +12,7 @@ use l2p_engine::device::format_bytes;
 
 use crate::environment::Environment;
 use crate::record::{Row, milliseconds, write_text};
-use crate::targets::{Targets, figure};
+use crate::targets::{TargetRow, Targets, figure};
 use crate::train;
 use plots::{LineChart, Roofline, Series};
 use records::{Gpu, Parity, ParityRow, read_all};
@@ -22,9 +23,9 @@ Examples:
   bench-report --check          say whether they are what the records give; writes nothing
 
 Records lie in bench/results/GPU/: parity.json of bench/peers/parity.py, 4k.json of bench-targets,
-train.json of bench-train, and any file that another bench-* program wrote with --json. In README.md
+train.json of bench-train, data.json of bench-synthesize, serve.json of bench-serve, and any file that another bench-* program wrote with --json. In README.md
 everything between <!-- bench:NAME --> and <!-- /bench:NAME --> is replaced; the names are parity, 4k,
-train and plots. A GPU without a record has no table.
+eight-bit, data, train and plots. A GPU without a record has no table.
 
 Exit code: 0; 1 when --check finds a difference, or on an error.";
 
@@ -111,6 +112,7 @@ fn section(name: &str, gpus: &[Gpu], plots: &[(PathBuf, String)]) -> Option<Stri
                 })
                 .collect(),
         ),
+        "data" => Some(gpus.iter().map(data::table).collect()),
         "train" => Some(
             gpus.iter()
                 .filter_map(|gpu| gpu.training.as_ref())
@@ -201,23 +203,11 @@ fn parity_row(row: &ParityRow) -> String {
 
 fn target_table(targets: &Targets) -> String {
     let mut text = format!(
-        "\n{}{}:\n\n| | ours | compared with | | ratio | target | |\n| --- | ---: | --- | ---: | ---: | --- | --- |\n",
+        "\n{}{}:\n\n{}",
         place(&targets.environment),
-        with_version(targets.torch.as_deref())
+        with_version(targets.torch.as_deref()),
+        rows_of_targets(&targets.rows)
     );
-    for row in &targets.rows {
-        text += &format!(
-            "| {} | {} {} | {} | {} | {} | {} | {} |\n",
-            row.name,
-            figure(row.ours),
-            row.unit,
-            row.against.as_deref().unwrap_or_default(),
-            quantity(row.peer, &row.unit),
-            row.ratio.map_or_else(String::new, |ratio| format!("{ratio:.3}")),
-            row.target,
-            if row.pass { "pass" } else { "**miss**" },
-        );
-    }
     let reasons: Vec<_> = targets
         .rows
         .iter()
@@ -230,6 +220,30 @@ fn target_table(targets: &Targets) -> String {
         text += &format!("* {}: {}\n", row.name, row.reason.as_deref().unwrap_or_default());
     }
     text + "\n"
+}
+
+/// A table of rows, its head included.
+fn rows_of_targets(rows: &[TargetRow]) -> String {
+    let mut text =
+        "| | ours | compared with | | ratio | target | |\n| --- | ---: | --- | ---: | ---: | --- | --- |\n".to_owned();
+    for row in rows {
+        text += &format!(
+            "| {} | {} {} | {} | {} | {} | {} | {} |\n",
+            row.name,
+            figure(row.ours),
+            row.unit,
+            row.against.as_deref().unwrap_or_default(),
+            quantity(row.peer, &row.unit),
+            row.ratio.map_or_else(String::new, |ratio| format!("{ratio:.3}")),
+            row.target,
+            match row.pass {
+                _ if row.target.is_empty() => "",
+                true => "pass",
+                false => "**miss**",
+            },
+        );
+    }
+    text
 }
 
 fn training(record: &train::record::Record) -> String {

@@ -17,8 +17,9 @@ use l2p_engine::{Device, DeviceChoice};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::children::beside;
 use crate::environment::Environment;
-use crate::record::write_json;
+use crate::record::{Record, write_json};
 use client::{Address, Asked, Outcome};
 
 const HELP: &str = "\
@@ -62,6 +63,9 @@ pub struct Arguments {
     /// One of so many requests is nonsense
     #[arg(long, value_name = "N", default_value = "10")]
     nonsense: Batch,
+    /// A record of bench-step of the same model on the same device: the rate is compared with what its steps alone would give
+    #[arg(long, value_name = "FILE")]
+    step: Option<PathBuf>,
     /// Flags for the server that is started, behind --
     #[arg(last = true)]
     flags: Vec<String>,
@@ -170,6 +174,15 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         .collect::<anyhow::Result<_>>()?;
     let measured = load(arguments, &address, &expected, process)?;
     l2p_bins::print(&table(arguments, &measured))?;
+    let alone = arguments
+        .step
+        .as_deref()
+        .map(|path| steps_alone(path, arguments.steps.get()))
+        .transpose()?;
+    if let Some(alone) = alone {
+        let share = measured.pictures_per_second / alone;
+        l2p_bins::print(&format!("steps alone would give {alone:.3}/s: {share:.3} of it\n"))?;
+    }
     if let [_, second, .., last] = measured.resident_bytes[..] {
         ensure!(
             last as f64 <= second as f64 * 1.1 + 32e6,
@@ -177,15 +190,14 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         );
     }
     if let Some(path) = &arguments.json {
-        write_json(path, &record(arguments, &address, &measured)?)?;
+        write_json(path, &record(arguments, &address, &measured, alone)?)?;
     }
     Ok(())
 }
 
 /// Starts a server beside this program.
 fn start(arguments: &Arguments) -> anyhow::Result<(Server, Address)> {
-    let here = std::env::current_exe()?;
-    let program = here.with_file_name(format!("l2p-serve{}", std::env::consts::EXE_SUFFIX));
+    let program = beside("l2p-serve")?;
     let queue = (4 * arguments.clients.get()).to_string();
     let mut command = Command::new(&program);
     command
@@ -198,12 +210,7 @@ fn start(arguments: &Arguments) -> anyhow::Result<(Server, Address)> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
     let child = command.spawn();
-    let child = child.with_context(|| {
-        format!(
-            "{} cannot be started: build l2p-bins with its programs",
-            program.display()
-        )
-    })?;
+    let child = child.with_context(|| format!("{} cannot be started", program.display()))?;
     let mut server = Server(child);
     let mut lines = BufReader::new(server.0.stderr.take().context("no standard error")?).lines();
     let mut said = String::new();
@@ -245,6 +252,19 @@ fn asked(arguments: &Arguments, seed: usize) -> Asked {
         seed,
         side: arguments.side.get(),
         steps: arguments.steps.get(),
+    }
+}
+
+/// Pictures a second of so many steps of the only model of a record of bench-step, one after the other.
+fn steps_alone(path: &Path, steps: usize) -> anyhow::Result<f64> {
+    let record = Record::read(path)?;
+    match &record.rows[..] {
+        [row] => Ok(1e3 / (row.timing.milliseconds * steps as f64)),
+        rows => bail!(
+            "{}: a record of one step is needed, it has {}",
+            path.display(),
+            rows.len()
+        ),
     }
 }
 
@@ -365,7 +385,7 @@ fn table(arguments: &Arguments, measured: &Measured) -> String {
     )
 }
 
-fn record(arguments: &Arguments, address: &Address, measured: &Measured) -> anyhow::Result<Value> {
+fn record(arguments: &Arguments, address: &Address, measured: &Measured, alone: Option<f64>) -> anyhow::Result<Value> {
     let device = address.info()?["device"].clone();
     let environment = match device == json!("cpu") {
         true => Environment::of(&Device::Cpu),
@@ -382,6 +402,7 @@ fn record(arguments: &Arguments, address: &Address, measured: &Measured) -> anyh
             "flags": arguments.flags,
         },
         "measured": measured,
+        "steps_alone": alone,
     }))
 }
 

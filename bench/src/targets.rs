@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::environment::Environment;
 use crate::record::{Record, write_json};
 pub use plan::{PARTS, Part, Sizes};
+pub(crate) use rows::{Bound, Pair};
 pub use rows::{Measurements, TargetRow};
 
 /// The record's name in the folder of its GPU.

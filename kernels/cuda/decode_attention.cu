@@ -3,8 +3,9 @@
 // A block takes the query heads of one key/value head and a run of keys, which it reads once for all of them. The runs of an item are
 // as long as its own number of keys asks for, so that a recorded launch serves every length. Half a warp reads a key with 16 bytes per
 // lane; a half keeps its own maximum and sums. The block whose run ends the item makes the new key, puts it and the new value into the
-// cache and reads them from there. Runs leave what they found in memory, and the last block of an item's key head to arrive puts it
-// together, in the order of the runs. Bound by memory: 4 bytes per key, value and element, once for all heads of a group.
+// cache and reads them from there. Earlier tokens' keys have stood there since the steps before this one, so that a block's first ones
+// are under way before the kernel ahead has ended. Runs leave what they found in memory, and the last block of an item's key head to
+// arrive puts it together, in the order of the runs. Bound by memory: 4 bytes per key, value and element, once for all heads of a group.
 #include "common/launch.cuh"
 #include "common/mma.cuh"
 #include "common/overlap.cuh"
@@ -17,6 +18,7 @@ constexpr int LANES = HEAD_DIM / 8;       // that read a key
 constexpr int HALVES = WARP / LANES;      // keys that a warp reads side by side
 constexpr int KEYS = 4;                   // of a half in one step
 constexpr int STEP = WARPS * HALVES * KEYS;  // keys of a block in one step
+constexpr int MOST_RUNS = 16;  // that an item's keys are divided into; more would take longer to put together than they save
 static_assert(THREADS == HEAD_DIM, "a thread of the last block puts one element of each head together");
 
 // One head's row, normalised and turned, of which this lane gets elements 2 lane, 2 lane + 1 and those 64 further on.
@@ -60,10 +62,10 @@ __device__ __forceinline__ void decode_attention(
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int half = lane / LANES, part = lane % LANES * 8;
     let_next_begin();
-    wait_for_previous();
-    const int position = positions[item];
+    const int position = positions[item];  // there since before the step, as is the cache
     bf16* to = output + (static_cast<size_t>(item) * heads + kv_head * group) * HEAD_DIM;
     if (position < 0 || position >= min(capacity, table_rows)) {  // the same for all threads: nobody is there
+        wait_for_previous();
         if (run == 0) {
             for (int head = 0; head < group; ++head) to[head * HEAD_DIM + threadIdx.x] = from_float<bf16>(0.0f);
         }
@@ -80,6 +82,16 @@ __device__ __forceinline__ void decode_attention(
     bf16* value_rows = key_rows + static_cast<size_t>(gridDim.z) * kv_heads * capacity * HEAD_DIM;
     const bf16* row = qkv + static_cast<size_t>(item) * (heads + 2 * kv_heads) * HEAD_DIM;
     const float* angles = table + static_cast<size_t>(position) * HEAD_DIM;
+    const int own = (warp * HALVES + half) * KEYS;
+    Bf16x8 keys_now[KEYS], values[KEYS];
+    const auto load = [&](int i, int key) {
+        const size_t place = static_cast<size_t>(key) * HEAD_DIM + part;
+        keys_now[i] = *reinterpret_cast<const Bf16x8*>(key_rows + place);
+        values[i] = *reinterpret_cast<const Bf16x8*>(value_rows + place);
+    };
+#pragma unroll
+    for (int i = 0; i < KEYS; ++i) load(i, min(first + own + i, end - 1));
+    wait_for_previous();
     for (int head = warp; head < group; head += WARPS) {
         float turned[4];
         norm_and_turn(turned, row + (kv_head * group + head) * HEAD_DIM, q_factor, angles, epsilon);
@@ -107,21 +119,24 @@ __device__ __forceinline__ void decode_attention(
         load8(query[head], &queries[head < group ? head : 0][part]);
     }
     for (int start = first; start < end; start += STEP) {
-        const int mine = start + (warp * HALVES + half) * KEYS;
+        const int mine = start + own;
         float scores[KEYS][GROUP];
-        Bf16x8 values[KEYS];
 #pragma unroll
         for (int i = 0; i < KEYS; ++i) {
-            // Keys past the end are doubles of the last one and get no weight.
-            const size_t place = static_cast<size_t>(min(mine + i, end - 1)) * HEAD_DIM + part;
-            float key[8];
-            load8(key, key_rows + place);
-            values[i] = *reinterpret_cast<const Bf16x8*>(value_rows + place);
+            // Keys past the end are doubles of the last one and get no weight. The new one was not there yet for the first loads.
+            const int key = min(mine + i, end - 1);
+            if (start > first || key == position) load(i, key);
+            float elements[8];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const float2 pair = __bfloat1622float2(keys_now[i].pair[j]);
+                elements[2 * j] = pair.x, elements[2 * j + 1] = pair.y;
+            }
 #pragma unroll
             for (int head = 0; head < GROUP; ++head) {
                 float product = 0.0f;
 #pragma unroll
-                for (int j = 0; j < 8; ++j) product += query[head][j] * key[j];
+                for (int j = 0; j < 8; ++j) product += query[head][j] * elements[j];
                 scores[i][head] = product;
             }
         }
@@ -180,9 +195,11 @@ __device__ __forceinline__ void decode_attention(
     __syncthreads();  // the warps' parts are there
 
     // partial: of every run of an item's key head, for each head of the group, HEAD_DIM results, the sum and the top.
-    constexpr int PARTIAL = HEAD_DIM + 2;
+    constexpr int PARTIAL = HEAD_DIM + 4;  // a multiple of 16 bytes
     const size_t of_item = (static_cast<size_t>(item) * kv_heads + kv_head) * gridDim.x;
-    for (int head = 0; head < group; ++head) {
+#pragma unroll
+    for (int head = 0; head < GROUP; ++head) {
+        if (head >= group) break;
         float top = tops[0][head];
 #pragma unroll
         for (int i = 1; i < WARPS; ++i) top = fmaxf(top, tops[i][head]);
@@ -208,25 +225,40 @@ __device__ __forceinline__ void decode_attention(
     __syncthreads();
     if (!is_last) return;
     __threadfence();  // and the others' parts after theirs
-    for (int head = 0; head < group; ++head) {
-        float top = -INFINITY, sum = 0.0f, result = 0.0f;
-        for (int i = L2P_FAULT_IF(33, 1, 0); i < runs; ++i) {
-            const float* other = partial + ((of_item + i) * group + head) * PARTIAL;
-            const float its_top = __ldcg(other + HEAD_DIM + 1), new_top = fmaxf(top, its_top);
-            const float kept = exp2_approximate(top - new_top), added = exp2_approximate(its_top - new_top);
-            top = new_top;
-            sum = sum * kept + __ldcg(other + HEAD_DIM) * added;
-            result = result * kept + __ldcg(other + threadIdx.x) * added;
+    // A warp takes a head: a lane four of its elements of every run, and the sum and top of one run.
+    for (int head = warp; head < group; head += WARPS) {
+        const float* parts = partial + (of_item * group + head) * PARTIAL;
+        const auto of_run = [&](int i) { return parts + i * group * PARTIAL; };
+        float4 values[MOST_RUNS];
+#pragma unroll
+        for (int i = 0; i < MOST_RUNS; ++i) {
+            if (i < runs) values[i] = __ldcg(reinterpret_cast<const float4*>(of_run(i)) + lane);
         }
-        to[head * HEAD_DIM + threadIdx.x] = from_float<bf16>(result / sum);
+        const bool counts = lane >= L2P_FAULT_IF(33, 1, 0) && lane < runs;
+        const float its_sum = counts ? __ldcg(of_run(lane) + HEAD_DIM) : 0.0f;
+        const float its_top = counts ? __ldcg(of_run(lane) + HEAD_DIM + 1) : -INFINITY;
+        const float top = warp_max(its_top);
+        const float factor = counts ? exp2_approximate(its_top - top) : 0.0f;
+        const float inverse = 1.0f / warp_sum(its_sum * factor);
+        float result[4] = {};
+#pragma unroll
+        for (int i = 0; i < MOST_RUNS; ++i) {
+            if (i >= runs) break;
+            const float its = __shfl_sync(FULL_WARP, factor, i);
+            result[0] += values[i].x * its, result[1] += values[i].y * its;
+            result[2] += values[i].z * its, result[3] += values[i].w * its;
+        }
+        __nv_bfloat162* out = reinterpret_cast<__nv_bfloat162*>(to + head * HEAD_DIM + 4 * lane);
+        out[0] = __floats2bfloat162_rn(result[0] * inverse, result[1] * inverse);
+        out[1] = __floats2bfloat162_rn(result[2] * inverse, result[3] * inverse);
     }
     if (threadIdx.x == 0) arrived[item * kv_heads + kv_head] = 0;  // for the next launch
 }
 
 // qkv [items, (heads + 2 kv_heads) HEAD_DIM]; factors [HEAD_DIM]; table [table_rows, HEAD_DIM / 2, 2]; positions [items]; cache
 // [2, items, kv_heads, capacity, HEAD_DIM]; output [items, heads HEAD_DIM]; partial [items, kv_heads, runs, heads / kv_heads,
-// HEAD_DIM + 2]; arrived [items, kv_heads], zeros; scale in powers of two; grid (runs, kv_heads, items). The tile says how many heads
-// may share a key head, and how many keys a run has at least.
+// HEAD_DIM + 4]; arrived [items, kv_heads], zeros; scale in powers of two; grid (runs, kv_heads, items). The tile says how many heads
+// may share a key head, how many keys a run has at least, and how many runs there are at most.
 #define L2P_DECODE_ATTENTION(GROUP)                                                                                          \
     extern "C" __global__ __launch_bounds__(THREADS) void decode_attention_##GROUP(                                          \
         const bf16* qkv, const bf16* q_factor, const bf16* k_factor, const float* table, const int* positions, bf16* cache,  \
@@ -236,7 +268,7 @@ __device__ __forceinline__ void decode_attention(
             qkv, q_factor, k_factor, table, positions, cache, output, partial, arrived, heads, kv_heads, capacity,           \
             table_rows, epsilon, scale);                                                                                     \
     }                                                                                                                        \
-    L2P_LAUNCH(decode_attention_##GROUP, THREADS, 0, GROUP, STEP)
+    L2P_LAUNCH(decode_attention_##GROUP, THREADS, 0, GROUP, STEP, MOST_RUNS)
 
 L2P_DECODE_ATTENTION(2)
 L2P_DECODE_ATTENTION(4)

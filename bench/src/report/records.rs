@@ -7,6 +7,7 @@ use anyhow::Context;
 use l2p_engine::ceilings::Ceilings;
 use serde::Deserialize;
 
+use super::data::{Serving, Synthesis};
 use crate::environment::Environment;
 use crate::record::{Record, Row};
 use crate::targets::{self, Targets};
@@ -74,6 +75,10 @@ pub struct Gpu {
     pub eight_bit_parity: Option<Parity>,
     /// Training steps beside PyTorch's.
     pub training: Option<train::record::Record>,
+    /// A set of pictures beside diffusers.
+    pub synthesis: Option<Synthesis>,
+    /// A server under load.
+    pub serving: Option<Serving>,
     /// Records of single benchmarks, those of the target table's parts among them, the newest last.
     pub records: Vec<Record>,
 }
@@ -87,6 +92,7 @@ impl Gpu {
         let folder = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let (mut parity, mut table, mut training, mut records) = (None, None, None, Vec::new());
         let (mut eight_bit, mut eight_bit_parity) = (None, None);
+        let (mut synthesis, mut serving) = (None, None);
         for path in entries(path)? {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             match name.as_str() {
@@ -95,6 +101,8 @@ impl Gpu {
                 "eight-bit-parity.json" => eight_bit_parity = Some(read(&path)?),
                 targets::EIGHT_BIT_FILE => eight_bit = Some(Targets::read(&path)?),
                 "train.json" => training = Some(train::record::Record::read(&path)?),
+                "data.json" => synthesis = Some(Synthesis::read(&path)?),
+                "serve.json" => serving = Some(Serving::read(&path)?),
                 // Of every gradient: too long for the README.
                 "grad.json" => {}
                 // Between ranks and beside training: shown in other pages (scripts/record-tables).
@@ -115,6 +123,8 @@ impl Gpu {
             eight_bit,
             eight_bit_parity,
             training,
+            synthesis,
+            serving,
             records,
         })
     }
@@ -164,7 +174,7 @@ fn entries(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> anyhow::Result<T> {
+pub(super) fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> anyhow::Result<T> {
     let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_slice(&text).with_context(|| format!("{} is no record of this kind", path.display()))
 }

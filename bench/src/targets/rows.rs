@@ -37,8 +37,10 @@ pub struct TargetRow {
 
 /// What a figure must be.
 #[derive(Clone, Copy, Debug)]
-enum Bound {
+pub(crate) enum Bound {
+    /// No more than this.
     AtMost(f64),
+    /// No less than this.
     AtLeast(f64),
 }
 
@@ -59,14 +61,21 @@ impl Bound {
 }
 
 /// Ours and the peer's figure, the latter with its name.
-struct Pair {
-    ours: f64,
-    peer: Option<(String, f64)>,
+pub(crate) struct Pair {
+    pub(crate) ours: f64,
+    pub(crate) peer: Option<(String, f64)>,
+}
+
+impl Pair {
+    /// Ours, compared with nothing.
+    pub(crate) fn alone(ours: f64) -> Self {
+        Pair { ours, peer: None }
+    }
 }
 
 impl TargetRow {
     /// A target for the ratio of ours to the peer's figure; without a peer it is missed.
-    fn ratio(name: impl Into<String>, unit: &str, pair: Pair, bound: Bound) -> Self {
+    pub(crate) fn ratio(name: impl Into<String>, unit: &str, pair: Pair, bound: Bound) -> Self {
         let ratio = pair.peer.as_ref().map(|(_, peer)| pair.ours / peer);
         let (against, peer) = pair.peer.unzip();
         TargetRow {
@@ -83,13 +92,21 @@ impl TargetRow {
     }
 
     /// A target for our own figure.
-    fn own(name: impl Into<String>, unit: &str, pair: Pair, bound: Bound) -> Self {
+    pub(crate) fn own(name: impl Into<String>, unit: &str, pair: Pair, bound: Bound) -> Self {
         let of_ratio = Self::ratio(name, unit, pair, bound);
         TargetRow {
             target: format!("{} {unit}", bound.text()).trim().to_owned(),
             pass: bound.holds(of_ratio.ours),
             reason: None,
             ..of_ratio
+        }
+    }
+
+    /// A figure that has no target.
+    pub(crate) fn told(name: impl Into<String>, unit: &str, ours: f64) -> Self {
+        TargetRow {
+            target: String::new(),
+            ..Self::own(name, unit, Pair::alone(ours), Bound::AtLeast(ours))
         }
     }
 }

@@ -151,7 +151,7 @@ fn synthesize_set(order: &Order<'_>, device: Device, world: &World) -> anyhow::R
         note(order, &settings, &report)?;
     }
     match world.is_first() {
-        true => tell(order, &report, started.elapsed()),
+        true => tell(order, &report, batch, started.elapsed()),
         false => Ok(()),
     }
 }
@@ -185,12 +185,13 @@ fn agree(flags: &DrawFlags, jobs: &[SynthesisJob], settings: &Settings, world: &
     Ok(world.agree("settings", asked.as_bytes())?)
 }
 
-fn tell(order: &Order<'_>, report: &SynthesisReport, taken: Duration) -> anyhow::Result<()> {
+fn tell(order: &Order<'_>, report: &SynthesisReport, batch: usize, taken: Duration) -> anyhow::Result<()> {
     if order.quiet {
         return Ok(());
     }
     if order.json {
         let mut value = serde_json::to_value(report)?;
+        value["batch"] = batch.into();
         value["seconds"] = serde_json::to_value(taken.as_secs_f64())?;
         return crate::print(&format!("{value:#}\n"));
     }

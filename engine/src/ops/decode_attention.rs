@@ -7,7 +7,8 @@
 //! length; an item whose position lies outside cache or table (−1: nobody is there) leaves the cache alone, and its result is zero.
 //!
 //! The cache is `[2, items, kv_heads, capacity, head_dim]` in the compute type, keys first. [`keep_keys`] puts the keys and values of a
-//! whole prompt there. On CUDA heads are 128 wide, no more than 8 share a key head, and queries are not rounded on the way; the keys of
+//! whole prompt there. Positions and what the cache holds have to be there before the operation ahead of this one begins, for on CUDA they
+//! are read while that still runs; a step's tokens and positions, which come from the host, see to it. On CUDA heads are 128 wide, no more than 8 share a key head, and queries are not rounded on the way; the keys of
 //! an item are divided among blocks, whose results are put together by their log-sum-exp. Source: Dao et al., "Flash-Decoding for
 //! long-context inference" (2023).
 
@@ -24,9 +25,6 @@ use crate::tensor::Tensor;
 
 const OP: &str = "decode_attention";
 const IMAGE: &str = "decode_attention";
-
-/// Blocks that an item's keys are divided among at most: more would take longer to put together than they save.
-const MOST_RUNS: usize = 16;
 
 /// Blocks per multiprocessor that suffice to keep memory busy.
 const BLOCKS_EACH: usize = 2;
@@ -46,7 +44,7 @@ pub struct DecodeScratch {
 
 /// On CUDA.
 struct Parts {
-    /// f32 `[items, kv_heads, runs, heads / kv_heads, head_dim + 2]`
+    /// f32 `[items, kv_heads, runs, heads / kv_heads, head_dim + 4]`
     partial: Tensor,
     /// i32 `[items, kv_heads]`, zero between launches.
     arrived: Tensor,
@@ -98,11 +96,11 @@ impl DecodeScratch {
             Device::Cpu => None,
             Device::Cuda(cuda) => {
                 let kernel = kernel(cuda, spec)?;
-                let shortest = kernel.info().tile[1].max(1) as usize;
+                let [_, shortest, most, _] = kernel.info().tile.map(|size| size.max(1) as usize);
                 let apart = (items * kv_heads).max(1);
                 let runs = (BLOCKS_EACH * cuda.multiprocessors() as usize).div_ceil(apart);
-                let runs = runs.clamp(1, MOST_RUNS).min(capacity.div_ceil(shortest).max(1));
-                let shape = [items, kv_heads, runs, heads / kv_heads, spec.head_dim + 2];
+                let runs = runs.clamp(1, most).min(capacity.div_ceil(shortest).max(1));
+                let shape = [items, kv_heads, runs, heads / kv_heads, spec.head_dim + 4];
                 Some(Parts {
                     partial: Tensor::empty(device, shape, DType::F32)?,
                     arrived: Tensor::zeros(device, [items, kv_heads], DType::I32)?,
@@ -286,7 +284,7 @@ impl Step<'_> {
                 self.spec.kv_heads,
                 *runs,
                 self.spec.heads / self.spec.kv_heads,
-                self.spec.head_dim + 2,
+                self.spec.head_dim + 4,
             ],
         )?;
         let kernel = kernel(device, self.spec)?;
@@ -309,7 +307,8 @@ impl Step<'_> {
             .float(std::f32::consts::LOG2_E / (self.spec.head_dim as f32).sqrt());
         let blocks = [grid(OP, *runs)?, grid(OP, self.spec.kv_heads)?, grid(OP, items)?];
         // SAFETY: the arguments are those of the kernels, of the shapes and types checked at the door; what the blocks leave for each other has
-        // a place for every run of this grid. They wait before they read or write anything.
+        // a place for every run of this grid. Ahead of the wait they read
+        // positions and the cache alone, which are there since before the kernel ahead began, as the module's head demands.
         unsafe { launch_overlapped(device, &kernel, blocks, args)? };
         Ok(result)
     }

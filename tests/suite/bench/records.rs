@@ -1,6 +1,6 @@
 //! What the benchmarks record.
 
-use l2p_tests::{Outcome, Suite};
+use l2p_tests::{Outcome, Suite, models_folder};
 use serde_json::Value;
 
 use super::{number, read, run};
@@ -12,6 +12,7 @@ pub fn register(suite: &mut Suite) {
         "bench::records::several_models_in_one_record",
         several_models_in_one_record,
     );
+    suite.cpu("bench::records::sets_of_pictures", sets_of_pictures);
     suite.cpu("bench::records::refusals", refusals);
 }
 
@@ -141,6 +142,38 @@ fn several_models_in_one_record() -> Outcome {
     let rows = record["rows"].as_array().ok_or("no rows")?;
     let found: Vec<&str> = rows.iter().filter_map(|row| row["name"].as_str()).collect();
     assert_eq!(found, ["pixel-1k", "latent-1k", "latent-1k-decode"]);
+    Ok(())
+}
+
+/// A set is drawn and written; the first batch does not count.
+fn sets_of_pictures() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let source = models_folder().join("demo/source").display().to_string();
+    let mut arguments = vec!["--model", &source, "--device", "cpu", "--side", "32", "--steps", "2"];
+    arguments.extend(["--pictures", "5", "--batch", "2", "--json", "record.json"]);
+    let finished = run(folder.path(), "bench-synthesize", &arguments)?.success()?;
+    let record = read(&folder.path().join("record.json"))?;
+    let measured = &record["measured"];
+    assert_eq!((number(&measured["pictures"]), number(&measured["batch"])), (3.0, 2.0));
+    let written: Vec<f64> = measured["written"]
+        .as_array()
+        .ok_or("no times")?
+        .iter()
+        .map(number)
+        .collect();
+    assert_eq!(written.len(), 5);
+    let seconds = written[4] - written[1];
+    assert!((number(&measured["seconds"]) - seconds).abs() < 1e-9, "{record:#}");
+    let rate = number(&measured["pictures_per_second"]);
+    assert!(
+        (rate * seconds - 3.0).abs() < 1e-6 && measured["idle"].is_null(),
+        "{record:#}"
+    );
+    assert!(finished.stdout.contains(&format!("{rate:.3}/s")), "{}", finished.stdout);
+    arguments[9] = "2";
+    let refused = run(folder.path(), "bench-synthesize", &arguments)?;
+    let message = "error: 2 pictures are not more than the first 2, which warm up: ask for more (--pictures)";
+    assert!(refused.code == 1 && refused.stderr.contains(message), "{refused:?}");
     Ok(())
 }
 

@@ -1,5 +1,7 @@
 use l2p_engine::ops::add_rms_norm::add;
-use l2p_engine::ops::linear_few::{MOST_ROWS, RowNorm, linear_few, linear_few_add, linear_few_f32, linear_few_swiglu};
+use l2p_engine::ops::linear_few::{
+    FewScratch, MOST_ROWS, RowNorm, linear_few, linear_few_add, linear_few_f32, linear_few_swiglu,
+};
 use l2p_engine::{DType, Device, Result, Tensor};
 use l2p_tests::{BF16_TOLERANCE, Outcome, Suite, expect_like_cpu, random, random_bf16};
 
@@ -45,21 +47,22 @@ fn norm(weight: &Tensor) -> Option<RowNorm<'_>> {
 /// Everything that is done with these inputs.
 fn all(device: &Device, rows: usize, depth: usize, outputs: usize) -> Result<Vec<Tensor>> {
     let [x, factor, weight] = inputs(device, rows, depth, 2 * outputs)?;
+    let scratch = &mut FewScratch::new(device)?;
     let mut sum = Tensor::from_f32(device, &random_bf16("sum", rows * 2 * outputs), [rows, 1, 2 * outputs])?;
-    linear_few_add(&x, &weight, &mut sum)?;
+    linear_few_add(&x, &weight, &mut sum, scratch)?;
     let mut logits = [x.clone(), x.clone()].map(|_| Tensor::zeros(device, [rows, 1, 2 * outputs], DType::F32));
     let [plain, normed] = &mut logits;
     if let (Ok(plain), Ok(normed)) = (plain, normed) {
-        linear_few_f32(&x, None, &weight, plain)?;
-        linear_few_f32(&x, norm(&factor), &weight, normed)?;
+        linear_few_f32(&x, None, &weight, plain, scratch)?;
+        linear_few_f32(&x, norm(&factor), &weight, normed, scratch)?;
     }
     let [plain, normed] = logits;
     Ok(vec![
-        linear_few(&x, None, &weight)?,
-        linear_few(&x, norm(&factor), &weight)?,
+        linear_few(&x, None, &weight, scratch)?,
+        linear_few(&x, norm(&factor), &weight, scratch)?,
         sum,
-        linear_few_swiglu(&x, None, &weight)?,
-        linear_few_swiglu(&x, norm(&factor), &weight)?,
+        linear_few_swiglu(&x, None, &weight, scratch)?,
+        linear_few_swiglu(&x, norm(&factor), &weight, scratch)?,
         plain?,
         normed?,
     ])
@@ -155,15 +158,17 @@ fn cuda_of_a_model(device: &Device) -> Outcome {
                 } else {
                     None
                 };
-                linear_few_f32(&x, norm, &weight, &mut logits)?;
-                Ok(vec![linear_few_swiglu(&x, None, &weight)?, logits])
+                let scratch = &mut FewScratch::new(device)?;
+                linear_few_f32(&x, norm, &weight, &mut logits, scratch)?;
+                Ok(vec![linear_few_swiglu(&x, None, &weight, scratch)?, logits])
             })?;
             if depth > MOST_NORMED_DEPTH {
                 continue;
             }
             expect_like_cpu(&what, device, NORMED_SWIGLU_TOLERANCE, |device| {
                 let [x, factor, weight] = inputs(device, rows, depth, 2 * outputs)?;
-                Ok(vec![linear_few_swiglu(&x, norm(&factor), &weight)?])
+                let scratch = &mut FewScratch::new(device)?;
+                Ok(vec![linear_few_swiglu(&x, norm(&factor), &weight, scratch)?])
             })?;
         }
     }
@@ -173,7 +178,8 @@ fn cuda_of_a_model(device: &Device) -> Outcome {
 /// A row gives the same bits alone as among others, and every time.
 fn cuda_rows_are_their_own(device: &Device) -> Outcome {
     let [x, factor, weight] = inputs(device, 8, 2560, 512)?;
-    let run = |x: &Tensor| linear_few(x, norm(&factor), &weight)?.to_vec::<half::bf16>();
+    let mut scratch = FewScratch::new(device)?;
+    let mut run = |x: &Tensor| linear_few(x, norm(&factor), &weight, &mut scratch)?.to_vec::<half::bf16>();
     let together = run(&x)?;
     assert!(together == run(&x)?);
     for row in 0..8 {
@@ -189,11 +195,12 @@ fn cuda_recorded(device: &Device) -> Outcome {
     let [x, factor, weight] = inputs(device, 2, 1024, 1024)?;
     let zero = Tensor::zeros(device, x.shape(), DType::Bf16)?;
     let mut sum = Tensor::zeros(device, x.shape(), DType::Bf16)?;
-    let chain = |sum: &mut Tensor| -> Result<()> {
+    let mut scratch = FewScratch::new(device)?;
+    let mut chain = |sum: &mut Tensor| -> Result<()> {
         let mut stream = add(&x, &zero)?;
         for _ in 0..24 {
-            let inner = linear_few(&stream, norm(&factor), &weight)?;
-            linear_few_add(&inner, &weight, &mut stream)?;
+            let inner = linear_few(&stream, norm(&factor), &weight, &mut scratch)?;
+            linear_few_add(&inner, &weight, &mut stream, &mut scratch)?;
         }
         sum.copy_from(&stream)
     };
@@ -208,22 +215,27 @@ fn cuda_recorded(device: &Device) -> Outcome {
 }
 
 fn mistakes_are_named() -> Outcome {
+    let scratch = &mut FewScratch::new(&Device::Cpu)?;
     let [x, factor, weight] = inputs(&Device::Cpu, 3, 8, 4)?;
     let message = |outcome: Result<Tensor>| outcome.unwrap_err().to_string();
     let many = Tensor::zeros(&Device::Cpu, [MOST_ROWS + 1, 1, 8], DType::F32)?;
     assert_eq!(
-        message(linear_few(&many, None, &weight)),
+        message(linear_few(&many, None, &weight, scratch)),
         "linear_few: x has 33 rows, more than the 32 that are few"
     );
     let narrow = weight.reshape([8, 4])?;
-    assert!(message(linear_few(&x, None, &narrow)).starts_with("linear_few: weight has shape [8, 4]"));
-    assert!(message(linear_few(&x, norm(&weight), &weight)).starts_with("linear_few: norm has shape [4, 8]"));
+    assert!(message(linear_few(&x, None, &narrow, scratch)).starts_with("linear_few: weight has shape [8, 4]"));
+    assert!(message(linear_few(&x, norm(&weight), &weight, scratch)).starts_with("linear_few: norm has shape [4, 8]"));
     let odd = Tensor::zeros(&Device::Cpu, [3, 8], DType::F32)?;
-    assert!(message(linear_few_swiglu(&x, norm(&factor), &odd)).contains("[2·hidden, in]"));
+    assert!(message(linear_few_swiglu(&x, norm(&factor), &odd, scratch)).contains("[2·hidden, in]"));
     let mut small = Tensor::zeros(&Device::Cpu, [3, 1, 3], DType::F32)?;
-    let message = linear_few_add(&x, &weight, &mut small).unwrap_err().to_string();
+    let message = linear_few_add(&x, &weight, &mut small, scratch)
+        .unwrap_err()
+        .to_string();
     assert_eq!(message, "linear_few_add: sum has shape [3, 1, 3], expected [3, 1, 4]");
-    let message = linear_few_f32(&x, None, &weight, &mut small).unwrap_err().to_string();
+    let message = linear_few_f32(&x, None, &weight, &mut small, scratch)
+        .unwrap_err()
+        .to_string();
     assert_eq!(message, "linear_few_f32: y has shape [3, 1, 3], expected [3, 1, 4]");
     Ok(())
 }

@@ -8,7 +8,9 @@ use crate::error::{Error, Result};
 use crate::ops::add_rms_norm::add_rms_norm;
 use crate::ops::decode_attention::{DecodeScratch, KeyCache, decode_attention, keep_keys};
 use crate::ops::embedding::embedding;
-use crate::ops::linear_few::{MOST_ROWS, RowNorm, linear_few, linear_few_add, linear_few_f32, linear_few_swiglu};
+use crate::ops::linear_few::{
+    FewScratch, MOST_ROWS, RowNorm, linear_few, linear_few_add, linear_few_f32, linear_few_swiglu,
+};
 use crate::ops::rms_norm::rms_norm;
 use crate::profile;
 use crate::tensor::Tensor;
@@ -31,7 +33,7 @@ pub struct Decoding<'a> {
     model: &'a LanguageModel,
     /// Of every layer.
     caches: Vec<KeyCache>,
-    scratch: DecodeScratch,
+    scratch: Scratch,
     /// `[1, capacity, head_dim / 2, 2]`
     angles: Tensor,
     /// i32 `[slots, 1]`
@@ -61,7 +63,10 @@ impl<'a> Decoding<'a> {
         let cache = || KeyCache::new(&device, slots, config.kv_heads, capacity, config.head_dim);
         Ok(Decoding {
             caches: (0..config.layers).map(|_| cache()).collect::<Result<_>>()?,
-            scratch: DecodeScratch::new(&device, slots, first, capacity)?,
+            scratch: Scratch {
+                attention: DecodeScratch::new(&device, slots, first, capacity)?,
+                products: FewScratch::new(&device)?,
+            },
             angles: rotation(config, &device, capacity)?,
             ids: Tensor::zeros(&device, [slots, 1], DType::I32)?,
             positions: Tensor::zeros(&device, [slots], DType::I32)?,
@@ -215,6 +220,12 @@ impl<'a> Decoding<'a> {
     }
 }
 
+/// What the blocks of a launch leave for each other, in every operation of a step.
+struct Scratch {
+    attention: DecodeScratch,
+    products: FewScratch,
+}
+
 /// What a step reads, at addresses that stay.
 struct StepInputs<'a> {
     angles: &'a Tensor,
@@ -227,7 +238,7 @@ impl LanguageModel {
         &self,
         inputs: &StepInputs<'_>,
         caches: &mut [KeyCache],
-        scratch: &mut DecodeScratch,
+        scratch: &mut Scratch,
         logits: &mut Tensor,
     ) -> Result<()> {
         let config = &self.config;
@@ -237,16 +248,24 @@ impl LanguageModel {
                 epsilon: config.norm_eps,
             })
         };
+        let Scratch { attention, products } = scratch;
         let mut stream = embedding(self.embeddings.tensor(), inputs.ids)?;
         for (layer, cache) in self.layers.iter().zip(caches) {
-            let qkv = linear_few(&stream, norm(layer.input_norm.tensor()), &layer.qkv.dense_weight()?)?;
+            let weight = layer.qkv.dense_weight()?;
+            let qkv = linear_few(&stream, norm(layer.input_norm.tensor()), &weight, products)?;
             let turn = layer.norm_and_turn(config);
-            let attended = decode_attention(&qkv, &turn, inputs.angles, inputs.positions, cache, scratch)?;
-            linear_few_add(&attended, &layer.out.dense_weight()?, &mut stream)?;
+            let attended = decode_attention(&qkv, &turn, inputs.angles, inputs.positions, cache, attention)?;
+            linear_few_add(&attended, &layer.out.dense_weight()?, &mut stream, products)?;
             let gate_up = layer.gate_up.dense_weight()?;
-            let opened = linear_few_swiglu(&stream, norm(layer.post_attention_norm.tensor()), &gate_up)?;
-            linear_few_add(&opened, &layer.down.dense_weight()?, &mut stream)?;
+            let opened = linear_few_swiglu(&stream, norm(layer.post_attention_norm.tensor()), &gate_up, products)?;
+            linear_few_add(&opened, &layer.down.dense_weight()?, &mut stream, products)?;
         }
-        linear_few_f32(&stream, norm(self.norm.tensor()), self.logits_weight(), logits)
+        linear_few_f32(
+            &stream,
+            norm(self.norm.tensor()),
+            self.logits_weight(),
+            logits,
+            products,
+        )
     }
 }
