@@ -1,5 +1,6 @@
 //! What turns a model into a sampler: noise, levels, solvers.
 
+mod aside;
 pub mod held;
 pub mod noise_source;
 pub mod sampler;

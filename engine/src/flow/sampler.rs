@@ -91,23 +91,48 @@ pub fn sample(
     Ok(walk.finish())
 }
 
-/// Takes all steps of a walk.
+/// Takes all steps of a walk. What somebody looks at is copied, and looked at while the step after it runs.
 fn go(walk: &mut Walk<'_>, model: &dyn Denoiser, schedule: &Schedule, progress: &mut dyn Listener) -> Result<()> {
+    let mix = |done| schedule.with_objective(model.objective(), |objective| objective.mix(schedule.sigma(done)));
     let mut queue = Queue::new(schedule.steps());
+    let mut set_aside = None;
     for done in 1..=schedule.steps() {
         walk.advance()?;
         queue.push(model.device().marker()?);
         queue.drain(QUEUED_STEPS, progress)?;
-        if progress.looks(done, schedule.steps()) {
-            progress.look(&Seen {
-                done,
-                mix: schedule.with_objective(model.objective(), |objective| objective.mix(schedule.sigma(done))),
-                shape: walk.shape(),
-                values: &|| walk.values(),
-            })?;
+        look_aside(walk, set_aside.take(), &mix, progress)?;
+        if !progress.looks(done, schedule.steps()) {
+            continue;
         }
+        if walk.set_aside()? {
+            set_aside = Some(done);
+            continue;
+        }
+        progress.look(&Seen {
+            done,
+            mix: mix(done),
+            shape: walk.shape(),
+            values: &|| walk.values(),
+        })?;
     }
+    look_aside(walk, set_aside, &mix, progress)?;
     queue.drain(0, progress)
+}
+
+/// Shows the state that was set aside after step `done`, if one was.
+fn look_aside(
+    walk: &Walk<'_>,
+    done: Option<usize>,
+    mix: &dyn Fn(usize) -> [f32; 2],
+    progress: &mut dyn Listener,
+) -> Result<()> {
+    let Some(done) = done else { return Ok(()) };
+    progress.look(&Seen {
+        done,
+        mix: mix(done),
+        shape: walk.shape(),
+        values: &|| walk.aside(),
+    })
 }
 
 /// What pictures are to follow, as it comes from a text encoder.

@@ -3,6 +3,7 @@
 //! On CUDA the first step runs call by call, which loads every kernel; the second is recorded and replayed for all others,
 //! with the step's own modulation vectors and factors copied to fixed addresses. The device's options may turn recording off.
 
+use super::aside::Aside;
 use super::held::Held;
 use super::schedule::Schedule;
 use crate::device::Recording;
@@ -50,6 +51,8 @@ pub(super) struct Step {
     recording: Recording,
     /// Whether it ran before, so that everything it needs is loaded.
     ran: bool,
+    /// Where somebody has looked: a place for copies of the picture.
+    aside: Option<Aside>,
 }
 
 impl<'a> Walk<'a> {
@@ -130,7 +133,9 @@ impl<'a> Walk<'a> {
             let end = self.times.len().min(done + STEPS_PER_TABLE);
             self.tables = self.model.modulate(&self.times[done..end], None)?;
         }
-        let Step { state, recording, ran } = &mut self.step;
+        let Step {
+            state, recording, ran, ..
+        } = &mut self.step;
         state
             .modulations
             .copy_from(&self.tables.narrow(done % STEPS_PER_TABLE, 1)?)?;
@@ -156,6 +161,32 @@ impl<'a> Walk<'a> {
     /// When the device has failed.
     pub fn values(&self) -> Result<Vec<f32>> {
         self.step.state.x.to_vec()
+    }
+
+    /// Copies the values after the steps submitted so far, for [`Walk::aside`]; false where they are too many.
+    ///
+    /// # Errors
+    /// When device or host have no room.
+    pub(super) fn set_aside(&mut self) -> Result<bool> {
+        let Step { state, aside, .. } = &mut self.step;
+        if aside.is_none() {
+            *aside = Aside::of(&state.x)?;
+        }
+        match aside {
+            Some(aside) => aside.set(&state.x).map(|()| true),
+            None => Ok(false),
+        }
+    }
+
+    /// The values that were copied last. Waits for the steps before that copy alone.
+    ///
+    /// # Errors
+    /// When the device has failed, or nothing was copied.
+    pub(super) fn aside(&self) -> Result<Vec<f32>> {
+        let aside = self.step.aside.as_ref();
+        aside
+            .ok_or_else(|| Error::invalid("no picture was set aside"))?
+            .values()
     }
 
     /// The picture (latent model: latent) after the steps submitted so far.
@@ -186,6 +217,7 @@ impl Step {
             },
             recording,
             ran: false,
+            aside: None,
         })
     }
 

@@ -1,6 +1,6 @@
 //! Schedules and whole walks from noise to latent.
 
-use l2p_engine::flow::sampler::{Conditioning, Guides, Sampler, StepReport, Walk, sample};
+use l2p_engine::flow::sampler::{Conditioning, Guides, Listener, Sampler, Seen, StepReport, Walk, sample};
 use l2p_engine::flow::schedule::Schedule;
 use l2p_engine::flow::solver::Solver;
 use l2p_engine::model::Denoiser;
@@ -38,6 +38,13 @@ pub fn register(suite: &mut Suite) {
     suite.cuda(
         "flow::sampler::recorded_steps_of_second_order_on_cuda",
         recorded_steps_look_back,
+    );
+    suite.cpu("flow::sampler::states_are_seen_as_they_were", || {
+        states_are_seen_as_they_were(&Device::Cpu)
+    });
+    suite.cuda(
+        "flow::sampler::states_are_seen_as_they_were_on_cuda",
+        states_are_seen_as_they_were,
     );
     suite.cpu("flow::sampler::steps_are_reported_and_stopped", || {
         steps_are_reported_and_stopped(&Device::Cpu)
@@ -242,6 +249,53 @@ fn recorded_steps_look_back(device: &Device) -> Outcome {
         assert!(found.iter().all(|value| value.is_finite()));
         assert!(found == walked(false)?, "{kind:?}");
     }
+    Ok(())
+}
+
+/// Looks at every state.
+#[derive(Default)]
+struct Looker {
+    reported: usize,
+    seen: Vec<(usize, [f32; 2], Vec<f32>)>,
+}
+
+impl Listener for Looker {
+    fn step(&mut self, report: StepReport) -> Result<(), Error> {
+        self.reported = report.done;
+        Ok(())
+    }
+
+    fn looks(&self, _done: usize, _steps: usize) -> bool {
+        true
+    }
+
+    fn look(&mut self, seen: &Seen<'_>) -> Result<(), Error> {
+        self.seen.push((seen.done, seen.mix, (seen.values)()?));
+        Ok(())
+    }
+}
+
+/// A state is looked at while the next step is under way; it is the state before that step, and looking changes nothing.
+fn states_are_seen_as_they_were(device: &Device) -> Outcome {
+    let model = small_config(ModelKind::Pixel, 384, 16);
+    let dit = load(&random_model(&model, &[16, 32, 48, 64]), &model, device)?;
+    let caption = Tensor::from_f32(device, &[0.5; 7 * 96], [1, 7, 96])?;
+    let conditioning = Conditioning {
+        prompt: dit.prepare(&[&caption], [64, 64])?,
+        negative: None,
+    };
+    let noise = || normal_noise(device, [1, 64, 64, 3], 3, 0);
+    let schedule = Schedule::new(6, 3.0)?;
+    let mut looker = Looker::default();
+    let drawn = sample(&dit, &conditioning, &schedule, noise()?, &mut looker)?.to_vec_f32()?;
+    assert_eq!((looker.reported, looker.seen.len()), (6, 6));
+    let mut walk = Walk::new(&dit, &conditioning, &schedule, noise()?)?;
+    for (step, (done, mix, values)) in looker.seen.iter().enumerate() {
+        walk.advance()?;
+        assert_eq!((*done, *mix), (step + 1, FlowMatching.mix(schedule.sigma(step + 1))));
+        assert!(*values == walk.values()?, "the state after step {done} is another one");
+    }
+    assert!(drawn == looker.seen[5].2);
     Ok(())
 }
 
