@@ -30,6 +30,10 @@ COMPONENTS = {
     "pixel-1k": "dit",
     "pixel-4k": "dit",
     "pixel-4k-outliers": "dit",
+    "klein-latent-1k": "dit",
+    "klein-pixel-1k": "dit",
+    "klein-pixel-4k": "dit",
+    "klein-vae": "vae",
 }
 LARGEST_RATIO = 1.25
 

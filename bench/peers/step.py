@@ -18,8 +18,9 @@ from peer import Context, Way, random_weights, serve, use_fixtures
 
 use_fixtures()
 
-from diffusers import AutoencoderKL, ZImageTransformer2DModel  # noqa: E402
-from pixel_model import LAYOUTS, L2PPixelModel, PixelConfig  # noqa: E402
+import flux2_pixel as flux2  # noqa: E402
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, Flux2Transformer2DModel, ZImageTransformer2DModel  # noqa: E402
+from pixel_model import LAYOUTS, PUBLISHED_WIDTHS, L2PPixelModel, PixelConfig  # noqa: E402
 
 #: The published decoder; the tiny one of bench/src/published.rs.
 VAE = {
@@ -116,8 +117,34 @@ class Drawing:
         return ways
 
 
+def klein_drawing(case: dict, context: Context) -> Drawing:
+    """FLUX.2 [klein] or the pixel model of it with random weights, and noise."""
+    config = flux2.TINY if case["tiny"] else flux2.KLEIN
+    text = context.normal(1, case["caption"], config["joint_attention_dim"])
+    if "latent" in case["model"]:
+        model = build(lambda: Flux2Transformer2DModel(**config), context)
+        side, channels, patch = case["side"] // flux2.CELL, config["in_channels"], 1
+        velocity = lambda x, time: flux2.latent_velocity(model, x, time, text)  # noqa: E731
+    else:
+        layout = "4k" if case["model"].endswith("4k") else "1k"
+        widths, bottleneck = ((8,) * len(LAYOUTS[layout].stages), 16) if case["tiny"] else (PUBLISHED_WIDTHS[layout], 512)
+        model = build(lambda: flux2.Flux2PixelModel(config, layout, widths, bottleneck), context)
+        model.local_decoder.to(memory_format=torch.channels_last)
+        side, channels, patch = case["side"], 3, model.patch
+        velocity = lambda x, time: model(x, time, text)  # noqa: E731
+    toggle = None
+    if context.compile:
+        blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+        toggle = Toggle(blocks + ([] if "latent" in case["model"] else [model.local_decoder]), context)
+    image = context.normal(1, channels, side, side, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    backends = ["cudnn", "flash"] if (side // patch) ** 2 <= MANY_TOKENS else ["cudnn"]
+    return Drawing(model, image, velocity, toggle, backends, context.attention)
+
+
 def drawing(case: dict, context: Context) -> Drawing:
     """The model of a case with random weights, and noise."""
+    if case["model"].startswith("klein"):
+        return klein_drawing(case, context)
     latent = case["model"].startswith("latent")
     if latent:
         model = build(lambda: ZImageTransformer2DModel(**latent_config(case["tiny"])), context)
@@ -202,16 +229,31 @@ class Decoder:
         return self.vae.decode(latent, return_dict=False)[0]
 
 
+class KleinDecoder:
+    """FLUX.2's decoder with random weights, of packed latents."""
+
+    def __init__(self, case: dict, context: Context):
+        config = flux2.TINY_VAE if case["tiny"] else flux2.VAE
+        self.vae = build(lambda: AutoencoderKLFlux2(**config), context)
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        return flux2.decoded(self.vae, latent)
+
+
 def decode_ways(case: dict, context: Context) -> dict[str, Way]:
-    decoder = Decoder(case, context)
-    side = case["side"] // DOWNSAMPLING
-    latent = context.normal(1, decoder.config["latent_channels"], side, side)
+    klein = case["model"].startswith("klein")
+    decoder = (KleinDecoder if klein else Decoder)(case, context)
+    side, channels = (case["side"] // flux2.CELL, 128) if klein else (case["side"] // DOWNSAMPLING, decoder.config["latent_channels"])
+    latent = context.normal(1, channels, side, side)
     # At 4096 x 4096 cuDNN's search takes four minutes and finds nothing faster.
     torch.backends.cudnn.benchmark = False
 
     # The transformer stays resident while a pipeline decodes; its bytes are counted without being held.
     with torch.device("meta"):
-        transformer = ZImageTransformer2DModel(**latent_config(case["tiny"]))
+        if klein:
+            transformer = Flux2Transformer2DModel(**(flux2.TINY if case["tiny"] else flux2.KLEIN))
+        else:
+            transformer = ZImageTransformer2DModel(**latent_config(case["tiny"]))
     beside = sum(parameter.numel() for parameter in transformer.parameters()) * context.dtype.itemsize
     return {"eager": Way(lambda _: decoder(latent), around=partial(context.attention, "cudnn"), beside=beside, recorded=False)}
 

@@ -7,6 +7,7 @@ Run by hand it checks `bench-parity grad` (on a GPU of 80 GB; needs diffusers):
 
     python bench/peers/train.py --programs bundle/bin --work /dev/shm/grad --out grad.json
     python bench/peers/train.py --programs target/release --work /tmp/grad --out grad.json --tiny
+    python bench/peers/train.py --programs bundle/bin --work /dev/shm/grad --out klein-grad.json --family klein --train paper
 
 Random weights, rounded to bf16, are trained by PyTorch in f32 (the reference: no TF32, attention by plain products), by PyTorch in
 bf16, and by this engine, which reads them from a file: loss and gradients of the first step, and the losses of the steps after it,
@@ -38,7 +39,8 @@ from peer import Context, Way, serve, use_fixtures
 
 use_fixtures()
 
-from pixel_model import LAYOUTS, L2PPixelModel, PixelConfig, freeze  # noqa: E402
+import flux2_pixel as flux2  # noqa: E402
+from pixel_model import LAYOUTS, PUBLISHED_WIDTHS, L2PPixelModel, PixelConfig, freeze  # noqa: E402
 
 #: The published recipe.
 OPTIMIZER = {"lr": 5e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
@@ -79,13 +81,40 @@ def distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, gain / math.sqrt(math.prod(shape[1:]))
 
 
-def build(config: PixelConfig, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
+@dataclass
+class Kind:
+    """A pixel model of 1K: how it is made, how wide its captions are, which of its parameters a policy trains, and how it is called with
+    a caption [tokens, width]."""
+
+    make: Callable[[], nn.Module]
+    caption_width: int
+    trained: Callable[[nn.Module, str, int], list[str]]
+    velocity: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+def z_image(config: PixelConfig) -> Kind:
+    return Kind(
+        lambda: L2PPixelModel(config), config.cap_feat_dim, lambda *given: list(freeze(*given)),
+        lambda model, x, time, caption: model(x, time, [caption]),
+    )  # fmt: skip
+
+
+def klein(tiny: bool) -> Kind:
+    config = flux2.TINY if tiny else flux2.KLEIN
+    sizes = ((8,) * len(LAYOUTS["1k"].stages), 16) if tiny else (PUBLISHED_WIDTHS["1k"], 512)
+    return Kind(
+        lambda: flux2.Flux2PixelModel(config, "1k", *sizes), config["joint_attention_dim"], flux2.freeze,
+        lambda model, x, time, caption: model(x, time, caption[None]),
+    )  # fmt: skip
+
+
+def build(kind: Kind, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
     """The model with random weights, representable in bf16, made in its type on the device."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            model = L2PPixelModel(config)
+            model = kind.make()
     finally:
         torch.set_default_dtype(default)
     with torch.no_grad():
@@ -104,17 +133,18 @@ class Batch:
     x: Tensor
     target: Tensor
     caption: Tensor
+    velocity: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
     def loss(self, model: nn.Module, dtype: torch.dtype) -> Tensor:
         """mean((v - target)²) in f32; the model sees its inputs in its own type."""
         time = torch.tensor([TIME], device=self.x.device)
-        velocity = model(self.x.to(dtype), time, [self.caption.to(dtype)])
+        velocity = self.velocity(model, self.x.to(dtype), time, self.caption.to(dtype))
         return F.mse_loss(velocity.float(), self.target)
 
 
-def random_batch(config: PixelConfig, side: int, caption: int, normal: Callable[..., Tensor]) -> Batch:
+def random_batch(kind: Kind, side: int, caption: int, normal: Callable[..., Tensor]) -> Batch:
     shape = (1, 3, side, side)
-    return Batch(normal(*shape), normal(*shape), normal(caption, config.cap_feat_dim))
+    return Batch(normal(*shape), normal(*shape), normal(caption, kind.caption_width), kind.velocity)
 
 
 class Trainer:
@@ -146,14 +176,14 @@ def make(case: dict, context: Context) -> dict[str, Way]:
     if case["recompute"] not in ("none", "all"):
         raise ValueError(f"diffusers recomputes no or all blocks, not {case['recompute']}")
     policy, _, ends = case["policy"].partition(":")
-    config = pixel_config(case["model"], case["tiny"])
+    kind = z_image(pixel_config(case["model"], case["tiny"]))
     # The server forbids gradients.
     with torch.inference_mode(False):
-        model = build(config, context.device, context.dtype, context.generator)
-        names = list(freeze(model, policy, int(ends or 5)))
+        model = build(kind, context.device, context.dtype, context.generator)
+        names = kind.trained(model, policy, int(ends or 5))
         if case["recompute"] == "all":
             model.enable_gradient_checkpointing()
-        batch = random_batch(config, case["side"], case["caption"], partial(context.normal, dtype=torch.float32))
+        batch = random_batch(kind, case["side"], case["caption"], partial(context.normal, dtype=torch.float32))
         trainer = Trainer(model, names)
 
     def step(_: int) -> Tensor:
@@ -258,17 +288,17 @@ def torch_runs(arguments: argparse.Namespace, device: torch.device) -> dict:
         print(f"{what}: {now - clock:.1f} s", flush=True)
         clock = now
 
-    config = pixel_config("pixel-1k", arguments.tiny)
+    kind = klein(arguments.tiny) if arguments.family == "klein" else z_image(pixel_config("pixel-1k", arguments.tiny))
     generator = torch.Generator(device).manual_seed(arguments.seed)
-    model = build(config, device, torch.float32, generator)
-    names = list(freeze(model, arguments.train, arguments.ends))
+    model = build(kind, device, torch.float32, generator)
+    names = kind.trained(model, arguments.train, arguments.ends)
     model.enable_gradient_checkpointing()
 
     def normal(*shape: int) -> Tensor:
         return torch.empty(shape, device=device).normal_(generator=generator).bfloat16().float()
 
     side = 64 if arguments.tiny else 1024
-    batch = random_batch(config, side, 20 if arguments.tiny else CAPTION, normal)
+    batch = random_batch(kind, side, 20 if arguments.tiny else CAPTION, normal)
     time_input = torch.tensor([TIME], device=device)
     save(arguments.work / "io.safetensors", {"x": batch.x, "t": time_input, "cap.0": batch.caption, "target": batch.target})
     # The weights as they are before any step: bf16 holds them.
@@ -317,7 +347,7 @@ def torch_runs(arguments: argparse.Namespace, device: torch.device) -> dict:
     free(cuda)
     return {
         "gradients": gradients, "f32_losses": f32_losses, "bf16_losses": bf16_losses, "runs": runs, "names": names,
-        "peak_bytes": peak, "config": config, "told": told,
+        "peak_bytes": peak, "told": told,
     }  # fmt: skip
 
 
@@ -400,7 +430,7 @@ def check(arguments: argparse.Namespace) -> bool:
             file.unlink(missing_ok=True)
     lines = rows(torch_found, found, errors, together)
     record = {
-        **environment(arguments, device), "policy": arguments.train, "ends": arguments.ends, "tiny": arguments.tiny,
+        **environment(arguments, device), "family": arguments.family, "policy": arguments.train, "ends": arguments.ends, "tiny": arguments.tiny,
         "recompute": arguments.recompute, "rows": lines, "losses": {
             "f32": torch_found["f32_losses"], "torch_bf16": torch_found["bf16_losses"], "ours": found["steps"]["losses"],
         },
@@ -423,6 +453,7 @@ def main() -> None:
     parser.add_argument("--programs", type=Path, required=True, help="folder with bench-parity")
     parser.add_argument("--work", type=Path, required=True, help="folder for weights and gradients (18 GB)")
     parser.add_argument("--out", type=Path, required=True, help="the record, JSON")
+    parser.add_argument("--family", default="z-image", choices=("z-image", "klein"), help="which source the pixel model is of; klein: not released")
     parser.add_argument("--train", default="released", choices=("paper", "released", "full", "head-only"))
     parser.add_argument("--ends", type=int, default=5, help="main blocks trained at either end")
     parser.add_argument("--steps", type=int, default=10)

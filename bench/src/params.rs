@@ -119,7 +119,10 @@ impl ParamSource for RandomParams {
 /// Mean and deviation of a parameter's values, so that activations stay near 1 and every branch matters.
 fn distribution(name: &str, inputs: usize, rank: usize) -> (f32, f32) {
     if rank == 1 {
-        return match (name.ends_with("weight"), name.contains("adaLN")) {
+        return match (
+            name.ends_with("weight") || name.ends_with("var"),
+            name.contains("adaLN"),
+        ) {
             (true, _) => (1.0, 0.1),
             (false, true) => (0.0, 0.3),
             (false, false) => (0.0, 0.1),
@@ -169,6 +172,15 @@ fn vae_tensors(config: &VaeConfig) -> Tensors {
             add_layer(tensors, &format!("{name}.conv_shortcut"), vec![outputs, inputs, 1, 1]);
         }
     };
+    if config.use_post_quant_conv {
+        let channels = config.latent_channels;
+        add_layer(&mut tensors, "post_quant_conv", vec![channels, channels, 1, 1]);
+    }
+    if config.batch_norm_eps.is_some() {
+        for name in ["mean", "var"] {
+            tensors.push((format!("bn.running_{name}"), vec![config.cell_channels()]));
+        }
+    }
     add_layer(
         &mut tensors,
         "decoder.conv_in",

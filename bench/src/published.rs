@@ -6,12 +6,42 @@ use std::sync::Arc;
 use l2p_engine::model::Spec;
 use l2p_engine::model::config::{ModelKind, TextConfig, VaeConfig};
 use l2p_engine::model::detailer::DetailerLayout;
+use l2p_engine::model::flux2::{Flux2, Flux2Config};
 use l2p_engine::model::zimage::{DitConfig, ZImage};
 use l2p_engine::{Error, Result};
+
+/// A published source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// Z-Image, and L2P's pixel models of it.
+    ZImage,
+    /// FLUX.2 [klein] base 4B, and pixel models made of it in the same way.
+    Klein,
+}
+
+impl Family {
+    /// What the names of its models begin with.
+    fn prefix(self) -> &'static str {
+        match self {
+            Family::ZImage => "",
+            Family::Klein => "klein-",
+        }
+    }
+
+    /// Tokens of a caption that a step is measured with; FLUX.2's are filled up to so many.
+    pub fn caption_tokens(self) -> usize {
+        match self {
+            Family::ZImage => 96,
+            Family::Klein => 512,
+        }
+    }
+}
 
 /// A model at a picture size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ModelName {
+    /// Of which source.
+    pub family: Family,
     /// Latent or pixel.
     pub kind: ModelKind,
     /// The published size is 1024 times this.
@@ -20,7 +50,7 @@ pub struct ModelName {
 
 impl ModelName {
     /// All that are measured; the latent model at 8K would have a quarter of a million tokens.
-    pub const ALL: [ModelName; 8] = [
+    pub const ALL: [ModelName; 12] = [
         ModelName::new(ModelKind::Pixel, 1),
         ModelName::new(ModelKind::Pixel, 2),
         ModelName::new(ModelKind::Pixel, 4),
@@ -29,17 +59,31 @@ impl ModelName {
         ModelName::new(ModelKind::Latent, 1),
         ModelName::new(ModelKind::Latent, 2),
         ModelName::new(ModelKind::Latent, 4),
+        ModelName::of(Family::Klein, ModelKind::Pixel, 1),
+        ModelName::of(Family::Klein, ModelKind::Pixel, 4),
+        ModelName::of(Family::Klein, ModelKind::Latent, 1),
+        ModelName::of(Family::Klein, ModelKind::Latent, 4),
     ];
 
-    /// The model that draws 1024 times `thousands` pixels along a side.
+    /// Z-Image's model that draws 1024 times `thousands` pixels along a side.
     pub const fn new(kind: ModelKind, thousands: usize) -> Self {
-        ModelName { kind, thousands }
+        ModelName::of(Family::ZImage, kind, thousands)
+    }
+
+    /// A family's model that draws 1024 times `thousands` pixels along a side.
+    pub const fn of(family: Family, kind: ModelKind, thousands: usize) -> Self {
+        ModelName {
+            family,
+            kind,
+            thousands,
+        }
     }
 
     /// The model's patch in pixels (latent: in latent cells). No pixel model was published for 2K: the one for 1K draws it,
     /// with four times the tokens.
     pub fn patch(self) -> usize {
         match (self.kind, self.thousands) {
+            (ModelKind::Latent, _) if self.family == Family::Klein => 1,
             (ModelKind::Latent, _) => 2,
             (ModelKind::Pixel, 4) => 64,
             (ModelKind::Pixel, 8) => 128,
@@ -53,17 +97,42 @@ impl ModelName {
     /// # Errors
     /// When there is no head for the patch.
     pub fn model(self, tiny: bool) -> Result<Model> {
-        let patch = self.patch();
-        self.of(transformer(self.kind, patch, tiny), tiny)
+        self.built(tiny, false)
     }
 
-    fn of(self, config: DitConfig, tiny: bool) -> Result<Model> {
+    /// The model, or one of the same widths with one block of each kind.
+    fn built(self, tiny: bool, shallow: bool) -> Result<Model> {
         let patch = self.patch();
-        let head = match self.kind {
-            ModelKind::Pixel => Some(head(patch, config.dim, tiny)?),
-            ModelKind::Latent => None,
+        let head = |dim| match self.kind {
+            ModelKind::Pixel => head(patch, dim, tiny).map(Some),
+            ModelKind::Latent => Ok(None),
         };
-        let vae = (self.kind == ModelKind::Latent).then(|| vae(tiny));
+        let spec: Arc<dyn Spec> = match self.family {
+            Family::ZImage => {
+                let mut config = transformer(self.kind, patch, tiny);
+                if shallow {
+                    (config.layers, config.refiner_layers) = (1, 1);
+                }
+                Arc::new(ZImage {
+                    head: head(config.dim)?,
+                    config,
+                })
+            }
+            Family::Klein => {
+                let mut config = klein(self.kind, patch, tiny);
+                if shallow {
+                    (config.double_blocks, config.single_blocks) = (1, 1);
+                }
+                Arc::new(Flux2 {
+                    head: head(config.dim)?,
+                    config,
+                })
+            }
+        };
+        let vae = (self.kind == ModelKind::Latent).then(|| match self.family {
+            Family::ZImage => vae(tiny),
+            Family::Klein => klein_vae(tiny),
+        });
         let side = match (tiny, self.kind) {
             (false, _) => 1024 * self.thousands,
             (true, ModelKind::Pixel) => 4 * patch,
@@ -72,7 +141,7 @@ impl ModelName {
         Ok(Model {
             name: self,
             tiny,
-            spec: Arc::new(ZImage { config, head }),
+            spec,
             vae,
             side,
         })
@@ -81,7 +150,7 @@ impl ModelName {
 
 impl fmt::Display for ModelName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}k", self.kind, self.thousands)
+        write!(f, "{}{}-{}k", self.family.prefix(), self.kind, self.thousands)
     }
 }
 
@@ -118,13 +187,7 @@ impl Model {
     /// # Errors
     /// When there is no head for the patch.
     pub fn shallow(&self) -> Result<Self> {
-        let name = self.name;
-        let config = DitConfig {
-            layers: 1,
-            refiner_layers: 1,
-            ..transformer(name.kind, name.patch(), self.tiny)
-        };
-        name.of(config, self.tiny)
+        self.name.built(self.tiny, true)
     }
 
     /// Height, width and channels of what the transformer draws.
@@ -172,6 +235,39 @@ pub fn transformer(kind: ModelKind, patch: usize, tiny: bool) -> DitConfig {
     }
 }
 
+/// The transformer of FLUX.2 [klein] base 4B or of a pixel model of it, or a small one.
+pub fn klein(kind: ModelKind, patch: usize, tiny: bool) -> Flux2Config {
+    let published = Flux2Config {
+        kind,
+        dim: 3072,
+        heads: 24,
+        head_dim: 128,
+        double_blocks: 5,
+        single_blocks: 20,
+        ffn_hidden: 9216,
+        caption_width: 7680,
+        patch,
+        in_channels: if kind == ModelKind::Pixel { 3 } else { 128 },
+        rope_theta: 2000.0,
+        axes_dims: [32; 4],
+        norm_eps: 1e-6,
+        t_frequencies: 256,
+    };
+    match tiny {
+        false => published,
+        true => Flux2Config {
+            dim: 256,
+            heads: 2,
+            double_blocks: 1,
+            single_blocks: 2,
+            ffn_hidden: 768,
+            caption_width: 128,
+            t_frequencies: 64,
+            ..published
+        },
+    }
+}
+
 /// Red, green, blue.
 const PICTURE_CHANNELS: usize = 3;
 
@@ -206,6 +302,16 @@ pub fn vae(tiny: bool) -> VaeConfig {
         shift_factor: 0.1159,
         use_post_quant_conv: false,
         ..VaeConfig::default()
+    }
+}
+
+/// The autoencoder of FLUX.2, or a small one.
+pub fn klein_vae(tiny: bool) -> VaeConfig {
+    VaeConfig {
+        latent_channels: 32,
+        use_post_quant_conv: true,
+        batch_norm_eps: Some(1e-4),
+        ..vae(tiny)
     }
 }
 

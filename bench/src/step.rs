@@ -35,6 +35,8 @@ Examples:
   bench-step --model all                         every size; each model in a process of its own
   bench-step --model pixel-4k --peer             beside PyTorch: diffusers' transformer, eager and compiled
   bench-step --model latent-4k --peer            the latent baseline, its decoder included
+  bench-step --model klein-pixel-4k,klein-latent-4k --peer
+                                                 FLUX.2 [klein] base 4B, and a pixel model of it
   bench-step --tiny --device cpu --model pixel-1k
 
 A step is what l2p-sample runs: recorded once, replayed with its own time. Random weights of the published sizes are made on
@@ -57,12 +59,12 @@ const SHIFT: f64 = 3.0;
 #[command(name = "bench-step", version, after_help = HELP, after_long_help = format!("{HELP}\n\n{COLUMNS}"))]
 pub struct Arguments {
     /// Which models: pixel-1k, pixel-2k (the model for 1K at 2048 x 2048), pixel-4k, pixel-8k, pixel-10k, latent-1k, latent-2k,
-    /// latent-4k, or all
+    /// latent-4k, of FLUX.2 klein-pixel-1k, klein-pixel-4k, klein-latent-1k and klein-latent-4k, or all
     #[arg(long, value_name = "NAME,..", value_delimiter = ',', default_values_t = ["pixel-1k", "pixel-4k", "latent-1k"].map(String::from))]
     model: Vec<String>,
-    /// Tokens of the caption
-    #[arg(long, value_name = "N", default_value_t = 96, value_parser = clap::value_parser!(u32).range(1..))]
-    caption: u32,
+    /// Tokens of the caption [default: 96; of FLUX.2, whose captions are filled up, 512]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    caption: Option<u32>,
     /// Side of the picture [default: that of the model's name]
     #[arg(long, value_name = "PIXELS")]
     side: Option<usize>,
@@ -115,9 +117,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
                 let mut passed = vec![
                     format!("--model={name}"),
                     format!("--trunk={trunk}"),
-                    format!("--caption={}", arguments.caption),
                     format!("--stream={}", arguments.stream),
                 ];
+                passed.extend(arguments.caption.map(|tokens| format!("--caption={tokens}")));
                 passed.extend(arguments.side.map(|side| format!("--side={side}")));
                 let flags = [(arguments.tiny, "--tiny"), (arguments.kernels, "--kernels")];
                 passed.extend(flags.iter().filter(|(set, _)| *set).map(|(_, flag)| (*flag).to_owned()));
@@ -322,7 +324,9 @@ fn run_step(
     arguments: &Arguments,
 ) -> anyhow::Result<()> {
     let (device, seed) = (bench.device.clone(), bench.common.seed);
-    let caption = arguments.caption as usize;
+    let caption = arguments
+        .caption
+        .map_or(model.name.family.caption_tokens(), |tokens| tokens as usize);
     let start = Instant::now();
     let setup = Setup::new(&device, model, trunk, caption, seed)?;
     device.synchronize()?;

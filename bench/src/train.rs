@@ -24,7 +24,7 @@ use self::record::{Measured, Record};
 use crate::arguments::Common;
 use crate::inputs::{random, random_f32};
 use crate::params::RandomParams;
-use crate::published::{Model, ModelName};
+use crate::published::{Family, Model, ModelName};
 use crate::record::{PeerTime, Timing, milliseconds, percent, write_json};
 use crate::runner::Bench;
 use crate::timing::sample;
@@ -109,6 +109,11 @@ pub fn main(arguments: &Arguments) -> ExitCode {
 /// # Errors
 /// When a case cannot be run or its losses are wrong.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        arguments.model.family == Family::ZImage || !arguments.common.peer,
+        "{}: the peer trains Z-Image's models alone; leave out --peer",
+        arguments.model
+    );
     let record = match arguments.recompute[..] {
         [recompute] => run_one(recompute, arguments)?,
         _ => run_each(arguments)?,

@@ -15,7 +15,7 @@ use serde_json::json;
 
 const HELP: &str = "\
 The reference file is a safetensors file with f32 tensors:
-  dit   x [B, C, H, W], t [B] = 1 - sigma, cap.0, cap.1, .. [tokens, width]; expected v, the velocity (noise - image)
+  dit   x [B, C, H, W], t [B] = 1 - sigma (FLUX.2: sigma), cap.0, cap.1, .. [tokens, width]; expected v, the velocity (noise - image)
   head  x [B, 3, H, W], c [B, dim, h, w]; expected v
   text  input_ids [L]; expected hidden [L, width]
   vae   latent [B, C, h, w]; expected image [B, 3, 8h, 8w]

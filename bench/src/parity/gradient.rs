@@ -8,6 +8,7 @@ use l2p_engine::checkpoint::{
     Content, Fetch, Float, ModelPaths, OutputFile, OutputTensor, PathOverrides, read_values, write_file,
 };
 use l2p_engine::model::Precision;
+use l2p_engine::model::objective::Objective;
 use l2p_engine::train::{AdamWOptions, Batch, Policy, Recompute, StatePart, TrainOptions, TrainableModel};
 use l2p_engine::{DType, Device, Error, Result, Tensor};
 use rayon::prelude::*;
@@ -84,7 +85,7 @@ pub fn check_gradients(
         &options,
         &mut |_, _| Ok(()),
     )?;
-    let inputs = Inputs::take(&mut io, device)?;
+    let inputs = Inputs::take(&mut io, device, model.objective())?;
 
     device.synchronize()?;
     device.reset_memory_peaks();
@@ -121,9 +122,9 @@ struct Inputs {
 }
 
 impl Inputs {
-    /// The images and the noise whose mixture at each item's sigma = 1 − t is `x`, and whose difference is `target`:
-    /// image = x − sigma · target, noise = x + t · target.
-    fn take(io: &mut Io<'_>, device: &Device) -> Result<Self> {
+    /// The images and the noise whose mixture at each item's sigma is `x`, and whose difference is `target`: image = x − sigma · target,
+    /// noise = x + (1 − sigma) · target. A flow's time is an affine function of sigma, given by what the model is told at 0 and at 1.
+    fn take(io: &mut Io<'_>, device: &Device, objective: &dyn Objective) -> Result<Self> {
         let x = io.image("x", &Device::Cpu, true)?;
         let target = io.image("target", &Device::Cpu, true)?;
         if target.shape() != x.shape() {
@@ -131,19 +132,22 @@ impl Inputs {
             return Err(Error::file(io.path, format!("holds a {found}")));
         }
         let (times, captions) = io.conditions(x.dim(0), device)?;
-        let item = x.elements() / times.len();
+        let [at_picture, at_noise] = [0.0, 1.0].map(|level| objective.time(level));
+        let sigma = |t: &f32| (t - at_picture) / (at_noise - at_picture);
+        let sigmas: Vec<f32> = times.iter().map(sigma).collect();
+        let item = x.elements() / sigmas.len();
         let (x_values, target_values) = (x.as_slice::<f32>()?, target.as_slice::<f32>()?);
         let moved = |by: &dyn Fn(f32) -> f32| {
             let pairs = x_values.iter().zip(target_values).enumerate();
             let values: Vec<f32> = pairs
-                .map(|(index, (x, target))| x + by(times[index / item]) * target)
+                .map(|(index, (x, target))| x + by(sigmas[index / item]) * target)
                 .collect();
             Tensor::from_slice(device, &values, x.shape())
         };
         Ok(Inputs {
-            images: moved(&|t| t - 1.0)?,
-            noise: moved(&|t| t)?,
-            sigmas: times.iter().map(|t| 1.0 - t).collect(),
+            images: moved(&|sigma| -sigma)?,
+            noise: moved(&|sigma| 1.0 - sigma)?,
+            sigmas,
             captions,
         })
     }

@@ -34,7 +34,7 @@ pub(super) fn step_error(device: &Device, model: &Model, precision: &Precision, 
 pub(super) fn decode_error(device: &Device, config: &VaeConfig, seed: u64) -> Result<f64> {
     let decoded = |device: &Device| {
         let vae = VaeDecoder::load(&RandomParams::vae(seed, config), device, config)?;
-        let latent = random_f32(device, [1, LATENT, LATENT, config.latent_channels], seed, 4)?;
+        let latent = random_f32(device, [1, LATENT, LATENT, config.cell_channels()], seed, 4)?;
         vae.decode(&latent)?.to_vec::<f32>()
     };
     Ok(relative_error(&decoded(device)?, &decoded(&Device::Cpu)?))

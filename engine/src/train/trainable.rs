@@ -220,6 +220,11 @@ impl TrainableModel {
         })
     }
 
+    /// The model's own objective, whatever it is trained for.
+    pub fn objective(&self) -> &'static dyn Objective {
+        self.model.denoiser().objective()
+    }
+
     /// Trains for this objective from now on; `None` for the model's own, flow matching.
     pub fn train_for(&mut self, discrete: Option<Arc<Discrete>>) {
         self.discrete = discrete;

@@ -183,7 +183,7 @@ fn refusals() -> Outcome {
         (
             "bench-step",
             &["--model", "pixel-3k"],
-            "`pixel-3k` names no model; there are pixel-1k, pixel-2k, pixel-4k, pixel-8k, pixel-10k, latent-1k, latent-2k, latent-4k",
+            "`pixel-3k` names no model; there are pixel-1k, pixel-2k, pixel-4k, pixel-8k, pixel-10k, latent-1k, latent-2k, latent-4k, klein-pixel-1k, klein-pixel-4k, klein-latent-1k, klein-latent-4k",
         ),
         (
             "bench-sample",
