@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -132,7 +133,10 @@ def environment(arguments: argparse.Namespace) -> dict:
     gpu, driver = ("cpu", "none")
     if not arguments.tiny:
         gpu, driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
-    commit = arguments.commit or subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    commit = arguments.commit or os.environ.get("L2P_COMMIT")
+    if not commit:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = head.stdout.strip() or "unknown"
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {"gpu": gpu, "driver": driver, "commit": commit, "date": date}
 

@@ -1,6 +1,7 @@
 //! `bench-report`: the README's tables and the plots, made from the records.
 
 mod data;
+mod klein;
 mod plots;
 mod records;
 
@@ -25,7 +26,7 @@ Examples:
 Records lie in bench/results/GPU/: parity.json of bench/peers/parity.py, 4k.json of bench-targets,
 train.json of bench-train, data.json of bench-synthesize, serve.json of bench-serve, and any file that another bench-* program wrote with --json. In README.md
 everything between <!-- bench:NAME --> and <!-- /bench:NAME --> is replaced; the names are parity, 4k,
-eight-bit, data, train and plots. A GPU without a record has no table.
+eight-bit, data, klein, train and plots. A GPU without a record has no table.
 
 Exit code: 0; 1 when --check finds a difference, or on an error.";
 
@@ -113,6 +114,7 @@ fn section(name: &str, gpus: &[Gpu], plots: &[(PathBuf, String)]) -> Option<Stri
                 .collect(),
         ),
         "data" => Some(gpus.iter().map(data::table).collect()),
+        "klein" => Some(gpus.iter().map(klein::table).collect()),
         "train" => Some(
             gpus.iter()
                 .filter_map(|gpu| gpu.training.as_ref())

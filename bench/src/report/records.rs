@@ -8,6 +8,7 @@ use l2p_engine::ceilings::Ceilings;
 use serde::Deserialize;
 
 use super::data::{Serving, Synthesis};
+use super::klein::Gradients;
 use crate::environment::Environment;
 use crate::record::{Record, Row};
 use crate::targets::{self, Targets};
@@ -79,6 +80,8 @@ pub struct Gpu {
     pub synthesis: Option<Synthesis>,
     /// A server under load.
     pub serving: Option<Serving>,
+    /// Gradients of the second source's pixel model.
+    pub klein_gradients: Option<Gradients>,
     /// Records of single benchmarks, those of the target table's parts among them, the newest last.
     pub records: Vec<Record>,
 }
@@ -92,7 +95,7 @@ impl Gpu {
         let folder = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let (mut parity, mut table, mut training, mut records) = (None, None, None, Vec::new());
         let (mut eight_bit, mut eight_bit_parity) = (None, None);
-        let (mut synthesis, mut serving) = (None, None);
+        let (mut synthesis, mut serving, mut klein_gradients) = (None, None, None);
         for path in entries(path)? {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             match name.as_str() {
@@ -101,6 +104,7 @@ impl Gpu {
                 "eight-bit-parity.json" => eight_bit_parity = Some(read(&path)?),
                 targets::EIGHT_BIT_FILE => eight_bit = Some(Targets::read(&path)?),
                 "train.json" => training = Some(train::record::Record::read(&path)?),
+                "klein-grad.json" => klein_gradients = Some(read(&path)?),
                 "data.json" => synthesis = Some(Synthesis::read(&path)?),
                 "serve.json" => serving = Some(Serving::read(&path)?),
                 // Of every gradient: too long for the README.
@@ -125,6 +129,7 @@ impl Gpu {
             training,
             synthesis,
             serving,
+            klein_gradients,
             records,
         })
     }
