@@ -251,7 +251,9 @@ fn closed_terminal() -> Outcome {
         let mut shell = std::process::Command::new("sh");
         shell.args(["-c", &format!("{trap}exec \"$@\""), "sh"]);
         shell.arg(program.get_program()).args(program.get_args());
-        let mut child = shell.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        let words = folder.path().join(format!("{name}.txt"));
+        shell.stdout(Stdio::null()).stderr(std::fs::File::create(&words)?);
+        let mut child = shell.spawn()?;
         wait_until(&mut child, &|| has_begun(&out))?;
         signal(&child, "HUP")?;
         if name == "ignored" {
@@ -259,7 +261,8 @@ fn closed_terminal() -> Outcome {
             wait_until(&mut child, &|| curve(&out).is_ok_and(|curve| curve.len() > lines + 2))?;
             signal(&child, "TERM")?;
         }
-        assert_eq!(child.wait()?.code(), Some(130), "{name}");
+        let code = child.wait()?.code();
+        assert_eq!(code, Some(130), "{name}: {}", std::fs::read_to_string(&words)?);
         assert!(newest_good(&out)? > 0);
     }
     Ok(())
